@@ -1,0 +1,51 @@
+"""Exact EM, MAP-EM, generalised EM and SVI for Pyro models, swapped by a flag."""
+
+from pyro_em import distributions, settings
+from pyro_em.elbo import ExactELBO
+from pyro_em.em import EM
+from pyro_em.errors import (
+    BoundaryEstimate,
+    CheckpointError,
+    DegenerateLikelihoodError,
+    EMWarning,
+    InputError,
+    MonotonicityError,
+    NonFiniteError,
+    PyroEMError,
+    Refusal,
+    ResourceError,
+    SymmetricStart,
+    UnidentifiedParameter,
+)
+from pyro_em.fit import fit, plan
+from pyro_em.loop import Step
+from pyro_em.posterior import Posterior
+from pyro_em.result import FitResult
+from pyro_em.stop import Outcome
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EM",
+    "BoundaryEstimate",
+    "CheckpointError",
+    "DegenerateLikelihoodError",
+    "EMWarning",
+    "ExactELBO",
+    "FitResult",
+    "InputError",
+    "MonotonicityError",
+    "NonFiniteError",
+    "Outcome",
+    "Posterior",
+    "PyroEMError",
+    "Refusal",
+    "ResourceError",
+    "Step",
+    "SymmetricStart",
+    "UnidentifiedParameter",
+    "distributions",
+    "fit",
+    "plan",
+    "settings",
+]

@@ -1,0 +1,73 @@
+"""Warnings about a start that EM cannot leave, and about an end that needs care."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from pyro_em.errors import BoundaryEstimate, SymmetricStart, UnidentifiedParameter
+from pyro_em.loop import Ended
+from pyro_em.model.compat import dims_of
+from pyro_em.problem import Problem
+from pyro_em.types import Params
+
+
+def at_start(problem: Problem, params: Params) -> None:
+    """Warn if no factor tells the states of some latent apart: EM keeps such components equal for ever."""
+    graph = problem.graph
+    if not graph.latents:
+        return
+    with torch.no_grad():
+        factors = problem.factors(problem.run(params))
+    for name, symbol in graph.latents.items():
+        children = [f for n, f in factors.items() if n != name and symbol in dims_of(f)]
+        if children and all(_constant_along(f, symbol) for f in children):
+            warnings.warn(
+                f"All states of latent '{name}' start with equal parameters. EM keeps them equal for ever (a saddle "
+                "point). Start from different values: init='kmeans++', init='random', or unequal initial values.",
+                SymmetricStart,
+                stacklevel=3,
+            )
+            return
+
+
+def _constant_along(factor: torch.Tensor, symbol: str) -> bool:
+    dim = dims_of(factor).index(symbol)
+    first = factor.narrow(dim, 0, 1)
+    return bool((factor == first).all())
+
+
+def after_fit(problem: Problem, ended: Ended) -> None:
+    """Warn about parameters that no data informed, and about estimates on a boundary."""
+    if ended.empty:
+        warnings.warn(
+            f"No data inform some entries of {', '.join(repr(n) for n in ended.empty)} (an empty component or an "
+            "unvisited state); they kept their values. Use fewer components, or a prior and algorithm='map-em'.",
+            UnidentifiedParameter,
+            stacklevel=3,
+        )
+    boundary = [name for name, value in ended.last.params.items() if _at_boundary(problem, name, value)]
+    if boundary:
+        warnings.warn(
+            f"Parameters {', '.join(repr(n) for n in boundary)} ended with entries on the boundary of their space "
+            "(probabilities of 0 or 1, scales of 0). Standard errors do not apply to these.",
+            BoundaryEstimate,
+            stacklevel=3,
+        )
+
+
+def _at_boundary(problem: Problem, name: str, value: torch.Tensor) -> bool:
+    record = problem.parameters[name]
+    if torch.equal(value, record.value):
+        return False  # never moved: structural zeros of a fixed table
+    constraint = record.constraint
+    while hasattr(constraint, "base_constraint"):
+        constraint = constraint.base_constraint
+    kept = (record.value == value) & (value == 0)
+    if constraint is torch.distributions.constraints.simplex:
+        return bool(((value == 0) & ~kept).any())
+    lower, upper = getattr(constraint, "lower_bound", None), getattr(constraint, "upper_bound", None)
+    low = torch.zeros_like(kept) if lower is None else (value <= lower) & ~kept
+    high = torch.zeros_like(kept) if upper is None else value >= upper
+    return bool((low | high).any())

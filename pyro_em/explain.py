@@ -1,0 +1,55 @@
+"""Builds the `Plan` of a problem: the choices that the E-step and M-step made, in words."""
+
+from __future__ import annotations
+
+import math
+
+from pyro_em.m_step.auto import MStep
+from pyro_em.model.compat import base_distribution
+from pyro_em.model.plan import Plan, Row
+from pyro_em.model.resources import predicted_bytes
+from pyro_em.problem import Problem
+
+
+def explain(problem: Problem, m_step: MStep, algorithm: str) -> Plan:
+    """The plan of an exact algorithm."""
+    e_rows, m_rows, notes = [], [], []
+    graph = problem.graph
+    for name, role in problem.roles.items():
+        site = problem.capture.sites[name]
+        family = type(base_distribution(site.fn)).__name__
+        plates = ", ".join(f"{plate.name}={plate.size}" for plate in site.plates)
+        if role.role == "data":
+            e_rows.append(Row(name, "data", "observed", family + (f" in plates {plates}" if plates else "")))
+        elif role.role == "latent":
+            elements = math.prod(plate.size for plate in site.plates)
+            reason = f"{family}, {site.num_states} states x {elements} elements; {role.reason}"
+            e_rows.append(Row(name, "latent", "enumerate", reason))
+        if role.role == "parameter":
+            counted = "its prior counts" if problem.with_prior else f"its prior is ignored by '{algorithm}'"
+            notes.append(f"'{name}' is a parameter ({role.reason}); {counted}.")
+        if role.override and role.role == "latent":
+            notes.append(f"'{name}' is taken as latent ({role.reason}); {role.override}.")
+    for name, record in problem.parameters.items():
+        choice = m_step.choices[name]
+        kind = {"param": "pyro.param", "module": "module", "sample": "pyro.sample"}[record.kind]
+        m_rows.append(Row(name, kind, choice.route, choice.reason))
+    for component in graph.components:
+        shared = [graph.plate_names[d] for d in component.root]
+        latents = [graph.symbol_sites[s] for s in component.symbols]
+        if len(latents) > 1 and len(latents) <= 6:
+            notes.append(
+                f"latents {', '.join(repr(x) for x in sorted(latents))} are summed out jointly"
+                + (f" within each element of {', '.join(sorted(shared))}" if shared else "")
+                + "."
+            )
+    objective = "log p(x|θ) + log p(θ)" if problem.with_prior else "log p(x|θ)"
+    return Plan(
+        algorithm=algorithm,
+        exact=True,
+        objective=objective,
+        e_step=tuple(e_rows),
+        m_step=tuple(m_rows),
+        predicted_bytes=predicted_bytes(problem.capture),
+        notes=tuple(notes),
+    )

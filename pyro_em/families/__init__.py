@@ -1,0 +1,79 @@
+"""Exponential families: exact log densities, sufficient statistics and kernels for the M-step.
+
+`FAMILIES` is the whole table. A distribution outside it is no error: it has no closed form here, and
+its parameters are maximised numerically.
+"""
+
+from pyro_em.families.base import (
+    CHOLESKY,
+    IDENTITY,
+    LOGIT,
+    NORMALISED,
+    SOFTMAX,
+    Family,
+    Link,
+    OneHotStatistic,
+    Statistic,
+)
+from pyro_em.families.categorical import CategoricalFamily, MultinomialFamily, OneHotCategoricalFamily
+from pyro_em.families.dirichlet import BetaFamily, DirichletFamily
+from pyro_em.families.multivariate_normal import MultivariateNormalFamily
+from pyro_em.families.normal import HalfNormalFamily, LogNormalFamily, NormalFamily
+from pyro_em.families.positive import ExponentialFamily, GammaFamily, InverseGammaFamily, PoissonFamily
+from pyro_em.families.trials import BernoulliFamily, BinomialFamily, GeometricFamily, NegativeBinomialFamily
+from pyro_em.families.uniform import UniformFamily
+from pyro_em.families.wishart import InverseWishartFamily, WishartFamily
+
+_FAMILIES: tuple[Family, ...] = (
+    BernoulliFamily(),
+    BinomialFamily(),
+    GeometricFamily(),
+    NegativeBinomialFamily(),
+    CategoricalFamily(),
+    OneHotCategoricalFamily(),
+    MultinomialFamily(),
+    PoissonFamily(),
+    ExponentialFamily(),
+    GammaFamily(),
+    InverseGammaFamily(),
+    NormalFamily(),
+    LogNormalFamily(),
+    HalfNormalFamily(),
+    MultivariateNormalFamily(),
+    BetaFamily(),
+    DirichletFamily(),
+    UniformFamily(),
+    InverseWishartFamily(),
+    WishartFamily(),
+)
+
+FAMILIES: dict[type, Family] = {family.distribution: family for family in _FAMILIES}
+"""Every family by its Pyro distribution class."""
+
+
+def family_of(distribution: type) -> Family | None:
+    """The family of a Pyro distribution class, or None. Subclasses are not looked up: they may
+    differ from their base in any way.
+
+    >>> import pyro.distributions as dist
+    >>> sorted(family_of(dist.Normal).closed)
+    ['loc', 'scale']
+    >>> family_of(dist.StudentT) is None
+    True
+    """
+    return FAMILIES.get(distribution)
+
+
+__all__ = [
+    "CHOLESKY",
+    "FAMILIES",
+    "IDENTITY",
+    "LOGIT",
+    "NORMALISED",
+    "SOFTMAX",
+    "Family",
+    "Link",
+    "OneHotStatistic",
+    "Statistic",
+    "family_of",
+]

@@ -1,0 +1,163 @@
+"""What a family of distributions tells the M-step.
+
+A family gives an exact `log_prob`, sufficient statistics of a value, and two kinds of kernel
+(`pyro_em.kernels`): its log density as a function of one *argument*, given weighted moments
+
+    S₀ = Σ w,   S_j = Σ w T_j(x)
+
+and its log density as a function of its *value*, for priors. Anything a family does not offer is
+None, and the caller then maximises `log_prob` numerically. A family knows no site and no parameter,
+does no reduction, and does not check supports: a value outside is the caller's error to report.
+
+Shapes: arguments and values carry leading batch or cell dims U (any number, broadcast freely), then
+their own event dims.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from pyro_em.kernels import Kernel, PowerKernel
+
+Arguments = Mapping[str, Any]
+Moments = Sequence[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Statistic:
+    """The outer product of one or two `factors`, each with `factor_dim` trailing event dims.
+
+    Two factors stand for x² (factor_dim 0) or x xᵀ (factor_dim 1), so that Σ w x xᵀ is one
+    contraction and no (N, D, D) table is made.
+    """
+
+    factors: tuple[Tensor, ...]
+    factor_dim: int = 0
+
+    @property
+    def event_dim(self) -> int:
+        return len(self.factors) * self.factor_dim
+
+    def dense(self) -> Tensor:
+        """The statistic itself, with its event dims last."""
+        first, *rest = self.factors
+        for second in rest:
+            first = first * second if self.factor_dim == 0 else first[..., :, None] * second[..., None, :]
+        return first
+
+
+@dataclass(frozen=True, eq=False)
+class OneHotStatistic:
+    """One-hot rows, shape U + (size,), kept as an integer `index` of shape U."""
+
+    index: Tensor
+    size: int
+
+    @property
+    def event_dim(self) -> int:
+        return 1
+
+    def dense(self) -> Tensor:
+        return one_hot(self.index, self.size).double()
+
+
+AnyStatistic = Statistic | OneHotStatistic
+
+
+@dataclass(frozen=True)
+class Link:
+    """The canonical coordinate of an argument: where its kernel lives.
+
+    Both functions are differentiable and inverse to each other up to what the distribution ignores
+    (a constant added to logits, the length of unnormalised probs).
+    """
+
+    name: str
+    to_canonical: Callable[[Tensor], Tensor]
+    from_canonical: Callable[[Tensor], Tensor]
+
+
+def _identity(value: Tensor) -> Tensor:
+    return value
+
+
+IDENTITY = Link("identity", _identity, _identity)
+LOGIT = Link("logit", torch.sigmoid, torch.logit)
+SOFTMAX = Link("softmax", lambda logits: torch.softmax(logits, -1), torch.log)
+NORMALISED = Link("normalised", lambda probs: probs / probs.sum(-1, keepdim=True), _identity)
+CHOLESKY = Link("cholesky", lambda factor: factor @ factor.mT, torch.linalg.cholesky)
+
+
+class Family(ABC):
+    """One family; stateless. Subclasses fill the table at the top and what has a closed form."""
+
+    distribution: ClassVar[type]
+    """The Pyro distribution class."""
+    event_dim: ClassVar[int] = 0
+    """Event dims of a value."""
+    arguments: ClassVar[Mapping[str, int]]
+    """Tensor arguments of the constructor, with the event dims of each."""
+    links: ClassVar[Mapping[str, Link]] = {}
+    """Canonical coordinate of each argument which is not its own."""
+    closed: ClassVar[frozenset[str]] = frozenset()
+    """Arguments which have a `kernel`."""
+    diagonal: ClassVar[frozenset[str]] = frozenset()
+    """Matrix arguments which have a `diagonal_kernel`."""
+    centered: ClassVar[bool] = False
+    """Whether `statistics` and the kernels use a `center`; the first statistic is then the location."""
+
+    def log_prob(self, args: Arguments, value: Tensor) -> Tensor:
+        """log density or mass at `value`, shape broadcast(U of args, U of value).
+
+        `args` are raw constructor arguments (Python numbers allowed, names not in `arguments`
+        ignored). Exactly −inf at an impossible value, with gradients that are never NaN. Here:
+        the distribution's own `log_prob`, right wherever that has no boundary trouble.
+        """
+        kept = {name: args[name] for name in self.arguments if name in args}
+        result: Tensor = self.distribution(**kept, validate_args=False).log_prob(value)
+        return result
+
+    def statistics(
+        self, value: Tensor, args: Arguments | None = None, center: Tensor | None = None
+    ) -> tuple[AnyStatistic, ...]:
+        """Sufficient statistics T_j(value) for the kernels, in the order of the moments.
+
+        `args` supplies what a statistic itself depends on (the number of categories, a total count)
+        at the level of the values. `center` broadcasts against the first statistic of a `centered`
+        family and is subtracted from it: Σx² − (Σx)²/n keeps its digits only for a center within a
+        few standard deviations of the data.
+        """
+        return ()
+
+    def kernel(
+        self, argument: str, moments: Moments, args: Arguments, center: Tensor | None = None
+    ) -> Kernel | None:
+        """Σ w log p(x | args) as a function of one argument, up to a constant, or None.
+
+        `moments` is (S₀, S₁, ...): S₀ of shape U, then one weighted sum per statistic, of shape U +
+        event. `args` holds the current other arguments, `center` what `statistics` was given; both
+        broadcast against U. The kernel is in the argument's canonical coordinate (`link`).
+        """
+        return None
+
+    def diagonal_kernel(
+        self, argument: str, moments: Moments, args: Arguments, center: Tensor | None = None
+    ) -> PowerKernel | None:
+        """Like `kernel`, for a matrix argument known to be diagonal: one kernel, shape U + (D,), for
+        the diagonal entries of the argument itself."""
+        return None
+
+    def value_kernel(self, args: Arguments) -> Kernel | None:
+        """log p(value | args) as a function of the value, up to a constant, or None."""
+        return None
+
+    def link(self, argument: str) -> Link:
+        """The canonical coordinate of `argument`."""
+        return self.links.get(argument, IDENTITY)

@@ -1,0 +1,76 @@
+"""Logarithms that are exact at the boundary, and small helpers shared by the families.
+
+`torch.where` alone is not enough there: its backward pass multiplies the infinite derivative of
+log 0 by 0, which is NaN. Every guard below therefore also feeds the logarithm a harmless argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def floats(*values: Any) -> tuple[Tensor, ...]:
+    """The values as tensors of one floating type: the widest among the floating tensors given.
+
+    Python numbers and integer tensors follow, so that 0.1 does not pass through float32.
+    """
+    kinds = [v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+    dtype = kinds[0] if kinds else torch.get_default_dtype()
+    for kind in kinds[1:]:
+        dtype = torch.promote_types(dtype, kind)
+    return tuple(torch.as_tensor(v, dtype=dtype) for v in values)
+
+
+def real(value: Tensor) -> Tensor:
+    """Counts and flags as float64, in which sums of them are exact; floating values as they are."""
+    return value if value.is_floating_point() else value.double()
+
+
+def weighted_log(weight: Tensor, probability: Tensor) -> Tensor:
+    """weight · log(probability), with 0 · log 0 = 0; no gradient flows from the boundary."""
+    return _weighted(weight, probability, probability <= 0, torch.log)
+
+
+def weighted_log1m(weight: Tensor, probability: Tensor) -> Tensor:
+    """weight · log(1 − probability), likewise."""
+    return _weighted(weight, probability, probability >= 1, lambda p: torch.log1p(-p))
+
+
+def weighted(weight: Tensor, log_probability: Tensor) -> Tensor:
+    """weight · log_probability, likewise with 0 · (−inf) = 0."""
+    return _weighted(weight, log_probability, log_probability == -torch.inf, lambda log: log)
+
+
+def _weighted(
+    weight: Tensor, probability: Tensor, boundary: Tensor, log: Callable[[Tensor], Tensor]
+) -> Tensor:
+    weight, probability, boundary = torch.broadcast_tensors(weight, probability, boundary)
+    inside = torch.where(boundary, torch.full_like(probability, 0.5), probability)
+    # A negative weight occurs in priors below 1, whose density is infinite on the boundary.
+    limit = -torch.inf * weight.detach().sign()
+    limit = torch.where(weight == 0, torch.zeros_like(limit), limit)
+    return torch.where(boundary, limit, weight * log(inside))
+
+
+def symmetric(matrix: Tensor) -> Tensor:
+    """The symmetric part, which removes the rounding of a contraction."""
+    return (matrix + matrix.mT) / 2
+
+
+def precision_matrix(args: Mapping[str, Any]) -> Tensor:
+    """Σ⁻¹ from whichever of the three matrix arguments was given."""
+    if "precision_matrix" in args:
+        precision: Tensor = args["precision_matrix"]
+        return precision
+    if "scale_tril" in args:
+        return torch.cholesky_inverse(args["scale_tril"])
+    return torch.cholesky_inverse(torch.linalg.cholesky(args["covariance_matrix"]))
+
+
+def log_det(matrix: Tensor) -> Tensor:
+    """log|matrix| of a positive definite matrix, shape U."""
+    return 2 * torch.linalg.cholesky(matrix).diagonal(dim1=-2, dim2=-1).log().sum(-1)

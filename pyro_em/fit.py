@@ -1,0 +1,232 @@
+"""`fit` and `plan`: one model, its inference swapped by a flag."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_em.checks import after_fit, at_start
+from pyro_em.errors import DegenerateLikelihoodError, EMWarning
+from pyro_em.explain import explain
+from pyro_em.initialise import default_strategy, initial_params
+from pyro_em.loop import Callback, Ended, Step, run_loop
+from pyro_em.m_step.auto import MStep
+from pyro_em.model.plan import Plan
+from pyro_em.options import check_algorithm, check_restarts, checked_init, point_estimated
+from pyro_em.problem import Problem, bind
+from pyro_em.result import FitResult, count_parameters
+from pyro_em.stop import Outcome, StoppingRule
+from pyro_em.store import isolated_rng, write_params
+from pyro_em.types import Model, Params
+
+
+def fit(
+    model: Model,
+    *args: Any,
+    algorithm: str = "em",
+    guide: Model | None = None,
+    roles: Mapping[str, str] | None = None,
+    init: Mapping[str, Any] | str | None = None,
+    restarts: int = 1,
+    seed: int | None = None,
+    max_iter: int = 1000,
+    tol: float = 1e-6,
+    m_step: Any = "auto",
+    weights: Mapping[str, Tensor] | None = None,
+    optim: Any = None,
+    num_particles: int = 1,
+    callbacks: Iterable[Callback] = (),
+    progress: bool | None = None,
+    **kwargs: Any,
+) -> FitResult:
+    """Fit a Pyro model by EM, MAP-EM, generalised EM or SVI.
+
+    `args` and `kwargs` go to the model (and guide), as in `SVI.step`; the keyword options below shadow
+    model arguments of the same name. The fitted values are written to Pyro's param store. On an error or
+    Ctrl-C the caller's store and random state are as before.
+
+    :param model: any Pyro model. Discrete latents are enumerated without being marked.
+    :param algorithm: "em" (exact posterior, M-step in closed form where there is one), "map-em" (the same,
+        plus log-priors of the parameter sites), "gem" (gradient M-step), "svi" (Pyro's own SVI).
+    :param guide: Pyro guide. Under the exact algorithms its Delta sites are point estimates.
+    :param roles: `{"site": "parameter" | "latent"}`, overriding what `plan` shows.
+    :param init: starting values by name (constrained), or "model", "random", "kmeans++".
+    :param restarts: number of starts; the best is returned, all are reported in `result.restarts`. The
+        first start is `init` (or the model's own values), the others are drawn.
+    :param seed: makes the fit reproducible bit for bit.
+    :param max_iter: most updates; with `tol=0` exactly that many are performed.
+    :param tol: converged when max|∂ objective/∂u| / N <= tol (u: free coordinates, N: data elements).
+    :param m_step: "auto", "closed", "gradient", or a dict of these (or "fixed") by parameter.
+    :param weights: `{"plate": (N,) tensor}`: multiply the log-evidence of the plate's elements.
+    :param optim: for "svi" a Pyro or torch optimiser; for "gem" a function from parameters to a torch optimiser.
+    :param num_particles: Monte Carlo samples per step under "svi".
+    :param callbacks: called with a `Step` after each E-step; returning True stops the fit.
+    :param progress: a progress bar; by default if the terminal can show one.
+    :raises InputError: for data, starts or options that cannot be used.
+    :raises Refusal: for structure that is not exactly tractable, naming site, reason and remedy.
+    :raises DegenerateLikelihoodError: if every start collapses; `.result` holds the last finite iterate.
+
+    Example::
+
+        import pyro, pyro.distributions as dist, torch
+        from torch.distributions import constraints
+
+        def model(x):
+            w = pyro.param("w", torch.ones(2) / 2, constraint=constraints.simplex)
+            loc = pyro.param("loc", torch.tensor([-1.0, 1.0]))
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Categorical(w))
+                pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
+
+        result = pyro_em.fit(model, x, algorithm="em")
+    """
+    check_algorithm(algorithm)
+    check_restarts(restarts)
+    rule = StoppingRule(max_iter, tol)
+    if algorithm == "svi":
+        from pyro_em.svi import fit_svi
+
+        return fit_svi(
+            model, args, kwargs, guide=guide, init=init, restarts=restarts, seed=seed, max_iter=max_iter,
+            optim=optim, num_particles=num_particles, callbacks=callbacks, progress=progress, roles=roles,
+        )  # fmt: skip
+    with isolated_rng(seed), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", EMWarning)
+        problem = _bind(model, args, kwargs, algorithm, guide, roles, weights)
+        m = MStep(problem, m_step, algorithm, optim)
+        starts = list(_starts(problem, m, init, restarts, seed))
+        at_start(problem, starts[0])
+        runs: list[Ended] = []
+        errors: list[BaseException] = []
+        with _bar(progress, algorithm, max_iter) as tick:
+            for start in starts:
+                ended = run_loop(problem, m, start, rule, (*callbacks, tick))
+                runs.append(ended)
+                if ended.error is not None and not isinstance(ended.error, DegenerateLikelihoodError):
+                    errors.append(ended.error)
+                    break
+                rule = StoppingRule(max_iter, tol)
+        alive = [r for r in runs if r.outcome is not Outcome.degenerate]
+        best = max(alive or runs, key=lambda r: r.last.objective)
+        after_fit(problem, best)
+    result = _result(problem, m, best, runs, algorithm, seed, tuple(str(w.message) for w in caught))
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if errors or not alive:
+        error = errors[0] if errors else best.error
+        assert error is not None
+        error.result = result  # type: ignore[attr-defined]
+        raise error
+    leaves = best.last.run.leaves
+    modules = {n: leaves[n] for n, r in problem.parameters.items() if r.kind == "module" and n in leaves}
+    write_params(problem.parameters, result.params, modules)
+    return result
+
+
+def plan(
+    model: Model,
+    *args: Any,
+    algorithm: str = "em",
+    guide: Model | None = None,
+    roles: Mapping[str, str] | None = None,
+    m_step: Any = "auto",
+    weights: Mapping[str, Tensor] | None = None,
+    **kwargs: Any,
+) -> Plan:
+    """What `fit` would do with the same arguments, without doing it. Print it.
+
+    :raises Refusal, InputError, ResourceError: as `fit` would.
+    """
+    check_algorithm(algorithm)
+    if algorithm == "svi":
+        from pyro_em.svi import plan_svi
+
+        return plan_svi(model, args, kwargs, guide=guide, roles=roles)
+    with isolated_rng(0):
+        problem = _bind(model, args, kwargs, algorithm, guide, roles, weights)
+        return explain(problem, MStep(problem, m_step, algorithm), algorithm)
+
+
+def _bind(
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    algorithm: str,
+    guide: Model | None,
+    roles: Mapping[str, str] | None,
+    weights: Mapping[str, Tensor] | None,
+) -> Problem:
+    deltas = point_estimated(guide, args, kwargs)
+    with_prior = algorithm == "map-em"
+    return bind(model, args, kwargs, with_prior=with_prior, roles=roles, deltas=deltas, weights=weights)
+
+
+def _starts(
+    problem: Problem, m: MStep, init: Mapping[str, Any] | str | None, restarts: int, seed: int | None
+) -> Iterator[Params]:
+    rng = np.random.default_rng(seed if seed is not None else np.random.randint(2**31 - 1))
+    if isinstance(init, str):
+        strategy = init
+    elif init is not None:
+        strategy = default_strategy(problem) if restarts > 1 else "model"
+        yield checked_init(problem, init)
+    else:
+        strategy = default_strategy(problem)
+        sampled = any(record.kind == "sample" for record in problem.parameters.values())
+        yield initial_params(problem, m, strategy if sampled else "model", rng)
+    for _ in range(restarts if isinstance(init, str) else restarts - 1):
+        yield initial_params(problem, m, strategy, rng)
+
+
+@contextlib.contextmanager
+def _bar(progress: bool | None, algorithm: str, max_iter: int) -> Iterator[Callback]:
+    show = sys.stderr.isatty() if progress is None else progress
+    with tqdm(total=max_iter, desc=algorithm, disable=not show, leave=False) as bar:
+
+        def tick(step: Step) -> None:
+            bar.n = step.iteration
+            bar.set_postfix_str(f"objective {step.objective:.6g}, score {step.score:.1e}", refresh=False)
+            bar.update(0)
+
+        yield tick
+
+
+def _result(
+    problem: Problem,
+    m: MStep,
+    best: Ended,
+    runs: list[Ended],
+    algorithm: str,
+    seed: int | None,
+    messages: tuple[str, ...],
+) -> FitResult:
+    evidence, params = best.last.evidence, {n: v.detach().clone() for n, v in best.last.params.items()}
+    log_likelihood = float(evidence.log_likelihood)
+    return FitResult(
+        algorithm=algorithm,
+        params=params,
+        log_likelihood=log_likelihood,
+        log_posterior=log_likelihood + float(evidence.log_prior) if problem.with_prior else None,
+        elbo=log_likelihood,
+        exact=True,
+        outcome=best.outcome,
+        num_iterations=best.last.iteration,
+        history=best.history.as_dict(),
+        plan=explain(problem, m, algorithm),
+        warnings=messages,
+        restarts=tuple((run.last.objective, run.outcome.name) for run in runs),
+        seed=seed,
+        num_observations=problem.graph.num_observations,
+        num_parameters=count_parameters(problem, m.free, params),
+        problem=problem,
+        free=m.free,
+    )
+
+

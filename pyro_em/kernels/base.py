@@ -1,0 +1,160 @@
+"""What every kernel can do: add, scatter, scale, evaluate, maximise.
+
+Shapes: U are leading cell dims (any number, broadcast freely); after them come the dims of one block
+of θ: none for an elementwise kernel, (D,) for a row or vector, (D, D) for a matrix. A coefficient
+has the cell dims of θ and trailing dims of its own, declared in `event_dims`, so that a caller can
+scatter cells onto parameter entries with one function for all kernels. Which cells belong to which
+entry is the caller's knowledge; kernels hold no index.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+CoefficientMap = Callable[[Tensor, int], Tensor]
+
+
+class IncompatibleKernels(TypeError):
+    """A sum or a change of argument which leaves the closed forms: maximise numerically instead."""
+
+    @classmethod
+    def sum_of(cls, first: Kernel, second: Kernel) -> IncompatibleKernels:
+        return cls(
+            f"A kernel of the form {first.form} cannot be added to one of the form {second.form}: the sum "
+            "has no closed-form maximum. Maximise it numerically instead."
+        )
+
+
+def times(coefficient: Tensor, factor: Tensor) -> Tensor:
+    """coefficient · factor, where a coefficient of zero contributes 0 even if the factor is infinite."""
+    product = coefficient * factor
+    return torch.where(coefficient == 0, torch.zeros_like(product), product)
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel(ABC):
+    """A function of one parameter θ with additive coefficients; see the subclasses for the formulas."""
+
+    names: ClassVar[tuple[str, ...]]
+    """Fields that hold the additive coefficients, in order."""
+
+    @property
+    @abstractmethod
+    def event_dim(self) -> int:
+        """Number of trailing dims of θ that form one block."""
+
+    @property
+    @abstractmethod
+    def event_dims(self) -> tuple[int, ...]:
+        """Number of trailing event dims of each coefficient."""
+
+    @property
+    @abstractmethod
+    def form(self) -> str:
+        """The formula, for messages; two kernels of one form can be added."""
+
+    @abstractmethod
+    def value(self, theta: Tensor) -> Tensor:
+        """The kernel at θ, shape U (event dims summed out)."""
+
+    @abstractmethod
+    def gradient(self, theta: Tensor) -> Tensor:
+        """Derivative in the constrained θ, shape of θ. A zero coefficient contributes exactly 0,
+        also on the boundary; a non-zero one may be infinite there."""
+
+    @abstractmethod
+    def argmax(self) -> Tensor:
+        """The maximising θ. It may lie on the boundary (exactly 0 or 1), be infinite or singular where
+        the kernel is unbounded, and NaN where `is_empty`: judging these is the caller's task."""
+
+    @abstractmethod
+    def is_empty(self) -> Tensor:
+        """Boolean, shape U: blocks about which the kernel says nothing, so that θ keeps its value."""
+
+    @abstractmethod
+    def rescale(self, factor: Tensor) -> Self:
+        """The kernel as a function of θ when the argument is factor · θ.
+
+        `factor` ≥ 0 broadcasts against θ: one number for a matrix block has shape (..., 1, 1).
+        """
+
+    @property
+    def coefficients(self) -> tuple[Tensor, ...]:
+        """The additive coefficients, not yet broadcast against each other."""
+        return tuple(getattr(self, name) for name in self.names)
+
+    def from_coefficients(self, coefficients: Sequence[Tensor]) -> Self:
+        """The same form with other coefficients."""
+        return dataclasses.replace(self, **dict(zip(self.names, coefficients, strict=True)))
+
+    def map(self, function: CoefficientMap) -> Self:
+        """Apply `function(coefficient, event_ndim)` to every coefficient, broadcast to one cell shape."""
+        pairs = list(zip(self.coefficients, self.event_dims, strict=True))
+        cells = torch.broadcast_shapes(*(c.shape[: c.dim() - ndim] for c, ndim in pairs))
+        return self.from_coefficients(
+            [function(c.expand(cells + c.shape[c.dim() - ndim :]), ndim) for c, ndim in pairs]
+        )
+
+    def collect(self, function: CoefficientMap, at: Tensor, onto: Tensor) -> Self:
+        """Sum cells onto parameter entries with `function`, as `map` does.
+
+        `at` is the current θ at the cells, `onto` the current θ at the entries that the cells go to:
+        a kernel with an origin is first moved there, so that offsets are equal before they are added.
+        """
+        return self.map(function)
+
+    def __add__(self, other: Kernel) -> Kernel:
+        if isinstance(other, FlatKernel):
+            return self
+        if self.form != other.form:
+            raise IncompatibleKernels.sum_of(self, other)
+        pairs = zip(self.coefficients, other.coefficients, strict=True)
+        return self.from_coefficients([mine + theirs for mine, theirs in pairs])
+
+
+@dataclass(frozen=True, eq=False)
+class FlatKernel(Kernel):
+    """The constant 0: neutral in addition, empty everywhere. The kernel of a flat prior.
+
+    >>> (FlatKernel() + FlatKernel()).is_empty()
+    tensor(True)
+    """
+
+    names: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def event_dim(self) -> int:
+        return 0
+
+    @property
+    def event_dims(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def form(self) -> str:
+        return "0"
+
+    def value(self, theta: Tensor) -> Tensor:
+        return torch.zeros_like(theta)
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        return torch.zeros_like(theta)
+
+    def argmax(self) -> Tensor:
+        return torch.tensor(torch.nan)
+
+    def is_empty(self) -> Tensor:
+        return torch.tensor(True)
+
+    def rescale(self, factor: Tensor) -> Self:
+        return self
+
+    def __add__(self, other: Kernel) -> Kernel:
+        return other

@@ -1,0 +1,98 @@
+"""A log θ − B₊ θ^q − B₋ θ^−q for θ > 0: rates, scales and variances.
+
+This is the shape of a generalised inverse Gaussian. With x = θ^q and a = A/q the maximum solves
+
+    B₊ x² − a x − B₋ = 0,      x = (a + √(a² + 4 B₊B₋)) / 2B₊ = 2B₋ / (√(a² + 4 B₊B₋) − a)
+
+and the form without cancellation is taken for either sign of a. Assumes B₊ ≥ 0 and B₋ ≥ 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from pyro_em.kernels.base import Kernel, times
+
+
+@dataclass(frozen=True, eq=False)
+class PowerKernel(Kernel):
+    """Elementwise A log θ − B₊ θ^q − B₋ θ^−q.
+
+    `log_coefficient` A, `rising` B₊ ≥ 0 and `falling` B₋ ≥ 0 have shape U (elementwise); `exponent`
+    is q > 0. The argmax is exactly 0 when nothing holds θ away from 0 (a rate without events, a
+    variance without spread), infinite when nothing holds it back, NaN where all three are 0.
+
+    >>> one = torch.ones(())
+    >>> PowerKernel(6 * one, 3 * one, 0 * one).argmax()      # Poisson: 6 events in 3 intervals
+    tensor(2.)
+    """
+
+    log_coefficient: Tensor
+    rising: Tensor
+    falling: Tensor
+    exponent: float = 1.0
+
+    names: ClassVar[tuple[str, ...]] = ("log_coefficient", "rising", "falling")
+
+    @property
+    def event_dim(self) -> int:
+        return 0
+
+    @property
+    def event_dims(self) -> tuple[int, ...]:
+        return (0, 0, 0)
+
+    @property
+    def form(self) -> str:
+        # Twelve digits: an exponent that went through two reciprocal powers is still the same.
+        return f"A log t - B t^{self.exponent:.12g} - C t^-{self.exponent:.12g}"
+
+    def value(self, theta: Tensor) -> Tensor:
+        power = theta**self.exponent
+        return (
+            torch.xlogy(self.log_coefficient, theta)
+            - times(self.rising, power)
+            - times(self.falling, power.reciprocal())
+        )
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        q = self.exponent
+        return (
+            times(self.log_coefficient, theta.reciprocal())
+            - q * times(self.rising, theta ** (q - 1))
+            + q * times(self.falling, theta ** (-q - 1))
+        )
+
+    def argmax(self) -> Tensor:
+        a = self.log_coefficient / self.exponent
+        # hypot: a² and B₊B₋ overflow and underflow long before their root does.
+        root = torch.hypot(a, 2 * self.rising.sqrt() * self.falling.sqrt())
+        downhill = torch.where(self.falling == 0, torch.zeros_like(root), 2 * self.falling / (root - a))
+        x = torch.where(a > 0, (a + root) / (2 * self.rising), downhill)
+        return torch.where(self.is_empty(), torch.nan, x ** (1 / self.exponent))
+
+    def is_empty(self) -> Tensor:
+        return (self.log_coefficient == 0) & (self.rising == 0) & (self.falling == 0)
+
+    def rescale(self, factor: Tensor) -> Self:
+        return self.power(1.0, factor)
+
+    def power(self, exponent: float, factor: Tensor | float = 1.0) -> Self:
+        """The kernel in θ when the argument is factor · θ^exponent; exponent ≠ 0, factor ≥ 0.
+
+        A standard deviation's kernel (q = 2) becomes a variance's (q = 1) by `power(0.5)`; a negative
+        exponent, as in a precision, swaps B₊ and B₋.
+        """
+        if exponent == 0:
+            raise ValueError(
+                "PowerKernel.power got exponent 0, with which the argument no longer depends on the "
+                "parameter: drop this use of the parameter instead."
+            )
+        scale = torch.as_tensor(factor, dtype=self.rising.dtype) ** self.exponent
+        up, down = times(self.rising, scale), times(self.falling, scale.reciprocal())
+        rising, falling = (up, down) if exponent > 0 else (down, up)
+        return type(self)(exponent * self.log_coefficient, rising, falling, abs(exponent) * self.exponent)

@@ -1,0 +1,124 @@
+"""h·(μ−o) − ½ (μ−o)ᵀ Λ (μ−o): locations, elementwise or as vectors.
+
+The origin o keeps the digits: with data around 1e6 and spread 1, sums of x lose what sums of x − o
+keep. Origins are not additive, so kernels are moved onto one origin (`rebase`) before their
+coefficients are added. A kernel at origin θ_old has h = its score there, and its argmax is a Newton
+step from θ_old, which leaves a direction without information (Λ singular) where it was.
+Assumes Λ symmetric and positive semidefinite.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from pyro_em.kernels.base import CoefficientMap, FlatKernel, IncompatibleKernels, Kernel
+
+
+@dataclass(frozen=True, eq=False)
+class QuadraticKernel(Kernel):
+    """h·(μ−o) − ½ (μ−o)ᵀ Λ (μ−o).
+
+    Elementwise: `linear` h and `precision` Λ of shape U. With `vector=True`: h of shape U + (D,) and
+    Λ of shape U + (D, D). `origin` o broadcasts against μ. Where it is empty the argmax is o.
+
+    >>> QuadraticKernel(torch.tensor(6.0), torch.tensor(2.0), torch.tensor(100.0)).argmax()
+    tensor(103.)
+    """
+
+    linear: Tensor
+    precision: Tensor
+    origin: Tensor = field(default_factory=lambda: torch.zeros(()))
+    vector: bool = False
+
+    names: ClassVar[tuple[str, ...]] = ("linear", "precision")
+
+    @property
+    def event_dim(self) -> int:
+        return int(self.vector)
+
+    @property
+    def event_dims(self) -> tuple[int, ...]:
+        return (1, 2) if self.vector else (0, 0)
+
+    @property
+    def form(self) -> str:
+        return "h.(m - o) - (m - o)'L(m - o)/2"
+
+    def value(self, theta: Tensor) -> Tensor:
+        shift = theta - self.origin
+        value = (self.linear - self._apply(shift) / 2) * shift
+        return value.sum(-1) if self.vector else value
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        return self.linear - self._apply(theta - self.origin)
+
+    def argmax(self) -> Tensor:
+        if self.vector:
+            return self.origin + _solve(self.precision, self.linear)
+        step = self.linear / self.precision
+        return self.origin + torch.where(self.is_empty(), torch.zeros_like(step), step)
+
+    def is_empty(self) -> Tensor:
+        empty = self.linear == 0
+        if self.vector:
+            return empty.all(-1) & (self.precision == 0).flatten(-2).all(-1)
+        return empty & (self.precision == 0)
+
+    def rescale(self, factor: Tensor) -> Self:
+        # An entry multiplied by 0 no longer moves: its origin is folded into h before it is lost.
+        zero = factor == 0
+        moved = self.rebase(torch.where(zero, torch.zeros_like(self.origin), self.origin))
+        if self.vector:
+            precision = moved.precision * factor.unsqueeze(-1) * factor.unsqueeze(-2)
+        else:
+            precision = moved.precision * factor**2
+        origin = moved.origin / torch.where(zero, torch.ones_like(factor), factor)
+        return type(self)(moved.linear * factor, precision, origin, self.vector)
+
+    def rebase(self, origin: Tensor) -> Self:
+        """The same function, up to a constant, written around another origin."""
+        linear = self.linear - self._apply(origin - self.origin)
+        return dataclasses.replace(self, linear=linear, origin=origin)
+
+    def as_vector(self, size: int) -> Self:
+        """An elementwise kernel as one on vectors of `size` entries, with diagonal Λ."""
+        if self.vector:
+            return self
+        cells = torch.broadcast_shapes(self.linear.shape, self.precision.shape, (size,))
+        precision = torch.diag_embed(self.precision.expand(cells))
+        return type(self)(self.linear.expand(cells), precision, self.origin, vector=True)
+
+    def collect(self, function: CoefficientMap, at: Tensor, onto: Tensor) -> Self:
+        return dataclasses.replace(self.rebase(at).map(function), origin=onto)
+
+    def __add__(self, other: Kernel) -> Kernel:
+        if isinstance(other, FlatKernel):
+            return self
+        if not isinstance(other, QuadraticKernel):
+            raise IncompatibleKernels.sum_of(self, other)
+        if self.vector != other.vector:
+            size = (self if self.vector else other).linear.shape[-1]
+            return self.as_vector(size) + other.as_vector(size)
+        moved = other.rebase(self.origin)
+        return dataclasses.replace(
+            self, linear=self.linear + moved.linear, precision=self.precision + moved.precision
+        )
+
+    def _apply(self, shift: Tensor) -> Tensor:
+        if not self.vector:
+            return self.precision * shift
+        shift = shift.expand(torch.broadcast_shapes(shift.shape, self.precision.shape[-1:]))
+        return (self.precision @ shift.unsqueeze(-1)).squeeze(-1)
+
+
+def _solve(precision: Tensor, linear: Tensor) -> Tensor:
+    """Λ⁻¹h, shape U + (D,); the step of least length where Λ is singular."""
+    factor, failed = torch.linalg.cholesky_ex(precision)
+    if not failed.any():
+        return torch.cholesky_solve(linear.unsqueeze(-1), factor).squeeze(-1)
+    return (torch.linalg.pinv(precision, hermitian=True) @ linear.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,87 @@
+"""−A log|Σ| − ½ tr(B Σ⁻¹): covariance matrices, or the same function of the precision P = Σ⁻¹.
+
+    covariance  −A log|Σ| − ½ tr(B Σ⁻¹)      Σ* = B / 2A
+    precision    A log|P| − ½ tr(B P)        P* = 2A B⁻¹
+
+It does not enforce structure (diagonal, low rank): a diagonal matrix has a `PowerKernel` per entry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from pyro_em.kernels.base import Kernel
+
+
+@dataclass(frozen=True, eq=False)
+class WishartKernel(Kernel):
+    """−A log|Σ| − ½ tr(B Σ⁻¹), or with `inverse=True` A log|P| − ½ tr(B P).
+
+    `log_coefficient` A has shape U, `matrix` B (symmetric) U + (D, D). `value` and `gradient` raise
+    `torch.linalg.LinAlgError` at a matrix which is not positive definite. The argmax is NaN where
+    A = 0 and B = 0, singular where B is and infinite where a singular B leaves the precision unbounded.
+
+    >>> WishartKernel(torch.tensor(5.0), 10 * torch.eye(2)).argmax()
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
+
+    log_coefficient: Tensor
+    matrix: Tensor
+    inverse: bool = False
+
+    names: ClassVar[tuple[str, ...]] = ("log_coefficient", "matrix")
+
+    @property
+    def event_dim(self) -> int:
+        return 2
+
+    @property
+    def event_dims(self) -> tuple[int, ...]:
+        return (0, 2)
+
+    @property
+    def form(self) -> str:
+        return "A log|P| - tr(B P)/2" if self.inverse else "-A log|S| - tr(B S^-1)/2"
+
+    def value(self, theta: Tensor) -> Tensor:
+        factor = torch.linalg.cholesky(theta)
+        log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        if self.inverse:
+            return self.log_coefficient * log_det - (self.matrix * theta).sum((-2, -1)) / 2
+        trace = torch.cholesky_solve(self.matrix, factor).diagonal(dim1=-2, dim2=-1).sum(-1)
+        return -self.log_coefficient * log_det - trace / 2
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(theta))
+        log_part = self.log_coefficient[..., None, None] * inverse
+        if self.inverse:
+            return log_part - self.matrix / 2
+        return inverse @ self.matrix @ inverse / 2 - log_part
+
+    def argmax(self) -> Tensor:
+        twice = 2 * self.log_coefficient[..., None, None]
+        matrix = (self.matrix + self.matrix.mT) / 2
+        if not self.inverse:
+            return matrix / twice
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        unbounded = torch.where(self.is_empty(), torch.nan, torch.inf).to(matrix)[..., None, None]
+        bounded = (failed == 0)[..., None, None]
+        safe = torch.where(bounded, factor, torch.eye(factor.shape[-1]).to(factor))
+        return torch.where(bounded, twice * torch.cholesky_inverse(safe), unbounded)
+
+    def is_empty(self) -> Tensor:
+        return (self.log_coefficient == 0) & (self.matrix == 0).flatten(-2).all(-1)
+
+    def rescale(self, factor: Tensor) -> Self:
+        scale = factor if self.inverse else factor.reciprocal()
+        return dataclasses.replace(self, matrix=self.matrix * scale)
+
+    def inverted(self) -> Self:
+        """The same function of the inverse matrix: of P = Σ⁻¹ if this is one of Σ, and back."""
+        return dataclasses.replace(self, inverse=not self.inverse)

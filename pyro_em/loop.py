@@ -1,0 +1,141 @@
+"""The one loop of every exact algorithm: E-step, score, stop?, M-step, check.
+
+State (`Iterate`) is carried; `History` is recorded. Only θ goes round.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyro_em.errors import DegenerateLikelihoodError, MonotonicityError, NonFiniteError
+from pyro_em.evidence.discrete import Evidence
+from pyro_em.m_step.auto import MStep
+from pyro_em.model.trace import Run
+from pyro_em.problem import Problem
+from pyro_em.stop import Outcome, StoppingRule
+from pyro_em.types import Params
+
+MONOTONE = 16.0  # eps·Σ|ll_n|: the largest drop that rounding explains (worst seen anywhere is 1.7)
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """Carried from one iteration to the next: parameters and the E-step at them."""
+
+    params: Params
+    evidence: Evidence
+    run: Run
+    objective: float
+    iteration: int
+
+
+@dataclass
+class History:
+    """Recorded once per E-step; equally long lists."""
+
+    objective: list[float] = field(default_factory=list)
+    log_likelihood: list[float] = field(default_factory=list)
+    log_prior: list[float] = field(default_factory=list)
+    score: list[float] = field(default_factory=list)
+    num_e_steps: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, list[float]]:
+        return {name: list(values) for name, values in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a callback sees after each E-step. Return True from the callback to stop the fit."""
+
+    iteration: int
+    params: Params
+    objective: float
+    log_likelihood: float
+    score: float
+
+
+Callback = Callable[[Step], bool | None]
+
+
+@dataclass
+class Ended:
+    """Where a run of the loop ended: the last complete iterate, why, and what was recorded."""
+
+    last: Iterate
+    outcome: Outcome
+    history: History
+    empty: tuple[str, ...]
+    error: BaseException | None = None
+
+
+def rounding(iterate: Iterate) -> float:
+    """Σ|ll_n| in units of the last place of the parameters' precision."""
+    dtypes = {p.dtype for p in iterate.params.values()} or {torch.float64}
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    return eps * (1.0 + iterate.evidence.magnitude + abs(iterate.objective))
+
+
+def at(problem: Problem, params: Params, iteration: int) -> Iterate:
+    """E-step at `params`."""
+    evidence, run = problem.evidence(params)
+    return Iterate(params, evidence, run, problem.objective(evidence), iteration)
+
+
+def run_loop(
+    problem: Problem,
+    m_step: MStep,
+    start: Params,
+    rule: StoppingRule,
+    callbacks: Iterable[Callback] = (),
+) -> Ended:
+    """Iterate from `start` until the rule, a callback, an error or Ctrl-C ends it.
+
+    Errors after the first E-step do not lose the last complete iterate: they come back in `Ended.error`.
+    """
+    began = time.perf_counter()
+    history = History()
+    callbacks = tuple(callbacks)
+    current = at(problem, start, 0)
+    empty: set[str] = set()
+    num_observations = problem.graph.num_observations
+    try:
+        while True:
+            sufficient = m_step.sufficient(current.run, current.evidence)
+            score = m_step.score(current.params, current.evidence, sufficient) / num_observations
+            _record(history, current, score, began)
+            step = Step(
+                current.iteration, current.params, current.objective, float(current.evidence.log_likelihood), score
+            )
+            if any([callback(step) for callback in callbacks]):
+                return Ended(current, Outcome.interrupted, history, tuple(sorted(empty)))
+            outcome = rule.outcome(current.iteration, score, current.objective, rounding(current))
+            if outcome is not None:
+                return Ended(current, outcome, history, tuple(sorted(empty)))
+            params, info = m_step.update(current.params, current.evidence, sufficient)
+            empty |= set(info.empty)
+            following = at(problem, params, current.iteration + 1)
+            if following.objective < current.objective - MONOTONE * rounding(current):
+                raise MonotonicityError(following.iteration, current.objective, following.objective)
+            current = following
+    except DegenerateLikelihoodError as error:
+        error.iteration = current.iteration + 1
+        return Ended(current, Outcome.degenerate, history, tuple(sorted(empty)), error)
+    except (KeyboardInterrupt, NonFiniteError, MonotonicityError) as error:
+        return Ended(current, Outcome.interrupted, history, tuple(sorted(empty)), error)
+
+
+def _record(history: History, current: Iterate, score: float, began: float) -> None:
+    history.objective.append(current.objective)
+    history.log_likelihood.append(float(current.evidence.log_likelihood))
+    history.log_prior.append(float(current.evidence.log_prior))
+    history.score.append(score)
+    history.num_e_steps.append(current.iteration + 1)
+    history.seconds.append(time.perf_counter() - began)
+
+

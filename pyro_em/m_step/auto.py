@@ -1,0 +1,267 @@
+"""The M-step of a problem: which parameter is served by which rule, the joint update, its certificate.
+
+Conditional closed forms are applied in turn, locations before scales, each given the others' newest
+values. Where blocks do not couple one round is the joint argmax; where they do (a mean shared by
+components of different variance: ECM) rounds are repeated until the certificate max|∂Q/∂u| holds, and
+finished by Newton on all parameters together if rounds alone are slow.
+
+The same kernels, evaluated before the update, give the score ∂log p(x|θ)/∂u for nothing (Fisher's
+identity), which is what the stopping rule reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pyro_em.charts import chart
+from pyro_em.errors import InputError, Refusal
+from pyro_em.evidence.discrete import Evidence
+from pyro_em.kernels import FlatKernel
+from pyro_em.m_step.closed import Combined, NotClosed, combine
+from pyro_em.m_step.degenerate import check_update
+from pyro_em.m_step.numeric import Block, ascend, ascend_with, maximise
+from pyro_em.model.compat import dims_of, with_dims
+from pyro_em.model.density import packed_log_density
+from pyro_em.model.graph import FactorGraph
+from pyro_em.model.recognise import VALUE, Use
+from pyro_em.model.trace import Run, SiteRecord
+from pyro_em.problem import Problem
+from pyro_em.statistics import SiteMoments, argument_cells, site_center, site_moments, site_weight
+from pyro_em.types import Params
+
+Route = Literal["closed", "numeric", "gradient", "fixed", "unused"]
+CERTIFICATE = 1e-10  # on max|∂Q/∂u| / N
+MAX_ROUNDS = 30
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one parameter is updated, and why."""
+
+    route: Route
+    reason: str
+
+
+@dataclass(frozen=True)
+class MStepInfo:
+    """`rounds` of conditional updates, and the certificate max|∂Q/∂u| / N (None if not checked)."""
+
+    rounds: int
+    certificate: float | None
+    empty: tuple[str, ...]
+
+
+class Sufficient:
+    """Moments and current arguments of the sites, at the parameters being updated."""
+
+    def __init__(self, problem: Problem, run: Run, posterior: Mapping[str, Tensor], centers: dict[str, Tensor | None]):
+        self.problem, self.run, self.posterior, self.centers = problem, run, posterior, centers
+        self.sites: dict[str, SiteRecord] = dict(run.sites)
+        self.arguments: dict[str, dict[str, Tensor]] = {
+            name: {a: v.detach().double() for a, v in (site.arguments or {}).items()}
+            for name, site in run.sites.items()
+        }
+        self._moments: dict[str, SiteMoments] = {}
+
+    def moments(self, name: str) -> SiteMoments:
+        if name not in self._moments:
+            site, graph = self.sites[name], self.problem.graph
+            arguments = self.arguments[name]
+            if name not in graph.priors and name not in self.centers:
+                self.centers[name] = site_center(site, argument_cells(site, arguments))
+            weight = site_weight(site, graph.factors[name], self.posterior.get(name))
+            center = site_center(site, argument_cells(site, arguments)) if name in graph.priors else self.centers[name]
+            self._moments[name] = site_moments(site, arguments, weight, center)
+        return self._moments[name]
+
+    def put(self, name: str, theta: Tensor, uses: tuple[Use, ...]) -> None:
+        """Write a new value into the arguments that take its entries, and into its own prior."""
+        flat = theta.detach().double().reshape(-1)
+        for use in uses:
+            if use.index is None:
+                continue
+            if use.slot == VALUE:
+                self.sites[use.site] = dataclasses.replace(self.sites[use.site], value=theta.detach().double())
+                self._moments.pop(use.site, None)
+                continue
+            entries = flat[use.index.clamp(min=0)]
+            entries = torch.exp(use.power * entries) if use.exponential else entries**use.power
+            if use.coefficient is not None:
+                entries = use.coefficient.double() * entries
+            old = self.arguments[use.site][use.slot]
+            self.arguments[use.site][use.slot] = torch.where(use.index >= 0, entries, old)
+
+
+class MStep:
+    """Made once a fit; `score` and `update` are called once an iteration."""
+
+    def __init__(self, problem: Problem, option: Any, algorithm: str, optim: Any = None) -> None:
+        self.problem, self.optim = problem, optim
+        self.uses = {n: self._counted(n) for n in problem.parameters}
+        self.centers: dict[str, Tensor | None] = {}
+        self.choices = self._choose(option, algorithm)
+        names = list(self.choices)
+        self.closed = sorted((n for n in names if self.choices[n].route == "closed"), key=self._order)
+        self.numeric = tuple(n for n in names if self.choices[n].route == "numeric")
+        self.gradient = tuple(n for n in names if self.choices[n].route == "gradient")
+        self._count = 0
+        self._coupled = bool(self.numeric and self.closed)
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """Names of the parameters that move."""
+        return (*self.closed, *self.numeric, *self.gradient)
+
+    def _counted(self, name: str) -> tuple[Use, ...]:
+        """Uses that enter Q: without priors when they do not count."""
+        priors = () if self.problem.with_prior else self.problem.graph.priors
+        return tuple(use for use in self.problem.uses[name] if use.site not in priors)
+
+    def _order(self, name: str) -> int:
+        return 0 if any(use.slot == "loc" for use in self.uses[name]) else 1
+
+    def _choose(self, option: Any, algorithm: str) -> dict[str, Choice]:
+        wanted: dict[str, str] = {}
+        default = "gradient" if algorithm == "gem" and option == "auto" else option
+        if isinstance(option, Mapping):
+            unknown = [name for name in option if name not in self.problem.parameters]
+            if unknown:
+                known = ", ".join(self.problem.parameters)
+                raise InputError(f"m_step: the model has no parameter '{unknown[0]}'. Its parameters: {known}.")
+            wanted, default = dict(option), "gradient" if algorithm == "gem" else "auto"
+        valid = ("auto", "closed", "gradient", "fixed")
+        for value in (default, *wanted.values()):
+            if value not in valid:
+                raise InputError(f"m_step: '{value}' is none of {', '.join(valid)}.")
+        with torch.no_grad():
+            run = self.problem.run(self.problem.start)
+        uniform = Sufficient(self.problem, run, _uniform(self.problem.graph, run), {})
+        return {name: self._choice(name, wanted.get(name, default), uniform) for name in self.problem.parameters}
+
+    def _choice(self, name: str, wanted: str, uniform: Sufficient) -> Choice:
+        if wanted == "fixed":
+            return Choice("fixed", "as told")
+        if not self.uses[name]:
+            return Choice("unused", "nothing that counts depends on it; it keeps its value")
+        if wanted == "gradient":
+            return Choice("gradient", "gradient M-step, as told")
+        try:
+            return Choice("closed", self._combine(name, self.problem.start[name], uniform).rule)
+        except NotClosed as error:
+            if wanted == "closed":
+                raise Refusal(
+                    self.uses[name][0].site,
+                    f"parameter '{name}' has no closed-form M-step: {error}.",
+                    "use m_step='auto', which maximises Q numerically for it.",
+                ) from error
+            return Choice("numeric", str(error))
+
+    def _combine(self, name: str, theta: Tensor, sufficient: Sufficient) -> Combined:
+        needed = {u.site for u in self.uses[name] if u.index is not None and u.slot != VALUE}
+        moments = {site: sufficient.moments(site) for site in needed}
+        return combine(self.uses[name], theta.detach().double(), sufficient.sites, moments, sufficient.arguments)
+
+    def _kernel_gradient(self, name: str, params: Params, sufficient: Sufficient) -> Tensor:
+        theta = params[name].detach().double()
+        gradient = self._combine(name, theta, sufficient).gradient(theta)
+        return chart(self.problem.parameters[name].constraint, theta).pull_back(theta, gradient)
+
+    def sufficient(self, run: Run, evidence: Evidence) -> Sufficient:
+        return Sufficient(self.problem, run, evidence.weights, self.centers)
+
+    def score(self, params: Params, evidence: Evidence, sufficient: Sufficient) -> float:
+        """max|∂ objective/∂u| over the parameters that move (Fisher's identity), not divided by N."""
+        largest = 0.0
+        for name in self.closed:
+            gradient = self._kernel_gradient(name, params, sufficient)
+            largest = max(largest, _largest(gradient))
+        rest = (*self.numeric, *self.gradient)
+        if rest:
+            block = Block(self.problem, params, evidence.weights, rest)
+            _, gradient, _ = block.gradient(block.free())
+            largest = max(largest, _largest(gradient))
+        return largest
+
+    def update(self, params: Params, evidence: Evidence, sufficient: Sufficient) -> tuple[Params, MStepInfo]:
+        """θ with Q at its maximum (at a higher value where the route is "gradient").
+
+        :raises DegenerateLikelihoodError: if a variance collapses.
+        """
+        self._count += 1
+        check = self._coupled or self._count <= 3 or self._count % 10 == 0
+        scale = float(self.problem.graph.num_observations)
+        certificate, empty = None, set()
+        rounds = 0
+        for rounds in range(1, MAX_ROUNDS + 1):
+            before = params
+            params, found = self._round(params, evidence, sufficient)
+            empty |= found
+            if not check or not (self.closed or self.numeric):
+                break
+            certificate = self._certificate(params, evidence, sufficient) / scale
+            if certificate <= CERTIFICATE or all(torch.equal(before[n], params[n]) for n in self.free):
+                break
+            self._coupled = True
+        if certificate is not None and certificate > CERTIFICATE:
+            block = Block(self.problem, params, evidence.weights, (*self.closed, *self.numeric))
+            params = maximise(block, tolerance=CERTIFICATE * scale)
+            certificate = self._certificate(params, evidence, self._refreshed(params, evidence)) / scale
+        if self.gradient:
+            block = Block(self.problem, params, evidence.weights, self.gradient)
+            params = ascend(block) if self.optim is None else ascend_with(block, self.optim)
+        return params, MStepInfo(rounds, certificate, tuple(sorted(empty)))
+
+    def _round(
+        self, params: Params, evidence: Evidence, sufficient: Sufficient
+    ) -> tuple[Params, set[str]]:
+        params, empty = dict(params), set()
+        for name in self.closed:
+            theta = params[name].detach().double()
+            combined = self._combine(name, theta, sufficient)
+            if not isinstance(combined.kernel, FlatKernel) and bool(combined.kernel.is_empty().any()):
+                empty.add(name)
+            best = combined.argmax(theta)
+            best = check_update(self.problem, name, self.uses[name], combined, best, sufficient)
+            params[name] = best.to(params[name].dtype)
+            sufficient.put(name, params[name], self.uses[name])
+        if self.numeric:
+            block = Block(self.problem, params, evidence.weights, self.numeric)
+            scale = float(self.problem.graph.num_observations)
+            params = maximise(block, tolerance=0.1 * CERTIFICATE * scale)
+            if self.closed:
+                fresh = self._refreshed(params, evidence)
+                sufficient.sites, sufficient.arguments = fresh.sites, fresh.arguments
+                sufficient._moments = fresh._moments
+        return params, empty
+
+    def _refreshed(self, params: Params, evidence: Evidence) -> Sufficient:
+        with torch.no_grad():
+            return Sufficient(self.problem, self.problem.run(params), evidence.weights, self.centers)
+
+    def _certificate(self, params: Params, evidence: Evidence, sufficient: Sufficient) -> float:
+        largest = max((_largest(self._kernel_gradient(n, params, sufficient)) for n in self.closed), default=0.0)
+        if self.numeric:
+            block = Block(self.problem, params, evidence.weights, self.numeric)
+            _, gradient, _ = block.gradient(block.free())
+            largest = max(largest, _largest(gradient))
+        return largest
+
+
+def _uniform(graph: FactorGraph, run: Run) -> dict[str, Tensor]:
+    """Posterior weights of one for every factor: enough to see which rules apply."""
+    weights = {}
+    for component in graph.components:
+        for name in component.factors:
+            factor = packed_log_density(run.sites[name])
+            weights[name] = with_dims(torch.ones_like(factor), dims_of(factor))
+    return weights
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0

@@ -1,0 +1,222 @@
+"""Closed-form updates: add up the kernels of all uses of a parameter, take the argmax.
+
+As a function of one parameter, with the others held fixed, Q is a sum over the parameter's uses. Where a
+use is elementwise (recognise.py) and its family has a kernel for that argument (kernels/), the sum is a
+kernel again: ties add, conjugate priors add (a prior is the use of the parameter as a *value*), fixed
+factors rescale. So one mechanism serves plain, tied, scaled and MAP updates of every family, and whatever
+does not fit says why and goes to numeric.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.families.base import IDENTITY, LOGIT, NORMALISED, SOFTMAX, Link
+from pyro_em.kernels import FlatKernel, IncompatibleKernels, Kernel, PowerKernel
+from pyro_em.model.recognise import VALUE, Use
+from pyro_em.model.trace import SiteRecord
+from pyro_em.statistics import SiteMoments
+
+Arguments = Mapping[str, Mapping[str, Tensor]]
+
+
+class NotClosed(Exception):
+    """No closed form for this parameter; the text is the reason that `plan()` prints."""
+
+
+@dataclass(frozen=True)
+class Combined:
+    """Total kernel of a parameter in its canonical coordinate, and the way there and back."""
+
+    kernel: Kernel
+    link: Link
+    exponential: bool
+    rule: str
+
+    def canonical(self, theta: Tensor) -> Tensor:
+        return theta.exp() if self.exponential else self.link.to_canonical(theta)
+
+    def argmax(self, theta: Tensor) -> Tensor:
+        """The maximiser, in the parameter's own coordinate; entries without information keep `theta`."""
+        best = self.kernel.argmax()
+        empty = self.kernel.is_empty()
+        empty = empty.reshape(empty.shape + (1,) * self.kernel.event_dim)
+        best = torch.where(empty, self.canonical(theta), best)
+        best = best.log() if self.exponential else self.link.from_canonical(best)
+        if self.exponential or self.link in (LOGIT, SOFTMAX):
+            # A probability of exactly 0 has logit -inf; the nearest finite one has the same density.
+            limit = -math.log(torch.finfo(theta.dtype).tiny)
+            best = best.clamp(-limit, limit)
+        return best
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        """∂Q/∂θ at `theta`, other parameters fixed."""
+        if self.link is IDENTITY and not self.exponential:
+            return self.kernel.gradient(theta)
+        leaf = theta.detach().requires_grad_(True)
+        with torch.enable_grad():
+            canonical = self.canonical(leaf)
+            outer = self.kernel.gradient(canonical.detach())
+            (gradient,) = torch.autograd.grad(canonical, leaf, outer)
+        return gradient
+
+
+def combine(
+    uses: tuple[Use, ...],
+    theta: Tensor,
+    sites: Mapping[str, SiteRecord],
+    moments: Mapping[str, SiteMoments],
+    arguments: Arguments,
+) -> Combined:
+    """Total kernel of a parameter.
+
+    :param theta: current value, float64.
+    :param moments: of every site that uses the parameter as an argument.
+    :param arguments: current raw arguments of every site, float64.
+    :raises NotClosed: with the reason.
+    """
+    if not uses:
+        raise NotClosed("nothing in the model uses it")
+    total: Kernel = FlatKernel()
+    link: Link | None = None
+    exponential: bool | None = None
+    rules: list[str] = []
+    for use in uses:
+        if use.index is None:
+            raise NotClosed(f"{use.site}: {use.reason}")
+        piece = _piece(use, sites[use.site], moments, arguments[use.site])
+        if not isinstance(piece.kernel, FlatKernel):
+            if link is not None and piece.link is not link:
+                raise NotClosed("its uses have kernels in different coordinates")
+            if exponential is not None and exponential != use.exponential:
+                raise NotClosed("one use takes its exponential, another does not")
+            link, exponential = piece.link, use.exponential
+        coordinate = theta.exp() if use.exponential else piece.link.to_canonical(theta)
+        try:
+            total = total + _collect(piece, use, coordinate)
+        except IncompatibleKernels as error:
+            raise NotClosed(str(error)) from error
+        label = f"{type(sites[use.site].family).__name__}.{use.slot}"
+        if label not in rules:
+            rules.append(label)
+    if isinstance(total, FlatKernel):
+        raise NotClosed("no use informs it")
+    return Combined(total, link or IDENTITY, bool(exponential), f"{type(total).__name__}: {', '.join(rules)}")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One use's kernel over cells, and the entries of the parameter that the cells take."""
+
+    kernel: Kernel
+    link: Link
+    index: Tensor
+
+
+def _piece(
+    use: Use, site: SiteRecord, moments: Mapping[str, SiteMoments], arguments: Mapping[str, Tensor]
+) -> _Piece:
+    family, index = site.family, use.index
+    assert family is not None and index is not None
+    everything = {**site.constants, **arguments}
+    where = f"{type(family).__name__}.{use.slot} at '{use.site}'"
+    if use.slot == VALUE:
+        kernel = family.value_kernel(everything)
+        if kernel is None:
+            raise NotClosed(f"the density of {type(family).__name__} at '{use.site}' has no kernel in its value")
+        return _Piece(kernel, IDENTITY, index)
+    own = moments[use.site]
+    if family.arguments[use.slot] == 2 and _is_diagonal(index, arguments[use.slot]):
+        kernel = family.diagonal_kernel(use.slot, own.moments, everything, own.center)
+        if kernel is None:
+            raise NotClosed(f"{where}: no kernel for a diagonal matrix")
+        return _Piece(_transform(kernel, use, _diagonal(use.coefficient)), IDENTITY, _diagonal(index))
+    kernel = family.kernel(use.slot, own.moments, everything, own.center) if use.slot in family.closed else None
+    if kernel is None:
+        raise NotClosed(f"{where} has no closed form")
+    link = family.link(use.slot)
+    if not use.gather and link is not IDENTITY:
+        raise NotClosed(f"{where}: a transformed entry in the {link.name} coordinate")
+    return _Piece(_transform(kernel, use, use.coefficient), IDENTITY if link is NORMALISED else link, index)
+
+
+def _is_diagonal(index: Tensor, argument: Tensor) -> bool:
+    """The matrix has free entries on its diagonal only, and zeros elsewhere (1 x 1 counts as full)."""
+    size = index.shape[-1]
+    off = ~torch.eye(size, dtype=torch.bool)
+    return size > 1 and bool((index[..., off] < 0).all()) and bool((argument[..., off] == 0).all())
+
+
+def _diagonal(x: Any) -> Any:
+    return None if x is None else x.diagonal(dim1=-2, dim2=-1)
+
+
+def _transform(kernel: Kernel, use: Use, coefficient: Tensor | None) -> Kernel:
+    """The kernel in the parameter (or its exponential) when the argument is c·θ^r."""
+    if coefficient is None:
+        return kernel
+    coefficient = coefficient.double()
+    if isinstance(kernel, PowerKernel):
+        return kernel.power(use.power, coefficient)
+    if use.power != 1 or use.exponential:
+        raise NotClosed(f"{use.site}.{use.slot}: a power of an entry")
+    if kernel.event_dim == 2:
+        first = coefficient[..., :1, :1]
+        if not torch.equal(coefficient, first.expand_as(coefficient)):
+            raise NotClosed(f"{use.site}.{use.slot}: entries of one matrix are scaled differently")
+        coefficient = first
+    elif kernel.event_dim == 1:
+        raise NotClosed(f"{use.site}.{use.slot}: scaled entries of a vector")
+    return kernel.rescale(coefficient)
+
+
+def _collect(piece: _Piece, use: Use, coordinate: Tensor) -> Kernel:
+    """Scatter a kernel over cells onto the entries of the parameter (in its canonical coordinate)."""
+    kernel = piece.kernel
+    if isinstance(kernel, FlatKernel):
+        return kernel
+    split = coordinate.dim() - kernel.event_dim
+    lead, event = coordinate.shape[:split], coordinate.shape[split:]
+    rows = _row_index(piece.index, event, kernel.event_dim, use)
+    kept = rows.reshape(-1) >= 0
+    entries = coordinate.reshape(-1, *event)
+
+    def scatter(coefficient: Tensor, own_event: int) -> Tensor:
+        cells = coefficient.shape[: coefficient.dim() - own_event]
+        tail = coefficient.shape[coefficient.dim() - own_event :]
+        rank = max(len(cells), rows.dim())
+        coefficient = coefficient.reshape((1,) * (rank - len(cells)) + cells + tail)
+        target = (1,) * (rank - rows.dim()) + tuple(rows.shape)
+        gone = [i for i in range(rank) if target[i] == 1 and coefficient.shape[i] > 1]
+        if gone:
+            coefficient = coefficient.sum(gone, keepdim=True)
+        coefficient = coefficient.expand(target + tuple(tail)).reshape(-1, *tail)
+        result = coefficient.new_zeros((entries.shape[0], *tail))
+        result.index_add_(0, rows.reshape(-1)[kept], coefficient[kept])
+        return result.reshape(*lead, *tail)
+
+    return kernel.collect(scatter, entries[rows.clamp(min=0)], coordinate)
+
+
+def _row_index(index: Tensor, event: torch.Size, event_dim: int, use: Use) -> Tensor:
+    """Number of the row (vector, matrix) of the parameter that each cell takes whole, -1 for none."""
+    if event_dim == 0:
+        return index
+    where = f"{use.site}.{use.slot}"
+    if index.shape[index.dim() - event_dim :] != event:
+        raise NotClosed(f"{where}: it takes parts of the parameter's last dims")
+    numel = event.numel()
+    flat = index.reshape(*index.shape[: index.dim() - event_dim], numel)
+    rows = torch.div(flat[..., 0], numel, rounding_mode="floor")
+    rows = torch.where(flat[..., 0] < 0, torch.full_like(rows, -1), rows)
+    whole = rows.unsqueeze(-1) * numel + torch.arange(numel)
+    whole = torch.where(rows.unsqueeze(-1) < 0, torch.full_like(whole, -1), whole)
+    if not torch.equal(whole, flat):
+        raise NotClosed(f"{where}: it mixes entries of different rows of the parameter")
+    return rows

@@ -1,0 +1,115 @@
+"""Is an updated parameter usable? Collapsed variances, unbounded rates, and bounds of its constraint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyro_em.errors import DegenerateLikelihoodError, InputError
+from pyro_em.kernels import PowerKernel, WishartKernel
+from pyro_em.m_step.closed import Combined
+from pyro_em.model.recognise import VALUE, Use
+from pyro_em.problem import Problem
+
+if TYPE_CHECKING:
+    from pyro_em.m_step.auto import Sufficient
+
+# A variance below this share of the variance of all data of the site is rounding, not information.
+COLLAPSED = 1e-13
+REMEDY = (
+    "start elsewhere (init=, restarts=), use fewer components, share the variance between components, or put a "
+    "prior on it (InverseGamma, InverseWishart) and use algorithm='map-em'."
+)
+
+
+def check_update(
+    problem: Problem, name: str, uses: tuple[Use, ...], combined: Combined, value: Tensor, sufficient: Sufficient
+) -> Tensor:
+    """The update, moved to the nearest bound if its constraint has one.
+
+    All elementwise kernels have a single mode, so that bound is the constrained maximiser.
+    :raises DegenerateLikelihoodError: if the maximum does not exist.
+    """
+    site = next((use.site for use in uses if use.slot != VALUE), name)
+    if isinstance(combined.kernel, WishartKernel):
+        _check_matrices(site, combined, sufficient)
+    elif isinstance(combined.kernel, PowerKernel) and not problem.with_prior:
+        _check_scales(site, combined.kernel, sufficient)
+    if not bool(value.isfinite().all()):
+        raise DegenerateLikelihoodError(
+            site, _component(~value.isfinite()), f"the update of '{name}' is unbounded (its statistic is zero).", REMEDY
+        )
+    constraint = problem.parameters[name].constraint
+    while hasattr(constraint, "base_constraint"):
+        constraint = constraint.base_constraint
+    lower, upper = getattr(constraint, "lower_bound", None), getattr(constraint, "upper_bound", None)
+    if lower is not None or upper is not None:
+        value = value.clamp(min=lower, max=upper)
+    return value
+
+
+def _component(bad: Tensor) -> int | None:
+    """First index of the first bad entry: the component, where components come first."""
+    return int(bad.nonzero()[0][0]) if bad.dim() else None
+
+
+def _spread(site: str, sufficient: Sufficient) -> Tensor | None:
+    """Variance of all data of the site about their mean, per dimension (or one number)."""
+    own = sufficient.moments(site)
+    family = sufficient.sites[site].family
+    if family is None or not family.centered:
+        return None
+    total = own.moments[0].sum()
+    second = own.moments[2]
+    if family.event_dim == 1:
+        diagonal = second.diagonal(dim1=-2, dim2=-1)
+        return diagonal.reshape(-1, diagonal.shape[-1]).sum(0) / total
+    share = own.moments[0].expand(second.shape).sum()
+    return second.sum() / share
+
+
+def _check_matrices(site: str, combined: Combined, sufficient: Sufficient) -> None:
+    kernel = combined.kernel
+    assert isinstance(kernel, WishartKernel)
+    covariance = kernel.argmax() if not kernel.inverse else kernel.inverted().argmax()
+    spread = _spread(site, sufficient)
+    if spread is None:
+        return
+    root = spread.clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+    scaled = covariance / (root.unsqueeze(-1) * root)
+    empty = kernel.is_empty()
+    smallest = torch.linalg.eigvalsh(torch.where(empty[..., None, None], torch.eye(scaled.shape[-1], dtype=scaled.dtype), scaled))[..., 0]
+    bad = ~(smallest > COLLAPSED)
+    if bool(bad.any()):
+        raise DegenerateLikelihoodError(
+            site,
+            _component(bad),
+            f"the covariance matrix has become singular (smallest eigenvalue {float(smallest.min()):.1e} relative "
+            "to the spread of the data): the component sits on too few distinct points.",
+            REMEDY,
+        )
+
+
+def _check_scales(site: str, kernel: PowerKernel, sufficient: Sufficient) -> None:
+    family = sufficient.sites[site].family
+    if family is None or not family.centered:
+        return
+    spread = _spread(site, sufficient)
+    if spread is None:
+        return
+    if not bool((spread > 0).all()):
+        raise InputError(f"Site '{site}': all data are equal, so that its scale has no maximum-likelihood estimate.")
+    theta = kernel.argmax()
+    # falling power: θ^q is a variance for q = 2 (scale), 1 (variance); rising: a precision.
+    variance_like = bool((kernel.log_coefficient < 0).any())
+    size = theta**kernel.exponent if variance_like else 1 / theta**kernel.exponent
+    bad = ~(size > COLLAPSED * spread.min()) & ~kernel.is_empty()
+    if bool(bad.any()):
+        raise DegenerateLikelihoodError(
+            site,
+            _component(bad),
+            "its variance has collapsed to zero: the component sits on a single point.",
+            REMEDY,
+        )

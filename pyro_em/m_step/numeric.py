@@ -1,0 +1,195 @@
+"""Numeric M-steps: climb Q(θ) in free coordinates, never below where it started.
+
+Small blocks: damped Newton with the exact Hessian (quadratic convergence makes the argmax exact to
+rounding). Large blocks: `torch.optim.LBFGS` with strong Wolfe line search. A gradient M-step (`gem`, or
+`m_step="gradient"`) is one short L-BFGS run, or the user's own optimiser, kept only if Q rose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.charts import Chart, chart
+from pyro_em.problem import Problem
+from pyro_em.types import Params
+
+NEWTON_LIMIT = 120  # free coordinates; the Hessian costs one backward pass each
+
+
+@dataclass
+class Block:
+    """The parameters to be moved, their charts, and Q as a function of their free coordinates."""
+
+    problem: Problem
+    params: Params
+    weights: Mapping[str, Tensor]
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        records = self.problem.parameters
+        self.charts: dict[str, Chart] = {n: chart(records[n].constraint, self.params[n]) for n in self.names}
+        self.sizes = [self.charts[n].size for n in self.names]
+
+    def free(self) -> Tensor:
+        parts = [self.charts[n].to_free(self.params[n]).double() for n in self.names]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+    def values(self, u: Tensor) -> Params:
+        """All parameters, those of the block at free coordinates `u`, differentiable in `u`."""
+        moved = dict(self.params)
+        for name, part in zip(self.names, torch.split(u, self.sizes), strict=True):
+            moved[name] = self.charts[name].from_free(part).to(self.params[name].dtype)
+        return moved
+
+    def q(self, u: Tensor) -> float:
+        with torch.no_grad():
+            value, _ = self.problem.expected_log_joint(self.values(u), self.weights)
+        return float(value.detach())
+
+    def gradient(self, u: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Q, its gradient in the free coordinates, and the leaves that the gradient was taken for.
+
+        Parameters of torch modules are their own leaves (and their own free coordinates).
+        """
+        u = u.detach().requires_grad_(True)
+        values = self.values(u)
+        q, run = self.problem.expected_log_joint(values, self.weights)
+        modules = [n for n in self.names if self.problem.parameters[n].kind == "module" and n in run.leaves]
+        leaves = [u, *(run.leaves[n] for n in modules)]
+        if not q.requires_grad:
+            return q, torch.zeros_like(u), leaves
+        found = torch.autograd.grad(q, leaves, create_graph=create_graph, allow_unused=True)
+        total = found[0] if found[0] is not None else torch.zeros_like(u)
+        if modules:
+            parts = list(torch.split(total, self.sizes))
+            for name, own in zip(modules, found[1:], strict=True):
+                if own is not None:
+                    parts[self.names.index(name)] = own.reshape(-1).double()
+            total = torch.cat(parts)
+        return q, total, leaves
+
+    def hessian(self, u: Tensor) -> tuple[float, Tensor, Tensor]:
+        q, gradient, leaves = self.gradient(u, create_graph=True)
+        rows = []
+        for i in range(gradient.numel()):
+            if not gradient.requires_grad:
+                rows.append(torch.zeros_like(gradient))
+                continue
+            found = torch.autograd.grad(gradient[i], leaves, retain_graph=True, allow_unused=True)
+            row = found[0] if found[0] is not None else torch.zeros_like(leaves[0])
+            parts = list(torch.split(row, self.sizes))
+            modules = [n for n in self.names if self.problem.parameters[n].kind == "module"]
+            for name, own in zip(modules, found[1:], strict=False):
+                if own is not None:
+                    parts[self.names.index(name)] = own.reshape(-1).double()
+            rows.append(torch.cat(parts))
+        return float(q.detach()), gradient.detach(), torch.stack(rows)
+
+
+def maximise(block: Block, *, tolerance: float, max_iter: int = 100) -> Params:
+    """Parameters with the block at the argmax of Q (all others held), within `tolerance` on max|∂Q/∂u|."""
+    u = block.free()
+    if u.numel() == 0:
+        return dict(block.params)
+    if u.numel() <= NEWTON_LIMIT:
+        u = newton(block, u, tolerance=tolerance, max_iter=max_iter)
+    else:
+        u = lbfgs(block, u, tolerance=tolerance, max_iter=max_iter)
+    return _detached(block, u)
+
+
+def ascend(block: Block, *, num_steps: int = 5) -> Params:
+    """A gradient M-step: a few L-BFGS iterations on Q, which never end lower than they began."""
+    u = block.free()
+    if u.numel() == 0:
+        return dict(block.params)
+    return _detached(block, lbfgs(block, u, tolerance=0.0, max_iter=num_steps))
+
+
+def ascend_with(
+    block: Block, optimiser: Callable[[Sequence[Tensor]], torch.optim.Optimizer], *, num_steps: int = 1
+) -> Params:
+    """A gradient M-step by the user's own torch optimiser, halved back until Q does not fall."""
+    start = block.free()
+    u = start.clone().requires_grad_(True)
+    optimizer = optimiser([u])
+    for _ in range(num_steps):
+        _, gradient, _ = block.gradient(u)
+        u.grad = -gradient
+        optimizer.step()
+    return _detached(block, _back_track(block, start, u.detach() - start))
+
+
+def _detached(block: Block, u: Tensor) -> Params:
+    return {name: value.detach().clone() for name, value in block.values(u.detach()).items()}
+
+
+def _back_track(block: Block, start: Tensor, step: Tensor, slope: float = 0.0) -> Tensor:
+    """The longest of step, step/2, step/4, ... that does not lower Q (Armijo if a slope is given)."""
+    before = block.q(start)
+    length = 1.0
+    for _ in range(40):
+        u = start + length * step
+        value = block.q(u)
+        if value >= before + 1e-4 * length * slope:
+            return u
+        length /= 2
+    return start
+
+
+def newton(block: Block, u: Tensor, *, tolerance: float, max_iter: int) -> Tensor:
+    """Newton's method on -Q; a Hessian that is not negative definite is shifted by its eigenvalues."""
+    for _ in range(max_iter):
+        _, gradient, hessian = block.hessian(u)
+        if not bool(gradient.isfinite().all()) or float(gradient.abs().max()) <= tolerance:
+            return u
+        hessian = (hessian + hessian.mT) / 2
+        values, vectors = torch.linalg.eigh(-hessian)
+        floor = max(float(values.abs().max()) * 1e-12, 1e-300)
+        step = vectors @ ((vectors.mT @ gradient) / values.abs().clamp(min=floor))
+        moved = _back_track(block, u, step, slope=float(gradient @ step))
+        if torch.equal(moved, u):
+            # Q is flat to rounding here: keep a full step if it lowers the gradient without lowering Q.
+            _, after, _ = block.gradient(u + step)
+            if float(after.abs().max()) < float(gradient.abs().max()) and _level(block, u, u + step):
+                u = u + step
+                continue
+            return u
+        u = moved
+    return u
+
+
+def _level(block: Block, u: Tensor, v: Tensor) -> bool:
+    before, after = block.q(u), block.q(v)
+    return after >= before - 16 * torch.finfo(torch.float64).eps * abs(before)
+
+
+def lbfgs(block: Block, u: Tensor, *, tolerance: float, max_iter: int) -> Tensor:
+    """L-BFGS with strong Wolfe line search on -Q / max(1, |Q|)."""
+    start = u.detach()
+    before = block.q(start)
+    scale = max(1.0, abs(before))
+    leaf = start.clone().requires_grad_(True)
+    optimizer = torch.optim.LBFGS(
+        [leaf],
+        max_iter=max_iter,
+        history_size=20,
+        tolerance_grad=tolerance / scale,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> float:
+        q, gradient, _ = block.gradient(leaf)
+        leaf.grad = -gradient / scale
+        return -float(q.detach()) / scale
+
+    optimizer.step(closure)
+    end = leaf.detach()
+    if bool(end.isfinite().all()) and block.q(end) >= before:
+        return end
+    return _back_track(block, start, torch.nan_to_num(end - start))

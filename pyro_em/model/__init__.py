@@ -1,0 +1,1 @@
+"""From an untouched Pyro model to a frozen description of it: capture, roles, recognition, plan."""

@@ -1,0 +1,195 @@
+"""First look at an untouched model: parameters, sites, plates, dependences, and whether the data fit.
+
+One plain run (latents drawn, nothing enumerated) under provenance tracking tells which upstream sites
+and parameters each site depends on. It costs one trace and needs no memory, so it also serves to
+predict the size of enumeration tables before any of them is made, and to check the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_em.errors import InputError
+from pyro_em.model import compat
+from pyro_em.model.trace import Plate, combined_masks, quiet_store
+from pyro_em.types import Model
+
+
+@dataclass(frozen=True)
+class ParameterRecord:
+    """A parameter as the model declares it: `kind` is "param", "module" (torch parameter) or "sample"."""
+
+    name: str
+    value: Tensor
+    constraint: constraints.Constraint
+    kind: str
+
+
+@dataclass(frozen=True)
+class PlainSite:
+    """What the plain run says of one sample site; `upstream` names sites and parameters it depends on."""
+
+    name: str
+    fn: Any
+    value: Tensor
+    observed: bool
+    discrete: bool
+    enumerable: bool
+    plates: tuple[Plate, ...]
+    upstream: frozenset[str]
+    markov: bool
+    mask: Any
+    scale: Any
+    infer: dict[str, Any]
+
+    @property
+    def num_states(self) -> int:
+        """States that enumeration would give this site."""
+        return int(self.fn.enumerate_support(expand=False).shape[0])
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The model as written: parameters and sites in program order, and how deep its plates nest."""
+
+    parameters: dict[str, ParameterRecord]
+    sites: dict[str, PlainSite]
+    max_plate_nesting: int
+
+
+class _Observe(Messenger):
+    """Record parameters and dependences while the model runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameters: dict[str, ParameterRecord] = {}
+        self.upstream: dict[str, frozenset[str]] = {}
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        name = msg["name"]
+        value = detach_provenance(msg["value"])
+        if name not in self.parameters:
+            own = msg["args"][0] if msg["args"] else None
+            kind = "module" if isinstance(own, torch.nn.Parameter) else "param"
+            constraint = msg["kwargs"].get("constraint", constraints.real)
+            self.parameters[name] = ParameterRecord(name, value.detach().clone(), constraint, kind)
+        if self.parameters[name].kind == "param":
+            msg["value"] = track_provenance(value, frozenset({name}))
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if poutine.util.site_is_subsample(msg) or not hasattr(msg["fn"], "log_prob"):
+            return
+        name, value = msg["name"], detach_provenance(msg["value"])
+        if msg["is_observed"]:
+            _check_data(name, msg["fn"], value, msg["mask"])
+        inputs = list((compat.raw_arguments(msg["fn"]) or {}).values())
+        upstream = get_provenance([inputs, msg["value"], msg["mask"], msg["scale"]])
+        if not inputs:
+            upstream = upstream | get_provenance(msg["fn"].log_prob(value))
+        self.upstream[name] = upstream - {name}
+        if not msg["is_observed"]:
+            msg["value"] = track_provenance(value, frozenset({name}))
+
+
+def _check_data(name: str, fn: Any, value: Tensor, mask: Any) -> None:
+    """Raise on observations that are NaN, infinite or outside the support, naming site and rows."""
+    if not isinstance(value, Tensor):
+        raise InputError(f"Site '{name}': the observation is a {type(value).__name__}, not a torch tensor.")
+    rows_of = value.dim() - fn.event_dim
+    batch = torch.broadcast_shapes(value.shape[:rows_of], fn.batch_shape)
+    rows = value.expand(batch + value.shape[rows_of:])
+    over_batch, over_elements = combined_masks(fn, detach_provenance(mask))
+    keep = torch.ones(rows.shape, dtype=torch.bool, device=value.device)
+    if over_batch is not None:
+        over_batch = detach_provenance(over_batch)
+        keep = keep & over_batch.reshape(over_batch.shape + (1,) * fn.event_dim)
+    if over_elements is not None:
+        keep = keep & detach_provenance(over_elements)
+    finite = rows.isfinite() if rows.is_floating_point() else torch.ones_like(rows, dtype=torch.bool)
+    bad = (~finite & keep).reshape(*batch, -1).any(-1)
+    if bool(bad.any()):
+        raise InputError(
+            f"Site '{name}': the observation in row {_first(bad)} is NaN or infinite. Correct it, or declare it "
+            "missing: wrap the site in pyro.poutine.mask(mask=...), true where the value is known."
+        )
+    support = _plain_support(fn)
+    if support is None:
+        return
+    inside = detach_provenance(support.check(rows))
+    bad = ~inside.expand(batch) & keep.reshape(*batch, -1).any(-1)
+    if bool(bad.any()):
+        raise InputError(
+            f"Site '{name}': the observation in row {_first(bad)} lies outside of the support of "
+            f"{type(compat.base_distribution(fn)).__name__}, {support}. Check the coding of the data "
+            "(categories count from 0, counts are non-negative integers)."
+        )
+
+
+def _plain_support(fn: Any) -> Any:
+    try:
+        return fn.support
+    except NotImplementedError:
+        return None
+
+
+def _first(bad: Tensor) -> str:
+    index = [int(i) for i in bad.nonzero()[0]]
+    more = int(bad.sum()) - 1
+    where = str(index[0]) if len(index) == 1 else str(tuple(index)) if index else "(the only one)"
+    return where + (f" (and {more} more)" if more else "")
+
+
+def capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+    """Run the model once, plainly, in an empty param store.
+
+    Raises `InputError` for data that are NaN, infinite or outside of a site's support.
+    """
+    observe = _Observe()
+    with quiet_store(), poutine.block(), compat.recording_arguments(), torch.no_grad():
+        trace = poutine.trace(observe(model)).get_trace(*args, **kwargs)
+    trace = compat.prune_and_symbolize(trace)
+    sites: dict[str, PlainSite] = {}
+    depth = 0
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample":
+            continue
+        plates = tuple(
+            sorted(
+                (Plate(f.name, f.dim, f.size) for f in site["cond_indep_stack"] if f.vectorized),
+                key=lambda plate: plate.dim,
+            )
+        )
+        fn = site["fn"]
+        depth = max([depth, *(-plate.dim for plate in plates)])
+        support = _plain_support(fn)
+        sites[name] = PlainSite(
+            name=name,
+            fn=fn,
+            value=detach_provenance(site["value"]),
+            observed=site["is_observed"],
+            discrete=bool(getattr(support, "is_discrete", False)),
+            enumerable=bool(getattr(fn, "has_enumerate_support", False)),
+            plates=plates,
+            upstream=observe.upstream.get(name, frozenset()),
+            markov=compat.markov_depth(site) is not None,
+            mask=detach_provenance(site["mask"]),
+            scale=site["scale"],
+            infer=site["infer"],
+        )
+    _check_plates(sites)
+    return Capture(dict(observe.parameters), sites, depth)
+
+
+def _check_plates(sites: dict[str, PlainSite]) -> None:
+    for site in sites.values():
+        for plate in site.plates:
+            if plate.size == 0:
+                raise InputError(f"Site '{site.name}': plate '{plate.name}' is empty. There are no data to fit.")

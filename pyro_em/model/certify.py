@@ -1,0 +1,100 @@
+"""A certificate that the enumerated factors mean what the model says.
+
+Pyro enumerates a latent by giving it one value per state along a new dim, unexpanded over plates. A model
+that reduces over that dim or over a plate (`z.sum()`), or branches on a value, then silently computes
+something else. So the model is also run plainly, with one drawn value per latent, and every site's
+log-density must equal the entry of its enumerated factor at those values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_em.errors import Refusal
+from pyro_em.model import compat
+from pyro_em.model.capture import Capture
+from pyro_em.model.density import log_density, packed_log_density
+from pyro_em.model.graph import FactorGraph, align
+from pyro_em.model.trace import Run, quiet_store, run_model
+from pyro_em.types import Model
+
+
+def certify_factors(
+    capture: Capture,
+    enumerated: Run,
+    graph: FactorGraph,
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    params: Mapping[str, Tensor],
+) -> None:
+    """Raise `Refusal` naming the first site whose factor does not match the plain model."""
+    if not graph.latents:
+        return
+    drawn = {name: capture.sites[name].value for name in graph.latents}
+    with torch.no_grad(), quiet_store(), pyro.validation_enabled(False):
+        plain = run_model(
+            model,
+            args,
+            kwargs,
+            {**params, **drawn},
+            max_plate_nesting=capture.max_plate_nesting,
+            enumerated=False,
+        )
+    states = {name: _state_index(enumerated, plain, name) for name in graph.latents}
+    for name, site in enumerated.sites.items():
+        if name not in plain.sites:
+            raise Refusal(
+                name,
+                "it exists when the latents are enumerated, but not when they are drawn.",
+                "do not branch in Python on a latent value; use indexing or torch.where.",
+            )
+        factor = compat.detached(packed_log_density(site))
+        own = plain.sites[name]
+        expected = compat.pack(log_density(own).detach(), own.symbols)
+        found = _lookup(factor, states, graph)
+        dims = "".join(dict.fromkeys(compat.dims_of(expected) + compat.dims_of(found)))
+        a, b = align(expected, dims), align(found, dims)
+        a, b = torch.broadcast_tensors(a, b)
+        close = torch.isclose(a, b, rtol=1e-6, atol=1e-6) | (a == b)
+        if not bool(close.all()):
+            raise Refusal(
+                name,
+                "with enumerated latents its log-density differs from the one with drawn latents, so the model "
+                "does not act elementwise on the latent: it sums, counts or averages it over a plate or over "
+                "its states, or branches on its value.",
+                "use the latent only by indexing (loc[z]) or elementwise arithmetic inside of its own plates.",
+            )
+
+
+def _state_index(enumerated: Run, plain: Run, name: str) -> Tensor:
+    """Packed (over plates) number of the drawn state of each latent element."""
+    site, own = enumerated.sites[name], plain.sites[name]
+    support = site.fn.enumerate_support(expand=False)
+    event_dim = site.fn.event_dim
+    states = support.reshape(support.shape[0], *support.shape[support.dim() - event_dim :])
+    value = own.value
+    batch = value.shape[: value.dim() - event_dim]
+    same = value.unsqueeze(0) == states.reshape(states.shape[0], *(1,) * len(batch), *states.shape[1:])
+    same = same.reshape(states.shape[0], *batch, -1).all(-1)
+    index = same.long().argmax(0).expand(own.fn.batch_shape)
+    return compat.pack(index, own.symbols)
+
+
+def _lookup(factor: Tensor, states: Mapping[str, Tensor], graph: FactorGraph) -> Tensor:
+    """The factor's entries at the drawn states, packed over plates."""
+    for symbol in [d for d in compat.dims_of(factor) if d in graph.symbol_sites]:
+        dims = compat.dims_of(factor)
+        index = states[graph.symbol_sites[symbol]]
+        plates = "".join(dict.fromkeys([d for d in dims if d != symbol] + list(compat.dims_of(index))))
+        wide = align(factor, plates + symbol)
+        picked = align(index, plates).unsqueeze(-1)
+        shape = torch.broadcast_shapes(wide.shape[:-1], picked.shape[:-1])
+        taken = wide.expand(*shape, wide.shape[-1]).gather(-1, picked.expand(*shape, 1)).squeeze(-1)
+        factor = compat.with_dims(taken, plates)
+    return factor

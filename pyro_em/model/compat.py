@@ -1,0 +1,131 @@
+"""The only importer of names that Pyro does not promise to keep.
+
+Every function here hides one such name behind a plain meaning, and `tests/model/test_compat.py`
+holds each to its contract, so that a new Pyro release breaks one file with a clear message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyro.distributions as dist
+from pyro.distributions.distribution import COERCIONS
+from pyro.ops import packed
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+
+Site = dict[str, Any]
+RawArguments = dict[str, Any]
+
+_RAW = "_pyro_em_raw"
+_WRAPPERS = (dist.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
+
+
+def _remember(distribution: Any, raw: RawArguments) -> Any:
+    """Attach the raw constructor arguments, and keep them through `expand`, which plates call."""
+    setattr(distribution, _RAW, raw)
+    expand = type(distribution).expand
+    distribution.expand = lambda batch_shape, _instance=None: _remember(
+        expand(distribution, batch_shape, _instance), raw
+    )
+    return distribution
+
+
+def _record_arguments(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if issubclass(cls, _WRAPPERS) or not hasattr(cls, "expand"):
+        return None
+    distribution = type.__call__(cls, *args, **kwargs)
+    bound = cls.__signature__.bind(*args, **kwargs).arguments
+    raw = {name: value for name, value in bound.items() if name != "validate_args" and value is not None}
+    return _remember(distribution, raw)
+
+
+@contextlib.contextmanager
+def recording_arguments() -> Iterator[None]:
+    """Within this context every Pyro distribution remembers its raw constructor arguments.
+
+    Pyro normalises and expands arguments (Categorical its probs, MultivariateNormal its three
+    matrices), so what the user wrote can only be seen at construction: `COERCIONS` is consulted
+    there by `DistributionMeta.__call__`.
+    """
+    COERCIONS.append(_record_arguments)
+    try:
+        yield
+    finally:
+        COERCIONS.remove(_record_arguments)
+
+
+def base_distribution(fn: Any) -> Any:
+    """The innermost distribution below `.to_event`, `.mask` and `.expand`."""
+    while isinstance(fn, _WRAPPERS):
+        fn = fn.base_dist
+    return fn
+
+
+def raw_arguments(fn: Any) -> RawArguments | None:
+    """Raw constructor arguments of a site's base distribution, or None if it was not recorded."""
+    return getattr(base_distribution(fn), _RAW, None)
+
+
+def prune_and_symbolize(trace: Trace) -> Trace:
+    """Drop subsample sites and name every plate and enumeration dim of the trace by a symbol."""
+    trace = prune_subsample_sites(trace)
+    trace.symbolize_dims()
+    return trace
+
+
+def enumeration(max_plate_nesting: int) -> EnumMessenger:
+    """A handler that enumerates the sites marked for it, left of `max_plate_nesting` plate dims."""
+    return EnumMessenger(first_available_dim=-1 - max_plate_nesting)
+
+
+def is_enumerated(site: Site) -> bool:
+    return site["infer"].get("_enumerate_dim") is not None
+
+
+def enumeration_symbol(site: Site) -> str | None:
+    return site["infer"].get("_enumerate_symbol")
+
+
+def markov_depth(site: Site) -> int | None:
+    """How many `pyro.markov` contexts the site lies in, None outside of them."""
+    return site["infer"].get("_markov_depth")
+
+
+def dim_symbols(site: Site) -> dict[int, str]:
+    return site["infer"]["_dim_to_symbol"]
+
+
+def plate_symbols(trace: Trace) -> dict[str, str]:
+    return dict(trace.plate_to_symbol)
+
+
+def pack(value: Tensor, dim_to_symbol: Mapping[int, str]) -> Tensor:
+    """Drop dims of size 1 and remember the symbols of the others (see `dims_of`)."""
+    return packed.pack(value[...], dim_to_symbol)
+
+
+def dims_of(value: Tensor) -> str:
+    """Symbols of a packed tensor's dims, in order."""
+    return value._pyro_dims  # type: ignore[attr-defined]
+
+
+def with_dims(value: Tensor, dims: str) -> Tensor:
+    """The same tensor, packed with the given symbols."""
+    value = value[...]
+    value._pyro_dims = dims  # type: ignore[attr-defined]
+    return value
+
+
+def detached(value: Tensor) -> Tensor:
+    """A packed tensor without its history; `Tensor.detach` alone would lose the dims."""
+    return with_dims(value.detach(), dims_of(value))
+
+
+def unpack(value: Tensor, dim_to_symbol: Mapping[int, str]) -> Tensor:
+    """The inverse of `pack`: dims back at their places, right aligned, size 1 where absent."""
+    return packed.unpack(value, {symbol: dim for dim, symbol in dim_to_symbol.items()})

@@ -1,0 +1,65 @@
+"""Log-factors of a run: each site's exact log-density, packed over plate and enumeration symbols.
+
+torch clamps probabilities (p = 0 scores -36 instead of -inf), which breaks structural zeros; where
+the family of a site is known its own exact `log_prob` on the raw arguments is used, otherwise the
+distribution's. Masks apply to observed factors only, as in Pyro: an enumerated site is a normalised
+distribution whose mask would destroy the sum to one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_em.model import compat
+from pyro_em.model.trace import SiteRecord
+
+
+def clean_value(site: SiteRecord) -> Tensor:
+    """The site's value with masked-out entries replaced by an allowed one.
+
+    Data behind a mask may be NaN; NaN times zero is NaN in densities, statistics and gradients.
+    """
+    value = site.value
+    if not site.observed or (site.mask is None and site.element_mask is None):
+        return value
+    keep = torch.ones(site.fn.batch_shape, dtype=torch.bool, device=value.device)
+    if site.mask is not None:
+        keep = keep & site.mask
+    keep = keep.reshape(keep.shape + (1,) * site.fn.event_dim)
+    if site.element_mask is not None:
+        base_event = site.fn.event_dim - site.element_dims
+        keep = keep & site.element_mask.reshape(site.element_mask.shape + (1,) * base_event)
+    keep = keep.expand(torch.broadcast_shapes(keep.shape, value.shape))
+    if bool(keep.all()):
+        return value
+    kept = keep.reshape(keep.shape[: keep.dim() - site.fn.event_dim] + (-1,)).all(-1)
+    rows = value.expand(keep.shape)
+    filler = rows[kept][0] if bool(kept.any()) else rows.new_ones(())
+    return torch.where(keep, rows, filler)
+
+
+def log_density(site: SiteRecord, value: Tensor | None = None) -> Tensor:
+    """Unscaled, masked log-density of a site in Pyro's dim layout (batch shape of the site)."""
+    value = clean_value(site) if value is None else value
+    if site.family is None or site.arguments is None:
+        result = site.fn.log_prob(value)
+    else:
+        result = site.family.log_prob({**site.constants, **site.arguments}, value)
+        if site.element_mask is not None:
+            result = torch.where(site.element_mask, result, result.new_zeros(()))
+        if site.element_dims:
+            shape = torch.broadcast_shapes(result.shape, site.fn.event_shape[: site.element_dims])
+            result = result.expand(shape).sum(tuple(range(-site.element_dims, 0)))
+        result = result.expand(torch.broadcast_shapes(result.shape, site.fn.batch_shape))
+    if site.mask is not None and not site.enumerated:
+        result = torch.where(site.mask, result, result.new_zeros(()))
+    return result
+
+
+def packed_log_density(site: SiteRecord) -> Tensor:
+    return compat.pack(log_density(site), site.symbols)
+
+
+def packed_mask(site: SiteRecord) -> Tensor | None:
+    return None if site.mask is None else compat.pack(site.mask, site.symbols)

@@ -1,0 +1,303 @@
+"""The frozen factor graph of a model: factors, latents, components, weights.
+
+Built once from one enumerated run. A *component* is a set of factors connected through enumerated
+latents; its *root* is the set of plates that all of its factors share, so log Z of a component is a
+tensor over its root plates, and a weight w_n of a plate element multiplies log Z_n there.
+
+Barren latents. A latent none of whose descendants is observed (its data are masked) sums to one and
+adds nothing to log Z. Its expected counts are left out too: a row without data must not dilute the
+M-step (it would change the iterates, though not the limit).
+
+Refused here: several scales in one component, tensor-valued scales, weights on a plate that a
+component's factors do not all share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.errors import InputError, Refusal
+from pyro_em.model import compat
+from pyro_em.model.trace import Run, SiteRecord
+
+
+@dataclass(frozen=True)
+class FactorInfo:
+    """A factor without its numbers: packed dims, plates, and the multiplicity of its counts.
+
+    `weight` (packed over plates, or None for one) multiplies the factor's expected counts: plate
+    weights x scale x mask x relevance.
+    """
+
+    site: str
+    dims: str
+    plates: frozenset[str]
+    enumerated: bool
+    symbol: str | None
+    weight: Tensor | None
+
+
+@dataclass(frozen=True)
+class Component:
+    """Factors connected through latents; `root` are the plate symbols that all of them share."""
+
+    factors: tuple[str, ...]
+    symbols: frozenset[str]
+    root: frozenset[str]
+    weight: Tensor | None
+
+
+@dataclass(frozen=True)
+class FactorGraph:
+    """Everything about the model that does not depend on the parameters' values."""
+
+    factors: dict[str, FactorInfo]
+    components: tuple[Component, ...]
+    constants: tuple[str, ...]
+    priors: tuple[str, ...]
+    latents: dict[str, str]
+    plate_names: dict[str, str]
+    plate_sizes: dict[str, int]
+    symbol_sites: dict[str, str]
+
+    @property
+    def num_observations(self) -> int:
+        """Number of elements of the data plates: N in the stopping rule and in BIC."""
+        sizes = [math.prod(self.plate_sizes[p] for p in self.data_plates)]
+        return max(1, *sizes)
+
+    @property
+    def data_plates(self) -> tuple[str, ...]:
+        """Symbols of the plates over which log p(x) is a sum of independent terms, outermost first."""
+        roots = [component.root for component in self.components]
+        roots += [self.factors[name].plates for name in self.constants]
+        shared = frozenset.intersection(*roots) if roots else frozenset()
+        return tuple(symbol for symbol in self.plate_names if symbol in shared)
+
+
+def multiply(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Product of two packed tensors over the union of their dims; None stands for one."""
+    if a is None or b is None:
+        return b if a is None else a
+    dims = "".join(dict.fromkeys(compat.dims_of(a) + compat.dims_of(b)))
+    return compat.with_dims(align(a, dims) * align(b, dims), dims)
+
+
+def align(x: Tensor, dims: str) -> Tensor:
+    """A packed tensor permuted to `dims`, size 1 where it has no such dim."""
+    own = compat.dims_of(x)
+    x = x.permute([own.index(d) for d in dims if d in own])
+    shape, sizes = [], iter(x.shape)
+    for d in dims:
+        shape.append(next(sizes) if d in own else 1)
+    return x.reshape(shape)
+
+
+def build_graph(
+    run: Run,
+    packed: Mapping[str, Tensor],
+    parameters: frozenset[str],
+    weights: Mapping[str, Tensor],
+) -> FactorGraph:
+    """Factor graph of an enumerated run.
+
+    :param packed: packed log-density of every site of the run.
+    :param parameters: names of the parameter-role sample sites (their factors are priors).
+    :param weights: plate name -> weights of its elements, shape (N,).
+    :raises Refusal, InputError: see the module docstring.
+    """
+    symbol_sites = {site.symbol: name for name, site in run.sites.items() if site.symbol is not None}
+    plate_names = {symbol: name for name, symbol in run.plate_symbols.items()}
+    plate_sizes = {
+        run.plate_symbols[plate.name]: plate.size for site in run.sites.values() for plate in site.plates
+    }
+    weight_of = _plate_weights(weights, run, plate_sizes)
+    relevance = _relevance(run, packed, symbol_sites)
+    enumerated = {name: set(compat.dims_of(packed[name])) & set(symbol_sites) for name in run.sites}
+    priors = tuple(name for name in run.sites if name in parameters)
+    for name in priors:
+        if enumerated[name]:
+            parent = symbol_sites[sorted(enumerated[name])[0]]
+            raise Refusal(
+                name,
+                f"it is to be a parameter, but its prior depends on the discrete latent '{parent}'.",
+                "index it by the latent instead (loc[z]), or give the prior without the latent.",
+            )
+    names = [name for name in run.sites if name not in parameters]
+    components = _components(run, names, enumerated, weight_of)
+    inside = {name for component in components for name in component.factors}
+    factors: dict[str, FactorInfo] = {}
+    for name in run.sites:
+        site = run.sites[name]
+        weight = _count_weight(site, relevance.get(name), weight_of, name in parameters)
+        factors[name] = FactorInfo(
+            name, compat.dims_of(packed[name]), site.plate_dims, site.enumerated, site.symbol, weight
+        )
+    return FactorGraph(
+        factors=factors,
+        components=components,
+        constants=tuple(name for name in names if name not in inside),
+        priors=priors,
+        latents={name: symbol for symbol, name in symbol_sites.items()},
+        plate_names=plate_names,
+        plate_sizes=plate_sizes,
+        symbol_sites=symbol_sites,
+    )
+
+
+def _plate_weights(
+    weights: Mapping[str, Tensor], run: Run, plate_sizes: Mapping[str, int]
+) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        if name not in run.plate_symbols:
+            known = ", ".join(f"'{plate}'" for plate in run.plate_symbols) or "none"
+            raise InputError(f"weights: the model has no vectorised plate '{name}'. Its plates: {known}.")
+        symbol = run.plate_symbols[name]
+        weight = torch.as_tensor(weight).detach()
+        if weight.shape != (plate_sizes[symbol],):
+            raise InputError(
+                f"weights: plate '{name}' has {plate_sizes[symbol]} elements, its weights have shape "
+                f"{tuple(weight.shape)}."
+            )
+        if not bool(weight.isfinite().all()) or bool((weight < 0).any()):
+            row = int((~weight.isfinite() | (weight < 0)).nonzero()[0])
+            raise InputError(
+                f"weights: the weight of element {row} of plate '{name}' is {weight[row].item()}; weights are "
+                "finite and not negative."
+            )
+        if not bool((weight > 0).any()):
+            raise InputError(f"weights: all weights of plate '{name}' are zero; there are no data to fit.")
+        if not weight.is_floating_point():
+            weight = weight.to(torch.get_default_dtype())
+        found[symbol] = compat.with_dims(weight, symbol) if weight.numel() > 1 else weight.reshape(())
+        if weight.numel() == 1:
+            found[symbol] = compat.with_dims(found[symbol], "")
+    return found
+
+
+def _relevance(
+    run: Run, packed: Mapping[str, Tensor], symbol_sites: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """For each latent with barren elements, a packed 0/1 tensor over its plates; absent = all relevant."""
+    children: dict[str, list[str]] = {name: [] for name in symbol_sites.values()}
+    for name in run.sites:
+        for symbol in set(compat.dims_of(packed[name])) & set(symbol_sites):
+            if symbol_sites[symbol] != name:
+                children[symbol_sites[symbol]].append(name)
+    relevant: dict[str, Tensor | None] = {}  # None stands for all relevant
+    for name in reversed(list(run.sites)):
+        site = run.sites[name]
+        if not site.enumerated:
+            mask = None if site.mask is None else compat.pack(site.mask, site.symbols)
+            relevant[name] = None if mask is None or bool(mask.all()) else mask
+            continue
+        flags = []
+        for child in children.get(name, []):
+            flag = relevant[child]
+            if flag is None:
+                flags = None  # type: ignore[assignment]
+                break
+            gone = [i for i, d in enumerate(compat.dims_of(flag)) if d not in site.plate_dims]
+            kept = "".join(d for d in compat.dims_of(flag) if d in site.plate_dims)
+            flags.append(compat.with_dims(flag.amax(gone) if gone else flag, kept))
+        if flags is None:
+            relevant[name] = None
+            continue
+        total = compat.with_dims(torch.zeros((), dtype=torch.bool), "")
+        for flag in flags:
+            dims = "".join(dict.fromkeys(compat.dims_of(total) + compat.dims_of(flag)))
+            total = compat.with_dims(align(total, dims) | align(flag, dims), dims)
+        relevant[name] = total
+    dtype = torch.get_default_dtype()
+    return {
+        name: compat.with_dims(flag.to(dtype), compat.dims_of(flag))
+        for name, flag in relevant.items()
+        if flag is not None and run.sites[name].enumerated
+    }
+
+
+def _count_weight(
+    site: SiteRecord, relevance: Tensor | None, weights: Mapping[str, Tensor], prior: bool
+) -> Tensor | None:
+    weight: Tensor | None = None
+    for symbol, own in weights.items():
+        if symbol in site.plate_dims and not prior:
+            weight = multiply(weight, own)
+    if isinstance(site.scale, Tensor) and site.scale.numel() > 1:
+        weight = multiply(weight, compat.pack(site.scale, site.symbols))
+    elif float(site.scale) != 1.0:
+        weight = multiply(weight, compat.with_dims(torch.tensor(float(site.scale)), ""))
+    if site.mask is not None and not site.enumerated:
+        mask = compat.pack(site.mask.to(torch.get_default_dtype()), site.symbols)
+        weight = multiply(weight, mask)
+    return multiply(weight, relevance)
+
+
+def _components(
+    run: Run, names: list[str], enumerated: Mapping[str, set[str]], weights: Mapping[str, Tensor]
+) -> tuple[Component, ...]:
+    groups: list[tuple[set[str], list[str]]] = []
+    for name in names:
+        if not enumerated[name]:
+            continue
+        symbols, members = set(enumerated[name]), [name]
+        rest = []
+        for group in groups:
+            if group[0] & symbols:
+                symbols |= group[0]
+                members = group[1] + members
+            else:
+                rest.append(group)
+        groups = [*rest, (symbols, members)]
+    order = {name: i for i, name in enumerate(run.sites)}
+    return tuple(
+        _component(run, tuple(sorted(members, key=order.__getitem__)), frozenset(symbols), weights)
+        for symbols, members in sorted(groups, key=lambda group: min(order[m] for m in group[1]))
+    )
+
+
+def _component(
+    run: Run, members: tuple[str, ...], symbols: frozenset[str], weights: Mapping[str, Tensor]
+) -> Component:
+    root = frozenset.intersection(*(run.sites[name].plate_dims for name in members))
+    weight: Tensor | None = None
+    for symbol, own in weights.items():
+        touched = [name for name in members if symbol in run.sites[name].plate_dims]
+        if touched and symbol not in root:
+            raise Refusal(
+                touched[0],
+                "weights were given for a plate whose elements are coupled by a latent outside of it, so a "
+                "weighted log-evidence is not defined.",
+                "give the weights for the outermost plate of the latent, or repeat rows.",
+            )
+        if symbol in root:
+            weight = multiply(weight, own)
+    scales = {}
+    for name in members:
+        scale = run.sites[name].scale
+        if isinstance(scale, Tensor) and scale.numel() > 1:
+            raise Refusal(
+                name,
+                "poutine.scale with a tensor does not commute with summing out a discrete latent.",
+                'use fit(..., weights={"plate": w}), which multiplies the log-evidence of each element.',
+            )
+        scales[name] = float(scale)
+    if len(set(scales.values())) > 1:
+        first = next(iter(scales))
+        other = next(name for name in scales if scales[name] != scales[first])
+        raise Refusal(
+            other,
+            f"its scale {scales[other]:g} differs from the scale {scales[first]:g} of '{first}', with which a "
+            "discrete latent is summed out.",
+            "scale the whole component alike (one poutine.scale or one subsampled plate around all of it).",
+        )
+    scale = scales[members[0]]
+    if scale != 1.0:
+        weight = multiply(weight, compat.with_dims(torch.tensor(scale), ""))
+    return Component(members, symbols, root, weight)

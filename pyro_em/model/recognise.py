@@ -1,0 +1,241 @@
+"""What each parameter does in the model, found by pushing tangents through it, certified at two points.
+
+The tangent arange(1..P) of a parameter, pushed through the model to every raw distribution argument,
+is the *index code* of the argument: where the argument picks entries of the parameter the tangent is the
+entry's number. One double-vjp per parameter gives all codes. An argument is
+
+    elementwise   every entry of it depends on one entry θ_i of the parameter (or on none: a fixed part);
+                  certified by a random tangent, r[i] times the tangent of ones;
+    power         ... and equals c·θ_i^r with c, r the same at a second point (gather: c = r = 1;
+                  exposure·rate[z]: r = 1; var[z].sqrt(): r = 1/2);
+    exponential   ... and equals c·exp(r·θ_i);
+    opaque        anything else (softmax of a parameter, a network, an affine predictor).
+
+A parameter-role sample site is also *used* by its own prior, as its value. A site whose distribution
+hides its arguments (an unknown family, a mixture, a flow) makes the parameters it depends on opaque.
+What is opaque is maximised numerically, never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.charts import chart
+from pyro_em.model.capture import ParameterRecord
+from pyro_em.model.density import log_density
+from pyro_em.model.trace import Run, SiteRecord
+
+VALUE = "value"  # the slot of a prior: the parameter is the value of the site, not an argument
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a parameter by one argument of one site.
+
+    `index` (shape of the raw argument) numbers the entry of the flattened parameter, -1 for fixed
+    parts; the argument is `coefficient` * θ[index] ** `power` (or coefficient * exp(power * θ[index])
+    if `exponential`). None for `index` means opaque, with the `reason`.
+    """
+
+    parameter: str
+    site: str
+    slot: str
+    index: Tensor | None
+    coefficient: Tensor | None = None
+    power: float = 1.0
+    exponential: bool = False
+    reason: str = ""
+
+    @property
+    def gather(self) -> bool:
+        """The argument is an entry of the parameter, unchanged."""
+        return self.index is not None and self.coefficient is None and self.power == 1 and not self.exponential
+
+
+def tangents(outputs: list[Tensor], leaf: Tensor, directions: list[Tensor]) -> list[list[Tensor]]:
+    """Directional derivatives of every output along each direction of `leaf` (double vjp).
+
+    Forward mode would miss parameters of torch modules; the vjp is linear in its cotangent, so its
+    own vjp is the Jacobian-vector product.
+    """
+    cotangents = [torch.zeros_like(o, requires_grad=True) for o in outputs]
+    (pulled,) = torch.autograd.grad(outputs, leaf, cotangents, create_graph=True, allow_unused=True)
+    zeros = [torch.zeros_like(o) for o in outputs]
+    if pulled is None or not pulled.requires_grad:
+        return [zeros for _ in directions]
+    found = []
+    for direction in directions:
+        pushed = torch.autograd.grad(pulled, cotangents, direction, retain_graph=True, allow_unused=True)
+        found.append([z if p is None else p.detach() for p, z in zip(pushed, zeros, strict=True)])
+    return found
+
+
+def second_point(record: ParameterRecord, generator: torch.Generator) -> Tensor:
+    """Another feasible value, away from `record.value`, drawn in free coordinates."""
+    value = record.value
+    own = chart(record.constraint, value)
+    u = own.to_free(value)
+    noise = torch.randn(u.shape, generator=generator, dtype=torch.float64).to(u)
+    return own.from_free(u + 0.5 * noise).detach()
+
+
+@dataclass(frozen=True)
+class _Slot:
+    site: str
+    argument: str
+    first: Tensor
+    second: Tensor
+
+
+def recognise(
+    first: Run, second: Run, parameters: Mapping[str, ParameterRecord], priors: frozenset[str]
+) -> dict[str, tuple[Use, ...]]:
+    """Uses of every parameter, from two runs at different feasible values (with gradients).
+
+    :param priors: names of the parameters that are sample sites (their own prior uses their value).
+    """
+    generator = torch.Generator().manual_seed(0)
+    slots = _slots(first, second)
+    hidden = {name: site for name, site in first.sites.items() if site.family is None or site.arguments is None}
+    found: dict[str, tuple[Use, ...]] = {}
+    for name in parameters:
+        leaf = first.leaves.get(name)
+        if leaf is None:
+            found[name] = ()
+            continue
+        uses = _argument_uses(name, leaf, second.leaves[name], slots, generator)
+        uses += _opaque_uses(name, leaf, first, hidden)
+        if name in priors:
+            uses.append(_value_use(name, first.sites[name], hidden))
+        found[name] = tuple(uses)
+    return found
+
+
+def _slots(first: Run, second: Run) -> list[_Slot]:
+    slots = []
+    for name, site in first.sites.items():
+        for argument, value in (site.arguments or {}).items():
+            other = (second.sites[name].arguments or {})[argument]
+            if value.requires_grad:
+                slots.append(_Slot(name, argument, value, other))
+    return slots
+
+
+def _argument_uses(
+    name: str, leaf: Tensor, other: Tensor, slots: list[_Slot], generator: torch.Generator
+) -> list[Use]:
+    if not slots:
+        return []
+    code = torch.arange(1, leaf.numel() + 1, dtype=leaf.dtype, device=leaf.device).reshape(leaf.shape)
+    ones = torch.ones_like(leaf)
+    draw = torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+    by_code, by_one, by_draw = tangents([s.first for s in slots], leaf, [code, ones, draw])
+    (other_one, other_draw) = tangents([s.second for s in slots], other, [ones, draw])
+    uses = []
+    for i, slot in enumerate(slots):
+        moved = bool((by_draw[i] != 0).any()) or bool((other_draw[i] != 0).any())
+        if moved:
+            uses.append(
+                _classify(name, slot, leaf.detach(), other.detach(), by_code[i], by_one[i], by_draw[i], other_one[i], draw)
+            )
+    return uses
+
+
+def _classify(
+    name: str,
+    slot: _Slot,
+    theta: Tensor,
+    theta2: Tensor,
+    by_code: Tensor,
+    by_one: Tensor,
+    by_draw: Tensor,
+    by_one2: Tensor,
+    draw: Tensor,
+) -> Use:
+    def opaque(reason: str) -> Use:
+        return Use(name, slot.site, slot.argument, None, reason=reason)
+
+    value, value2 = slot.first.detach(), slot.second.detach()
+    tolerance = 1e-9 if theta.dtype == torch.float64 else 1e-4
+    fixed = by_one == 0
+    ratio = torch.where(fixed, torch.zeros_like(by_one), by_code / torch.where(fixed, torch.ones_like(by_one), by_one))
+    index = ratio.round().long() - 1
+    index = torch.where(fixed, torch.full_like(index, -1), index)
+    if bool(((ratio - ratio.round()).abs() > 1e-6).any()) or bool((index >= theta.numel()).any()):
+        return opaque("the argument mixes entries of the parameter")
+    pick = index.clamp(min=0)
+    expected = torch.where(fixed, torch.zeros_like(by_one), by_one * draw.reshape(-1)[pick])
+    if not torch.allclose(by_draw, expected, rtol=tolerance, atol=tolerance * float(by_one.abs().max())):
+        return opaque("the argument mixes entries of the parameter")
+    if bool(((by_one2 == 0) != fixed).any()):
+        return opaque("which entries the argument uses changes with the parameter")
+    theta, theta2 = theta.reshape(-1)[pick], theta2.reshape(-1)[pick]
+    moving = ~fixed
+    if torch.equal(value[moving], theta[moving]) and torch.equal(value2[moving], theta2[moving]):
+        return Use(name, slot.site, slot.argument, index)
+    for exponential in (False, True):
+        found = _link(value, value2, theta, theta2, by_one, by_one2, moving, tolerance, exponential)
+        if found is not None:
+            coefficient, power = found
+            return Use(name, slot.site, slot.argument, index, coefficient, power, exponential)
+    return opaque("a nonlinear or affine function of one entry of the parameter")
+
+
+def _link(
+    value: Tensor,
+    value2: Tensor,
+    theta: Tensor,
+    theta2: Tensor,
+    slope: Tensor,
+    slope2: Tensor,
+    moving: Tensor,
+    tolerance: float,
+    exponential: bool,
+) -> tuple[Tensor, float] | None:
+    """c and r of value = c·θ^r (or c·exp(rθ)) if they are the same at both points, else None."""
+    v, v2, t, t2, s, s2 = (x[moving] for x in (value, value2, theta, theta2, slope, slope2))
+    if bool((v == 0).any()) or bool((v2 == 0).any()):
+        return None
+    if exponential:
+        rate, rate2 = s / v, s2 / v2
+        base, base2 = t.exp(), t2.exp()
+    else:
+        rate, rate2 = s * t / v, s2 * t2 / v2
+        base, base2 = t, t2
+    power = round(float(rate.reshape(-1)[0]) * 12) / 12  # halves, thirds, quarters and whole powers
+    if power == 0 or not all(torch.allclose(x, torch.full_like(x, power), rtol=tolerance, atol=tolerance) for x in (rate, rate2)):
+        return None
+    if power != int(power) and (bool((base <= 0).any()) or bool((base2 <= 0).any())):
+        return None
+    coefficient, coefficient2 = v / base**power, v2 / base2**power
+    if not torch.allclose(coefficient, coefficient2, rtol=tolerance, atol=0):
+        return None
+    full = torch.ones_like(value)
+    full[moving] = coefficient
+    return full, power
+
+
+def _opaque_uses(name: str, leaf: Tensor, run: Run, hidden: Mapping[str, SiteRecord]) -> list[Use]:
+    """Uses that no argument explains: by unknown families, or through observed values."""
+    uses = []
+    for site_name, site in run.sites.items():
+        if site_name == name:
+            continue
+        reason = f"{type(site.fn).__name__} hides its arguments" if site_name in hidden else "the observed value depends on it"
+        density = log_density(site) if site_name in hidden else site.value
+        if density.requires_grad and density.is_floating_point():
+            (gradient,) = torch.autograd.grad(density.sum(), leaf, retain_graph=True, allow_unused=True)
+            if gradient is not None and (site_name in hidden or site.observed):
+                uses.append(Use(name, site_name, VALUE, None, reason=reason))
+    return uses
+
+
+def _value_use(name: str, site: SiteRecord, hidden: Mapping[str, SiteRecord]) -> Use:
+    if name in hidden:
+        return Use(name, name, VALUE, None, reason=f"no conjugate form is known for {type(site.fn).__name__}")
+    index = torch.arange(site.value.numel()).reshape(site.value.shape)
+    return Use(name, name, VALUE, index)

@@ -1,0 +1,237 @@
+"""One run of the user's model with given parameters, and what each of its sample sites said.
+
+`run_model` is the interpreter of the package: every other part sees a model only through the
+`Run` it returns. Parameters are handed out as one leaf per name (`pyro.param` gives a new tensor at
+each read; gradients need one), parameter-role sample sites take the given value, discrete latents
+are enumerated without the user asking for it.
+
+Not handled here: which site plays which role (roles.py), what the sites mean (recognise.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Independent
+from pyro.infer import config_enumerate
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_em.families import Family, family_of
+from pyro_em.model import compat
+from pyro_em.types import Model
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A vectorised plate: its name, its dim (negative) and its full and drawn sizes."""
+
+    name: str
+    dim: int
+    size: int
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """What one sample site said in one run.
+
+    `arguments` are the raw constructor arguments of the base distribution as tensors, or None where
+    the family is unknown; `element_dims` counts the dims that `.to_event` added to the base event.
+    """
+
+    name: str
+    fn: Any
+    value: Tensor
+    observed: bool
+    enumerated: bool
+    symbol: str | None
+    plates: tuple[Plate, ...]
+    symbols: dict[int, str]
+    mask: Tensor | None
+    scale: float | Tensor
+    family: Family | None
+    arguments: dict[str, Tensor] | None
+    constants: dict[str, Any]
+    element_dims: int
+    element_mask: Tensor | None
+    infer: dict[str, Any] = field(repr=False)
+
+    @property
+    def plate_dims(self) -> frozenset[str]:
+        """Symbols of the plates that the site lies in."""
+        return frozenset(self.symbols[plate.dim] for plate in self.plates)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Sites in program order, and the leaves that were handed out as parameters."""
+
+    sites: dict[str, SiteRecord]
+    leaves: dict[str, Tensor]
+    plate_symbols: dict[str, str]
+
+
+class Substitute(Messenger):
+    """Hand out the given parameter values; must sit outside of the enumeration handler.
+
+    Parameters of torch modules cannot be replaced by a handler (`PyroModule.__getattr__` ignores
+    what the handler returns), so their data are overwritten in place and restored on exit.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+        self.leaves: dict[str, Tensor] = {}
+        self._saved: list[tuple[torch.nn.Parameter, Tensor]] = []
+
+    def _pyro_param(self, msg: Any) -> None:
+        name = msg["name"]
+        if name not in self.values:
+            return
+        if name not in self.leaves:
+            own = msg["args"][0] if msg["args"] else None
+            if isinstance(own, torch.nn.Parameter):
+                self._saved.append((own, own.data.clone()))
+                own.data.copy_(self.values[name].detach())
+                self.leaves[name] = own
+            else:
+                self.leaves[name] = self.values[name]
+        msg["value"], msg["done"] = self.leaves[name], True
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            self.leaves[msg["name"]] = self.values[msg["name"]]
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+
+    def __exit__(self, *args: Any) -> Any:
+        for parameter, data in self._saved:
+            parameter.data.copy_(data)
+        self._saved.clear()
+        return super().__exit__(*args)
+
+
+def _enumerate_discrete(site: Any) -> dict[str, Any]:
+    """Enumerate in parallel what the user left open or marked "sequential" (exact either way)."""
+    if site["is_observed"] or not getattr(site["fn"], "has_enumerate_support", False):
+        return {}
+    if site["infer"].get("enumerate") == "sequential":
+        return {"enumerate": "parallel"}
+    return {}
+
+
+def combined_masks(fn: Any, mask: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Masks of `poutine.mask` and of `.mask` wrappers: (over the batch, over the elements).
+
+    A `.mask` inside of `.to_event` acts on single elements of the event, all others on whole events.
+    """
+    batch, element = None, None
+    if isinstance(mask, Tensor):
+        batch = mask.bool()
+    elif mask is False:
+        batch = torch.zeros((), dtype=torch.bool)
+    base_event_dim = compat.base_distribution(fn).event_dim
+    inside = False
+    while hasattr(fn, "base_dist"):
+        own = getattr(fn, "_mask", None)
+        if isinstance(own, bool):
+            own = torch.tensor(own)
+        if own is not None:
+            if inside and fn.event_dim == base_event_dim:
+                element = own if element is None else element & own
+            else:
+                batch = own if batch is None else batch & own
+        inside = inside or isinstance(fn, Independent)
+        fn = fn.base_dist
+    return batch, element
+
+
+def _tensors(raw: dict[str, Any], family: Family, like: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    arguments: dict[str, Tensor] = {}
+    constants: dict[str, Any] = {}
+    for name, value in raw.items():
+        if name in family.arguments:
+            arguments[name] = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=like.dtype)
+        else:
+            constants[name] = value
+    return arguments, constants
+
+
+def _record(name: str, site: dict[str, Any]) -> SiteRecord:
+    fn = site["fn"]
+    base = compat.base_distribution(fn)
+    element_dims = fn.event_dim - base.event_dim
+    batch_mask, element_mask = combined_masks(fn, site["mask"])
+    raw = compat.raw_arguments(fn)
+    family = family_of(type(base)) if raw is not None else None
+    arguments: dict[str, Tensor] | None = None
+    constants: dict[str, Any] = {}
+    if family is not None and raw is not None:
+        like = site["value"] if site["value"].is_floating_point() else torch.empty(0)
+        arguments, constants = _tensors(raw, family, like)
+    plates = tuple(
+        sorted(
+            (Plate(f.name, f.dim, f.size) for f in site["cond_indep_stack"] if f.vectorized),
+            key=lambda plate: plate.dim,
+        )
+    )
+    return SiteRecord(
+        name=name,
+        fn=fn,
+        value=site["value"],
+        observed=site["is_observed"],
+        enumerated=compat.is_enumerated(site),
+        symbol=compat.enumeration_symbol(site),
+        plates=plates,
+        symbols=compat.dim_symbols(site),
+        mask=batch_mask,
+        scale=site["scale"],
+        family=family,
+        arguments=arguments,
+        constants=constants,
+        element_dims=element_dims,
+        element_mask=element_mask,
+        infer=site["infer"],
+    )
+
+
+@contextlib.contextmanager
+def quiet_store() -> Iterator[None]:
+    """Run with an empty param store, and give the caller's back whatever happens."""
+    with pyro.get_param_store().scope():
+        yield
+
+
+def run_model(
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    values: Mapping[str, Tensor],
+    *,
+    max_plate_nesting: int,
+    enumerated: bool = True,
+    live: bool = False,
+) -> Run:
+    """Run `model(*args, **kwargs)` with the parameters at `values` and return what its sites said.
+
+    Gradients flow from the sites' arguments to `values` when those require them (and to the module's own
+    parameters, see `Run.leaves`). With `live` the handlers around the call see the run, as a loss inside of
+    `SVI.step` needs; otherwise the run is hidden from them.
+    """
+    substitute = Substitute(values)
+    with contextlib.ExitStack() as stack:
+        if not live:
+            stack.enter_context(poutine.block())
+        stack.enter_context(compat.recording_arguments())
+        stack.enter_context(substitute)
+        if enumerated:
+            stack.enter_context(compat.enumeration(max_plate_nesting))
+            model = poutine.infer_config(config_enumerate(model, default="parallel"), config_fn=_enumerate_discrete)
+        trace = compat.prune_and_symbolize(poutine.trace(model).get_trace(*args, **kwargs))
+    sites = {name: _record(name, site) for name, site in trace.nodes.items() if site["type"] == "sample"}
+    return Run(sites, dict(substitute.leaves), compat.plate_symbols(trace))

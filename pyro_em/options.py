@@ -1,0 +1,89 @@
+"""Checks of what a user passes to `fit`, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_em.errors import InputError, Refusal
+from pyro_em.model.compat import base_distribution
+from pyro_em.problem import Problem
+from pyro_em.store import isolated_rng
+from pyro_em.types import Model, Params
+
+ALGORITHMS = ("em", "map-em", "gem", "svi")
+EXACT = ("em", "map-em", "gem")
+
+
+def check_algorithm(algorithm: str) -> None:
+    if algorithm not in ALGORITHMS:
+        raise InputError(f"algorithm: there is no '{algorithm}'. Valid names: {', '.join(map(repr, ALGORITHMS))}.")
+
+
+def check_restarts(restarts: int) -> None:
+    if not isinstance(restarts, int) or isinstance(restarts, bool) or restarts < 1:
+        raise InputError(f"restarts must be a positive integer, not {restarts!r}.")
+
+
+def checked_init(problem: Problem, init: Mapping[str, Any]) -> Params:
+    """The model's own start with the given values put in.
+
+    :raises InputError: for an unknown name, a wrong shape, a value that is not finite or violates the
+        parameter's constraint.
+    """
+    params = dict(problem.start)
+    for name, value in init.items():
+        if name not in params:
+            known = ", ".join(params) or "none"
+            raise InputError(f"init: the model has no parameter '{name}'. Its parameters: {known}.")
+        record = problem.parameters[name]
+        value = torch.as_tensor(value).detach().to(record.value).clone()
+        if value.shape != record.value.shape:
+            raise InputError(
+                f"init: parameter '{name}' has shape {tuple(record.value.shape)}, its start {tuple(value.shape)}."
+            )
+        if not bool(value.isfinite().all()):
+            raise InputError(f"init: the start of parameter '{name}' is not finite.")
+        if not bool(record.constraint.check(value).all()) and not _on_boundary(record.constraint, value):
+            raise InputError(
+                f"init: the start of parameter '{name}' violates its constraint {record.constraint}"
+                " (a simplex sums to 1, a covariance matrix is symmetric and positive definite)."
+            )
+        params[name] = value
+    return params
+
+
+def _on_boundary(constraint: Any, value: Tensor) -> bool:
+    """A scale or rate of exactly 0 is a structural zero, which EM keeps."""
+    while hasattr(constraint, "base_constraint"):
+        constraint = constraint.base_constraint
+    lower = getattr(constraint, "lower_bound", None)
+    return lower is not None and not hasattr(constraint, "upper_bound") and bool((value >= lower).all())
+
+
+def point_estimated(guide: Model | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the Delta sites of a guide.
+
+    :raises Refusal: for a guide site that is not a Delta: its posterior would not be the exact one.
+    """
+    if guide is None:
+        return ()
+    with pyro.get_param_store().scope(), isolated_rng(0), poutine.block():
+        trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    found = []
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or site["is_observed"] or poutine.util.site_is_subsample(site):
+            continue
+        if type(base_distribution(site["fn"])).__name__ != "Delta":
+            raise Refusal(
+                name,
+                "the guide gives it a distribution of its own, but an exact algorithm uses the exact posterior.",
+                "leave it out of the guide, or use algorithm='svi'.",
+            )
+        found.append(name)
+    return tuple(found)

@@ -1,0 +1,206 @@
+"""The exact posterior of the discrete latents at given parameters.
+
+All readings come from one contraction (evidence/): marginals from the gradient of log Z, the joint mode
+from the gradient of the max-plus evidence, draws from a sampled back-trace.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_em.errors import InputError
+from pyro_em.evidence.discrete import Evidence, contract
+from pyro_em.evidence.ring import Elimination
+from pyro_em.model.compat import base_distribution, detached, dims_of, with_dims
+from pyro_em.model.graph import FactorGraph, align
+from pyro_em.model.trace import Run, SiteRecord
+from pyro_em.problem import Problem
+from pyro_em.types import Params
+
+DRAWS = "⊗"  # symbol of the extra plate over draws
+CHUNK_CELLS = 2**23  # cells of factor tables held at once while drawing
+
+
+class Posterior:
+    """p(z | x, θ), exact. Made by `FitResult.posterior(*args)`.
+
+    Shapes: a latent in plates (N, ...) with K states has responsibilities (N, ..., K).
+
+    Example::
+
+        posterior = result.posterior(data)
+        posterior.marginal("z").probs      # (N, K)
+        posterior.mode()["z"]              # (N,) the joint mode (Viterbi path of a chain)
+        posterior.sample(100)["z"]         # (100, N) joint draws
+    """
+
+    def __init__(self, problem: Problem, params: Params) -> None:
+        self.problem, self.params = problem, params
+
+    @cached_property
+    def _e_step(self) -> tuple[Evidence, Run]:
+        return self.problem.evidence(self.params)
+
+    @property
+    def latents(self) -> tuple[str, ...]:
+        """Names of the latents, in program order."""
+        return tuple(self.problem.graph.latents)
+
+    @property
+    def log_evidence(self) -> float:
+        """log p(x|θ), with weights and scales."""
+        return float(self._e_step[0].log_likelihood)
+
+    def _site(self, site: str) -> SiteRecord:
+        if site not in self.problem.graph.latents:
+            known = ", ".join(self.latents) or "none"
+            raise InputError(f"The model has no latent '{site}'. Its latents: {known}.")
+        return self._e_step[1].sites[site]
+
+    def responsibilities(self, site: str) -> Tensor:
+        """Posterior probability of each state, shape plates + (K,)."""
+        record = self._site(site)
+        weights = self._e_step[0].weights[site]
+        symbol = record.symbol
+        assert symbol is not None
+        dims = dims_of(weights)
+        kept = [d for d in dims if d in record.plate_dims or d == symbol]
+        gone = [i for i, d in enumerate(dims) if d not in kept]
+        own = with_dims(weights.sum(gone) if gone else weights, "".join(kept))
+        return _over_plates(own, record, symbol)
+
+    def marginal(self, site: str) -> dist.Distribution:
+        """Marginal posterior of one latent, with the plates as batch shape.
+
+        Bernoulli, Categorical and OneHotCategorical latents keep their family; any other finite latent
+        gives a Categorical over its states (a Binomial over the counts 0..n).
+        """
+        probs = self.responsibilities(site)
+        family = type(base_distribution(self._site(site).fn))
+        if family is dist.Bernoulli:
+            return dist.Bernoulli(probs[..., 1].clamp(0, 1), validate_args=False)
+        if family is dist.OneHotCategorical:
+            return dist.OneHotCategorical(probs, validate_args=False)
+        return dist.Categorical(probs, validate_args=False)
+
+    def _support(self, site: str) -> Tensor:
+        """Values of the states, shape (K,) + event."""
+        fn = self._site(site).fn
+        values = fn.enumerate_support(expand=False)
+        return values.reshape(values.shape[0], *fn.event_shape).to(torch.get_default_dtype())
+
+    def mean(self, site: str) -> Tensor:
+        """Posterior mean of the latent's value, shape plates + event."""
+        return torch.tensordot(self.responsibilities(site), self._support(site), dims=1)
+
+    def variance(self, site: str) -> Tensor:
+        """Posterior variance of the latent's value, shape plates + event."""
+        support, probs = self._support(site), self.responsibilities(site)
+        second = torch.tensordot(probs, support**2, dims=1)
+        return (second - torch.tensordot(probs, support, dims=1) ** 2).clamp(min=0)
+
+    def mode(self) -> dict[str, Tensor]:
+        """Most probable joint configuration of all latents (values, by site)."""
+        picked = self._pick("max", None)
+        return {site: self._value(site, index) for site, index in picked.items()}
+
+    def sample(self, num: int) -> dict[str, Tensor]:
+        """`num` independent joint draws of all latents, shape (num,) + plates + event, by site."""
+        if num < 1:
+            raise InputError(f"sample: num must be at least 1, not {num}.")
+        factors = self.problem.factors(self._e_step[1])
+        cells = sum(factors[n].numel() for c in self.problem.graph.components for n in c.factors)
+        chunk = max(1, CHUNK_CELLS // max(1, cells))
+        parts = [self._pick("sample", min(chunk, num - done)) for done in range(0, num, chunk)]
+        return {s: self._value(s, torch.cat([part[s] for part in parts])) for s in self.latents}
+
+    def entropy(self) -> float:
+        """Entropy of the posterior in nats, weighted like the log-likelihood; latents without data left out."""
+        evidence, run = self._e_step
+        q, _ = _without_prior(self.problem).expected_log_joint(self.params, evidence.weights)
+        return max(0.0, float(evidence.log_likelihood) - float(q.detach()))
+
+    def pointwise(self) -> Tensor:
+        """log p(x_n|θ) for every element of the data plates, unweighted; shape of the data plates."""
+        return pointwise(self.problem, *self._e_step)
+
+    def _value(self, site: str, index: Tensor) -> Tensor:
+        fn = self._site(site).fn
+        values = fn.enumerate_support(expand=False)
+        return values.reshape(values.shape[0], *fn.event_shape)[index]
+
+    def _pick(self, elimination: Elimination, num: int | None) -> dict[str, Tensor]:
+        """State numbers of one joint configuration (of `num` draws), shape (num,) + plates, by site."""
+        graph, run = self.problem.graph, self._e_step[1]
+        factors = self.problem.factors(run)
+        if num is not None:
+            graph = _with_draws(graph)
+        leaves: dict[str, Tensor] = {}
+        for component in graph.components:
+            for name in component.factors:
+                leaf, dims = factors[name].detach(), dims_of(factors[name])
+                if num is not None:
+                    leaf, dims = leaf.expand(num, *leaf.shape), DRAWS + dims
+                leaves[name] = with_dims(leaf.clone().requires_grad_(True), dims)
+        with torch.enable_grad():
+            total = sum((contract(graph, c, leaves, elimination).sum() for c in graph.components), torch.zeros(()))
+        found = torch.autograd.grad(total, list(leaves.values()))
+        indicators = {name: with_dims(g, dims_of(leaves[name])) for name, g in zip(leaves, found, strict=True)}
+        return {site: self._state(site, indicators[site], run.sites[site], num) for site in self.latents}
+
+    def _state(self, site: str, indicator: Tensor, record: SiteRecord, num: int | None) -> Tensor:
+        dims, symbol = dims_of(indicator), record.symbol
+        assert symbol is not None
+        keep = {*record.plate_dims, symbol, DRAWS}
+        gone = [i for i, d in enumerate(dims) if d not in keep]
+        own = with_dims(indicator.sum(gone) if gone else indicator, "".join(d for d in dims if d in keep))
+        if num is None:
+            return _over_plates(own, record, symbol).argmax(-1)
+        lead = align(own, DRAWS + "".join(d for d in dims_of(own) if d != DRAWS))
+        kept = "".join(d for d in dims_of(own) if d != DRAWS)
+        states = [_over_plates(with_dims(row, kept), record, symbol).argmax(-1) for row in lead]
+        return torch.stack(states)
+
+
+def _over_plates(packed: Tensor, record: SiteRecord, symbol: str) -> Tensor:
+    """Shape plates (outermost first) + (K,); a latent with one state has K = 1."""
+    order = [record.symbols[plate.dim] for plate in record.plates]
+    wide = align(packed, "".join(order) + symbol)
+    return wide.expand(*(plate.size for plate in record.plates), wide.shape[-1])
+
+
+def _with_draws(graph: FactorGraph) -> FactorGraph:
+    """The same graph inside of one more plate, over draws."""
+    factors = {n: dataclasses.replace(f, plates=f.plates | {DRAWS}) for n, f in graph.factors.items()}
+    components = tuple(dataclasses.replace(c, root=c.root | {DRAWS}) for c in graph.components)
+    return dataclasses.replace(
+        graph, factors=factors, components=components, plate_names={**graph.plate_names, DRAWS: "draws"}
+    )
+
+
+def _without_prior(problem: Problem) -> Problem:
+    return dataclasses.replace(problem, with_prior=False)
+
+
+def pointwise(problem: Problem, evidence: Evidence, run: Run) -> Tensor:
+    """log p(x_n|θ) over the data plates: every term summed over all other plates, unweighted."""
+    graph = problem.graph
+    factors = problem.factors(run)
+    dims = "".join(sorted(graph.data_plates, key=lambda d: _plate_dim(run, graph.plate_names[d])))
+    parts = [*evidence.terms, *(detached(factors[name]) for name in graph.constants)]
+    total = torch.zeros([graph.plate_sizes[d] for d in dims], dtype=torch.float64)
+    for part in parts:
+        gone = [i for i, d in enumerate(dims_of(part)) if d not in dims]
+        kept = "".join(d for d in dims_of(part) if d in dims)
+        own = with_dims(part.double().sum(gone) if gone else part.double(), kept)
+        total = total + align(own, dims)
+    return total
+
+
+def _plate_dim(run: Run, name: str) -> int:
+    return next(plate.dim for site in run.sites.values() for plate in site.plates if plate.name == name)

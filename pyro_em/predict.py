@@ -1,0 +1,43 @@
+"""Predictive draws: the model run forwards at given parameters, latents and data drawn anew.
+
+`pyro.infer.Predictive` silently ignores values for `pyro.param` sites; here they are substituted.
+"""
+
+from __future__ import annotations
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_em.errors import InputError
+from pyro_em.model.trace import run_model
+from pyro_em.problem import Problem
+from pyro_em.store import isolated_rng
+from pyro_em.types import Params
+
+
+def predictive(problem: Problem, params: Params, num_samples: int, seed: int | None) -> Params:
+    """Draws of every non-parameter site, shape (num_samples,) + the site's shape.
+
+    The data given to the model fix the sizes of its plates; their values are not used.
+    :raises InputError: if `num_samples` is not positive.
+    """
+    if num_samples < 1:
+        raise InputError(f"predictive: num_samples must be at least 1, not {num_samples}.")
+    draws: dict[str, list[Tensor]] = {}
+    model = poutine.uncondition(problem.model)
+    with isolated_rng(seed), torch.no_grad(), pyro.validation_enabled(False):
+        for _ in range(num_samples):
+            run = run_model(
+                model,
+                problem.args,
+                problem.kwargs,
+                params,
+                max_plate_nesting=problem.capture.max_plate_nesting,
+                enumerated=False,
+            )
+            for name, site in run.sites.items():
+                if name not in params:
+                    draws.setdefault(name, []).append(site.value)
+    return {name: torch.stack(values) for name, values in draws.items()}

@@ -1,0 +1,213 @@
+"""A model bound to data: the reference (interpreted) path from parameters to evidence.
+
+`Problem` holds what does not change during a fit (capture, roles, factor graph, parameter uses) and
+answers two questions by running the model: the log-factors at θ, and Q(θ) for given posterior weights.
+Every faster path is tested against this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_em.errors import InputError, NonFiniteError, Refusal
+from pyro_em.evidence.discrete import Evidence, evaluate, weighted_sum
+from pyro_em.model.capture import Capture, ParameterRecord, capture
+from pyro_em.model.certify import certify_factors
+from pyro_em.model.compat import detached, dims_of, with_dims
+from pyro_em.model.density import packed_log_density
+from pyro_em.model.graph import FactorGraph, build_graph, multiply
+from pyro_em.model.recognise import Use, recognise, second_point
+from pyro_em.model.resources import check_enumeration
+from pyro_em.model.roles import RoleOf, assign_roles
+from pyro_em.model.trace import Run, quiet_store, run_model
+from pyro_em.types import Model, Params
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model with its data, ready for inference. Made by `bind`."""
+
+    model: Model
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    capture: Capture
+    roles: dict[str, RoleOf]
+    graph: FactorGraph
+    parameters: dict[str, ParameterRecord]
+    uses: dict[str, tuple[Use, ...]]
+    with_prior: bool
+
+    @property
+    def start(self) -> Params:
+        """The model's own initial values."""
+        return {name: record.value for name, record in self.parameters.items()}
+
+    def run(self, params: Mapping[str, Tensor]) -> Run:
+        with quiet_store(), pyro.validation_enabled(False):
+            return run_model(
+                self.model, self.args, self.kwargs, params, max_plate_nesting=self.capture.max_plate_nesting
+            )
+
+    def factors(self, run: Run) -> dict[str, Tensor]:
+        """Packed log-density of every site of a run, laid out as in the graph."""
+        found = {name: packed_log_density(site) for name, site in run.sites.items()}
+        if found.keys() != self.graph.factors.keys():
+            changed = sorted(found.keys() ^ self.graph.factors.keys())
+            raise Refusal(
+                changed[0],
+                "the model's sites changed between two runs, so its structure depends on the parameters or on "
+                "random numbers.",
+                "write control flow with tensors (torch.where, indexing) instead of Python branches.",
+            )
+        return found
+
+    def evidence(self, params: Mapping[str, Tensor]) -> tuple[Evidence, Run]:
+        """Exact E-step at `params`.
+
+        :raises NonFiniteError: if a log-density is NaN, or an observation has density zero.
+        """
+        with torch.no_grad():
+            run = self.run(params)
+            factors = self.factors(run)
+        return self.checked(evaluate(self.graph, factors), factors), run
+
+    def checked(self, evidence: Evidence, factors: Mapping[str, Tensor]) -> Evidence:
+        if bool(evidence.log_likelihood.isfinite()) and bool(evidence.log_prior.isfinite()):
+            return evidence
+        for name, factor in factors.items():
+            if bool(factor.isnan().any()) or bool((factor == torch.inf).any()):
+                raise NonFiniteError(
+                    name,
+                    f"Site '{name}': its log-density is NaN or +infinite. A parameter has left its space, a "
+                    "component has collapsed, or the data are not finite.",
+                )
+        for term, component in zip(evidence.terms, self.graph.components, strict=True):
+            if bool((term == -torch.inf).any()):
+                raise NonFiniteError(component.factors[-1], self._impossible(term, component.factors[-1]))
+        for name in (*self.graph.constants, *self.graph.priors):
+            if bool((factors[name] == -torch.inf).any()):
+                raise NonFiniteError(name, self._impossible(detached(factors[name]), name))
+        raise NonFiniteError("", "The log-likelihood is not finite, though every factor is.")
+
+    def _impossible(self, term: Tensor, name: str) -> str:
+        rows = (term == -torch.inf).nonzero().tolist()
+        plates = [self.graph.plate_names[d] for d in dims_of(term)]
+        shown = ", ".join(str(row[0]) if len(row) == 1 else str(tuple(row)) for row in rows[:5])
+        where = f"in rows {shown}{' ...' if len(rows) > 5 else ''} of plate {plates}" if plates else ""
+        return (
+            f"Site '{name}': the data {where} have probability zero under the parameters (a probability or rate "
+            "that is exactly 0 meets an observation that needs it). Change the starting values or the structural "
+            "zeros, or check these rows."
+        )
+
+    def expected_log_joint(self, params: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> tuple[Tensor, Run]:
+        """Q(θ) = E_q[log p(x,z|θ)] (+ log p(θ) if priors count), differentiable in `params`.
+
+        :param weights: posterior weights of every factor with latents, as in `Evidence.weights`.
+        """
+        with torch.enable_grad():
+            run = self.run(params)
+            factors = self.factors(run)
+            total = torch.zeros((), dtype=torch.float64)
+            for name, factor in factors.items():
+                if name in self.graph.priors and not self.with_prior:
+                    continue
+                weight = multiply(weights.get(name), self.graph.factors[name].weight)
+                total = total + weighted_sum(factor, _onto(weight, dims_of(factor)))
+        return total, run
+
+    def objective(self, evidence: Evidence) -> float:
+        """What the algorithm climbs: log p(x|θ), plus log p(θ) if priors count."""
+        total = evidence.log_likelihood + (evidence.log_prior if self.with_prior else 0.0)
+        return float(total)
+
+
+def _onto(weight: Tensor | None, dims: str) -> Tensor | None:
+    """Sum a packed weight over dims that the factor does not have (it is constant along them)."""
+    if weight is None:
+        return None
+    own = dims_of(weight)
+    gone = [i for i, d in enumerate(own) if d not in dims]
+    return with_dims(weight.sum(gone), "".join(d for d in own if d in dims)) if gone else weight
+
+
+def bind(
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    with_prior: bool,
+    roles: Mapping[str, str] | None = None,
+    deltas: tuple[str, ...] = (),
+    weights: Mapping[str, Tensor] | None = None,
+    params: Mapping[str, Tensor] | None = None,
+) -> Problem:
+    """Capture, assign roles, enumerate, certify and recognise: a `Problem` or a refusal.
+
+    :param params: values at which to do so instead of the model's own initial values.
+    :raises Refusal, InputError, ResourceError: see the modules in `pyro_em.model`.
+    """
+    seen = capture(model, args, kwargs)
+    assigned = assign_roles(seen, roles, deltas)
+    for name, role in assigned.items():
+        if role.role == "latent" and not seen.sites[name].enumerable:
+            raise _refuse_latent(name, role, seen)
+    check_enumeration(seen)
+    records = dict(seen.parameters)
+    for name, role in assigned.items():
+        if role.role == "parameter":
+            site = seen.sites[name]
+            records[name] = ParameterRecord(name, site.value.detach().clone(), site.fn.support, "sample")
+    for name, value in (params or {}).items():
+        if name in records:
+            old = records[name]
+            records[name] = ParameterRecord(name, value.detach().clone(), old.constraint, old.kind)
+    for record in records.values():
+        if not record.value.is_floating_point():
+            raise InputError(f"Parameter '{record.name}' has dtype {record.value.dtype}; use a floating point one.")
+    priors = frozenset(name for name, role in assigned.items() if role.role == "parameter")
+    generator = torch.Generator().manual_seed(0)
+    leaves = {name: _leaf(record.value) for name, record in records.items()}
+    others = {name: _leaf(second_point(record, generator)) for name, record in records.items()}
+
+    def run(values: Params) -> Run:
+        with torch.enable_grad(), quiet_store():
+            return run_model(model, args, kwargs, values, max_plate_nesting=seen.max_plate_nesting)
+
+    first = run(leaves)
+    packed = {name: packed_log_density(site) for name, site in first.sites.items()}
+    graph = build_graph(first, packed, priors, weights or {})
+    certify_factors(seen, first, graph, model, args, kwargs, {n: r.value for n, r in records.items()})
+    with pyro.validation_enabled(False):
+        second = run(others)
+    uses = recognise(first, second, records, priors)
+    return Problem(model, args, kwargs, seen, assigned, graph, records, uses, with_prior)
+
+
+def _leaf(value: Tensor) -> Tensor:
+    return value.detach().clone().requires_grad_(True)
+
+
+def _refuse_latent(name: str, role: RoleOf, seen: Capture) -> Refusal:
+    site = seen.sites[name]
+    family = type(site.fn).__name__
+    if site.discrete:
+        return Refusal(
+            name,
+            f"an unobserved {family} has infinitely many states, which exact enumeration cannot sum.",
+            "truncate it (a Categorical over 0..M), or use algorithm='svi' with a guide for it.",
+        )
+    remedy = "use algorithm='svi' with a guide for it"
+    if role.override:
+        remedy += f"; {role.override}"
+    return Refusal(
+        name,
+        f"a continuous latent ({family}; {role.reason}) is not integrated exactly by this version.",
+        remedy + ".",
+    )

@@ -1,0 +1,175 @@
+"""What a fit returns.
+
+The log-likelihood belongs to the *returned* parameters, and says whether it is exact; everything that
+needs the model again (posteriors, standard errors, predictions) runs it at those parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.charts import free_dimension
+from pyro_em.errors import InputError
+from pyro_em.information import Information, observed_information, standard_errors
+from pyro_em.model.plan import Plan
+from pyro_em.posterior import Posterior
+from pyro_em.predict import predictive
+from pyro_em.problem import Problem, bind
+from pyro_em.stop import Outcome
+from pyro_em.types import Params
+
+if TYPE_CHECKING:
+    from pyro_em.plots import Figure
+
+
+@dataclass
+class FitResult:
+    """Parameters, how good they are, how they were found, and what they say about the latents.
+
+    `params` maps site names to constrained values. `log_likelihood` is the exact log p(x|params), None
+    where it is not tractable; `elbo` equals it for exact algorithms and is the bound under "svi", so that
+    `gap = log_likelihood - elbo` is KL[q||posterior] where both are known. `log_posterior` adds
+    log p(params) in constrained space (no Jacobian), None without priors. `history` is a dict of equally
+    long lists, one entry per E-step. `restarts` lists (objective, outcome) of every start, in order.
+    """
+
+    algorithm: str
+    params: Params
+    log_likelihood: float | None
+    log_posterior: float | None
+    elbo: float
+    exact: bool
+    outcome: Outcome
+    num_iterations: int
+    history: dict[str, list[float]]
+    plan: Plan
+    warnings: tuple[str, ...] = ()
+    restarts: tuple[tuple[float, str], ...] = ()
+    seed: int | None = None
+    num_observations: int = 0
+    num_parameters: int = 0
+    problem: Problem | None = field(default=None, repr=False)
+    free: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def converged(self) -> bool:
+        """True only if the score fell below `tol`."""
+        return self.outcome is Outcome.converged
+
+    @property
+    def gap(self) -> float | None:
+        """log p(x|params) - ELBO, 0 for exact algorithms."""
+        return None if self.log_likelihood is None else self.log_likelihood - self.elbo
+
+    def _bound(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Problem:
+        if self.problem is None:
+            raise InputError(
+                "This result was loaded from a file, which holds no model. Give it one: "
+                "pyro_em.load(path, model=model, args=(data,))."
+            )
+        if not args and not kwargs:
+            return self.problem
+        roles = {n: r.role for n, r in self.problem.roles.items() if r.role != "data"}
+        known = set(self.problem.capture.sites)
+        return bind(
+            self.problem.model,
+            args,
+            {**self.problem.kwargs, **(kwargs or {})},
+            with_prior=self.problem.with_prior,
+            roles={n: role for n, role in roles.items() if n in known and n in self.problem.parameters},
+            params=self.params,
+        )
+
+    def posterior(self, *args: Any, **kwargs: Any) -> Posterior:
+        """Exact posterior of the latents at `params`, for new data or (without arguments) the fitted ones."""
+        return Posterior(self._bound(args, kwargs), self.params)
+
+    def log_prob(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Pointwise marginal log-likelihood, shape of the data plate: (N,).
+
+        Its sum is `log_likelihood` (without weights). Without arguments: of the fitted data.
+        """
+        return self.posterior(*args, **kwargs).pointwise()
+
+    def predictive(self, *args: Any, num_samples: int = 100, seed: int | None = 0, **kwargs: Any) -> Params:
+        """Draws of every data and latent site from the model at `params`, shape (num_samples,) + site."""
+        problem = self._bound(args, kwargs)
+        return predictive(problem, self.params, num_samples, seed)
+
+    def information(self) -> Information:
+        """Observed information of the exact log-evidence (of the log posterior under map-em)."""
+        if not self.exact:
+            raise InputError(
+                f"The log-likelihood is not exact under algorithm='{self.algorithm}', so it has no observed "
+                "information here. Refit with 'em' or 'map-em' from these parameters (init=result.params)."
+            )
+        return observed_information(self._bound(), self.params, self.free)
+
+    def standard_errors(self) -> Params:
+        """Standard errors like `params`, on the constrained scale (delta method)."""
+        return standard_errors(self.information(), self.params)
+
+    def covariance(self) -> Tensor:
+        """Covariance of all free parameters' entries, flattened in the order of `params` (delta method)."""
+        information = self.information()
+        jacobian = torch.cat([information.jacobian[n] for n in self.params if n in information.jacobian])
+        return jacobian @ information.covariance @ jacobian.mT
+
+    @property
+    def aic(self) -> float:
+        """-2 log p + 2·num_parameters (smaller is better)."""
+        return -2.0 * self._likelihood() + 2.0 * self.num_parameters
+
+    @property
+    def bic(self) -> float:
+        """-2 log p + num_parameters·log N (smaller is better)."""
+        return -2.0 * self._likelihood() + self.num_parameters * math.log(self.num_observations)
+
+    @property
+    def icl(self) -> float:
+        """BIC + 2·entropy of the latents' posterior (Biernacki, Celeux, Govaert 2000)."""
+        return self.bic + 2.0 * self.posterior().entropy()
+
+    def _likelihood(self) -> float:
+        if self.log_likelihood is None:
+            raise InputError("The marginal likelihood of this model is not tractable, so it has no AIC or BIC.")
+        return self.log_likelihood
+
+    def summary(self) -> str:
+        """A table of estimates with standard errors, and the figures of the fit."""
+        from pyro_em.summary import summary
+
+        return summary(self)
+
+    def to_inference_data(self, **options: Any) -> Any:
+        """The fit for ArviZ: InferenceData on ArviZ 0.x, an xarray DataTree on 1.x. See `pyro_em.arviz`."""
+        from pyro_em.arviz import to_inference_data
+
+        return to_inference_data(self, **options)
+
+    def save(self, path: str | Path) -> None:
+        """Write parameters, history and plan to one file (no pickle); see `pyro_em.checkpoint`."""
+        from pyro_em.checkpoint import save
+
+        save(self, path)
+
+    def plot(self, **options: Any) -> Figure:
+        """Objective by iteration and responsibilities, as a matplotlib figure."""
+        from pyro_em.plots import plot
+
+        return plot(self, **options)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+
+def count_parameters(problem: Problem, free: Sequence[str], params: Params) -> int:
+    """Free parameters: simplex K-1, covariance D(D+1)/2; fixed and unused ones do not count."""
+    return sum(free_dimension(problem.parameters[n].constraint, params[n]) for n in free)

@@ -1,0 +1,129 @@
+"""Expected sufficient statistics: posterior-weighted sums of a site's statistics, per argument cell.
+
+The *cells* of a site are the batch shape of its arguments: `Normal(mu[z], sigma)` in a data plate of N
+has K cells, however large N is; a regression whose location differs in every row has K·N. Everything the
+M-step needs from the data is one tuple of moments (S0 = Σw, then Σ w·T_j(x)) per cell. They are additive
+over chunks of data.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.families.base import OneHotStatistic, Statistic
+from pyro_em.model import compat
+from pyro_em.model.density import clean_value
+from pyro_em.model.graph import FactorInfo, multiply
+from pyro_em.model.trace import SiteRecord
+
+
+@dataclass(frozen=True)
+class SiteMoments:
+    """`moments` = (S0, Σ w T_1, ...) with leading dims `cells` (broadcastable); `center` was subtracted."""
+
+    moments: tuple[Tensor, ...]
+    cells: torch.Size
+    center: Tensor | None
+
+
+def site_weight(site: SiteRecord, info: FactorInfo, posterior: Tensor | None) -> Tensor:
+    """Expected multiplicity of the site in Pyro's dim layout, element dims of `.to_event` included.
+
+    :param posterior: packed posterior weights of the site's factor, or None if no latent reaches it.
+    """
+    if posterior is None:
+        posterior = compat.pack(torch.ones(site.fn.batch_shape), site.symbols)
+    weight = multiply(posterior, info.weight)
+    assert weight is not None
+    unpacked = compat.unpack(weight, site.symbols).double()
+    unpacked = unpacked.reshape(unpacked.shape + (1,) * site.element_dims)
+    if site.element_mask is not None:
+        unpacked = unpacked * site.element_mask.to(unpacked.dtype)
+    return unpacked
+
+
+def argument_cells(site: SiteRecord, arguments: dict[str, Tensor]) -> torch.Size:
+    """Broadcast batch shape of the raw arguments (element dims of `.to_event` count as batch)."""
+    assert site.family is not None
+    dims = site.family.arguments
+    return torch.broadcast_shapes(*(a.shape[: a.dim() - dims[n]] for n, a in arguments.items()), torch.Size())
+
+
+def site_center(site: SiteRecord, cells: torch.Size) -> Tensor | None:
+    """Mean of the data, constant within every cell: Σx² - (Σx)²/n would cancel at large offsets."""
+    if site.family is None or not site.family.centered:
+        return None
+    (location, *_) = site.family.statistics(clean_value(site), site.arguments or {})
+    assert isinstance(location, Statistic)
+    x = location.dense()
+    batch = x.dim() - site.family.event_dim
+    keep = [
+        i for i in range(batch)
+        if i - batch >= -site.element_dims and i - batch >= -len(cells) and cells[i - batch] > 1
+    ]
+    gone = [i for i in range(batch) if i not in keep]
+    mean = x.mean(gone, keepdim=True) if gone else x
+    lead = next((i for i in range(batch) if i in keep), batch)
+    return mean.reshape(mean.shape[lead:]) if batch else mean
+
+
+def site_moments(
+    site: SiteRecord, arguments: dict[str, Tensor], weight: Tensor, center: Tensor | None
+) -> SiteMoments:
+    """Weighted moments of one site at the cells of its arguments."""
+    assert site.family is not None
+    cells = argument_cells(site, arguments)
+    value = clean_value(site)
+    statistics = site.family.statistics(value, {**site.constants, **arguments}, center)
+    batch = value.shape[: value.dim() - site.family.event_dim]
+    moments = [reduce_to(weight, [], 0, cells, batch)]
+    for statistic in statistics:
+        if isinstance(statistic, OneHotStatistic):
+            moments.append(reduce_to(weight, [statistic.dense()], 1, cells, batch))
+        else:
+            moments.append(reduce_to(weight, list(statistic.factors), statistic.factor_dim, cells, batch))
+    return SiteMoments(tuple(moments), cells, center)
+
+
+def reduce_to(
+    weight: Tensor, factors: Sequence[Tensor], factor_dim: int, cells: torch.Size, batch: torch.Size
+) -> Tensor:
+    """Σ over batch dims absent from `cells` of weight ⊗ factors, by one einsum.
+
+    Nothing of the size of the full broadcast is formed: Σ w x xᵀ is an einsum of w, x and x.
+
+    :param weight: batch dims, right aligned.
+    :param factors: batch dims + `factor_dim` event dims each; their outer product is the statistic.
+    :param cells: batch shape of the result (dims of size 1 are summed over).
+    :param batch: batch shape of the data; a summed dim that no operand has counts with its size.
+    """
+    leads = [weight.shape, *(f.shape[: f.dim() - factor_dim] for f in factors), batch]
+    full = torch.broadcast_shapes(*leads)
+    rank = max(len(full), len(cells))
+    full = torch.Size((1,) * (rank - len(full)) + tuple(full))
+    target = (1,) * (rank - len(cells)) + tuple(cells)
+    letters = iter(string.ascii_letters)
+    name = [next(letters) for _ in range(rank)]
+    operands, terms, events, event_shape = [], [], [], []
+    for x, event_dim in [(weight, 0), *((f, factor_dim) for f in factors)]:
+        lead = x.dim() - event_dim
+        kept = [i for i in range(lead) if x.shape[i] > 1]
+        own_event = [next(letters) for _ in range(event_dim)]
+        events += own_event
+        event_shape += list(x.shape[lead:])
+        operands.append(x.reshape([x.shape[i] for i in kept] + list(x.shape[lead:])).to(operands[0].dtype if operands else x.dtype))
+        terms.append("".join(name[rank - lead + i] for i in kept) + "".join(own_event))
+    present = set("".join(terms))
+    out = [i for i in range(rank) if target[i] > 1 and name[i] in present]
+    equation = ",".join(terms) + "->" + "".join(name[i] for i in out) + "".join(events)
+    result = torch.einsum(equation, *operands)
+    unseen = [full[i] for i in range(rank) if target[i] == 1 and full[i] > 1 and name[i] not in present]
+    for size in unseen:
+        result = result * size
+    shape = [full[i] if i in out else 1 for i in range(rank)]
+    return result.reshape(shape + event_shape)

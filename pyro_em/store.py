@@ -1,0 +1,77 @@
+"""Pyro's param store and the global random state, touched only here.
+
+A fit runs in an empty store of its own and leaves the caller's store and random state as they were; only
+a finished fit writes, once, at the end. (`ParamStoreDict.scope` is undone on errors and Ctrl-C too.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import pyro
+import torch
+from pyro.util import get_rng_state, set_rng_seed, set_rng_state
+from torch import Tensor
+from torch.distributions import constraints, transform_to
+
+from pyro_em.model.capture import ParameterRecord
+
+
+@contextlib.contextmanager
+def isolated_rng(seed: int | None) -> Iterator[None]:
+    """Run with the random state of torch, NumPy and Python given by `seed`; restore it afterwards.
+
+    Without a seed one number is drawn from torch's state, so that two fits in a row differ.
+    """
+    if seed is None:
+        seed = int(torch.randint(2**31 - 1, ()))
+    before = get_rng_state()
+    try:
+        set_rng_seed(seed)
+        yield
+    finally:
+        set_rng_state(before)
+
+
+def write_params(
+    records: Mapping[str, ParameterRecord], params: Mapping[str, Tensor], modules: Mapping[str, Tensor]
+) -> None:
+    """Write fitted values as SVI leaves them: in the param store, and in the modules' own parameters.
+
+    Entries that exist are overwritten in place: assigning to the store would make new leaves, which
+    optimisers holding the old ones would never see. A probability of exactly 0 has no unconstrained
+    coordinate; the store gets the nearest interior value (the result keeps the exact one).
+    """
+    store = pyro.get_param_store()
+    leaves = dict(store.named_parameters())
+    for name, record in records.items():
+        if record.kind == "sample":
+            continue
+        value = params[name].detach().clone()
+        if name in modules:
+            modules[name].data.copy_(value)
+            pyro.param(name, modules[name])
+            continue
+        value = interior(record.constraint, value)
+        if name in leaves and store[name].shape == value.shape:
+            leaves[name].data.copy_(transform_to(record.constraint).inv(value))
+            continue
+        if name in leaves:
+            del store[name]
+        pyro.param(name, value, constraint=record.constraint)
+
+
+def interior(constraint: constraints.Constraint, value: Tensor) -> Tensor:
+    """The nearest value with finite unconstrained coordinates."""
+    tiny = torch.finfo(value.dtype).tiny
+    while hasattr(constraint, "base_constraint"):
+        constraint = constraint.base_constraint
+    if constraint is constraints.simplex:
+        value = value.clamp(min=tiny)
+        return value / value.sum(-1, keepdim=True)
+    if constraint is constraints.unit_interval:
+        return value.clamp(min=tiny, max=1 - torch.finfo(value.dtype).eps)
+    if constraint in (constraints.positive, constraints.nonnegative):
+        return value.clamp(min=tiny)
+    return value
