@@ -195,8 +195,7 @@ class TransformChart(Chart):
         return self.transform.inv(value).reshape(-1)
 
     def from_free(self, free: Tensor) -> Tensor:
-        value: Tensor = self.transform(free.reshape(self.shape))
-        return value
+        return self.transform(free.reshape(self.shape))
 
     def pull_back(self, value: Tensor, gradient: Tensor) -> Tensor:
         with torch.enable_grad():

@@ -57,9 +57,9 @@ class ExactELBO(ELBO):  # type: ignore[misc]
             for name, site in guide_trace.nodes.items()
             if site["type"] == "sample" and not site["is_observed"]
         }
-        drawn = {n: v for n, v in drawn.items() if not poutine.util.site_is_subsample(guide_trace.nodes[n])}
         depth = int(self.max_plate_nesting)
         with pyro.validation_enabled(False):
+            # Subsample indices of the guide are replayed too, so that both see the same minibatch.
             run = run_model(model, args, kwargs, drawn, max_plate_nesting=depth, live=True)
         for name, site in run.sites.items():
             if not (site.observed or site.enumerated or name in drawn):
@@ -76,7 +76,7 @@ class ExactELBO(ELBO):  # type: ignore[misc]
         for name in graph.constants:
             total = total + weighted_sum(factors[name], graph.factors[name].weight)
         guide_trace.compute_log_prob()
-        for name in drawn:
+        for name in drawn.keys() & run.sites.keys():
             total = total - guide_trace.nodes[name]["log_prob_sum"]
         return total
 

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from pyro_em.checks import after_fit, at_start
-from pyro_em.errors import DegenerateLikelihoodError, EMWarning
+from pyro_em.errors import DegenerateLikelihoodError, EMWarning, InputError
 from pyro_em.explain import explain
-from pyro_em.initialise import default_strategy, initial_params
-from pyro_em.loop import Callback, Ended, Step, run_loop
+from pyro_em.initialise import initial_starts
+from pyro_em.loop import Callback, Ended, run_loop
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.plan import Plan
-from pyro_em.options import check_algorithm, check_restarts, checked_init, point_estimated
+from pyro_em.options import check_algorithm, check_restarts, point_estimated
 from pyro_em.problem import Problem, bind
+from pyro_em.progress import progress_bar
 from pyro_em.result import FitResult, count_parameters
 from pyro_em.stop import Outcome, StoppingRule
 from pyro_em.store import isolated_rng, write_params
-from pyro_em.types import Model, Params
+from pyro_em.types import Model
 
 
 def fit(
@@ -93,6 +90,11 @@ def fit(
     if algorithm == "svi":
         from pyro_em.svi import fit_svi
 
+        if weights is not None or m_step != "auto":
+            name = "weights" if weights is not None else "m_step"
+            raise InputError(
+                f"{name} belongs to the exact algorithms (em, map-em, gem); 'svi' cannot use it."
+            )
         return fit_svi(
             model, args, kwargs, guide=guide, init=init, restarts=restarts, seed=seed, max_iter=max_iter,
             optim=optim, num_particles=num_particles, callbacks=callbacks, progress=progress, roles=roles,
@@ -101,11 +103,11 @@ def fit(
         warnings.simplefilter("always", EMWarning)
         problem = _bind(model, args, kwargs, algorithm, guide, roles, weights)
         m = MStep(problem, m_step, algorithm, optim)
-        starts = list(_starts(problem, m, init, restarts, seed))
+        starts = list(initial_starts(problem, m, init, restarts, seed))
         at_start(problem, starts[0])
         runs: list[Ended] = []
         errors: list[BaseException] = []
-        with _bar(progress, algorithm, max_iter) as tick:
+        with progress_bar(progress, algorithm, max_iter) as tick:
             for start in starts:
                 ended = run_loop(problem, m, start, rule, (*callbacks, tick))
                 runs.append(ended)
@@ -168,36 +170,6 @@ def _bind(
     return bind(model, args, kwargs, with_prior=with_prior, roles=roles, deltas=deltas, weights=weights)
 
 
-def _starts(
-    problem: Problem, m: MStep, init: Mapping[str, Any] | str | None, restarts: int, seed: int | None
-) -> Iterator[Params]:
-    rng = np.random.default_rng(seed if seed is not None else np.random.randint(2**31 - 1))
-    if isinstance(init, str):
-        strategy = init
-    elif init is not None:
-        strategy = default_strategy(problem) if restarts > 1 else "model"
-        yield checked_init(problem, init)
-    else:
-        strategy = default_strategy(problem)
-        sampled = any(record.kind == "sample" for record in problem.parameters.values())
-        yield initial_params(problem, m, strategy if sampled else "model", rng)
-    for _ in range(restarts if isinstance(init, str) else restarts - 1):
-        yield initial_params(problem, m, strategy, rng)
-
-
-@contextlib.contextmanager
-def _bar(progress: bool | None, algorithm: str, max_iter: int) -> Iterator[Callback]:
-    show = sys.stderr.isatty() if progress is None else progress
-    with tqdm(total=max_iter, desc=algorithm, disable=not show, leave=False) as bar:
-
-        def tick(step: Step) -> None:
-            bar.n = step.iteration
-            bar.set_postfix_str(f"objective {step.objective:.6g}, score {step.score:.1e}", refresh=False)
-            bar.update(0)
-
-        yield tick
-
-
 def _result(
     problem: Problem,
     m: MStep,
@@ -228,5 +200,3 @@ def _result(
         problem=problem,
         free=m.free,
     )
-
-

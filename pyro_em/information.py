@@ -82,7 +82,11 @@ def observed_information(problem: Problem, params: Params, names: tuple[str, ...
     records = problem.parameters
     at = {n: snapped(records[n].constraint, v.detach()) for n, v in params.items()}
     charts = {n: chart(records[n].constraint, at[n]) for n in names}
-    frozen = [n for n in names if not torch.equal(at[n], params[n]) or charts[n].size < free_dimension(records[n].constraint, at[n])]
+    frozen = [
+        n
+        for n in names
+        if not torch.equal(at[n], params[n]) or charts[n].size < free_dimension(records[n].constraint, at[n])
+    ]
     if frozen:
         warnings.warn(
             f"Parameters {', '.join(repr(n) for n in frozen)} have entries on the boundary of their space. These are "
@@ -125,7 +129,9 @@ def _inverse(information: Tensor) -> Tensor:
             BoundaryEstimate,
             stacklevel=4,
         )
-    inverse = torch.where(usable, 1 / torch.where(usable, values, torch.ones_like(values)), torch.zeros_like(values))
+    inverse = torch.where(
+        usable, 1 / torch.where(usable, values, torch.ones_like(values)), torch.zeros_like(values)
+    )
     return (vectors * inverse) @ vectors.mT
 
 

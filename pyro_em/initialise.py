@@ -10,7 +10,8 @@ So a start is in the data's own units for every family, and respects ties, fixed
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from pyro_em.m_step.auto import MStep
 from pyro_em.model.compat import dims_of, with_dims
 from pyro_em.model.density import clean_value
 from pyro_em.model.trace import Run
+from pyro_em.options import checked_init
 from pyro_em.problem import Problem
 from pyro_em.types import Params
 
@@ -37,7 +39,9 @@ def initial_params(problem: Problem, m_step: MStep, strategy: str, rng: np.rando
     :raises InputError: for an unknown name, or "kmeans++" where some latent has no data of its own.
     """
     if strategy not in STRATEGIES:
-        raise InputError(f"init: '{strategy}' is no strategy. Use {', '.join(map(repr, STRATEGIES))}, or a dict.")
+        raise InputError(
+            f"init: '{strategy}' is no strategy. Use {', '.join(map(repr, STRATEGIES))}, or a dict."
+        )
     if strategy == "model":
         return problem.start
     potentials = STRATEGIES[strategy]
@@ -51,17 +55,44 @@ def initial_params(problem: Problem, m_step: MStep, strategy: str, rng: np.rando
     raise last
 
 
+def initial_starts(
+    problem: Problem, m: MStep, init: Mapping[str, Any] | str | None, restarts: int, seed: int | None
+) -> Iterator[Params]:
+    """Starting values of every restart: `init` (or the model's own) first, the others drawn from `seed`.
+
+    A model whose parameters are sample sites has no starting values of its own; its first start is drawn too.
+    """
+    rng = np.random.default_rng(seed if seed is not None else np.random.randint(2**31 - 1))
+    if isinstance(init, str):
+        strategy = init
+    elif init is not None:
+        strategy = default_strategy(problem) if restarts > 1 else "model"
+        yield checked_init(problem.parameters, init)
+    else:
+        strategy = default_strategy(problem)
+        sampled = any(record.kind == "sample" for record in problem.parameters.values())
+        yield initial_params(problem, m, strategy if sampled else "model", rng)
+    for _ in range(restarts if isinstance(init, str) else restarts - 1):
+        yield initial_params(problem, m, strategy, rng)
+
+
 def default_strategy(problem: Problem) -> str:
     """k-means++ where every latent explains numeric data of its own, otherwise random."""
     with torch.no_grad():
         run = problem.run(problem.start)
-    return "kmeans++" if all(_features(problem, run, site) is not None for site in problem.graph.latents) else "random"
+    return (
+        "kmeans++"
+        if all(_features(problem, run, site) is not None for site in problem.graph.latents)
+        else "random"
+    )
 
 
 Potentials = Callable[[Problem, Run, np.random.Generator], dict[str, Tensor]]
 
 
-def _from_potentials(problem: Problem, m_step: MStep, potentials: Potentials, rng: np.random.Generator) -> Params:
+def _from_potentials(
+    problem: Problem, m_step: MStep, potentials: Potentials, rng: np.random.Generator
+) -> Params:
     """One M-step from the posterior under made-up log-factors instead of the data's."""
     start = problem.start
     with torch.no_grad():
@@ -74,9 +105,9 @@ def _from_potentials(problem: Problem, m_step: MStep, potentials: Potentials, rn
         if name in made:
             dims = dims_of(factor)
             own = made[name]
-            neutral = neutral + own.permute([dims_of(own).index(d) for d in dims if d in dims_of(own)]).reshape(
-                [s if d in dims_of(own) else 1 for d, s in zip(dims, factor.shape, strict=True)]
-            )
+            neutral = neutral + own.permute(
+                [dims_of(own).index(d) for d in dims if d in dims_of(own)]
+            ).reshape([s if d in dims_of(own) else 1 for d, s in zip(dims, factor.shape, strict=True)])
         fake[name] = with_dims(neutral, dims_of(factor))
     evidence = evaluate(problem.graph, fake)
     if not bool(torch.isfinite(evidence.log_likelihood)):

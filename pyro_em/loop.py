@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from pyro_em.errors import DegenerateLikelihoodError, MonotonicityError, NonFiniteError
 from pyro_em.evidence.discrete import Evidence
@@ -110,7 +109,11 @@ def run_loop(
             score = m_step.score(current.params, current.evidence, sufficient) / num_observations
             _record(history, current, score, began)
             step = Step(
-                current.iteration, current.params, current.objective, float(current.evidence.log_likelihood), score
+                current.iteration,
+                current.params,
+                current.objective,
+                float(current.evidence.log_likelihood),
+                score,
             )
             if any([callback(step) for callback in callbacks]):
                 return Ended(current, Outcome.interrupted, history, tuple(sorted(empty)))
@@ -137,5 +140,3 @@ def _record(history: History, current: Iterate, score: float, began: float) -> N
     history.score.append(score)
     history.num_e_steps.append(current.iteration + 1)
     history.seconds.append(time.perf_counter() - began)
-
-

@@ -7,7 +7,7 @@ A model is a sum of log factors, one per sample site, of data x, discrete latent
     M-step   theta <- argmax Q,  Q(theta) = sum_f <w_f, l_f(theta)>  (+ log prior of theta for "map-em")
 
 There is no forward-backward pass to derive: sum z out, call backward, and the posterior is there. The full
-engine does the same for more kinds of latents, and faster; `tests/test_mini.py` holds both to the same numbers.
+engine does it for more kinds of latents, and faster; `tests/test_mini.py` holds both to the same numbers.
 
 Not here: continuous latents, guides, subsampled plates, `poutine.scale`, neural networks, long chains (every
 step runs the Python model), exact zeros in `probs` (torch clamps them; `logits` may be -inf).
@@ -47,7 +47,7 @@ class Program:
     """1. The model as log factors of its parameters. One plain run settles which site plays which role."""
 
     def __init__(self, run: Callable[[], Any], with_prior: bool) -> None:
-        with pyro.get_param_store().scope():  # an empty store for now: the caller's is neither read nor written
+        with pyro.get_param_store().scope():  # an empty one: the caller's is neither read nor written
             nodes: dict[str, Any] = prune_subsample_sites(poutine.trace(run).get_trace()).nodes
         sites = [site for site in nodes.values() if site["type"] == "sample"]
         data = [site for site in sites if site["is_observed"]]
@@ -69,7 +69,7 @@ class Program:
         return {name: self.maps[name](u) for name, u in free.items()}
 
     def factors(self, values: Values) -> tuple[Any, dict[str, Packed], Tensor]:
-        """Trace, log factors and log prior at `values`, with every latent spread over a tensor dim of its own."""
+        """Trace, log factors and log prior at `values`; every latent is spread over a dim of its own."""
         # One tensor per name, so that one gradient collects all the uses of a parameter. Substitution sits
         # outside of enumeration: inside, `pyro.markov` would lose sight of the fixed sites.
         model = poutine.enum(pyro.infer.config_enumerate(self.run), first_available_dim=-1 - self.nesting)
@@ -91,8 +91,8 @@ class Program:
                 factors[name] = factor if factor.requires_grad else factor.detach().requires_grad_()
                 factors[name]._pyro_dims = factor._pyro_dims
             if refused or site["scale"] != 1:
-                rule = "enumerable latents, no scale, and parameters of fixed priors outside of the data plates"
-                raise ValueError(f"Site '{name}' is beyond mini, which wants {rule}. Try pyro_em.fit.")
+                rule = "wants enumerable latents, no scale, and fixed priors outside of the data plates"
+                raise ValueError(f"Site '{name}' is beyond mini, which {rule}. Try pyro_em.fit.")
         return trace, factors, log_prior
 
 
@@ -156,23 +156,23 @@ def e_step(program: Program, values: Values) -> tuple[Any, dict[str, Packed], di
 
 
 # 4. The M-step has a closed form where the arguments of a family are entries of theta, as in `mu[z]`: an entry
-# becomes link(sum of w * top / sum of w * bottom), from data x and arguments a. Scales wait for the new means.
-CLOSED: dict[tuple[Any, str], tuple[Callable[[Tensor, Values], tuple[Any, Any]], Callable[[Tensor], Tensor]]] = {
+# becomes link(sum of w * top / sum of w * bottom). Rows: data x and arguments a give top and bottom, then link.
+CLOSED: dict[tuple[Any, str], tuple[Callable[[Tensor, Values], tuple[Any, Any]], Any]] = {
     (dist.Bernoulli, "probs"): (lambda x, a: (x, 1.0), torch.clone),
-    (dist.Categorical, "probs"): (lambda x, a: (x[..., None] == torch.arange(a["probs"].shape[-1]), 1.0), torch.clone),
+    (dist.Categorical, "probs"): (lambda x, a: (torch.eye(a["probs"].shape[-1])[x.long()], 1.0), torch.clone),
     (dist.Poisson, "rate"): (lambda x, a: (x, 1.0), torch.clone),
     (dist.Exponential, "rate"): (lambda x, a: (1.0, x), torch.clone),
     (dist.Normal, "loc"): (lambda x, a: (x / a["scale"] ** 2, 1 / a["scale"] ** 2), torch.clone),
-    (dist.Normal, "scale"): (lambda x, a: ((x - a["loc"]) ** 2, 1.0), torch.sqrt),
+    (dist.Normal, "scale"): (lambda x, a: ((x - a["loc"]) ** 2, 1.0), torch.sqrt),  # last: after new means
 }
 
 
 def record(cls: Any, args: Any, kwargs: Any) -> Any:
-    """Let a distribution keep its arguments as they were written; Categorical, for one, normalises its own."""
+    """Let a distribution keep its arguments as written; Categorical, for one, normalises its own."""
 
     def keep(fn: Any, arguments: dict[str, Any]) -> Any:
         fn.arguments, expand = arguments, type(fn).expand
-        fn.expand = lambda shape, _instance=None: keep(expand(fn, shape, _instance), arguments)  # plates expand
+        fn.expand = lambda shape, new=None: keep(expand(fn, shape, new), arguments)  # called by plates
         return fn
 
     if all(cls is not family for family, _ in CLOSED):
@@ -183,8 +183,8 @@ def record(cls: Any, args: Any, kwargs: Any) -> Any:
 def closed_form(program: Program, trace: Any, weights: dict[str, Packed], values: Values) -> Values:
     """Propose values for the parameters that the program only gathers from; the others stay.
 
-    The Jacobian of a gathered argument is a selection: it sends the tangent 1, 2, 3, ... to integers, which
-    spell the index out, and a random tangent to its entries there. Two backward passes push a tangent forward.
+    The Jacobian of a gathered argument selects: it sends the tangent 1, 2, 3, ... to integers, which spell the
+    index out, and a random tangent to its entries there. Two backward passes push a tangent forward.
     """
     fns = {name: trace.nodes[name]["fn"] for name in weights}
     bases = {name: fn.base_dist if isinstance(fn, dist.Independent) else fn for name, fn in fns.items()}
@@ -194,11 +194,11 @@ def closed_form(program: Program, trace: Any, weights: dict[str, Packed], values
     dummies = [torch.zeros_like(argument, requires_grad=True) for argument in reads.values()]
     uses: dict[str, dict[tuple[str, str], Tensor | None]] = {name: {} for name in values}
     for name in values if reads else ():
-        theta = trace.nodes[name]["value"]
+        theta, grad = trace.nodes[name]["value"], torch.autograd.grad
         tangents = [torch.arange(1, theta.numel() + 1).view_as(theta).to(theta), torch.rand_like(theta)]
-        back = torch.autograd.grad([*reads.values()], theta, dummies, create_graph=True, materialize_grads=True)
-        if back[0].requires_grad:
-            push = [torch.autograd.grad(back, dummies, [t], materialize_grads=True, retain_graph=True) for t in tangents]
+        (back,) = grad([*reads.values()], theta, dummies, create_graph=True, materialize_grads=True)
+        if back.requires_grad:
+            push = [grad(back, dummies, t, materialize_grads=True, retain_graph=True) for t in tangents]
             for key, code, noise in zip(reads, *push, strict=True):
                 index = code.round().long().clamp(1, theta.numel()) - 1
                 pairs = zip([theta, *tangents], [reads[key], code, noise], strict=True)
@@ -227,9 +227,9 @@ def closed_form(program: Program, trace: Any, weights: dict[str, Packed], values
 
 
 def climb(
-    program: Program, values: Values, proposal: Values, weights: dict[str, Packed], slack: float, steps: int
+    program: Program, values: Values, proposal: Values, weights: Any, slack: float, steps: int
 ) -> Values:
-    """5. Raise Q by L-BFGS in unconstrained space, from the proposal, or from `values` if that is better.
+    """5. Raise Q by L-BFGS in unconstrained space from the proposal, or from `values` if these are better.
 
     L-BFGS returns at once where the closed form left no slope (one of sqrt(eps) is worth eps in Q). So nothing
     rests on the proof above: a parameter with a prior, or with a use unseen by it, is left with a slope.
@@ -253,13 +253,12 @@ def climb(
         free, proposal = old, values
     start, floor = {name: u.detach().clone() for name, u in free.items()}, q(free).item()
     eps = max(torch.finfo(u.dtype).eps for u in free.values())
-    options: dict[str, Any] = {"tolerance_grad": eps**0.5, "tolerance_change": eps, "line_search_fn": "strong_wolfe"}
-    optimiser = torch.optim.LBFGS([*free.values()], max_iter=steps, **options)
+    optimiser = torch.optim.LBFGS([*free.values()], 1.0, steps, None, eps**0.5, eps, 100, "strong_wolfe")
     optimiser.step(loss)
     while any(not torch.equal(u, start[name]) for name, u in free.items()):
         if q(free) >= floor:
             return {name: value.detach() for name, value in program.constrained(free).items()}
-        free = {name: (u.detach() + start[name]) / 2 for name, u in free.items()}  # the line search went astray
+        free = {name: (u.detach() + start[name]) / 2 for name, u in free.items()}  # it went astray
     return proposal
 
 
@@ -272,14 +271,14 @@ def fit(
     tol: float = 1e-6,
     **kwargs: Any,
 ) -> Result:
-    """6. Alternate E and M from `init`, or the model's own start, until the score per observation is below `tol`.
+    """6. Alternate E and M from `init`, or the model's own start, until the score per observation is below tol.
 
-    "em" maximises the likelihood, "map-em" the posterior, "gem" the likelihood by a few L-BFGS steps at a time.
+    "em" maximises the likelihood, "map-em" the posterior, "gem" the likelihood in a few L-BFGS steps at a time.
     Neither the param store nor the random state changes. Raises ValueError for what mini cannot do, and
     ArithmeticError if the objective falls or is not finite, as when a component collapses.
     """
     if algorithm not in ("em", "map-em", "gem") or not (tol >= 0 and max_iter >= 0):
-        raise ValueError(f"{algorithm=} must be 'em', 'map-em' or 'gem', and neither {tol=} nor {max_iter=} negative.")
+        raise ValueError(f"{algorithm=} must be 'em', 'map-em' or 'gem'; {tol=} and {max_iter=} at least 0.")
     random_state = pyro.util.get_rng_state()
     COERCIONS.append(record)
     try:
@@ -297,7 +296,9 @@ def fit(
                 history.setdefault(key, []).append(figure)
             previous, objective = history["objective"][-2:][0], figures["objective"]
             if not previous - figures["rounding"] <= objective < torch.inf:
-                raise ArithmeticError(f"The objective went from {previous} to {objective} in update {iteration}.")
+                raise ArithmeticError(
+                    f"Update {iteration} took the objective from {previous} to {objective}."
+                )
             if (converged := figures["score"] < tol) or iteration == max_iter:
                 break
             proposal = values if algorithm == "gem" else closed_form(program, trace, weights, values)

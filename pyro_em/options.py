@@ -11,8 +11,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_em.errors import InputError, Refusal
+from pyro_em.model.capture import ParameterRecord
 from pyro_em.model.compat import base_distribution
-from pyro_em.problem import Problem
 from pyro_em.store import isolated_rng
 from pyro_em.types import Model, Params
 
@@ -22,7 +22,9 @@ EXACT = ("em", "map-em", "gem")
 
 def check_algorithm(algorithm: str) -> None:
     if algorithm not in ALGORITHMS:
-        raise InputError(f"algorithm: there is no '{algorithm}'. Valid names: {', '.join(map(repr, ALGORITHMS))}.")
+        raise InputError(
+            f"algorithm: there is no '{algorithm}'. Valid names: {', '.join(map(repr, ALGORITHMS))}."
+        )
 
 
 def check_restarts(restarts: int) -> None:
@@ -30,18 +32,18 @@ def check_restarts(restarts: int) -> None:
         raise InputError(f"restarts must be a positive integer, not {restarts!r}.")
 
 
-def checked_init(problem: Problem, init: Mapping[str, Any]) -> Params:
+def checked_init(records: Mapping[str, ParameterRecord], init: Mapping[str, Any]) -> Params:
     """The model's own start with the given values put in.
 
     :raises InputError: for an unknown name, a wrong shape, a value that is not finite or violates the
         parameter's constraint.
     """
-    params = dict(problem.start)
+    params = {name: record.value for name, record in records.items()}
     for name, value in init.items():
         if name not in params:
             known = ", ".join(params) or "none"
             raise InputError(f"init: the model has no parameter '{name}'. Its parameters: {known}.")
-        record = problem.parameters[name]
+        record = records[name]
         value = torch.as_tensor(value).detach().to(record.value).clone()
         if value.shape != record.value.shape:
             raise InputError(

@@ -63,7 +63,8 @@ def site_center(site: SiteRecord, cells: torch.Size) -> Tensor | None:
     x = location.dense()
     batch = x.dim() - site.family.event_dim
     keep = [
-        i for i in range(batch)
+        i
+        for i in range(batch)
         if i - batch >= -site.element_dims and i - batch >= -len(cells) and cells[i - batch] > 1
     ]
     gone = [i for i in range(batch) if i not in keep]
@@ -116,7 +117,11 @@ def reduce_to(
         own_event = [next(letters) for _ in range(event_dim)]
         events += own_event
         event_shape += list(x.shape[lead:])
-        operands.append(x.reshape([x.shape[i] for i in kept] + list(x.shape[lead:])).to(operands[0].dtype if operands else x.dtype))
+        operands.append(
+            x.reshape([x.shape[i] for i in kept] + list(x.shape[lead:])).to(
+                operands[0].dtype if operands else x.dtype
+            )
+        )
         terms.append("".join(name[rank - lead + i] for i in kept) + "".join(own_event))
     present = set("".join(terms))
     out = [i for i in range(rank) if target[i] > 1 and name[i] in present]

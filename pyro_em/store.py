@@ -51,6 +51,8 @@ def write_params(
         value = params[name].detach().clone()
         if name in modules:
             modules[name].data.copy_(value)
+            if name in leaves and leaves[name] is not modules[name]:
+                del store[name]  # of an earlier module of this name, which would come back at the next read
             pyro.param(name, modules[name])
             continue
         value = interior(record.constraint, value)

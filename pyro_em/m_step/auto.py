@@ -60,7 +60,9 @@ class MStepInfo:
 class Sufficient:
     """Moments and current arguments of the sites, at the parameters being updated."""
 
-    def __init__(self, problem: Problem, run: Run, posterior: Mapping[str, Tensor], centers: dict[str, Tensor | None]):
+    def __init__(
+        self, problem: Problem, run: Run, posterior: Mapping[str, Tensor], centers: dict[str, Tensor | None]
+    ):
         self.problem, self.run, self.posterior, self.centers = problem, run, posterior, centers
         self.sites: dict[str, SiteRecord] = dict(run.sites)
         self.arguments: dict[str, dict[str, Tensor]] = {
@@ -76,7 +78,11 @@ class Sufficient:
             if name not in graph.priors and name not in self.centers:
                 self.centers[name] = site_center(site, argument_cells(site, arguments))
             weight = site_weight(site, graph.factors[name], self.posterior.get(name))
-            center = site_center(site, argument_cells(site, arguments)) if name in graph.priors else self.centers[name]
+            center = (
+                site_center(site, argument_cells(site, arguments))
+                if name in graph.priors
+                else self.centers[name]
+            )
             self._moments[name] = site_moments(site, arguments, weight, center)
         return self._moments[name]
 
@@ -87,7 +93,9 @@ class Sufficient:
             if use.index is None:
                 continue
             if use.slot == VALUE:
-                self.sites[use.site] = dataclasses.replace(self.sites[use.site], value=theta.detach().double())
+                self.sites[use.site] = dataclasses.replace(
+                    self.sites[use.site], value=theta.detach().double()
+                )
                 self._moments.pop(use.site, None)
                 continue
             entries = flat[use.index.clamp(min=0)]
@@ -133,7 +141,9 @@ class MStep:
             unknown = [name for name in option if name not in self.problem.parameters]
             if unknown:
                 known = ", ".join(self.problem.parameters)
-                raise InputError(f"m_step: the model has no parameter '{unknown[0]}'. Its parameters: {known}.")
+                raise InputError(
+                    f"m_step: the model has no parameter '{unknown[0]}'. Its parameters: {known}."
+                )
             wanted, default = dict(option), "gradient" if algorithm == "gem" else "auto"
         valid = ("auto", "closed", "gradient", "fixed")
         for value in (default, *wanted.values()):
@@ -142,7 +152,9 @@ class MStep:
         with torch.no_grad():
             run = self.problem.run(self.problem.start)
         uniform = Sufficient(self.problem, run, _uniform(self.problem.graph, run), {})
-        return {name: self._choice(name, wanted.get(name, default), uniform) for name in self.problem.parameters}
+        return {
+            name: self._choice(name, wanted.get(name, default), uniform) for name in self.problem.parameters
+        }
 
     def _choice(self, name: str, wanted: str, uniform: Sufficient) -> Choice:
         if wanted == "fixed":
@@ -165,7 +177,9 @@ class MStep:
     def _combine(self, name: str, theta: Tensor, sufficient: Sufficient) -> Combined:
         needed = {u.site for u in self.uses[name] if u.index is not None and u.slot != VALUE}
         moments = {site: sufficient.moments(site) for site in needed}
-        return combine(self.uses[name], theta.detach().double(), sufficient.sites, moments, sufficient.arguments)
+        return combine(
+            self.uses[name], theta.detach().double(), sufficient.sites, moments, sufficient.arguments
+        )
 
     def _kernel_gradient(self, name: str, params: Params, sufficient: Sufficient) -> Tensor:
         theta = params[name].detach().double()
@@ -217,9 +231,7 @@ class MStep:
             params = ascend(block) if self.optim is None else ascend_with(block, self.optim)
         return params, MStepInfo(rounds, certificate, tuple(sorted(empty)))
 
-    def _round(
-        self, params: Params, evidence: Evidence, sufficient: Sufficient
-    ) -> tuple[Params, set[str]]:
+    def _round(self, params: Params, evidence: Evidence, sufficient: Sufficient) -> tuple[Params, set[str]]:
         params, empty = dict(params), set()
         for name in self.closed:
             theta = params[name].detach().double()
@@ -245,7 +257,9 @@ class MStep:
             return Sufficient(self.problem, self.problem.run(params), evidence.weights, self.centers)
 
     def _certificate(self, params: Params, evidence: Evidence, sufficient: Sufficient) -> float:
-        largest = max((_largest(self._kernel_gradient(n, params, sufficient)) for n in self.closed), default=0.0)
+        largest = max(
+            (_largest(self._kernel_gradient(n, params, sufficient)) for n in self.closed), default=0.0
+        )
         if self.numeric:
             block = Block(self.problem, params, evidence.weights, self.numeric)
             _, gradient, _ = block.gradient(block.free())

@@ -129,7 +129,9 @@ def _piece(
     if use.slot == VALUE:
         kernel = family.value_kernel(everything)
         if kernel is None:
-            raise NotClosed(f"the density of {type(family).__name__} at '{use.site}' has no kernel in its value")
+            raise NotClosed(
+                f"the density of {type(family).__name__} at '{use.site}' has no kernel in its value"
+            )
         return _Piece(kernel, IDENTITY, index)
     own = moments[use.site]
     if family.arguments[use.slot] == 2 and _is_diagonal(index, arguments[use.slot]):
@@ -137,7 +139,9 @@ def _piece(
         if kernel is None:
             raise NotClosed(f"{where}: no kernel for a diagonal matrix")
         return _Piece(_transform(kernel, use, _diagonal(use.coefficient)), IDENTITY, _diagonal(index))
-    kernel = family.kernel(use.slot, own.moments, everything, own.center) if use.slot in family.closed else None
+    kernel = (
+        family.kernel(use.slot, own.moments, everything, own.center) if use.slot in family.closed else None
+    )
     if kernel is None:
         raise NotClosed(f"{where} has no closed form")
     link = family.link(use.slot)
@@ -199,7 +203,7 @@ def _collect(piece: _Piece, use: Use, coordinate: Tensor) -> Kernel:
         coefficient = coefficient.expand(target + tuple(tail)).reshape(-1, *tail)
         result = coefficient.new_zeros((entries.shape[0], *tail))
         result.index_add_(0, rows.reshape(-1)[kept], coefficient[kept])
-        return result.reshape(*lead, *tail)
+        return result.reshape((*lead, *tail))
 
     return kernel.collect(scatter, entries[rows.clamp(min=0)], coordinate)
 

@@ -25,7 +25,12 @@ REMEDY = (
 
 
 def check_update(
-    problem: Problem, name: str, uses: tuple[Use, ...], combined: Combined, value: Tensor, sufficient: Sufficient
+    problem: Problem,
+    name: str,
+    uses: tuple[Use, ...],
+    combined: Combined,
+    value: Tensor,
+    sufficient: Sufficient,
 ) -> Tensor:
     """The update, moved to the nearest bound if its constraint has one.
 
@@ -39,7 +44,10 @@ def check_update(
         _check_scales(site, combined.kernel, sufficient)
     if not bool(value.isfinite().all()):
         raise DegenerateLikelihoodError(
-            site, _component(~value.isfinite()), f"the update of '{name}' is unbounded (its statistic is zero).", REMEDY
+            site,
+            _component(~value.isfinite()),
+            f"the update of '{name}' is unbounded (its statistic is zero).",
+            REMEDY,
         )
     constraint = problem.parameters[name].constraint
     while hasattr(constraint, "base_constraint"):
@@ -80,7 +88,9 @@ def _check_matrices(site: str, combined: Combined, sufficient: Sufficient) -> No
     root = spread.clamp(min=torch.finfo(torch.float64).tiny).sqrt()
     scaled = covariance / (root.unsqueeze(-1) * root)
     empty = kernel.is_empty()
-    smallest = torch.linalg.eigvalsh(torch.where(empty[..., None, None], torch.eye(scaled.shape[-1], dtype=scaled.dtype), scaled))[..., 0]
+    smallest = torch.linalg.eigvalsh(
+        torch.where(empty[..., None, None], torch.eye(scaled.shape[-1], dtype=scaled.dtype), scaled)
+    )[..., 0]
     bad = ~(smallest > COLLAPSED)
     if bool(bad.any()):
         raise DegenerateLikelihoodError(
@@ -100,7 +110,9 @@ def _check_scales(site: str, kernel: PowerKernel, sufficient: Sufficient) -> Non
     if spread is None:
         return
     if not bool((spread > 0).all()):
-        raise InputError(f"Site '{site}': all data are equal, so that its scale has no maximum-likelihood estimate.")
+        raise InputError(
+            f"Site '{site}': all data are equal, so that its scale has no maximum-likelihood estimate."
+        )
     theta = kernel.argmax()
     # falling power: θ^q is a variance for q = 2 (scale), 1 (variance); rising: a precision.
     variance_like = bool((kernel.log_coefficient < 0).any())

@@ -7,9 +7,11 @@ predict the size of enumeration tables before any of them is made, and to check 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
@@ -77,10 +79,8 @@ class _Observe(Messenger):
         name = msg["name"]
         value = detach_provenance(msg["value"])
         if name not in self.parameters:
-            own = msg["args"][0] if msg["args"] else None
-            kind = "module" if isinstance(own, torch.nn.Parameter) else "param"
-            constraint = msg["kwargs"].get("constraint", constraints.real)
-            self.parameters[name] = ParameterRecord(name, value.detach().clone(), constraint, kind)
+            kind = "module" if compat.module_parameter(msg) is not None else "param"
+            self.parameters[name] = ParameterRecord(name, value.detach().clone(), constraints.real, kind)
         if self.parameters[name].kind == "param":
             msg["value"] = track_provenance(value, frozenset({name}))
 
@@ -155,6 +155,7 @@ def capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capt
     observe = _Observe()
     with quiet_store(), poutine.block(), compat.recording_arguments(), torch.no_grad():
         trace = poutine.trace(observe(model)).get_trace(*args, **kwargs)
+        declared = pyro.get_param_store().get_state()["constraints"]
     trace = compat.prune_and_symbolize(trace)
     sites: dict[str, PlainSite] = {}
     depth = 0
@@ -185,11 +186,17 @@ def capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capt
             infer=site["infer"],
         )
     _check_plates(sites)
-    return Capture(dict(observe.parameters), sites, depth)
+    parameters = {
+        name: dataclasses.replace(record, constraint=declared.get(name, constraints.real))
+        for name, record in observe.parameters.items()
+    }
+    return Capture(parameters, sites, depth)
 
 
 def _check_plates(sites: dict[str, PlainSite]) -> None:
     for site in sites.values():
         for plate in site.plates:
             if plate.size == 0:
-                raise InputError(f"Site '{site.name}': plate '{plate.name}' is empty. There are no data to fit.")
+                raise InputError(
+                    f"Site '{site.name}': plate '{plate.name}' is empty. There are no data to fit."
+                )

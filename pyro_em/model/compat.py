@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 from pyro.distributions.distribution import COERCIONS
 from pyro.ops import packed
 from pyro.poutine.enum_messenger import EnumMessenger
@@ -81,6 +82,12 @@ def prune_and_symbolize(trace: Trace) -> Trace:
 def enumeration(max_plate_nesting: int) -> EnumMessenger:
     """A handler that enumerates the sites marked for it, left of `max_plate_nesting` plate dims."""
     return EnumMessenger(first_available_dim=-1 - max_plate_nesting)
+
+
+def module_parameter(message: Site) -> torch.nn.Parameter | None:
+    """The torch parameter behind a param message, if the value is one (its arguments are name, value)."""
+    value = message["args"][1] if len(message["args"]) > 1 else None
+    return value if isinstance(value, torch.nn.Parameter) else None
 
 
 def is_enumerated(site: Site) -> bool:

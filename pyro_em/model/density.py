@@ -39,9 +39,12 @@ def clean_value(site: SiteRecord) -> Tensor:
     return torch.where(keep, rows, filler)
 
 
-def log_density(site: SiteRecord, value: Tensor | None = None) -> Tensor:
-    """Unscaled, masked log-density of a site in Pyro's dim layout (batch shape of the site)."""
-    value = clean_value(site) if value is None else value
+def log_density(site: SiteRecord, *, masked: bool = True) -> Tensor:
+    """Unscaled log-density of a site in Pyro's dim layout (batch shape of the site).
+
+    `masked=False` leaves out the mask, as enumerated sites do anyway.
+    """
+    value = clean_value(site)
     if site.family is None or site.arguments is None:
         result = site.fn.log_prob(value)
     else:
@@ -52,7 +55,7 @@ def log_density(site: SiteRecord, value: Tensor | None = None) -> Tensor:
             shape = torch.broadcast_shapes(result.shape, site.fn.event_shape[: site.element_dims])
             result = result.expand(shape).sum(tuple(range(-site.element_dims, 0)))
         result = result.expand(torch.broadcast_shapes(result.shape, site.fn.batch_shape))
-    if site.mask is not None and not site.enumerated:
+    if masked and site.mask is not None and not site.enumerated:
         result = torch.where(site.mask, result, result.new_zeros(()))
     return result
 

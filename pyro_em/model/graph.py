@@ -181,9 +181,7 @@ def _plate_weights(
     return found
 
 
-def _relevance(
-    run: Run, packed: Mapping[str, Tensor], symbol_sites: Mapping[str, str]
-) -> dict[str, Tensor]:
+def _relevance(run: Run, packed: Mapping[str, Tensor], symbol_sites: Mapping[str, str]) -> dict[str, Tensor]:
     """For each latent with barren elements, a packed 0/1 tensor over its plates; absent = all relevant."""
     children: dict[str, list[str]] = {name: [] for name in symbol_sites.values()}
     for name in run.sites:

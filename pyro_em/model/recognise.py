@@ -53,7 +53,9 @@ class Use:
     @property
     def gather(self) -> bool:
         """The argument is an entry of the parameter, unchanged."""
-        return self.index is not None and self.coefficient is None and self.power == 1 and not self.exponential
+        return (
+            self.index is not None and self.coefficient is None and self.power == 1 and not self.exponential
+        )
 
 
 def tangents(outputs: list[Tensor], leaf: Tensor, directions: list[Tensor]) -> list[list[Tensor]]:
@@ -100,7 +102,9 @@ def recognise(
     """
     generator = torch.Generator().manual_seed(0)
     slots = _slots(first, second)
-    hidden = {name: site for name, site in first.sites.items() if site.family is None or site.arguments is None}
+    hidden = {
+        name: site for name, site in first.sites.items() if site.family is None or site.arguments is None
+    }
     found: dict[str, tuple[Use, ...]] = {}
     for name in parameters:
         leaf = first.leaves.get(name)
@@ -140,7 +144,17 @@ def _argument_uses(
         moved = bool((by_draw[i] != 0).any()) or bool((other_draw[i] != 0).any())
         if moved:
             uses.append(
-                _classify(name, slot, leaf.detach(), other.detach(), by_code[i], by_one[i], by_draw[i], other_one[i], draw)
+                _classify(
+                    name,
+                    slot,
+                    leaf.detach(),
+                    other.detach(),
+                    by_code[i],
+                    by_one[i],
+                    by_draw[i],
+                    other_one[i],
+                    draw,
+                )
             )
     return uses
 
@@ -162,7 +176,9 @@ def _classify(
     value, value2 = slot.first.detach(), slot.second.detach()
     tolerance = 1e-9 if theta.dtype == torch.float64 else 1e-4
     fixed = by_one == 0
-    ratio = torch.where(fixed, torch.zeros_like(by_one), by_code / torch.where(fixed, torch.ones_like(by_one), by_one))
+    ratio = torch.where(
+        fixed, torch.zeros_like(by_one), by_code / torch.where(fixed, torch.ones_like(by_one), by_one)
+    )
     index = ratio.round().long() - 1
     index = torch.where(fixed, torch.full_like(index, -1), index)
     if bool(((ratio - ratio.round()).abs() > 1e-6).any()) or bool((index >= theta.numel()).any()):
@@ -207,7 +223,9 @@ def _link(
         rate, rate2 = s * t / v, s2 * t2 / v2
         base, base2 = t, t2
     power = round(float(rate.reshape(-1)[0]) * 12) / 12  # halves, thirds, quarters and whole powers
-    if power == 0 or not all(torch.allclose(x, torch.full_like(x, power), rtol=tolerance, atol=tolerance) for x in (rate, rate2)):
+    if power == 0 or not all(
+        torch.allclose(x, torch.full_like(x, power), rtol=tolerance, atol=tolerance) for x in (rate, rate2)
+    ):
         return None
     if power != int(power) and (bool((base <= 0).any()) or bool((base2 <= 0).any())):
         return None
@@ -225,7 +243,11 @@ def _opaque_uses(name: str, leaf: Tensor, run: Run, hidden: Mapping[str, SiteRec
     for site_name, site in run.sites.items():
         if site_name == name:
             continue
-        reason = f"{type(site.fn).__name__} hides its arguments" if site_name in hidden else "the observed value depends on it"
+        reason = (
+            f"{type(site.fn).__name__} hides its arguments"
+            if site_name in hidden
+            else "the observed value depends on it"
+        )
         density = log_density(site) if site_name in hidden else site.value
         if density.requires_grad and density.is_floating_point():
             (gradient,) = torch.autograd.grad(density.sum(), leaf, retain_graph=True, allow_unused=True)

@@ -95,8 +95,8 @@ class Substitute(Messenger):
         if name not in self.values:
             return
         if name not in self.leaves:
-            own = msg["args"][0] if msg["args"] else None
-            if isinstance(own, torch.nn.Parameter):
+            own = compat.module_parameter(msg)
+            if own is not None:
                 self._saved.append((own, own.data.clone()))
                 own.data.copy_(self.values[name].detach())
                 self.leaves[name] = own
@@ -231,7 +231,9 @@ def run_model(
         stack.enter_context(substitute)
         if enumerated:
             stack.enter_context(compat.enumeration(max_plate_nesting))
-            model = poutine.infer_config(config_enumerate(model, default="parallel"), config_fn=_enumerate_discrete)
+            model = poutine.infer_config(
+                config_enumerate(model, default="parallel"), config_fn=_enumerate_discrete
+            )
         trace = compat.prune_and_symbolize(poutine.trace(model).get_trace(*args, **kwargs))
     sites = {name: _record(name, site) for name, site in trace.nodes.items() if site["type"] == "sample"}
     return Run(sites, dict(substitute.leaves), compat.plate_symbols(trace))

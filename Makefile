@@ -1,0 +1,56 @@
+# Needs only make and Python >= 3.11. `make` alone lists the targets.
+# Without make: see the three-line equivalents in README.md.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+VIZ := $(VENV)/.installed-viz
+DEV := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench table clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
+
+demo: $(VIZ) ## fit a real data set by em, map-em and svi; print, and write NetCDF and PNG files
+	$(BIN)/python benchmarks/demo.py
+
+test: $(DEV) ## run the tests, warnings as errors (WORKERS=2)
+	$(BIN)/python -m pytest -n $(WORKERS) -q
+
+check: $(DEV) ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy pyro_em
+
+bench: $(DEV) ## time the workloads in benchmarks/
+	$(BIN)/python benchmarks/run.py
+
+table: $(DEV) ## print the table of algorithms that stands in README.md
+	$(BIN)/python benchmarks/table.py
+
+clean: ## remove the environment, caches and build products
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pyro_em needs Python >= 3.11; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch is asked for by its exact version, and first: an open range may resolve to gigabytes of CUDA.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(PIP) install -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+# The stamps keep an environment that is up to date from being built again.
+$(VIZ): $(VENV)/.torch pyproject.toml
+	$(PIP) install -c constraints.txt -e '.[viz]'
+	@touch $@
+
+$(DEV): $(VENV)/.torch pyproject.toml
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@

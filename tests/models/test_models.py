@@ -1,0 +1,226 @@
+"""The models by themselves, in plain Pyro: they stand alone, simulate, trace, and start well.
+
+`TABLE` lists every model function of every file with the data it is run on, and a test fails for one that
+is not in it. Nothing of `pyro_em` is used. What the models score is checked in `test_likelihoods.py`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoDelta
+from torch import Tensor
+
+FOLDER = Path(__file__).parents[2] / "models"
+FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+def module(file: str) -> ModuleType:
+    return importlib.import_module(f"models.{file}")
+
+
+def arguments(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def simulated(file: str, **options: Any) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: arguments(module(file).simulate(**options))
+
+
+def loaded(file: str, loader: str = "load", **options: Any) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: arguments(getattr(module(file), loader)(**options))
+
+
+def no_guide(*args: Any) -> None:
+    """All latents are enumerated."""
+
+
+def column(data: Callable[[], tuple[Tensor, ...]], index: int) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (data()[0][:, index],)
+
+
+def categories(data: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+    """Without the counts, which are the weights of a fit and no argument of the model."""
+    return lambda: data()[:1]
+
+
+# (file, model function, data): each function on simulated data, and on its real data where it has any.
+TABLE: list[tuple[str, str, Callable[[], tuple[Tensor, ...]]]] = [
+    *(
+        ("gmm", structure, data)
+        for structure in (
+            "model",
+            "scale_tril",
+            "tied",
+            "diagonal",
+            "shared_diagonal",
+            "spherical",
+            "shared_spherical",
+            "bayesian",
+        )
+        for data in (simulated("gmm"), loaded("gmm"), loaded("gmm", "load_iris"))
+    ),
+    ("gmm", "univariate", column(simulated("gmm"), 0)),
+    ("gmm", "univariate", column(loaded("gmm"), 1)),
+    ("poisson_mixture", "model", simulated("poisson_mixture")),
+    ("poisson_mixture", "model", loaded("poisson_mixture")),
+    ("poisson_mixture", "model", categories(loaded("poisson_mixture", "load_unique"))),
+    ("lca", "model", simulated("lca")),
+    ("lca", "model", loaded("lca")),
+    ("lca", "bayesian", simulated("lca")),
+    ("lca", "bayesian", loaded("lca", "load_alzheimer")),
+    ("bernoulli_mixture", "model", simulated("bernoulli_mixture")),
+    ("bernoulli_mixture", "model", loaded("bernoulli_mixture")),
+    ("hmm", "gaussian", simulated("hmm", num_steps=12)),
+    ("hmm", "gaussian", simulated("hmm", num_steps=12, num_sequences=3)),
+    ("hmm", "categorical", simulated("hmm", num_steps=12, num_sequences=3, emission="categorical")),
+    ("hmm", "poisson", simulated("hmm", num_steps=12, emission="poisson")),
+    ("hmm", "poisson", loaded("hmm")),
+    ("dawid_skene", "model", simulated("dawid_skene")),
+    ("dawid_skene", "model", loaded("dawid_skene")),
+    ("genetics", "abo", categories(simulated("genetics"))),
+    ("genetics", "abo", categories(loaded("genetics"))),
+    ("genetics", "linkage", categories(simulated("genetics", problem="linkage"))),
+    ("genetics", "linkage", categories(loaded("genetics", problem="linkage"))),
+    ("zip", "model", simulated("zip")),
+    ("zip", "model", loaded("zip")),
+    ("zip", "regression", loaded("zip", "load_regression")),
+    ("semi_supervised", "model", simulated("semi_supervised")),
+    ("semi_supervised", "model", loaded("semi_supervised")),
+    ("vae", "model", simulated("vae")),
+    ("vae", "model", loaded("vae")),
+]
+each_case = pytest.mark.parametrize(
+    ("file", "function", "data"),
+    TABLE,
+    ids=[f"{i}-{file}-{function}" for i, (file, function, _) in enumerate(TABLE)],
+)
+each_file = pytest.mark.parametrize("file", FILES)
+
+
+def test_every_model_function_is_listed() -> None:
+    listed = {(file, function) for file, function, _ in TABLE}
+    found = {
+        (file, name)
+        for file in FILES
+        for name, value in vars(module(file)).items()
+        if inspect.isroutine(value)
+        and value.__module__ == f"models.{file}"
+        and not name.startswith(("_", "load", "simulate", "guide"))
+    }
+    assert listed == found
+
+
+@each_file
+def test_imports_are_pyro_torch_numpy_and_the_standard_library(file: str) -> None:
+    tree = ast.parse((FOLDER / f"{file}.py").read_text())
+    in_load = {
+        node for f in tree.body if isinstance(f, ast.FunctionDef) and f.name == "load" for node in ast.walk(f)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import does not survive `pyro-em fit path:model`"
+            names = [node.module or ""]
+        else:
+            continue
+        # scikit-learn carries the digits: it may be imported where they are loaded, and nowhere else.
+        allowed = {"pyro", "torch", "numpy", *sys.stdlib_module_names} | (
+            {"sklearn"} if node in in_load else set()
+        )
+        assert {name.split(".")[0] for name in names} <= allowed
+
+
+@each_file
+def test_no_model_asks_for_enumeration(file: str) -> None:
+    tree = ast.parse((FOLDER / f"{file}.py").read_text())
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "infer"]
+
+
+@each_file
+def test_simulate_depends_on_its_seed_only(file: str) -> None:
+    simulate = module(file).simulate
+    state = torch.get_rng_state()
+    first, again, other = (arguments(simulate(seed=seed)) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_every_data_file_is_described() -> None:
+    described = (FOLDER / "data" / "README.md").read_text()
+    assert not [path.name for path in (FOLDER / "data").glob("*.csv") if f"`{path.name}`" not in described]
+
+
+@each_case
+def test_log_joint_and_its_gradient_are_finite(
+    file: str, function: str, data: Callable[[], tuple[Tensor, ...]]
+) -> None:
+    model, args = getattr(module(file), function), data()
+    if file == "vae":
+        loss = Trace_ELBO().differentiable_loss(model, module(file).guide, *args)
+    else:
+        guide = AutoDelta(poutine.block(model, hide_fn=lambda site: site["name"] in ("x", "z")))
+        elbo = TraceEnum_ELBO(max_plate_nesting=2)
+        chosen = guide if function == "bayesian" else no_guide
+        loss = elbo.differentiable_loss(config_enumerate(model), chosen, *args)
+    loss.backward()
+    parameters = dict(pyro.get_param_store().named_parameters())
+    assert loss.isfinite() and parameters
+    for name, value in parameters.items():
+        assert value.dtype == torch.float64, name
+        assert value.grad is not None and value.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize(
+    ("file", "function", "data"),
+    # The other parameters are sample sites, or those of a network which the file seeds itself.
+    [case for case in TABLE if case[1] != "bayesian" and case[0] != "vae"],
+)
+def test_start_is_the_same_each_time_and_leaves_the_generator_alone(
+    file: str, function: str, data: Callable[[], tuple[Tensor, ...]]
+) -> None:
+    model, args = config_enumerate(getattr(module(file), function)), data()
+    starts = []
+    for _ in range(2):
+        pyro.clear_param_store()
+        state = torch.get_rng_state()
+        TraceEnum_ELBO(max_plate_nesting=2).loss(model, no_guide, *args)
+        assert torch.equal(torch.get_rng_state(), state)
+        starts.append({name: value.detach().clone() for name, value in pyro.get_param_store().items()})
+    assert starts[0].keys() == starts[1].keys()
+    assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())
+
+
+def test_vae_learns_from_its_simulation() -> None:
+    file = module("vae")
+    data, network = file.simulate(), file.VAE()
+    svi = SVI(network.model, network.guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    losses = [svi.step(data) for _ in range(300)]
+    # Independent pixels of the right frequencies are the best that can be said without a latent.
+    rate = data.mean(0)
+    without_latent = -torch.distributions.Bernoulli(rate).log_prob(data).sum().item()
+    assert np.mean(losses[-20:]) < 0.75 * without_latent < losses[0]
+
+
+def test_vaes_of_one_seed_are_equal() -> None:
+    file = module("vae")
+    state = torch.get_rng_state()
+    first, again, other = (file.VAE(seed=seed).state_dict() for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert any(not torch.equal(value, other[name]) for name, value in first.items())

@@ -1,0 +1,287 @@
+"""The table of test problems: a law is one test over this table.
+
+A `Problem` is a small model with its data, a start that is no symmetric saddle, and what is known about it:
+the plate whose elements are independent (for the oracle), whether the whole M-step has a closed form, whether
+parameters have priors. Data are drawn once from fixed seeds with NumPy, so every session sees the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests import classics, zoo
+from tests.oracles import Enumeration, enumerate_model, log_prior
+
+
+def _t(values: Any) -> Tensor:
+    return torch.as_tensor(np.asarray(values, dtype=float))
+
+
+@dataclass(frozen=True)
+class Problem:
+    name: str
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    init: Mapping[str, Tensor]
+    plate: str | None  # its elements are independent given the parameters and the latents outside it
+    closed: bool = True  # every parameter's update has a closed form
+    priors: bool = False  # some parameters are `pyro.sample` sites
+    weights: Tensor | None = None  # of the elements of `plate`
+    options: dict[str, Any] = field(default_factory=dict)  # more arguments of `fit`
+
+    def fit_options(self, algorithm: str) -> dict[str, Any]:
+        weights = {} if self.weights is None else {"weights": {self.plate: self.weights}}
+        return {"algorithm": algorithm, **weights, **self.options}
+
+    def start(self) -> dict[str, Tensor]:
+        """A fresh copy of the starting values."""
+        return {name: value.clone() for name, value in self.init.items()}
+
+    def oracle(self, params: Mapping[str, Tensor]) -> Enumeration:
+        return enumerate_model(self.model, self.args, params, self.plate, self.weights)
+
+    def objective(self, params: Mapping[str, Tensor], algorithm: str) -> Tensor:
+        """The exact log-likelihood, for map-em plus the log prior."""
+        value = self.oracle(params).log_evidence
+        return value + log_prior(self.model, self.args, params) if algorithm == "map-em" else value
+
+
+def _two_groups(seed: int, sizes: tuple[int, ...], centres: Any, scales: Any) -> Tensor:
+    rng = np.random.default_rng(seed)
+    rows = [rng.normal(c, s, (n, *np.shape(c))) for n, c, s in zip(sizes, centres, scales, strict=True)]
+    return _t(np.concatenate(rows))
+
+
+def _chains(seed: int, sequences: int, steps: int) -> np.ndarray[Any, Any]:
+    """State paths (N, T) of a sticky two-state chain."""
+    rng = np.random.default_rng(seed)
+    stay = rng.random((sequences, steps)) < 0.75
+    start = rng.integers(0, 2, (sequences, 1))
+    return np.asarray((start + np.cumsum(~stay, 1)) % 2)
+
+
+def _build() -> list[Problem]:
+    rng = np.random.default_rng(0)
+    plane = _two_groups(1, (25, 15), ((-1.5, 0.0), (1.5, 1.0)), (0.8, 1.1))
+    three = torch.cat([plane, _two_groups(2, (20,), ((0.0, -4.0),), (0.7,))])
+    line = _two_groups(3, (30, 20), (-1.5, 2.0), (0.7, 1.0))
+    counts = _t(np.concatenate([rng.poisson(2.0, 30), rng.poisson(7.0, 20)]))
+    w, means = _t([0.4, 0.6]), _t([[-1.0, 0.5], [1.0, 0.0]])
+    answers = _t(rng.random((40, 5)) < np.repeat([[0.2] * 5, [0.8] * 5], (22, 18), 0))
+    paths = _chains(4, 8, 5)
+    words = torch.as_tensor((rng.random((8, 5)) < 0.75) * paths + (rng.random((8, 5)) < 0.2))
+    series = _t(rng.normal(3.0 * paths, 1.0))
+    pi, A = _t([0.45, 0.55]), _t([[0.7, 0.3], [0.4, 0.6]])
+    B = _t([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]])
+    spread = _t([[[1.2, 0.1], [0.1, 0.9]], [[0.8, -0.1], [-0.1, 1.1]]])
+    truth = rng.integers(0, 2, 30)
+    ratings = torch.as_tensor(np.where(rng.random((30, 4)) < 0.8, truth[:, None], 1 - truth[:, None]))
+    rated = torch.as_tensor(rng.random((30, 4)) < 0.85)
+    confusion = _t([[0.7, 0.3], [0.25, 0.75]]).repeat(4, 1, 1)
+    kinds = np.repeat([0, 1], (5, 4))
+    passed = _t(
+        rng.random((9, 3, 4)) < np.where(rng.random((9, 3, 1)) < 0.2 + 0.6 * kinds[:, None, None], 0.85, 0.25)
+    )
+    pairs = _t(rng.normal(3.0 * rng.integers(0, 2, 40) + 6.5 * rng.integers(0, 2, 40), 0.8))
+    zeros = counts * _t(rng.random(50) < 0.6)
+    tosses = _t(np.concatenate([rng.binomial(10, 0.3, 15), rng.binomial(10, 0.7, 15)]))
+    shares = _t(np.concatenate([rng.multinomial(12, p, 15) for p in ((0.6, 0.3, 0.1), (0.1, 0.4, 0.5))]))
+    waits = _t(np.concatenate([rng.exponential((1.0, 3.0), (20, 2)), rng.exponential((4.0, 1.0), (20, 2))]))
+    trials = _t(np.concatenate([rng.geometric(0.7, 25), rng.geometric(0.15, 25)]) - 1)
+    gammas = _t(np.concatenate([rng.gamma(2.0, 0.4, 25), rng.gamma(2.0, 3.0, 25)]))
+    betas = _t(np.concatenate([rng.beta(2.0, 6.0, 25), rng.beta(7.0, 2.0, 25)]))
+    noisy = torch.cat([line[:30], 3.0 * line[30:] - 6.0])
+    cells, cell_counts = torch.arange(4), _t([125, 18, 20, 34])
+    people = _t([186, 38, 13, 284])
+    patterns = _t([[i >> 3 & 1, i >> 2 & 1, i >> 1 & 1, i & 1] for i in range(16)])
+    pattern_counts = _t([42, 23, 6, 25, 6, 24, 7, 38, 1, 4, 1, 6, 2, 9, 2, 20])
+    items = _t([[0.3, 0.25, 0.35, 0.3, 0.2], [0.6, 0.75, 0.7, 0.65, 0.8]])
+    means3 = _t([[-1.0, 0.5], [1.0, 0.5], [0.2, -3.0]])
+    eye3 = torch.eye(2).repeat(3, 1, 1)
+    c, z = classics, zoo
+    return [
+        Problem(
+            "gmm_full",
+            c.gaussian_mixture,
+            (three, 3),
+            {"pi": _t([0.3, 0.4, 0.3]), "mu": means3, "S": eye3},
+            "rows",
+        ),
+        Problem(
+            "gmm_diagonal",
+            z.gmm_diagonal,
+            (plane,),
+            {"w": w, "mu": means, "sd": _t([[1, 0.9], [1.1, 0.8]])},
+            "rows",
+        ),
+        Problem(
+            "gmm_spherical", z.gmm_spherical, (plane,), {"w": w, "mu": means, "sd": _t([1.0, 1.3])}, "rows"
+        ),
+        Problem("gmm_isotropic", z.gmm_isotropic, (plane,), {"w": w, "mu": means, "sd": _t(1.2)}, "rows"),
+        Problem("gmm_tied", z.gmm_tied, (plane,), {"w": w, "mu": means, "S": spread[0]}, "rows"),
+        Problem(
+            "gmm_scale_tril",
+            z.gmm_scale_tril,
+            (plane,),
+            {"w": w, "mu": means, "L": torch.linalg.cholesky(spread)},
+            "rows",
+        ),
+        Problem("gmm_precision", z.gmm_precision, (plane,), {"w": w, "mu": means, "P": spread}, "rows"),
+        Problem(
+            "shared_mean", z.shared_mean, (noisy,), {"w": w, "mu": _t(-1.0), "sd": _t([0.8, 3.0])}, "rows"
+        ),
+        Problem("poisson_mixture", c.poisson_mixture, (counts,), {"pi": w, "lam": _t([3.0, 5.0])}, "days"),
+        Problem("item_plate", z.item_plate, (answers,), {"w": w, "P": items}, "people"),
+        Problem(
+            "latent_class_counts",
+            c.latent_class,
+            (patterns,),
+            {"w": w, "P": items[:, :4]},
+            "patterns",
+            weights=pattern_counts,
+        ),
+        Problem(
+            "blood_group", c.blood_group, (cells,), {"freq": _t([0.3, 0.2, 0.5])}, "people", weights=people
+        ),
+        Problem("linkage", c.linkage, (cells,), {"p": _t(0.5)}, "cells", closed=False, weights=cell_counts),
+        Problem("coins", c.coins, (tosses,), {"p": _t([0.4, 0.55])}, "sets"),
+        Problem(
+            "exponential_mixture",
+            c.exponential_mixture,
+            (waits,),
+            {"pi": w, "rate": _t([[1.0, 0.5], [0.4, 0.9]])},
+            "rows",
+        ),
+        Problem("geometric_mixture", z.geometric_mixture, (trials,), {"w": w, "p": _t([0.6, 0.3])}, "rows"),
+        Problem(
+            "lognormal_mixture",
+            z.lognormal_mixture,
+            (line.exp(),),
+            {"w": w, "mu": _t([-1.0, 1.0]), "sd": _t([1.0, 0.8])},
+            "rows",
+        ),
+        Problem("gamma_mixture", z.gamma_mixture, (gammas,), {"w": w, "rate": _t([2.0, 0.6])}, "rows"),
+        Problem(
+            "beta_mixture",
+            z.beta_mixture,
+            (betas,),
+            {"w": w, "a": _t([2.0, 4.0]), "b": _t([4.0, 2.0])},
+            "rows",
+            closed=False,
+        ),
+        Problem("multinomial_mixture", z.multinomial_mixture, (shares,), {"w": w, "p": B}, "rows"),
+        Problem(
+            "zero_inflated_poisson",
+            z.zero_inflated_poisson,
+            (zeros,),
+            {"w": _t(0.7), "rate": _t(3.0)},
+            "rows",
+        ),
+        Problem(
+            "one_hot_mixture",
+            z.one_hot_mixture,
+            (line,),
+            {"w": w, "mu": _t([-1.0, 1.0]), "sd": _t(1.0)},
+            "rows",
+        ),
+        Problem(
+            "factorial",
+            z.factorial,
+            (pairs,),
+            {"u": w, "v": _t([0.7, 0.3]), "mu": _t([[0.0, 5.0], [3.0, 10.0]]), "sd": _t(1.2)},
+            "rows",
+        ),
+        Problem(
+            "additive",
+            z.additive,
+            (pairs,),
+            {"u": w, "v": _t([0.7, 0.3]), "base": _t(0.2), "effect": _t([2.0, 5.0]), "sd": _t(1.2)},
+            "rows",
+            closed=False,
+        ),
+        Problem(
+            "global_and_local",
+            z.global_and_local,
+            (line,),
+            {"p": _t(0.4), "w": _t([[0.7, 0.3], [0.4, 0.6]]), "mu": _t([-1.0, 1.0])},
+            "rows",
+        ),
+        Problem(
+            "nested_classes",
+            z.nested_classes,
+            (passed,),
+            {"kind_prob": w, "type_prob": A, "pass_prob": items[:, :4]},
+            "schools",
+        ),
+        Problem("dawid_skene", z.dawid_skene, (ratings, rated), {"w": w, "confusion": confusion}, "patients"),
+        Problem("categorical_hmm", z.categorical_hmm, (words,), {"pi": pi, "A": A, "B": B}, "sequences"),
+        Problem(
+            "gaussian_hmm",
+            z.gaussian_hmm,
+            (series,),
+            {"pi": pi, "A": A, "mu": _t([0.5, 2.0]), "sd": _t([1.2, 0.9])},
+            "sequences",
+        ),
+        Problem(
+            "ragged_hmm",
+            z.ragged_hmm,
+            (series, torch.tensor([5, 4, 5, 1, 2, 5, 3, 5])),
+            {"pi": pi, "A": A, "mu": _t([0.5, 2.0])},
+            "sequences",
+        ),
+        Problem(
+            "transformed",
+            z.transformed,
+            (line,),
+            {"w": w, "a": _t([-0.3, 0.3]), "b": _t([0.5, 0.7])},
+            "rows",
+            closed=False,
+        ),
+        Problem(
+            "module_mixture",
+            z.ModuleMixture(),
+            (line,),
+            {"w": w, "mu": _t([-1.0, 1.0]), "sd": _t([1.0, 1.2])},
+            "rows",
+        ),
+        Problem("coins_map", c.coins_map, (tosses,), {"p": _t([0.4, 0.55])}, "sets", priors=True),
+        Problem(
+            "gmm_map",
+            z.gmm_map,
+            (line,),
+            {"w": w, "mu": _t([-1.0, 1.0]), "var": _t([1.0, 1.5])},
+            "rows",
+            priors=True,
+        ),
+        Problem(
+            "poisson_map", z.poisson_map, (counts,), {"w": w, "rate": _t([3.0, 5.0])}, "rows", priors=True
+        ),
+        Problem(
+            "latent_class_map", c.latent_class_map, (answers,), {"w": w, "P": items}, "patterns", priors=True
+        ),
+        Problem("hmm_map", z.hmm_map, (words,), {"pi": pi, "A": A, "B": B}, "sequences", priors=True),
+        Problem(
+            "heavy_prior_map",
+            z.heavy_prior_map,
+            (line,),
+            {"w": w, "mu": _t([-1.0, 1.0])},
+            "rows",
+            closed=False,
+            priors=True,
+        ),
+    ]
+
+
+default_dtype = torch.get_default_dtype()
+torch.set_default_dtype(torch.float64)  # the table is built on import, before any fixture runs
+try:
+    PROBLEMS = _build()
+finally:
+    torch.set_default_dtype(default_dtype)
+BY_NAME = {problem.name: problem for problem in PROBLEMS}

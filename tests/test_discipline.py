@@ -1,0 +1,271 @@
+"""G9, G11, G12, G13: determinism, no pollution, no silent failure, refusals, resources.
+
+Whatever happens inside `fit`, the caller's random state is untouched, and the param store changes only on
+success.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+import pyro_em
+from pyro_em.errors import DegenerateLikelihoodError, InputError, PyroEMError, Refusal, ResourceError
+from tests import classics
+from tests.problems import BY_NAME, PROBLEMS, Problem
+
+STRATEGIES = [(p.name, a) for p in PROBLEMS for a in ("em", "map-em", "gem") if a != "map-em" or p.priors]
+
+
+def _store() -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+
+
+def _unchanged(before: dict[str, Tensor]) -> bool:
+    after = _store()
+    return before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+
+
+@pytest.mark.parametrize(("name", "algorithm"), STRATEGIES)
+def test_same_call_same_bits(name: str, algorithm: str) -> None:
+    """G9, and what a returned result promises (G11)."""
+    problem = BY_NAME[name]
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    options = problem.fit_options(algorithm)
+    runs = [
+        pyro_em.fit(problem.model, *problem.args, init=problem.start(), max_iter=6, tol=0, **options)
+        for _ in range(2)
+    ]
+    first, second = runs
+    assert first.history["objective"] == second.history["objective"]
+    assert all(torch.equal(first.params[n], second.params[n]) for n in first.params)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)
+
+    assert first.num_iterations == 6
+    assert not first.converged
+    assert str(first.outcome)
+    assert len({len(values) for values in first.history.values()}) == 1
+    assert all(v.isfinite().all() for v in first.params.values())
+    again = problem.oracle(first.params).log_evidence
+    assert first.log_likelihood == pytest.approx(float(again), rel=1e-12)
+    stored = pyro.get_param_store()
+    for site in set(stored.keys()) & first.params.keys():
+        torch.testing.assert_close(stored[site].detach(), first.params[site])
+
+
+@pytest.mark.parametrize("name", ["poisson_mixture", "gmm_diagonal"])
+def test_same_seed_same_restarts(name: str) -> None:
+    problem = BY_NAME[name]
+    state = torch.get_rng_state()
+    a, b, c = (
+        pyro_em.fit(problem.model, *problem.args, restarts=3, seed=seed, max_iter=4, tol=0)
+        for seed in (5, 5, 6)
+    )
+    assert all(torch.equal(a.params[n], b.params[n]) for n in a.params)
+    assert any(not torch.equal(a.params[n], c.params[n]) for n in a.params)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class _Boom(Exception):
+    pass
+
+
+def _at_third(error: type[BaseException]) -> Any:
+    calls = []
+
+    def callback(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+
+    return callback
+
+
+@pytest.mark.parametrize("priors", [False, True])
+def test_an_error_in_a_callback_leaves_no_trace(priors: bool) -> None:
+    problem = BY_NAME["gmm_map" if priors else "gmm_diagonal"]
+    pyro.param("w", torch.tensor([0.9, 0.1]), constraint=constraints.simplex)
+    pyro.param("mine", torch.tensor(3.0))
+    before, state = _store(), torch.get_rng_state()
+    with pytest.raises(_Boom):
+        pyro_em.fit(
+            problem.model,
+            *problem.args,
+            init=problem.start(),
+            tol=0,
+            max_iter=9,
+            callbacks=[_at_third(_Boom)],
+        )
+    assert _unchanged(before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_ctrl_c_keeps_the_last_iterate_or_raises_without_a_trace() -> None:
+    """Ctrl-C: either the interrupt propagates, or a result comes back that says it was interrupted."""
+    problem = BY_NAME["gmm_diagonal"]
+    pyro.param("mine", torch.tensor(3.0))
+    before, state = _store(), torch.get_rng_state()
+    callback = _at_third(KeyboardInterrupt)
+    try:
+        result = pyro_em.fit(
+            problem.model, *problem.args, init=problem.start(), tol=0, max_iter=9, callbacks=[callback]
+        )
+    except KeyboardInterrupt:
+        assert _unchanged(before)
+    else:
+        assert not result.converged
+        assert "nterrupt" in str(result.outcome)
+        assert result.num_iterations == 2
+        expected = pyro_em.fit(problem.model, *problem.args, init=problem.start(), tol=0, max_iter=2)
+        assert all(torch.equal(result.params[n], expected.params[n]) for n in result.params)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_callers_tensors_stay_as_they_were() -> None:
+    problem = BY_NAME["gmm_full"]
+    init, data = problem.start(), problem.args[0].clone()
+    kept = {n: v.clone() for n, v in init.items()}
+    pyro_em.fit(problem.model, data, 3, init=init, max_iter=3, tol=0)
+    assert all(torch.equal(init[n], kept[n]) and not init[n].requires_grad for n in init)
+    assert torch.equal(data, problem.args[0])
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+def test_zero_iterations_return_the_start(problem: Problem) -> None:
+    result = pyro_em.fit(
+        problem.model, *problem.args, init=problem.start(), max_iter=0, **problem.fit_options("em")
+    )
+    assert result.num_iterations == 0
+    for site, value in problem.init.items():
+        torch.testing.assert_close(result.params[site], value, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+def test_closed_forms_are_found_where_they_exist(problem: Problem) -> None:
+    """`m_step="closed"` refuses exactly the models which have no closed form, and names a parameter."""
+    options = problem.fit_options("map-em" if problem.priors else "em") | {"m_step": "closed"}
+    if problem.closed:
+        pyro_em.fit(problem.model, *problem.args, init=problem.start(), max_iter=1, tol=0, **options)
+    else:
+        with pytest.raises(PyroEMError, match="|".join(problem.init)):
+            pyro_em.fit(problem.model, *problem.args, init=problem.start(), max_iter=1, tol=0, **options)
+
+
+def _unobserved_poisson(y: Tensor) -> None:
+    rate = pyro.param("rate", torch.tensor(2.0), constraint=constraints.positive)
+    with pyro.plate("rows", len(y)):
+        hidden = pyro.sample("hidden", dist.Poisson(rate))
+        pyro.sample("y", dist.Normal(hidden, 1.0), obs=y)
+
+
+def _sum_over_the_plate(y: Tensor) -> None:
+    p = pyro.param("p", torch.tensor(0.4), constraint=constraints.unit_interval)
+    with pyro.plate("rows", len(y)):
+        hidden = pyro.sample("hidden", dist.Bernoulli(p))
+    pyro.sample("total", dist.Normal(hidden.sum(-1), 1.0), obs=y.sum())
+
+
+def _continuous_latent(y: Tensor) -> None:
+    sd = pyro.param("sd", torch.tensor(1.0), constraint=constraints.positive)
+    with pyro.plate("rows", len(y)):
+        hidden = pyro.sample("hidden", dist.Normal(0.0, sd))
+        pyro.sample("y", dist.Poisson(hidden.exp()), obs=y)
+
+
+@pytest.mark.parametrize("model", [_unobserved_poisson, _sum_over_the_plate, _continuous_latent])
+def test_what_is_not_exact_is_refused(model: Any) -> None:
+    """G12: the refusal names the site, gives a reason and a remedy, and leaves no trace."""
+    before = _store()
+    with pytest.raises(Refusal) as refusal:
+        pyro_em.fit(model, torch.tensor([1.0, 0.0, 2.0, 1.0]), max_iter=2)
+    assert refusal.value.site in ("hidden", "total")
+    assert "hidden" in str(refusal.value)
+    assert refusal.value.reason
+    assert refusal.value.remedy
+    assert _unchanged(before)
+
+
+def _fully_connected(y: Tensor, number: int, states: int) -> None:
+    """`number` latents which all meet in one observation: a table of states**number cells."""
+    w = pyro.param("w", torch.full((states,), 1.0 / states), constraint=constraints.simplex)
+    total = torch.zeros(())
+    for i in range(number):
+        total = total + pyro.sample(f"z_{i}", dist.Categorical(w))
+    pyro.sample("y", dist.Normal(total, 1.0), obs=y)
+
+
+def test_a_table_too_large_is_refused_before_it_is_allocated() -> None:
+    """G13: 10 latents of 12 states need 12^10 cells (half a terabyte); the process must not even try."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ResourceError, match=r"z_0|z_9"):
+        pyro_em.fit(_fully_connected, torch.tensor(3.0), 10, 12, max_iter=1)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    assert grown < 200_000, f"{grown} kB were allocated on the way to the refusal"
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm") as status:
+        return int(status.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+@pytest.mark.parametrize("name", ["gmm_full", "transformed", "categorical_hmm"])
+def test_memory_is_flat(name: str) -> None:
+    """G13: 200 iterations hold no more than 20: no graph grows from one to the next."""
+    problem = BY_NAME[name]
+    seen: list[int] = []
+    pyro_em.fit(
+        problem.model,
+        *problem.args,
+        init=problem.start(),
+        max_iter=200,
+        tol=0,
+        callbacks=[lambda *args: seen.append(_resident_bytes()) or None],
+    )
+    assert len(seen) >= 200
+    assert seen[-1] - seen[20] < 8 * 2**20
+
+
+def test_a_collapse_is_an_error_with_the_last_finite_result() -> None:
+    """One of two components sits on a single point: its scale goes to 0, the likelihood to infinity."""
+    y = torch.tensor([0.0, 0.1, -0.2, 0.3, 5.0])
+    start = {"pi": torch.tensor([0.7, 0.3]), "mu": torch.tensor([0.0, 5.0]), "sd": torch.tensor([0.3, 0.01])}
+    before = _store()
+    with pytest.raises(DegenerateLikelihoodError) as error:
+        pyro_em.fit(classics.normal_mixture, y, init=start, max_iter=200)
+    assert error.value.site == "y"
+    assert error.value.component == 1
+    assert error.value.result is not None
+    assert all(v.isfinite().all() for v in error.value.result.params.values())
+    assert _unchanged(before)
+
+
+@pytest.mark.parametrize("tol", [float("nan"), -1.0])
+def test_tolerance_must_make_sense(tol: float) -> None:
+    problem = BY_NAME["poisson_mixture"]
+    with pytest.raises(InputError):
+        pyro_em.fit(problem.model, *problem.args, init=problem.start(), tol=tol)
+
+
+def test_a_plateau_is_not_convergence() -> None:
+    """London Times deaths at iteration 535: log p hardly moves, pi is still 2 % off; the score knows."""
+    k = torch.arange(10.0)
+    n = torch.tensor([162.0, 267, 271, 185, 111, 61, 27, 8, 3, 1])
+    start = {"pi": torch.tensor([0.287, 0.713]), "lam": torch.tensor([1.101, 2.582])}
+    result = pyro_em.fit(classics.poisson_mixture, k, init=start, weights={"days": n}, max_iter=535, tol=1e-6)
+    assert not result.converged
+    limit = pyro_em.fit(
+        classics.poisson_mixture, k, init=start, weights={"days": n}, max_iter=20_000, tol=1e-9
+    )
+    assert limit.converged
+    assert float(limit.params["pi"][0]) == pytest.approx(0.359885397, abs=1e-6)
