@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyro
-import pyro.optim
 import torch
 from pyro import poutine
 from pyro.infer import SVI
@@ -138,7 +137,7 @@ class Ascent:
         store = pyro.get_param_store()
         with torch.no_grad(), isolated_rng(0):  # to look must not change what is drawn next
             trace = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
-            values: Params = {n: store[n] for n in self.split.capture.parameters if n in store}
+            values: dict[str, Any] = {n: store[n] for n in self.split.capture.parameters if n in store}
             values |= {name: trace.nodes[name]["value"] for name in self.split.points}
             values |= {n: store[n] for n in store if n not in values and not self.split.is_alias(n)}
         return {name: value.detach().clone() for name, value in values.items()}
@@ -150,8 +149,8 @@ class Ascent:
         which = f"Not finite by now: {', '.join(map(repr, names))}. " if names else ""
         raise NonFiniteError(
             names[0] if names else "",
-            f"The ELBO is {objective} {when} of SVI. {which}Lower the learning rate (optim=), start nearer to "
-            "the data (init=), or check that the guide's draws stay where the model has density.",
+            f"The ELBO is {objective} {when} of SVI. {which}Lower the learning rate (optim=), start nearer "
+            "to the data (init=), or check that the guide's draws stay where the model has density.",
         )
 
 
@@ -190,7 +189,7 @@ def optimiser(optim: Any) -> Callable[[], PyroOptim]:
         parameters to a torch optimiser.
     """
     if optim is None:
-        return lambda: pyro.optim.Adam({"lr": LEARNING_RATE})
+        optim = torch.optim.Adam
     if isinstance(optim, PyroOptim):
         return lambda: copy.deepcopy(optim)
     if isinstance(optim, type) and issubclass(optim, torch.optim.Optimizer):
@@ -198,6 +197,6 @@ def optimiser(optim: Any) -> Callable[[], PyroOptim]:
     if callable(optim) and not isinstance(optim, torch.optim.Optimizer):
         return lambda: PyroOptim(optim, {})
     raise InputError(
-        f"optim: {type(optim).__name__} is bound to parameters of its own or is no optimiser. Give a Pyro one "
-        '(pyro.optim.Adam({"lr": 0.01})), a torch class (torch.optim.Adam) or a function from parameters to it.'
+        f"optim: {type(optim).__name__} is bound to parameters of its own or is no optimiser. Give a Pyro "
+        'one (pyro.optim.Adam({"lr": 0.01})), a torch class (torch.optim.Adam) or a function from parameters.'
     )

@@ -137,7 +137,9 @@ def split_sites(
         )
     deltas = [name for name, site in held.items() if site.family == "Delta"]
     assigned = assign_roles(seen, roles, deltas)
-    points, guided, enumerated = [], [], []
+    points: list[str] = []
+    guided: list[str] = []
+    enumerated: list[str] = []
     for name, role in assigned.items():
         site = seen.sites[name]
         if role.role == "data":
@@ -150,7 +152,7 @@ def split_sites(
             raise _left_out(name, type(base_distribution(site.fn)).__name__, site.discrete)
         else:
             (points if role.role == "parameter" else guided).append(name)
-    records = {**guide_records, **seen.parameters}
+    records = {**seen.parameters, **{n: r for n, r in guide_records.items() if n not in seen.parameters}}
     if guide is None:
         for name in (*points, *guided):
             site = seen.sites[name]

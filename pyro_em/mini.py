@@ -52,11 +52,10 @@ class Program:
         sites = [site for site in nodes.values() if site["type"] == "sample"]
         data = [site for site in sites if site["is_observed"]]
         priors = [site for site in sites if not (site["is_observed"] or site["fn"].has_enumerate_support)]
-        params = [site for site in nodes.values() if site["type"] == "param"]
-        supports = {site["name"]: site["kwargs"]["constraint"] for site in params}
+        supports = {n: site["kwargs"]["constraint"] for n, site in nodes.items() if site["type"] == "param"}
         supports |= {site["name"]: site["fn"].support for site in priors}
         self.run, self.with_prior, self.priors = run, with_prior, {site["name"] for site in priors}
-        self.start: Values = {site["name"]: site["value"].detach().clone() for site in [*params, *priors]}
+        self.start: Values = {name: nodes[name]["value"].detach().clone() for name in supports}
         self.maps = {name: transform_to(support) for name, support in supports.items()}  # theta = map(free)
         self.data_plates = {frame.name for site in data for frame in site["cond_indep_stack"]}
         self.size = max(site["fn"].batch_shape.numel() for site in data)  # N, the unit of the score
@@ -97,10 +96,8 @@ class Program:
 
 
 class StableLogRing(rings.LogRing):
-    """2. Sums latents out in log space, with exact gradients.
-
-    Pyro's ring clamps inside its log, which falsifies gradients once a normalised product is below eps, and
-    torch.logsumexp has NaN gradients on a slice that is -inf throughout (an impossible state makes one).
+    """2. Sums latents out, with exact gradients. Pyro's own ring clamps inside its log, which falsifies them once
+    a product is below eps; torch.logsumexp has NaN ones where a slice is all -inf, as at impossible states.
     """
 
     def sumproduct(self, terms: list[Packed], dims: set[str]) -> Packed:
@@ -145,18 +142,18 @@ def e_step(program: Program, values: Values) -> tuple[Any, dict[str, Packed], di
     weights: dict[str, Packed] = dict(zip(factors, gradients, strict=False))
     for name, factor in factors.items():
         weights[name]._pyro_dims = factor._pyro_dims
+    slopes = [slope.abs().max().item() / program.size for slope in gradients[len(factors) :]]
     figures = {
         "objective": objective.item(),
         "log_likelihood": terms.sum().item(),
-        # max |d objective / d unconstrained theta| / N
-        "score": max((g.abs().max().item() for g in gradients[len(factors) :]), default=0.0) / program.size,
+        "score": max(slopes, default=0.0),  # max |d objective / d unconstrained theta| / N
         "rounding": 16 * max(torch.finfo(t.dtype).eps for t in inputs) * terms.abs().sum().item(),
     }
     return trace, weights, figures
 
 
-# 4. The M-step has a closed form where the arguments of a family are entries of theta, as in `mu[z]`: an entry
-# becomes link(sum of w * top / sum of w * bottom). Rows: data x and arguments a give top and bottom, then link.
+# 4. The M-step has a closed form where the arguments of a family are entries of theta, as in `mu[z]`. An entry
+# is link(sum of w * top / sum of w * bottom); a row has top and bottom for data x and arguments a, and link.
 CLOSED: dict[tuple[Any, str], tuple[Callable[[Tensor, Values], tuple[Any, Any]], Any]] = {
     (dist.Bernoulli, "probs"): (lambda x, a: (x, 1.0), torch.clone),
     (dist.Categorical, "probs"): (lambda x, a: (torch.eye(a["probs"].shape[-1])[x.long()], 1.0), torch.clone),
@@ -183,8 +180,8 @@ def record(cls: Any, args: Any, kwargs: Any) -> Any:
 def closed_form(program: Program, trace: Any, weights: dict[str, Packed], values: Values) -> Values:
     """Propose values for the parameters that the program only gathers from; the others stay.
 
-    The Jacobian of a gathered argument selects: it sends the tangent 1, 2, 3, ... to integers, which spell the
-    index out, and a random tangent to its entries there. Two backward passes push a tangent forward.
+    The Jacobian of a gathered argument selects: it sends the tangent 1, 2, 3, ... to integers, which spell
+    the index out, and a random tangent to its entries there. Two backward passes push a tangent forward.
     """
     fns = {name: trace.nodes[name]["fn"] for name in weights}
     bases = {name: fn.base_dist if isinstance(fn, dist.Independent) else fn for name, fn in fns.items()}
@@ -197,41 +194,36 @@ def closed_form(program: Program, trace: Any, weights: dict[str, Packed], values
         theta, grad = trace.nodes[name]["value"], torch.autograd.grad
         tangents = [torch.arange(1, theta.numel() + 1).view_as(theta).to(theta), torch.rand_like(theta)]
         (back,) = grad([*reads.values()], theta, dummies, create_graph=True, materialize_grads=True)
-        if back.requires_grad:
-            push = [grad(back, dummies, t, materialize_grads=True, retain_graph=True) for t in tangents]
-            for key, code, noise in zip(reads, *push, strict=True):
-                index = code.round().long().clamp(1, theta.numel()) - 1
-                pairs = zip([theta, *tangents], [reads[key], code, noise], strict=True)
-                if noise.any():
-                    proof = all(torch.equal(t.reshape(-1)[index], pushed) for t, pushed in pairs)
-                    uses[name][key] = index if proof else None
+        push = [grad(back, dummies, t, materialize_grads=True, retain_graph=True) for t in tangents]
+        for key, code, noise in zip(reads, *push, strict=True):
+            index = code.round().long().clamp(1, theta.numel()) - 1
+            pairs = zip([theta, *tangents], [reads[key], code, noise], strict=True)
+            if noise.any():
+                uses[name][key] = index if all(torch.equal(t.reshape(-1)[index], p) for t, p in pairs) else None
     new = dict(values)
     for (family, argument), (statistic, link) in CLOSED.items():
         for name, found in uses.items():
             if any(i is None or type(bases[s]) is not family or a != argument for (s, a), i in found.items()):
                 continue
-            top, bottom = torch.zeros(2, values[name].numel()).to(values[name])
+            sums = torch.zeros(2, values[name].numel()).to(values[name])
             for (site, _), index in found.items():
                 w = packed.unpack(weights[site], trace.symbol_to_dim)
                 w = w[(...,) + (None,) * (fns[site].event_dim + (family is dist.Categorical))]
                 arguments = {a: v for (s, a), v in current.items() if s == site}
                 pair = map(torch.as_tensor, statistic(trace.nodes[site]["value"], arguments))
-                cells, w, s, r = torch.broadcast_tensors(index, w, *pair)
-                top.index_add_(0, cells.reshape(-1), (w * s).reshape(-1))
-                bottom.index_add_(0, cells.reshape(-1), (w * r).reshape(-1))
-            best = torch.where(bottom > 0, link(top / bottom), new[name].reshape(-1)).view_as(new[name])
-            if program.maps[name].codomain.check(best).all():  # where there are no data, the old value stays
+                cells, w, top, bottom = torch.broadcast_tensors(index, w, *pair)
+                sums.index_add_(1, cells.reshape(-1), torch.stack([w * top, w * bottom]).reshape(2, -1))
+            best = torch.where(sums[1] > 0, link(sums[0] / sums[1]), new[name].reshape(-1)).view_as(new[name])
+            if program.maps[name].codomain.check(best).all():  # an entry without data keeps its value
                 new[name] = best
                 current |= {key: best.reshape(-1)[index] for key, index in found.items()}
     return new
 
 
-def climb(
-    program: Program, values: Values, proposal: Values, weights: Any, slack: float, steps: int
-) -> Values:
-    """5. Raise Q by L-BFGS in unconstrained space from the proposal, or from `values` if these are better.
+def climb(program: Program, old: Values, new: Values, weights: Any, slack: float, steps: int) -> Values:
+    """5. Raise Q by L-BFGS in unconstrained space from the proposal `new`, or from `old` where that is better.
 
-    L-BFGS returns at once where the closed form left no slope (one of sqrt(eps) is worth eps in Q). So nothing
+    L-BFGS returns at once if the closed form left no slope (one of sqrt(eps) is worth eps in Q). So nothing
     rests on the proof above: a parameter with a prior, or with a use unseen by it, is left with a slope.
     """
 
@@ -244,22 +236,23 @@ def climb(
 
     def loss() -> float:
         optimiser.zero_grad()
-        value = -q(free)
-        value.backward()
+        (value := -q(free)).backward()
         return value.item()
 
-    free, old = program.unconstrained(proposal), program.unconstrained(values)
-    if not q(free) >= q(old) - slack / program.size:
-        free, proposal = old, values
+    free, back = program.unconstrained(new), program.unconstrained(old)
+    if not q(free) >= q(back) - slack / program.size:
+        free = back
     start, floor = {name: u.detach().clone() for name, u in free.items()}, q(free).item()
     eps = max(torch.finfo(u.dtype).eps for u in free.values())
     optimiser = torch.optim.LBFGS([*free.values()], 1.0, steps, None, eps**0.5, eps, 100, "strong_wolfe")
     optimiser.step(loss)
-    while any(not torch.equal(u, start[name]) for name, u in free.items()):
+    for _ in range(30):  # a line search can go astray: come back, halfway each time
         if q(free) >= floor:
-            return {name: value.detach() for name, value in program.constrained(free).items()}
-        free = {name: (u.detach() + start[name]) / 2 for name, u in free.items()}  # it went astray
-    return proposal
+            break
+        free = {name: (u.detach() + start[name]) / 2 for name, u in free.items()}
+    else:
+        free = start
+    return {name: value.detach() for name, value in program.constrained(free).items()}
 
 
 def fit(
@@ -271,11 +264,11 @@ def fit(
     tol: float = 1e-6,
     **kwargs: Any,
 ) -> Result:
-    """6. Alternate E and M from `init`, or the model's own start, until the score per observation is below tol.
+    """6. Alternate E and M from `init` (or the model's start) until the score per observation is below tol.
 
-    "em" maximises the likelihood, "map-em" the posterior, "gem" the likelihood in a few L-BFGS steps at a time.
-    Neither the param store nor the random state changes. Raises ValueError for what mini cannot do, and
-    ArithmeticError if the objective falls or is not finite, as when a component collapses.
+    "em" maximises the likelihood, "map-em" the posterior, "gem" the likelihood by a few L-BFGS steps a time, as
+    in `fit(model, data, algorithm="em").params["mu"]`. Param store and random state stay as they are. Raises
+    ValueError for what mini cannot do, ArithmeticError for an objective that falls or is not finite.
     """
     if algorithm not in ("em", "map-em", "gem") or not (tol >= 0 and max_iter >= 0):
         raise ValueError(f"{algorithm=} must be 'em', 'map-em' or 'gem'; {tol=} and {max_iter=} at least 0.")
@@ -286,8 +279,8 @@ def fit(
         program = Program(lambda: model(*args, **kwargs), algorithm == "map-em")
         values, history = program.start, dict[str, list[float]]()
         for name, value in (init or {}).items():
-            old = values.get(name)
-            if old is None or value.shape != old.shape or not program.maps[name].codomain.check(value).all():
+            same = name in values and value.shape == values[name].shape
+            if not (same and program.maps[name].codomain.check(value).all()):
                 raise ValueError(f"init['{name}'] is not a value of a parameter; these are {[*values]}.")
             values[name] = value.detach().clone()
         for iteration in range(max_iter + 1):  # ends on an E-step: its figures belong to the returned values
@@ -296,16 +289,14 @@ def fit(
                 history.setdefault(key, []).append(figure)
             previous, objective = history["objective"][-2:][0], figures["objective"]
             if not previous - figures["rounding"] <= objective < torch.inf:
-                raise ArithmeticError(
-                    f"Update {iteration} took the objective from {previous} to {objective}."
-                )
+                raise ArithmeticError(f"Update {iteration} took the objective from {previous} to {objective}.")
             if (converged := figures["score"] < tol) or iteration == max_iter:
                 break
-            proposal = values if algorithm == "gem" else closed_form(program, trace, weights, values)
-            steps = 5 if algorithm == "gem" else 100
-            values = climb(program, values, proposal, weights, figures["rounding"], steps)
+            exact = algorithm != "gem"
+            proposal = closed_form(program, trace, weights, values) if exact else values
+            values = climb(program, values, proposal, weights, figures["rounding"], 100 if exact else 5)
     finally:
         COERCIONS.remove(record)
         pyro.util.set_rng_state(random_state)
-    log_posterior = figures["objective"] if algorithm == "map-em" else None
-    return Result(values, figures["log_likelihood"], log_posterior, iteration, history, converged)
+    posterior = figures["objective"] if algorithm == "map-em" else None
+    return Result(values, figures["log_likelihood"], posterior, iteration, history, converged)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributions.constraints import Constraint
 
 from pyro_em.charts import free_dimension
 from pyro_em.errors import InputError
@@ -57,6 +58,11 @@ class FitResult:
     num_parameters: int = 0
     problem: Problem | None = field(default=None, repr=False)
     free: tuple[str, ...] = field(default=(), repr=False)
+    constraints: dict[str, Constraint] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.problem is not None and not self.constraints:
+            self.constraints = {name: record.constraint for name, record in self.problem.parameters.items()}
 
     @property
     def converged(self) -> bool:

@@ -25,7 +25,7 @@ from pyro_em.charts import free_dimension
 from pyro_em.checks import at_start
 from pyro_em.errors import EMWarning, InputError, Refusal, ResourceError
 from pyro_em.guides import Split, split_sites
-from pyro_em.initialise import default_strategy, initial_params
+from pyro_em.initialise import initial_starts
 from pyro_em.loop import Callback
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.compat import base_distribution
@@ -58,9 +58,9 @@ def fit_svi(
     """`max_iter` steps of SVI from each start; the start with the best final ELBO is returned.
 
     The reported ELBO is one evaluation where the guide has no noise (two agree to the last bit), otherwise
-    the mean of `FINAL_DRAWS` (100) evaluations of `num_particles` draws each. `history["objective"][i]` is the
-    noisy estimate with which step i+1 was made, the last entry the reported one; both include log p(θ̂). A
-    callback sees the parameters after a step beside the estimate made before it.
+    the mean of `FINAL_DRAWS` (100) evaluations of `num_particles` draws each. `history["objective"][i]` is
+    the noisy estimate with which step i+1 was made, the last entry the reported one; both include log p(θ̂).
+    A callback sees the parameters after a step beside the estimate made before it.
 
     :raises NonFiniteError: if the loss is not finite; param store and modules are as before the fit.
     """
@@ -71,13 +71,13 @@ def fit_svi(
         split = split_sites(model, args, kwargs, guide, roles)
         problem = _bind(split, args, kwargs, roles)
         m_step = None if problem is None else MStep(problem, "auto", "map-em" if split.points else "em")
-        rng = np.random.default_rng(seed if seed is not None else np.random.randint(2**31 - 1))
-        starts = list(_starts(split, problem, m_step, init, restarts, rng))
+        seeds = np.random.randint(2**31 - 1, size=restarts).tolist()
+        starts = list(_starts(split, problem, m_step, init, restarts, seed))
         messages = () if problem is None else _warnings_at_start(problem, starts[0])
         runs: list[Run] = []
         with progress_bar(progress, "svi", max_iter) as tick:
-            for start in starts:
-                with isolated_rng(int(rng.integers(2**31 - 1))):
+            for start, own_seed in zip(starts, seeds, strict=True):
+                with isolated_rng(own_seed):
                     ascent = Ascent(split, args, kwargs, start, make_optim(), num_particles)
                     runs.append(ascent.run(max_iter, callbacks, tick))
         best = max(runs, key=lambda run: run.objective)
@@ -150,25 +150,18 @@ def _starts(
     m_step: MStep | None,
     init: Mapping[str, Any] | str | None,
     restarts: int,
-    rng: np.random.Generator,
+    seed: int | None,
 ) -> Iterator[Params]:
-    """Starting values: those of the exact algorithms where nothing but point estimates is to be set."""
-    if problem is None or m_step is None or split.guide is not None:
-        if isinstance(init, str):
-            raise InputError(
-                f"init: '{init}' needs a model whose latents are all summed out, and no guide. Give values by "
-                "name instead."
-            )
-        yield {} if init is None else _given(split, init)
-        yield from ({} for _ in range(restarts - 1))
+    """Those of the exact algorithms where there is nothing but parameters to set; else the values given."""
+    if problem is not None and m_step is not None and split.guide is None:
+        yield from initial_starts(problem, m_step, init, restarts, seed)
         return
-    strategy = init if isinstance(init, str) else default_strategy(problem)
-    if isinstance(init, Mapping):
-        yield checked_init(problem, init)
-    else:
-        yield initial_params(problem, m_step, strategy if split.points or init else "model", rng)
-    for _ in range(restarts - 1):
-        yield initial_params(problem, m_step, strategy, rng)
+    if isinstance(init, str):
+        raise InputError(
+            f"init: '{init}' needs a model whose latents are all summed out, and no guide. Use a dict of values."
+        )
+    yield {} if init is None else _given(split, init)
+    yield from ({} for _ in range(restarts - 1))
 
 
 def _given(split: Split, init: Mapping[str, Any]) -> Params:

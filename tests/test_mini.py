@@ -1,7 +1,7 @@
 """The one-page edition and the full engine solve the same problems, under the same tests.
 
-Every law here runs on `pyro_em.mini.fit` and on `pyro_em.fit`: the objective never falls, it is the evidence that
-explicit enumeration finds, the limit is a stationary point of that evidence, and classic runs are met digit by digit.
+Every law here runs on `pyro_em.mini.fit` and on `pyro_em.fit`: the objective never falls, it is the evidence
+that enumeration finds, its limit is stationary, and classic runs are met digit by digit.
 """
 
 from __future__ import annotations
@@ -117,9 +117,7 @@ def _problems() -> list[Problem]:
     points = normal(30, 2) * torch.tensor([0.7, 1.2]) + group[:, None] * torch.tensor([2.5, -1.0])
     counts = torch.poisson(1.0 + 5 * group, generator=rng)
     answers = torch.bernoulli(0.25 + 0.5 * group[:, None].expand(30, 4), generator=rng)
-    path = torch.tensor(
-        [[-1.0, -1, 1, 1], [1.0, 1, 1, -1], [-1.0, 1, 1, 1], [-1.0, -1, -1, -1], [1.0, -1, -1, 1]]
-    )
+    path = torch.tensor([[-1.0, -1, 1, 1], [1.0, 1, 1, -1], [-1.0, 1, 1, 1], [-1.0, -1, -1, -1], [1.0, -1, -1, 1]])
     series = 1.5 * path + 0.5 * normal(5, 4)
     dose = torch.linspace(0.2, 4.0, 30, dtype=torch.float64)
     response = (1.0 + 2.5 * group) * dose / (0.6 + dose) + 0.15 * normal(30)
@@ -179,7 +177,7 @@ def test_the_limit_is_stationary(fit: Fit, problem: Problem, algorithm: str) -> 
     assert max(float(g.abs().max()) for g in gradient) / size < 1e-4
 
 
-@pytest.mark.parametrize(("problem", "algorithm"), [c for c in CASES if c.values[1] != "gem"])  # type: ignore[index]
+@pytest.mark.parametrize(("problem", "algorithm"), [c for c in CASES if c.values[1] != "gem"])
 def test_mini_and_full_take_the_same_steps(problem: Problem, algorithm: str) -> None:
     mini, full = (
         f(problem.model, *problem.args, algorithm=algorithm, init=problem.init, max_iter=5, tol=0.0)
@@ -190,8 +188,8 @@ def test_mini_and_full_take_the_same_steps(problem: Problem, algorithm: str) -> 
         torch.testing.assert_close(value, full.params[name], rtol=0.0, atol=1e-6)
 
 
-# Do & Batzoglou 2008: five rounds of ten tosses with one of two coins; their binomial coefficients are left out
-# of the Bernoulli model, a constant that is added back below.
+# Do & Batzoglou 2008: five rounds of ten tosses with one of two coins. A Bernoulli model lacks their binomial
+# coefficients, a constant that is added back below.
 COINS = {
     0: (-11.3205865761, [0.6, 0.5]),
     1: (-10.0859820045, [0.713012235401, 0.581339308314]),
@@ -280,7 +278,7 @@ def _scaled(y: Tensor) -> None:
 
 @pytest.mark.parametrize("model", [_child_of_a_parameter, _random_effects, _scaled])
 def test_mini_refuses_what_it_cannot_do(model: Any) -> None:
-    with pytest.raises(ValueError, match="'mu'.*pyro_em.fit"):
+    with pytest.raises(ValueError, match=r"'mu'.*pyro_em\.fit"):
         pyro_em.mini.fit(model, torch.tensor([0.5, 1.0]))
 
 
