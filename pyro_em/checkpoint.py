@@ -274,7 +274,7 @@ def _bound(
     sites = [row.name for row in result.plan.m_step if row.role == "pyro.sample"]
     return bind(
         model, args, kwargs, with_prior=result.log_posterior is not None,
-        roles={name: "parameter" for name in sites}, weights=weights, params=result.params,
+        roles=dict.fromkeys(sites, "parameter"), weights=weights, params=result.params,
     )  # fmt: skip
 
 

@@ -6,11 +6,14 @@ update there. (Parameter-role sample sites have no store entry; the object keeps
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
 from torch import Tensor
 
+from pyro_em.e_step.auto import choose_engine
+from pyro_em.e_step.base import Engine
 from pyro_em.errors import InputError, MonotonicityError
 from pyro_em.loop import MONOTONE, Iterate, at, rounding
 from pyro_em.m_step.auto import MStep
@@ -18,6 +21,23 @@ from pyro_em.options import EXACT, point_estimated
 from pyro_em.problem import Problem, bind
 from pyro_em.store import isolated_rng, write_params
 from pyro_em.types import Model, Params
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A problem and the data objects it was made for."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    problem: Problem
+    m_step: MStep
+    engine: Engine
+
+    def same(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if len(args) != len(self.args) or kwargs.keys() != self.kwargs.keys():
+            return False
+        pairs = [*zip(args, self.args, strict=True), *((kwargs[k], self.kwargs[k]) for k in kwargs)]
+        return all(a is b for a, b in pairs)
 
 
 class EM:
@@ -54,15 +74,13 @@ class EM:
         self.model, self.guide, self.optim, self.algorithm = model, guide, optim, algorithm
         self.m_step_option = options.pop("m_step", "auto")
         self.options = options
-        self._bound: tuple[tuple[Any, ...], dict[str, Any], Problem, MStep] | None = None
+        self._bound: _Bound | None = None
         self._sampled: Params = {}
 
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Problem, MStep]:
-        if self._bound is not None:
-            seen_args, seen_kwargs, problem, m_step = self._bound
-            same = len(args) == len(seen_args) and all(a is b for a, b in zip(args, seen_args, strict=True))
-            if same and kwargs.keys() == seen_kwargs.keys() and all(kwargs[k] is seen_kwargs[k] for k in kwargs):
-                return problem, m_step
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bound:
+        """The problem of these data; kept as long as the same objects come in."""
+        if self._bound is not None and self._bound.same(args, kwargs):
+            return self._bound
         with isolated_rng(None):
             problem = bind(
                 self.model,
@@ -73,8 +91,8 @@ class EM:
                 **self.options,
             )
             m_step = MStep(problem, self.m_step_option, self.algorithm, self.optim)
-        self._bound = (args, kwargs, problem, m_step)
-        return problem, m_step
+        self._bound = _Bound(args, kwargs, problem, m_step, choose_engine(problem, m_step))
+        return self._bound
 
     def _current(self, problem: Problem) -> Params:
         store = pyro.get_param_store()
@@ -86,30 +104,28 @@ class EM:
                 params[name] = store[name].detach().clone() if name in store else record.value
         return params
 
-    def _e_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Problem, MStep, Iterate]:
-        problem, m_step = self._bind(args, kwargs)
-        return problem, m_step, at(problem, self._current(problem), 0)
+    def _e_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Bound, Iterate]:
+        bound = self._bind(args, kwargs)
+        return bound, at(bound.problem, bound.engine, self._current(bound.problem), 0)
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One EM iteration; returns the loss *before* the update, as `SVI.step` does.
 
         :raises MonotonicityError: if the update lowers the objective.
         """
-        problem, m_step, current = self._e_step(args, kwargs)
-        sufficient = m_step.sufficient(current.run, current.evidence)
-        params, _ = m_step.update(current.params, current.evidence, sufficient)
-        following = at(problem, params, 1)
+        bound, current = self._e_step(args, kwargs)
+        problem, engine, m_step = bound.problem, bound.engine, bound.m_step
+        params, _ = m_step.update(current.params, current.expectation)
+        following = at(problem, engine, params, 1)
         if following.objective < current.objective - MONOTONE * rounding(current):
             raise MonotonicityError(1, current.objective, following.objective)
         self._sampled = {n: params[n] for n, r in problem.parameters.items() if r.kind == "sample"}
-        leaves = current.run.leaves
-        modules = {n: leaves[n] for n, r in problem.parameters.items() if r.kind == "module" and n in leaves}
-        write_params(problem.parameters, params, modules)
+        write_params(problem.parameters, params, problem.modules())
         return -current.objective
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss at the current parameters, without an update."""
-        return -self._e_step(args, kwargs)[2].objective
+        return -self._e_step(args, kwargs)[1].objective
 
     def run(self, *args: Any, num_steps: int = 1000, **kwargs: Any) -> list[float]:
         """`num_steps` steps; their losses."""

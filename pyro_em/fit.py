@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_em.checks import after_fit, at_start
+from pyro_em.e_step.auto import choose_engine, verified
 from pyro_em.errors import DegenerateLikelihoodError, EMWarning, InputError
 from pyro_em.explain import explain
 from pyro_em.initialise import initial_starts
@@ -103,13 +104,14 @@ def fit(
         warnings.simplefilter("always", EMWarning)
         problem = _bind(model, args, kwargs, algorithm, guide, roles, weights)
         m = MStep(problem, m_step, algorithm, optim)
+        engine = choose_engine(problem, m)
         starts = list(initial_starts(problem, m, init, restarts, seed))
         at_start(problem, starts[0])
         runs: list[Ended] = []
         errors: list[BaseException] = []
         with progress_bar(progress, algorithm, max_iter) as tick:
             for start in starts:
-                ended = run_loop(problem, m, start, rule, (*callbacks, tick))
+                ended = run_loop(problem, engine, m, start, rule, (*callbacks, tick))
                 runs.append(ended)
                 if ended.error is not None and not isinstance(ended.error, DegenerateLikelihoodError):
                     errors.append(ended.error)
@@ -126,9 +128,7 @@ def fit(
         assert error is not None
         error.result = result  # type: ignore[attr-defined]
         raise error
-    leaves = best.last.run.leaves
-    modules = {n: leaves[n] for n, r in problem.parameters.items() if r.kind == "module" and n in leaves}
-    write_params(problem.parameters, result.params, modules)
+    write_params(problem.parameters, result.params, problem.modules())
     return result
 
 
@@ -179,13 +179,13 @@ def _result(
     seed: int | None,
     messages: tuple[str, ...],
 ) -> FitResult:
-    evidence, params = best.last.evidence, {n: v.detach().clone() for n, v in best.last.params.items()}
-    log_likelihood = float(evidence.log_likelihood)
+    params = {n: v.detach().clone() for n, v in best.last.params.items()}
+    log_likelihood, log_prior = verified(problem, best.last)
     return FitResult(
         algorithm=algorithm,
         params=params,
         log_likelihood=log_likelihood,
-        log_posterior=log_likelihood + float(evidence.log_prior) if problem.with_prior else None,
+        log_posterior=log_likelihood + log_prior if problem.with_prior else None,
         elbo=log_likelihood,
         exact=True,
         outcome=best.outcome,

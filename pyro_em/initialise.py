@@ -18,9 +18,9 @@ import torch
 from scipy.cluster.vq import ClusterError, kmeans2
 from torch import Tensor
 
+from pyro_em.e_step.interpreted import expectation
 from pyro_em.errors import DegenerateLikelihoodError, InputError
 from pyro_em.evidence.discrete import evaluate
-from pyro_em.loop import at
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.compat import dims_of, with_dims
 from pyro_em.model.density import clean_value
@@ -111,8 +111,8 @@ def _from_potentials(
         fake[name] = with_dims(neutral, dims_of(factor))
     evidence = evaluate(problem.graph, fake)
     if not bool(torch.isfinite(evidence.log_likelihood)):
-        evidence = at(problem, start, 0).evidence
-    params, _ = m_step.update(start, evidence, m_step.sufficient(run, evidence))
+        evidence, _ = problem.evidence(start)
+    params, _ = m_step.update(start, expectation(problem, run, evidence))
     return params
 
 

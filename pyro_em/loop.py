@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from pyro_em.e_step.base import Engine, Expectation
 from pyro_em.errors import DegenerateLikelihoodError, MonotonicityError, NonFiniteError
-from pyro_em.evidence.discrete import Evidence
 from pyro_em.m_step.auto import MStep
-from pyro_em.model.trace import Run
 from pyro_em.problem import Problem
 from pyro_em.stop import Outcome, StoppingRule
 from pyro_em.types import Params
@@ -27,8 +26,7 @@ class Iterate:
     """Carried from one iteration to the next: parameters and the E-step at them."""
 
     params: Params
-    evidence: Evidence
-    run: Run
+    expectation: Expectation
     objective: float
     iteration: int
 
@@ -77,17 +75,19 @@ def rounding(iterate: Iterate) -> float:
     """Σ|ll_n| in units of the last place of the parameters' precision."""
     dtypes = {p.dtype for p in iterate.params.values()} or {torch.float64}
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-    return eps * (1.0 + iterate.evidence.magnitude + abs(iterate.objective))
+    return eps * (1.0 + iterate.expectation.magnitude + abs(iterate.objective))
 
 
-def at(problem: Problem, params: Params, iteration: int) -> Iterate:
+def at(problem: Problem, engine: Engine, params: Params, iteration: int) -> Iterate:
     """E-step at `params`."""
-    evidence, run = problem.evidence(params)
-    return Iterate(params, evidence, run, problem.objective(evidence), iteration)
+    expectation = engine.e_step(params)
+    objective = expectation.log_likelihood + (expectation.log_prior if problem.with_prior else 0.0)
+    return Iterate(params, expectation, objective, iteration)
 
 
 def run_loop(
     problem: Problem,
+    engine: Engine,
     m_step: MStep,
     start: Params,
     rule: StoppingRule,
@@ -100,19 +100,18 @@ def run_loop(
     began = time.perf_counter()
     history = History()
     callbacks = tuple(callbacks)
-    current = at(problem, start, 0)
+    current = at(problem, engine, start, 0)
     empty: set[str] = set()
     num_observations = problem.graph.num_observations
     try:
         while True:
-            sufficient = m_step.sufficient(current.run, current.evidence)
-            score = m_step.score(current.params, current.evidence, sufficient) / num_observations
+            score = m_step.score(current.params, current.expectation) / num_observations
             _record(history, current, score, began)
             step = Step(
                 current.iteration,
                 current.params,
                 current.objective,
-                float(current.evidence.log_likelihood),
+                current.expectation.log_likelihood,
                 score,
             )
             if any([callback(step) for callback in callbacks]):
@@ -120,9 +119,9 @@ def run_loop(
             outcome = rule.outcome(current.iteration, score, current.objective, rounding(current))
             if outcome is not None:
                 return Ended(current, outcome, history, tuple(sorted(empty)))
-            params, info = m_step.update(current.params, current.evidence, sufficient)
+            params, info = m_step.update(current.params, current.expectation)
             empty |= set(info.empty)
-            following = at(problem, params, current.iteration + 1)
+            following = at(problem, engine, params, current.iteration + 1)
             if following.objective < current.objective - MONOTONE * rounding(current):
                 raise MonotonicityError(following.iteration, current.objective, following.objective)
             current = following
@@ -135,8 +134,8 @@ def run_loop(
 
 def _record(history: History, current: Iterate, score: float, began: float) -> None:
     history.objective.append(current.objective)
-    history.log_likelihood.append(float(current.evidence.log_likelihood))
-    history.log_prior.append(float(current.evidence.log_prior))
+    history.log_likelihood.append(current.expectation.log_likelihood)
+    history.log_prior.append(current.expectation.log_prior)
     history.score.append(score)
     history.num_e_steps.append(current.iteration + 1)
     history.seconds.append(time.perf_counter() - began)

@@ -54,6 +54,15 @@ class Problem:
                 self.model, self.args, self.kwargs, params, max_plate_nesting=self.capture.max_plate_nesting
             )
 
+    def modules(self) -> dict[str, Tensor]:
+        """The torch modules' own parameters behind the parameters of that kind, by name."""
+        names = [name for name, record in self.parameters.items() if record.kind == "module"]
+        if not names:
+            return {}
+        with torch.no_grad():
+            leaves = self.run(self.start).leaves
+        return {name: leaves[name] for name in names if name in leaves}
+
     def factors(self, run: Run) -> dict[str, Tensor]:
         """Packed log-density of every site of a run, laid out as in the graph."""
         found = {name: packed_log_density(site) for name, site in run.sites.items()}

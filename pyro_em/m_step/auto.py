@@ -11,7 +11,6 @@ identity), which is what the stopping rule reads.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,19 +19,19 @@ import torch
 from torch import Tensor
 
 from pyro_em.charts import chart
+from pyro_em.e_step.base import Expectation
 from pyro_em.errors import InputError, Refusal
-from pyro_em.evidence.discrete import Evidence
 from pyro_em.kernels import FlatKernel
 from pyro_em.m_step.closed import Combined, NotClosed, combine
 from pyro_em.m_step.degenerate import check_update
 from pyro_em.m_step.numeric import Block, ascend, ascend_with, maximise
 from pyro_em.model.compat import dims_of, with_dims
 from pyro_em.model.density import packed_log_density
-from pyro_em.model.graph import FactorGraph
 from pyro_em.model.recognise import VALUE, Use
-from pyro_em.model.trace import Run, SiteRecord
+from pyro_em.model.trace import Run
 from pyro_em.problem import Problem
 from pyro_em.statistics import SiteMoments, argument_cells, site_center, site_moments, site_weight
+from pyro_em.sufficient import MomentsOf, Sufficient, raw_arguments
 from pyro_em.types import Params
 
 Route = Literal["closed", "numeric", "gradient", "fixed", "unused"]
@@ -57,62 +56,12 @@ class MStepInfo:
     empty: tuple[str, ...]
 
 
-class Sufficient:
-    """Moments and current arguments of the sites, at the parameters being updated."""
-
-    def __init__(
-        self, problem: Problem, run: Run, posterior: Mapping[str, Tensor], centers: dict[str, Tensor | None]
-    ):
-        self.problem, self.run, self.posterior, self.centers = problem, run, posterior, centers
-        self.sites: dict[str, SiteRecord] = dict(run.sites)
-        self.arguments: dict[str, dict[str, Tensor]] = {
-            name: {a: v.detach().double() for a, v in (site.arguments or {}).items()}
-            for name, site in run.sites.items()
-        }
-        self._moments: dict[str, SiteMoments] = {}
-
-    def moments(self, name: str) -> SiteMoments:
-        if name not in self._moments:
-            site, graph = self.sites[name], self.problem.graph
-            arguments = self.arguments[name]
-            if name not in graph.priors and name not in self.centers:
-                self.centers[name] = site_center(site, argument_cells(site, arguments))
-            weight = site_weight(site, graph.factors[name], self.posterior.get(name))
-            center = (
-                site_center(site, argument_cells(site, arguments))
-                if name in graph.priors
-                else self.centers[name]
-            )
-            self._moments[name] = site_moments(site, arguments, weight, center)
-        return self._moments[name]
-
-    def put(self, name: str, theta: Tensor, uses: tuple[Use, ...]) -> None:
-        """Write a new value into the arguments that take its entries, and into its own prior."""
-        flat = theta.detach().double().reshape(-1)
-        for use in uses:
-            if use.index is None:
-                continue
-            if use.slot == VALUE:
-                self.sites[use.site] = dataclasses.replace(
-                    self.sites[use.site], value=theta.detach().double()
-                )
-                self._moments.pop(use.site, None)
-                continue
-            entries = flat[use.index.clamp(min=0)]
-            entries = torch.exp(use.power * entries) if use.exponential else entries**use.power
-            if use.coefficient is not None:
-                entries = use.coefficient.double() * entries
-            old = self.arguments[use.site][use.slot]
-            self.arguments[use.site][use.slot] = torch.where(use.index >= 0, entries, old)
-
-
 class MStep:
     """Made once a fit; `score` and `update` are called once an iteration."""
 
     def __init__(self, problem: Problem, option: Any, algorithm: str, optim: Any = None) -> None:
         self.problem, self.optim = problem, optim
         self.uses = {n: self._counted(n) for n in problem.parameters}
-        self.centers: dict[str, Tensor | None] = {}
         self.choices = self._choose(option, algorithm)
         names = list(self.choices)
         self.closed = sorted((n for n in names if self.choices[n].route == "closed"), key=self._order)
@@ -150,8 +99,7 @@ class MStep:
             if value not in valid:
                 raise InputError(f"m_step: '{value}' is none of {', '.join(valid)}.")
         with torch.no_grad():
-            run = self.problem.run(self.problem.start)
-        uniform = Sufficient(self.problem, run, _uniform(self.problem.graph, run), {})
+            uniform = _uniform(self.problem, self.problem.run(self.problem.start))
         return {
             name: self._choice(name, wanted.get(name, default), uniform) for name in self.problem.parameters
         }
@@ -186,27 +134,25 @@ class MStep:
         gradient = self._combine(name, theta, sufficient).gradient(theta)
         return chart(self.problem.parameters[name].constraint, theta).pull_back(theta, gradient)
 
-    def sufficient(self, run: Run, evidence: Evidence) -> Sufficient:
-        return Sufficient(self.problem, run, evidence.weights, self.centers)
-
-    def score(self, params: Params, evidence: Evidence, sufficient: Sufficient) -> float:
+    def score(self, params: Params, expectation: Expectation) -> float:
         """max|∂ objective/∂u| over the parameters that move (Fisher's identity), not divided by N."""
         largest = 0.0
         for name in self.closed:
-            gradient = self._kernel_gradient(name, params, sufficient)
+            gradient = self._kernel_gradient(name, params, expectation.sufficient)
             largest = max(largest, _largest(gradient))
         rest = (*self.numeric, *self.gradient)
         if rest:
-            block = Block(self.problem, params, evidence.weights, rest)
+            block = Block(self.problem, params, expectation.weights, rest)
             _, gradient, _ = block.gradient(block.free())
             largest = max(largest, _largest(gradient))
         return largest
 
-    def update(self, params: Params, evidence: Evidence, sufficient: Sufficient) -> tuple[Params, MStepInfo]:
+    def update(self, params: Params, expectation: Expectation) -> tuple[Params, MStepInfo]:
         """θ with Q at its maximum (at a higher value where the route is "gradient").
 
         :raises DegenerateLikelihoodError: if a variance collapses.
         """
+        weights, sufficient = expectation.weights, expectation.sufficient
         self._count += 1
         check = self._coupled or self._count <= 3 or self._count % 10 == 0
         scale = float(self.problem.graph.num_observations)
@@ -214,24 +160,24 @@ class MStep:
         rounds = 0
         for rounds in range(1, MAX_ROUNDS + 1):
             before = params
-            params, found = self._round(params, evidence, sufficient)
+            params, found = self._round(params, weights, sufficient)
             empty |= found
             if not check or not (self.closed or self.numeric):
                 break
-            certificate = self._certificate(params, evidence, sufficient) / scale
+            certificate = self._certificate(params, weights, sufficient) / scale
             if certificate <= CERTIFICATE or all(torch.equal(before[n], params[n]) for n in self.free):
                 break
             self._coupled = True
         if certificate is not None and certificate > CERTIFICATE:
-            block = Block(self.problem, params, evidence.weights, (*self.closed, *self.numeric))
+            block = Block(self.problem, params, weights, (*self.closed, *self.numeric))
             params = maximise(block, tolerance=CERTIFICATE * scale)
-            certificate = self._certificate(params, evidence, self._refreshed(params, evidence)) / scale
+            certificate = self._certificate(params, weights, self._refreshed(params, weights)) / scale
         if self.gradient:
-            block = Block(self.problem, params, evidence.weights, self.gradient)
+            block = Block(self.problem, params, weights, self.gradient)
             params = ascend(block) if self.optim is None else ascend_with(block, self.optim)
         return params, MStepInfo(rounds, certificate, tuple(sorted(empty)))
 
-    def _round(self, params: Params, evidence: Evidence, sufficient: Sufficient) -> tuple[Params, set[str]]:
+    def _round(self, params: Params, weights: Mapping[str, Tensor], sufficient: Sufficient) -> tuple[Params, set[str]]:
         params, empty = dict(params), set()
         for name in self.closed:
             theta = params[name].detach().double()
@@ -241,40 +187,50 @@ class MStep:
             best = combined.argmax(theta)
             best = check_update(self.problem, name, self.uses[name], combined, best, sufficient)
             params[name] = best.to(params[name].dtype)
-            sufficient.put(name, params[name], self.uses[name])
+            sufficient.put(params[name], self.uses[name])
         if self.numeric:
-            block = Block(self.problem, params, evidence.weights, self.numeric)
+            block = Block(self.problem, params, weights, self.numeric)
             scale = float(self.problem.graph.num_observations)
             params = maximise(block, tolerance=0.1 * CERTIFICATE * scale)
             if self.closed:
-                fresh = self._refreshed(params, evidence)
-                sufficient.sites, sufficient.arguments = fresh.sites, fresh.arguments
-                sufficient._moments = fresh._moments
+                sufficient.take(self._refreshed(params, weights))
         return params, empty
 
-    def _refreshed(self, params: Params, evidence: Evidence) -> Sufficient:
+    def _refreshed(self, params: Params, weights: Mapping[str, Tensor]) -> Sufficient:
         with torch.no_grad():
-            return Sufficient(self.problem, self.problem.run(params), evidence.weights, self.centers)
+            run = self.problem.run(params)
+        return Sufficient(self.problem, run.sites, raw_arguments(run.sites), _moments(self.problem, run, weights))
 
-    def _certificate(self, params: Params, evidence: Evidence, sufficient: Sufficient) -> float:
+    def _certificate(self, params: Params, weights: Mapping[str, Tensor], sufficient: Sufficient) -> float:
         largest = max(
             (_largest(self._kernel_gradient(n, params, sufficient)) for n in self.closed), default=0.0
         )
         if self.numeric:
-            block = Block(self.problem, params, evidence.weights, self.numeric)
+            block = Block(self.problem, params, weights, self.numeric)
             _, gradient, _ = block.gradient(block.free())
             largest = max(largest, _largest(gradient))
         return largest
 
 
-def _uniform(graph: FactorGraph, run: Run) -> dict[str, Tensor]:
-    """Posterior weights of one for every factor: enough to see which rules apply."""
+def _moments(problem: Problem, run: Run, weights: Mapping[str, Tensor]) -> MomentsOf:
+    """Moments from posterior weights, at the arguments of a fresh run."""
+
+    def moments_of(name: str, arguments: dict[str, Tensor]) -> SiteMoments:
+        site = run.sites[name]
+        weight = site_weight(site, problem.graph.factors[name], weights.get(name))
+        return site_moments(site, arguments, weight, site_center(site, argument_cells(site, arguments)))
+
+    return moments_of
+
+
+def _uniform(problem: Problem, run: Run) -> Sufficient:
+    """Statistics under posterior weights of one for every factor: enough to see which rules apply."""
     weights = {}
-    for component in graph.components:
+    for component in problem.graph.components:
         for name in component.factors:
             factor = packed_log_density(run.sites[name])
             weights[name] = with_dims(torch.ones_like(factor), dims_of(factor))
-    return weights
+    return Sufficient(problem, run.sites, raw_arguments(run.sites), _moments(problem, run, weights))
 
 
 def _largest(x: Tensor) -> float:

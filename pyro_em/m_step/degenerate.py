@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -12,9 +10,7 @@ from pyro_em.kernels import PowerKernel, WishartKernel
 from pyro_em.m_step.closed import Combined
 from pyro_em.model.recognise import VALUE, Use
 from pyro_em.problem import Problem
-
-if TYPE_CHECKING:
-    from pyro_em.m_step.auto import Sufficient
+from pyro_em.sufficient import Sufficient
 
 # A variance below this share of the variance of all data of the site is rounding, not information.
 COLLAPSED = 1e-13

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,6 +50,11 @@ class Use:
     power: float = 1.0
     exponential: bool = False
     reason: str = ""
+
+    @cached_property
+    def whole(self) -> bool:
+        """Every entry of the argument is an entry of the parameter (no fixed parts)."""
+        return self.index is not None and bool((self.index >= 0).all())
 
     @property
     def gather(self) -> bool:

@@ -1,0 +1,229 @@
+"""A fit for ArviZ: one `xarray.DataTree`, handed over as InferenceData to ArviZ 0.x and as it is to 1.x.
+
+    posterior             draws of the parameters, dims (chain = 1, draw, ...): the normal approximation
+                          u ~ N(û, Σ) in free coordinates, Σ the inverse observed information, mapped back
+    log_likelihood        log p(x_n|θ) of every data element at these draws, latents summed out (for `az.loo`)
+    posterior_predictive  data drawn at these draws (only if `predictive` asks for them)
+    latent_posterior      responsibilities p(z_n = k|x, θ̂), dims (plates, <site>_state)
+    estimates             θ̂, standard errors and 95 % intervals, dim `statistic`
+    em_trace              the history, dim `iteration` (it is no chain, so it is not in `sample_stats`)
+    observed_data         the data
+
+Plates give their names to the dims of sample sites; other dims are called <name>_dim_0, <name>_dim_1, ...
+Attributes of the tree: the facts of the fit (see summary.py), and why a group is missing.
+
+The draws describe one mode. Under "em" they are what the likelihood alone says; under "map-em" they are
+Laplace's approximation of the posterior. Entries held fixed or on a boundary do not move. Restarts are not
+chains and do not appear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import xarray
+from torch import Tensor
+
+from pyro_em.errors import InputError
+from pyro_em.information import Information
+from pyro_em.model.capture import PlainSite
+from pyro_em.pointwise import pointwise_draws
+from pyro_em.posterior import Posterior
+from pyro_em.predict import predictive as predictive_draws
+from pyro_em.problem import Problem
+from pyro_em.store import isolated_rng
+from pyro_em.summary import STATISTICS, Estimate, available_information, estimates, facts
+from pyro_em.types import Params
+
+if TYPE_CHECKING:
+    from pyro_em.result import FitResult
+
+Dims = tuple[str, ...]
+SAMPLE: Dims = ("chain", "draw")
+NORMAL = "normal approximation in free coordinates around the estimate, from the observed information"
+POINT = "one draw, the estimate itself: it says nothing about uncertainty"
+
+
+def to_inference_data(
+    result: FitResult,
+    num_draws: int = 1000,
+    seed: int = 0,
+    predictive: int = 0,
+    num_log_likelihood_draws: int | None = None,
+) -> Any:
+    """The fit as ArviZ wants it: InferenceData on ArviZ 0.x, `xarray.DataTree` on 1.x.
+
+    :param num_draws: draws of the parameters.
+    :param seed: of all draws; the global random state is left alone.
+    :param predictive: number of draws, at most `num_draws`, for which data are predicted (0: none).
+    :param num_log_likelihood_draws: draws at which the log-likelihood is computed: all by default, 0 for none.
+        Each costs one evaluation of the model, in batches where the model can be batched.
+    :raises InputError: for numbers of draws that cannot be used.
+
+    Example::
+
+        data = result.to_inference_data()
+        az.summary(data)
+        az.loo(data)
+    """
+    tree = to_datatree(result, num_draws, seed, predictive, num_log_likelihood_draws)
+    import arviz  # slow, and on Python 3.11 announces its own future
+
+    return arviz.from_datatree(tree) if _major(arviz.__version__) < 1 else tree
+
+
+def _major(version: str) -> int:
+    return int(version.split(".")[0])
+
+
+def to_datatree(
+    result: FitResult,
+    num_draws: int = 1000,
+    seed: int = 0,
+    predictive: int = 0,
+    num_log_likelihood_draws: int | None = None,
+) -> xarray.DataTree:
+    """The tree of `to_inference_data`, which needs no ArviZ: `.to_netcdf(path)` writes it."""
+    limit = num_draws if num_log_likelihood_draws is None else num_log_likelihood_draws
+    if num_draws < 2 or predictive < 0 or limit < 0:
+        raise InputError(
+            f"to_inference_data: num_draws must be at least 2 (is {num_draws}), predictive and "
+            f"num_log_likelihood_draws at least 0 (are {predictive} and {limit})."
+        )
+    information, notes = available_information(result)
+    problem = result.problem
+    attributes: dict[str, Any] = {**facts(result), "notes": "\n".join(notes)}
+    draws = None if information is None else _draw(information, num_draws, seed)
+    posterior = {n: v.unsqueeze(0) for n, v in result.params.items()}
+    if information is not None and draws is not None:
+        moved = [information.constrained(u) for u in draws]
+        posterior = {n: v.expand(num_draws, *v.shape) for n, v in result.params.items()}
+        posterior |= {n: torch.stack([values[n] for values in moved]) for n in information.names}
+    variables = {n: _parameter_dims(problem, n, v.shape[1:], posterior) for n, v in posterior.items()}
+    groups = {
+        "posterior": _dataset(
+            {n: ((*SAMPLE, *variables[n]), _numpy(v)[None]) for n, v in posterior.items()},
+            {"approximation": POINT if draws is None else NORMAL},
+        ),
+        "estimates": _estimates(estimates(result, information), variables),
+        "em_trace": _dataset({n: (("iteration",), np.asarray(v)) for n, v in result.history.items()}),
+    }
+    if problem is None:
+        attributes["missing_groups"] = "no model: data, latents and log-likelihood are left out"
+    else:
+        groups["observed_data"] = _observed(problem)
+        if problem.graph.latents:
+            groups["latent_posterior"] = _latents(result.posterior())
+        if information is not None and draws is not None and limit and problem.graph.data_plates:
+            values = pointwise_draws(problem, result.params, information, draws[:limit])
+            groups["log_likelihood"] = _log_likelihood(problem, values)
+        else:
+            attributes["missing_groups"] = "log_likelihood: " + _why_no_log_likelihood(problem, draws is None)
+        if predictive:
+            each = [result.params] if draws is None else [{**result.params, **m} for m in moved]
+            groups["posterior_predictive"] = _predictive(problem, each, predictive, seed)
+    root = _dataset({}, {name: value for name, value in attributes.items() if value != ""})
+    return xarray.DataTree.from_dict({"/": root, **groups})
+
+
+def _why_no_log_likelihood(problem: Problem, no_draws: bool) -> str:
+    if not problem.graph.data_plates:
+        return "the model has no plate over which its likelihood is a sum of independent terms"
+    return POINT if no_draws else "not asked for"
+
+
+def _draw(information: Information, num: int, seed: int) -> Tensor:
+    """Free coordinates, (num, P), from N(estimate, covariance); a singular covariance is welcome."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(num, len(information.estimate), generator=generator, dtype=torch.float64)
+    variances, axes = torch.linalg.eigh(information.covariance)
+    return information.estimate + (noise * variances.clamp(min=0).sqrt()) @ axes.mT
+
+
+def _estimates(found: Mapping[str, Estimate], dims: Mapping[str, Dims]) -> xarray.Dataset:
+    table = {}
+    for name, row in found.items():
+        values = np.stack([row.value, row.standard_error, row.lower, row.upper])
+        table[name] = (("statistic", *dims[name]), values, {"triangular": int(row.triangular)})
+    return _dataset(table, coords={"statistic": list(STATISTICS)})
+
+
+def _observed(problem: Problem) -> xarray.Dataset:
+    sites = {n: s for n, s in problem.capture.sites.items() if s.observed}
+    return _dataset({n: (_site_dims(n, s, s.value.shape, sites), _numpy(s.value)) for n, s in sites.items()})
+
+
+def _latents(posterior: Posterior) -> xarray.Dataset:
+    table, coords = {}, {}
+    for name in posterior.latents:
+        site = posterior.problem.capture.sites[name]
+        probs = posterior.responsibilities(name)
+        state = f"{name}_state"
+        dims = _site_dims(name, site, probs.shape[:-1], posterior.latents, event_dim=0)
+        table[name] = ((*dims, state), _numpy(probs))
+        values = site.fn.enumerate_support(expand=False)
+        coords[state] = _numpy(values.reshape(len(values))) if not site.fn.event_shape else np.arange(len(values))
+    return _dataset(table, {"given": "the estimate"}, coords)
+
+
+def _log_likelihood(problem: Problem, values: Tensor) -> xarray.Dataset:
+    observed = [name for name, site in problem.capture.sites.items() if site.observed]
+    name = observed[0] if len(observed) == 1 else "log_likelihood"
+    plates = {p.name: p.dim for site in problem.capture.sites.values() for p in site.plates}
+    names = [problem.graph.plate_names[symbol] for symbol in problem.graph.data_plates]
+    dims = [plate if plate != name else f"{name}_dim_{i}" for i, plate in enumerate(sorted(names, key=plates.get))]  # type: ignore[arg-type]
+    return _dataset({name: ((*SAMPLE, *dims), _numpy(values)[None])}, {"latents": "summed out"})
+
+
+def _predictive(problem: Problem, params: list[Params], num: int, seed: int) -> xarray.Dataset:
+    """One data set a draw of the parameters; where there is one draw only, all at that."""
+    sites = {n: s for n, s in problem.capture.sites.items() if s.observed}
+    with isolated_rng(seed):
+        each = [predictive_draws(problem, params[i % len(params)], 1, None) for i in range(num)]
+    values = {n: torch.cat([draw[n] for draw in each]) for n in sites}
+    return _dataset(
+        {
+            n: ((*SAMPLE, *_site_dims(n, s, values[n].shape[1:], sites)), _numpy(values[n])[None])
+            for n, s in sites.items()
+        }
+    )
+
+
+def _parameter_dims(problem: Problem | None, name: str, shape: tuple[int, ...], names: Iterable[str]) -> Dims:
+    site = None if problem is None else problem.capture.sites.get(name)
+    if site is None:
+        return tuple(f"{name}_dim_{i}" for i in range(len(shape)))
+    return _site_dims(name, site, shape, names)
+
+
+def _site_dims(
+    name: str, site: PlainSite, shape: tuple[int, ...], names: Iterable[str], event_dim: int | None = None
+) -> Dims:
+    """Plate names where a plate of that size lies; xarray takes no dim that is called like a variable."""
+    taken = {*names, *SAMPLE}
+    batch = len(shape) - (site.fn.event_dim if event_dim is None else event_dim)
+    dims = [f"{name}_dim_{i}" for i in range(len(shape))]
+    for plate in site.plates:
+        axis = batch + plate.dim
+        if 0 <= axis < batch and shape[axis] == plate.size and plate.name not in taken:
+            dims[axis] = plate.name
+    return tuple(dims)
+
+
+def _dataset(
+    variables: Mapping[str, Any], attributes: dict[str, Any] | None = None, coords: dict[str, Any] | None = None
+) -> xarray.Dataset:
+    """A dataset with a coordinate for every dim; "/" is the separator of groups, so names get a "." for it."""
+    named = {name.replace("/", "."): (tuple(d.replace("/", ".") for d in v[0]), *v[1:]) for name, v in variables.items()}
+    coords = {name.replace("/", "."): values for name, values in (coords or {}).items()}
+    for dims, values, *_ in named.values():
+        for dim, size in zip(dims, values.shape, strict=True):
+            coords.setdefault(dim, np.arange(size))
+    return xarray.Dataset(named, coords, attributes)
+
+
+def _numpy(value: Tensor) -> np.ndarray:
+    return value.detach().cpu().numpy()

@@ -1,0 +1,51 @@
+"""Which engine runs the E-steps: a visible ordered tuple of strategies, the first that can.
+
+A compiled engine works from recognised arguments without running the model, so it needs every moving
+parameter to have a closed form. Whatever engine ran, `verified` recomputes the final log-likelihood through
+the reference and fails loudly if the two differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pyro_em.e_step.base import Engine, NotCompiled
+from pyro_em.e_step.interpreted import Interpreted
+from pyro_em.errors import PyroEMError
+from pyro_em.loop import Iterate
+from pyro_em.m_step.auto import MStep
+from pyro_em.problem import Problem
+
+Compiler = Callable[[Problem], Engine]
+COMPILERS: tuple[Compiler, ...] = ()
+AGREEMENT = 1e-9  # relative difference of a compiled and the reference log-likelihood
+
+
+def choose_engine(problem: Problem, m_step: MStep) -> Engine:
+    """The first compiled engine that accepts the problem, else the interpreter with the reasons."""
+    uncompiled = [name for name in m_step.free if m_step.choices[name].route != "closed"]
+    if uncompiled:
+        return Interpreted(problem, f"'{uncompiled[0]}' has no closed-form M-step")
+    reasons = []
+    for compiler in COMPILERS:
+        try:
+            return compiler(problem)
+        except NotCompiled as error:
+            reasons.append(str(error))
+    return Interpreted(problem, "; ".join(reasons))
+
+
+def verified(problem: Problem, last: Iterate) -> tuple[float, float]:
+    """log p(x|θ) and log p(θ) at the last iterate through the reference path.
+
+    :raises PyroEMError: if the engine's log-likelihood was another.
+    """
+    evidence, _ = problem.evidence(last.params)
+    reference = float(evidence.log_likelihood)
+    found = last.expectation.log_likelihood
+    if abs(reference - found) > AGREEMENT * (1 + evidence.magnitude):
+        raise PyroEMError(
+            f"The compiled E-step found log-likelihood {found!r}, the reference {reference!r}. This is a defect of "
+            "pyro_em worth a report."
+        )
+    return reference, float(evidence.log_prior)

@@ -1,0 +1,42 @@
+"""What every engine gives: the evidence at θ, and the sufficient statistics behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from pyro_em.sufficient import Sufficient
+from pyro_em.types import Params
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """One E-step. `magnitude` is Σ|log p(x_n)|, the scale of rounding in `log_likelihood`.
+
+    `weights` are the posterior weights of every factor, which numeric M-steps need; compiled engines,
+    which serve closed forms only, leave them out.
+    """
+
+    log_likelihood: float
+    log_prior: float
+    magnitude: float
+    sufficient: Sufficient
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """Runs E-steps. `name` and `reason` appear in the plan."""
+
+    name: str
+    reason: str
+
+    def e_step(self, params: Params) -> Expectation:
+        """Exact E-step at `params`; raises `NonFiniteError` as `Problem.evidence` does."""
+        ...
+
+
+class NotCompiled(Exception):
+    """This engine cannot run the model; the text is the reason."""

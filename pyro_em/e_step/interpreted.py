@@ -1,0 +1,53 @@
+"""The reference engine: run the model, contract its factors. Serves every model the package accepts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pyro_em.e_step.base import Expectation
+from pyro_em.evidence.discrete import Evidence
+from pyro_em.model.trace import Run
+from pyro_em.problem import Problem
+from pyro_em.statistics import SiteMoments, argument_cells, site_center, site_moments, site_weight
+from pyro_em.sufficient import Sufficient, raw_arguments
+from pyro_em.types import Params
+
+
+class Interpreted:
+    """Re-runs the model at every E-step."""
+
+    name = "interpreted"
+
+    def __init__(self, problem: Problem, reason: str = "") -> None:
+        self.problem, self.reason = problem, reason
+        self._centers: dict[str, Tensor | None] = {}
+
+    def e_step(self, params: Params) -> Expectation:
+        """Exact E-step at `params` by `Problem.evidence`."""
+        evidence, run = self.problem.evidence(params)
+        return expectation(self.problem, run, evidence, self._centers)
+
+
+def expectation(
+    problem: Problem, run: Run, evidence: Evidence, centers: dict[str, Tensor | None] | None = None
+) -> Expectation:
+    """An E-step in the form that the M-step reads.
+
+    :param centers: cache of the data's means, which do not change between E-steps.
+    """
+    known = {} if centers is None else centers
+
+    def moments_of(name: str, arguments: dict[str, Tensor]) -> SiteMoments:
+        site = run.sites[name]
+        if name not in known:
+            known[name] = site_center(site, argument_cells(site, arguments))
+        weight = site_weight(site, problem.graph.factors[name], evidence.weights.get(name))
+        return site_moments(site, arguments, weight, known[name])
+
+    return Expectation(
+        log_likelihood=float(evidence.log_likelihood),
+        log_prior=float(evidence.log_prior),
+        magnitude=evidence.magnitude,
+        sufficient=Sufficient(problem, run.sites, raw_arguments(run.sites), moments_of),
+        weights=evidence.weights,
+    )

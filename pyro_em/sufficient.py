@@ -1,0 +1,82 @@
+"""What the M-step reads: every site's current arguments, and its moments on demand.
+
+An engine (e_step/) makes one `Sufficient` per E-step and says how moments are formed; the M-step moves
+parameters by `put`, which rewrites the arguments that take their entries. The data are not touched again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from pyro_em.model.recognise import VALUE, Use
+from pyro_em.model.trace import SiteRecord
+from pyro_em.problem import Problem
+from pyro_em.statistics import SiteMoments, argument_cells, site_center, site_moments, site_weight
+
+Arguments = dict[str, dict[str, Tensor]]
+MomentsOf = Callable[[str, dict[str, Tensor]], SiteMoments]
+
+
+def raw_arguments(sites: Mapping[str, SiteRecord]) -> Arguments:
+    """Float64 raw arguments of every site of a run."""
+    return {n: {a: v.detach().double() for a, v in (s.arguments or {}).items()} for n, s in sites.items()}
+
+
+class Sufficient:
+    """Arguments and moments of the sites at the parameters of one E-step.
+
+    :param sites: of a run of the model (their arguments at any parameters).
+    :param arguments: current raw arguments, float64; owned and changed by this object.
+    :param moments_of: moments of a data or latent site, given its arguments.
+    """
+
+    def __init__(
+        self, problem: Problem, sites: Mapping[str, SiteRecord], arguments: Arguments, moments_of: MomentsOf
+    ) -> None:
+        self.problem, self.sites, self.arguments = problem, dict(sites), arguments
+        self._moments_of = moments_of
+        self._moments: dict[str, SiteMoments] = {}
+
+    def moments(self, name: str) -> SiteMoments:
+        """Moments of a site at the cells of its arguments."""
+        if name not in self._moments:
+            prior = name in self.problem.graph.priors
+            found = self._prior_moments(name) if prior else self._moments_of(name, self.arguments[name])
+            self._moments[name] = found
+        return self._moments[name]
+
+    def take(self, other: Sufficient) -> None:
+        """Continue from another one's arguments and moments (after a numeric step moved the arguments)."""
+        self.sites, self.arguments = other.sites, other.arguments
+        self._moments_of, self._moments = other._moments_of, other._moments
+
+    def _prior_moments(self, name: str) -> SiteMoments:
+        """A parameter's own prior has one observation: the parameter's current value."""
+        site, arguments = self.sites[name], self.arguments[name]
+        weight = site_weight(site, self.problem.graph.factors[name], None)
+        return site_moments(site, arguments, weight, site_center(site, argument_cells(site, arguments)))
+
+    def put(self, theta: Tensor, uses: tuple[Use, ...]) -> None:
+        """Write a parameter's new value into the arguments that take its entries, and into its own prior."""
+        flat = theta.detach().double().reshape(-1)
+        for use in uses:
+            if use.index is None:
+                continue
+            if use.slot == VALUE:
+                self.sites[use.site] = dataclasses.replace(self.sites[use.site], value=theta.detach().double())
+                self._moments.pop(use.site, None)
+                continue
+            entries = flat[use.index.clamp(min=0)]
+            if use.exponential:
+                entries = torch.exp(use.power * entries)
+            elif use.power != 1:
+                entries = entries**use.power
+            if use.coefficient is not None:
+                entries = use.coefficient.double() * entries
+            old = self.arguments[use.site][use.slot]
+            whole = entries.shape == old.shape and bool(use.whole)
+            self.arguments[use.site][use.slot] = entries if whole else torch.where(use.index >= 0, entries, old)
