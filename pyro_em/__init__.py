@@ -1,6 +1,7 @@
 """Exact EM, MAP-EM, generalised EM and SVI for Pyro models, swapped by a flag."""
 
 from pyro_em import distributions, settings
+from pyro_em.checkpoint import load
 from pyro_em.elbo import ExactELBO
 from pyro_em.em import EM
 from pyro_em.errors import (
@@ -46,6 +47,7 @@ __all__ = [
     "UnidentifiedParameter",
     "distributions",
     "fit",
+    "load",
     "plan",
     "settings",
 ]

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 Dims = tuple[str, ...]
 SAMPLE: Dims = ("chain", "draw")
 NORMAL = "normal approximation in free coordinates around the estimate, from the observed information"
+MAX_HESSIAN = 2000  # free parameters up to which the observed information is computed
 POINT = "one draw, the estimate itself: it says nothing about uncertainty"
 
 
@@ -58,7 +59,7 @@ def to_inference_data(
 
     :param num_draws: draws of the parameters.
     :param seed: of all draws; the global random state is left alone.
-    :param predictive: number of draws, at most `num_draws`, for which data are predicted (0: none).
+    :param predictive: number of data sets to predict, one a draw of the parameters (0: none).
     :param num_log_likelihood_draws: draws at which the log-likelihood is computed: all by default, 0 for none.
         Each costs one evaluation of the model, in batches where the model can be batched.
     :raises InputError: for numbers of draws that cannot be used.
@@ -93,15 +94,14 @@ def to_datatree(
             f"to_inference_data: num_draws must be at least 2 (is {num_draws}), predictive and "
             f"num_log_likelihood_draws at least 0 (are {predictive} and {limit})."
         )
-    information, notes = available_information(result)
+    information, notes = available_information(result, MAX_HESSIAN)
     problem = result.problem
     attributes: dict[str, Any] = {**facts(result), "notes": "\n".join(notes)}
     draws = None if information is None else _draw(information, num_draws, seed)
-    posterior = {n: v.unsqueeze(0) for n, v in result.params.items()}
+    each = [result.params]
     if information is not None and draws is not None:
-        moved = [information.constrained(u) for u in draws]
-        posterior = {n: v.expand(num_draws, *v.shape) for n, v in result.params.items()}
-        posterior |= {n: torch.stack([values[n] for values in moved]) for n in information.names}
+        each = [{**result.params, **information.constrained(u)} for u in draws]
+    posterior = {n: torch.stack([params[n] for params in each]) for n in result.params}
     variables = {n: _parameter_dims(problem, n, v.shape[1:], posterior) for n, v in posterior.items()}
     groups = {
         "posterior": _dataset(
@@ -123,7 +123,6 @@ def to_datatree(
         else:
             attributes["missing_groups"] = "log_likelihood: " + _why_no_log_likelihood(problem, draws is None)
         if predictive:
-            each = [result.params] if draws is None else [{**result.params, **m} for m in moved]
             groups["posterior_predictive"] = _predictive(problem, each, predictive, seed)
     root = _dataset({}, {name: value for name, value in attributes.items() if value != ""})
     return xarray.DataTree.from_dict({"/": root, **groups})

@@ -9,6 +9,7 @@ to, nor read from.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import stat
@@ -33,10 +34,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
             figure.savefig(temporary, format="png")
     """
     path = Path(path)
-    _refuse_special(path)
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    # Made here, and exclusively, so that the name cannot be a link that someone has put there.
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o666))
+    temporary = _temporary(path)
     try:
         yield temporary
         with open(temporary, "rb") as written:
@@ -49,11 +47,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def check_writable(path: str | Path) -> None:
     """Raise the OSError that writing to `path` would raise, by making and removing a temporary file."""
-    path = Path(path)
-    _refuse_special(path)
-    probe = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o666))
-    probe.unlink()
+    _temporary(Path(path)).unlink()
 
 
 def read_regular(path: str | Path) -> bytes:
@@ -62,8 +56,20 @@ def read_regular(path: str | Path) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | NO_FOLLOW | NO_WAIT | BINARY)
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(f"{path} is not a regular file.")
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
         return file.read()
+
+
+def _temporary(path: Path) -> Path:
+    """An empty file beside `path`, made exclusively: its name cannot be a link that someone has put there."""
+    _refuse_special(path)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o666))
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise type(error)(error.errno, f"cannot be written to ({reason})", str(path)) from None
+    return temporary
 
 
 def _refuse_special(path: Path) -> None:
@@ -72,11 +78,11 @@ def _refuse_special(path: Path) -> None:
     except FileNotFoundError:
         return
     if stat.S_ISLNK(mode):
-        raise OSError(f"{path} is a symbolic link, which is not followed. Give the path of the file itself.")
+        raise OSError(errno.ELOOP, "is a symbolic link, which is not followed; give the file itself", str(path))
     if stat.S_ISDIR(mode):
-        raise IsADirectoryError(f"{path} is a folder.")
+        raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
     if not stat.S_ISREG(mode):
-        raise OSError(f"{path} is not a regular file.")
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
 
 
 def _sync_folder(folder: Path) -> None:

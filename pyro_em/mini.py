@@ -69,8 +69,7 @@ class Program:
 
     def factors(self, values: Values) -> tuple[Any, dict[str, Packed], Tensor]:
         """Trace, log factors and log prior at `values`; every latent is spread over a dim of its own."""
-        # One tensor per name, so that one gradient collects all the uses of a parameter. Substitution sits
-        # outside of enumeration: inside, `pyro.markov` would lose sight of the fixed sites.
+        # Values are fixed outside of enumeration: inside, `pyro.markov` would lose sight of fixed sites.
         model = poutine.enum(pyro.infer.config_enumerate(self.run), first_available_dim=-1 - self.nesting)
         model = poutine.substitute(model, data={n: v for n, v in values.items() if n not in self.priors})
         model = poutine.condition(model, data={n: values[n] for n in self.priors})
@@ -178,10 +177,9 @@ def record(cls: Any, args: Any, kwargs: Any) -> Any:
 
 
 def closed_form(program: Program, trace: Any, weights: dict[str, Packed], values: Values) -> Values:
-    """Propose values for the parameters that the program only gathers from; the others stay.
-
-    The Jacobian of a gathered argument selects: it sends the tangent 1, 2, 3, ... to integers, which spell
-    the index out, and a random tangent to its entries there. Two backward passes push a tangent forward.
+    """Propose values for the parameters that the program only gathers from. The Jacobian of such an argument
+    selects: it sends the tangent 1, 2, 3, ... to integers, which spell the index out, and a random tangent to
+    its entries there. (Two backward passes push a tangent forward.)
     """
     fns = {name: trace.nodes[name]["fn"] for name in weights}
     bases = {name: fn.base_dist if isinstance(fn, dist.Independent) else fn for name, fn in fns.items()}
@@ -221,10 +219,9 @@ def closed_form(program: Program, trace: Any, weights: dict[str, Packed], values
 
 
 def climb(program: Program, old: Values, new: Values, weights: Any, slack: float, steps: int) -> Values:
-    """5. Raise Q by L-BFGS in unconstrained space from the proposal `new`, or from `old` where that is better.
-
-    L-BFGS returns at once if the closed form left no slope (one of sqrt(eps) is worth eps in Q). So nothing
-    rests on the proof above: a parameter with a prior, or with a use unseen by it, is left with a slope.
+    """5. Raise Q by L-BFGS, unconstrained, from the proposal `new`, or from `old` if that is better. It returns
+    at once where the closed form left no slope (one of sqrt(eps) is worth eps in Q), so that nothing rests on
+    the proof above: a parameter with a prior, or with a use unseen by the proof, still has a slope.
     """
 
     def q(free: Values) -> Tensor:
@@ -240,8 +237,9 @@ def climb(program: Program, old: Values, new: Values, weights: Any, slack: float
         return value.item()
 
     free, back = program.unconstrained(new), program.unconstrained(old)
-    if not q(free) >= q(back) - slack / program.size:
-        free = back
+    if (gain := q(free) - q(back)).isnan():
+        raise ArithmeticError(f"Q is undefined at {new}: has a component collapsed? A prior would prevent it.")
+    free = free if gain >= -slack / program.size else back
     start, floor = {name: u.detach().clone() for name, u in free.items()}, q(free).item()
     eps = max(torch.finfo(u.dtype).eps for u in free.values())
     optimiser = torch.optim.LBFGS([*free.values()], 1.0, steps, None, eps**0.5, eps, 100, "strong_wolfe")

@@ -34,11 +34,14 @@ if TYPE_CHECKING:
 class FitResult:
     """Parameters, how good they are, how they were found, and what they say about the latents.
 
-    `params` maps site names to constrained values. `log_likelihood` is the exact log p(x|params), None
-    where it is not tractable; `elbo` equals it for exact algorithms and is the bound under "svi", so that
-    `gap = log_likelihood - elbo` is KL[q||posterior] where both are known. `log_posterior` adds
-    log p(params) in constrained space (no Jacobian), None without priors. `history` is a dict of equally
-    long lists, one entry per E-step. `restarts` lists (objective, outcome) of every start, in order.
+    `params` maps site names to constrained values (under "svi" the guide's parameters follow the model's).
+    `log_likelihood` is the exact log p(x|params), None where it is not tractable; `elbo` equals it for exact
+    algorithms and is its lower bound under "svi": Pyro's ELBO less log p(params) of point-estimated sites,
+    averaged over draws of the guide. So `gap = log_likelihood - elbo` is KL[q||posterior of the latents]
+    where both are known, whatever the priors. `log_posterior` adds log p(params) in constrained space (no
+    Jacobian), None without priors. `history` is a dict of equally long lists, one entry per E-step (under
+    "svi" one per step and a last one for the returned parameters); its "objective" counts priors where the
+    algorithm does. `restarts` lists (objective, outcome) of every start, in order.
     """
 
     algorithm: str

@@ -61,7 +61,7 @@ def summary(result: FitResult, max_rows: int = MAX_ROWS) -> str:
 
     :param max_rows: most parameter entries listed.
     """
-    information, notes = available_information(result)
+    information, notes = available_information(result, MAX_HESSIAN)
     return render(facts(result), estimates(result, information), notes, max_rows)
 
 
@@ -96,13 +96,13 @@ def facts(result: FitResult) -> Facts:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def available_information(result: FitResult) -> tuple[Information | None, list[str]]:
+def available_information(result: FitResult, max_hessian: int) -> tuple[Information | None, list[str]]:
     """Observed information if it can be had at a reasonable price, and notes: its warnings, or why not."""
     if not result.exact:
         return None, [f"No standard errors: the objective of '{result.algorithm}' is a bound, not the likelihood."]
     if result.problem is None:
         return None, ["No standard errors: the result was loaded without its model, pyro_em.load(path, model=...)."]
-    if result.num_parameters > MAX_HESSIAN:
+    if result.num_parameters > max_hessian:
         return None, [
             f"No standard errors: {result.num_parameters} parameters make a large Hessian. "
             "result.standard_errors() computes it."

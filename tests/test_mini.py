@@ -94,8 +94,8 @@ def coins(heads: Tensor) -> None:  # heads of 10 tosses: (N,)
     p = pyro.param("p", torch.tensor([0.6, 0.5]), constraint=constraints.unit_interval)
     with pyro.plate("rounds", len(heads), dim=-2):
         z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
-        with pyro.plate("tosses", 10, dim=-1) as toss:
-            pyro.sample("x", dist.Bernoulli(p[z]), obs=(toss < heads[:, None]).double())
+        with pyro.plate("tosses", 10, dim=-1):
+            pyro.sample("x", dist.Bernoulli(p[z]), obs=(torch.arange(10) < heads[:, None]).double())
 
 
 @dataclass(frozen=True)
@@ -303,6 +303,20 @@ def test_a_falling_objective_is_an_error_with_both_numbers() -> None:
     """A model that changes from call to call has no likelihood to climb."""
     with pytest.raises(ArithmeticError, match=r"from -\d+\.\d+ to -\d+\.\d+"):
         pyro_em.mini.fit(_forgetful, torch.tensor([0.5, 1.0]), [0.0])
+
+
+def _free_scales(y: Tensor) -> None:
+    mu = pyro.param("mu", torch.tensor([0.0, 5.0]))
+    sd = pyro.param("sd", torch.tensor([0.3, 0.01]), constraint=constraints.positive)
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+        pyro.sample("y", dist.Normal(mu[z], sd[z]), obs=y)
+
+
+def test_a_collapse_is_an_error() -> None:
+    """The second component sits on the single point 5: its scale goes to 0, the likelihood to infinity."""
+    with pytest.raises(ArithmeticError, match="collapsed"):
+        pyro_em.mini.fit(_free_scales, torch.tensor([0.0, 0.1, -0.2, 0.3, 5.0]))
 
 
 def test_mini_leaves_the_store_and_the_random_state_alone() -> None:

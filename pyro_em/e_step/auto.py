@@ -11,13 +11,14 @@ from collections.abc import Callable
 
 from pyro_em.e_step.base import Engine, NotCompiled
 from pyro_em.e_step.interpreted import Interpreted
+from pyro_em.e_step.plated import compile_plated
 from pyro_em.errors import PyroEMError
 from pyro_em.loop import Iterate
 from pyro_em.m_step.auto import MStep
 from pyro_em.problem import Problem
 
 Compiler = Callable[[Problem], Engine]
-COMPILERS: tuple[Compiler, ...] = ()
+COMPILERS: tuple[Compiler, ...] = (compile_plated,)
 AGREEMENT = 1e-9  # relative difference of a compiled and the reference log-likelihood
 
 

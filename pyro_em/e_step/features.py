@@ -1,0 +1,115 @@
+"""The feature matrix Φ of a component's data: one column per row of data, feature-major, built in chunks.
+
+Row 0 is all ones; then, site by site, the entries of its sufficient statistics at each position (inner
+plates and `.to_event` elements). What is stored are the *raw* rows (x itself, one-hot rows); squares and
+products are formed chunk by chunk, so that memory is bounded by the chunk. A small Φ is kept whole.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+KEEP_BYTES = 48 * 2**20  # a Φ no larger than this is built once
+CHUNK_BYTES = 4 * 2**20  # of Φ; the caches that matter hold about this much
+
+
+@dataclass(frozen=True)
+class Part:
+    """One sufficient statistic of a site: "raw" rows, or "square" / "outer" products of the part before it.
+
+    `raw` is (positions · width, N) for "raw", else None; "outer" has x_i x_j for i <= j.
+    """
+
+    kind: str
+    width: int
+    raw: Tensor | None
+
+    @property
+    def num_rows(self) -> int:
+        return self.width * (self.width + 1) // 2 if self.kind == "outer" else self.width
+
+
+@dataclass(frozen=True)
+class Block:
+    """All features of one site. `flags` (positions, N), if given, are 0/1 rows of masked data: every statistic
+    was multiplied by them, and they count the data in place of the ones."""
+
+    positions: int
+    parts: tuple[Part, ...]
+    flags: Tensor | None
+    codes: Tensor | None  # (q, N) integers that determine the column, for discrete data
+
+    @property
+    def num_features(self) -> int:
+        count = sum(part.num_rows for part in self.parts) + (0 if self.flags is None else 1)
+        return self.positions * count
+
+    def fill(self, out: Tensor, begin: int, end: int) -> None:
+        """Write the features of rows begin..end into `out` (num_features, end - begin)."""
+        row, previous = 0, out
+        for part in self.parts:
+            own = out[row : row + self.positions * part.num_rows]
+            row += len(own)
+            if part.raw is not None:
+                own.copy_(part.raw[:, begin:end])
+                previous = own
+            elif part.kind == "square":
+                torch.mul(previous, previous, out=own)
+            else:
+                _outer(previous, own, self.positions, part.width)
+        if self.flags is not None:
+            out[row:].copy_(self.flags[:, begin:end])
+
+    def take(self, columns: Tensor) -> Block:
+        """The block of some columns of the data."""
+        parts = tuple(
+            Part(p.kind, p.width, None if p.raw is None else p.raw[:, columns].contiguous()) for p in self.parts
+        )
+        flags = None if self.flags is None else self.flags[:, columns].contiguous()
+        return Block(self.positions, parts, flags, None)
+
+
+def _outer(x: Tensor, out: Tensor, positions: int, width: int) -> None:
+    row = 0
+    for position in range(positions):
+        own = x[position * width : (position + 1) * width]
+        for i in range(width):
+            torch.mul(own[i:], own[i], out=out[row : row + width - i])
+            row += width - i
+
+
+class Features:
+    """Φ over all blocks, by chunks of rows."""
+
+    def __init__(self, blocks: list[Block], num_rows: int) -> None:
+        self.blocks, self.num_rows = blocks, num_rows
+        self.num_features = 1 + sum(block.num_features for block in blocks)
+        self.whole: Tensor | None = None
+        size = 8 * self.num_features
+        # Of 256 rows at least: below that the overhead of a call outweighs the cache.
+        self.chunk = max(256, 2 ** int(math.log2(max(1, CHUNK_BYTES // size))))
+        self.chunk = min(self.chunk, num_rows)
+        if size * num_rows <= KEEP_BYTES:
+            self.whole = torch.empty(self.num_features, num_rows, dtype=torch.float64)
+            self._fill(self.whole, 0, num_rows)
+        else:
+            self._buffer = torch.empty(self.num_features, self.chunk, dtype=torch.float64)
+
+    def _fill(self, out: Tensor, begin: int, end: int) -> None:
+        out[0].fill_(1.0)
+        row = 1
+        for block in self.blocks:
+            block.fill(out[row : row + block.num_features], begin, end)
+            row += block.num_features
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """Φ of rows begin..end, (num_features, end - begin); valid until the next call."""
+        if self.whole is not None:
+            return self.whole[:, begin:end]
+        out = self._buffer[:, : end - begin]
+        self._fill(out, begin, end)
+        return out

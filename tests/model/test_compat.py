@@ -1,0 +1,152 @@
+"""Contracts of the private Pyro names in model/compat.py: a new Pyro release that breaks one fails here, by name."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import config_enumerate
+from torch import Tensor
+
+from pyro_em.model import compat
+
+
+def chain(y: Tensor) -> None:
+    """Two plates, a subsampled one among them, and a chain of two enumerated steps."""
+    with pyro.plate("outer", 4, subsample_size=3, dim=-2), pyro.plate("inner", 2, dim=-1):
+        z = torch.tensor(0)
+        for t in pyro.markov(range(2)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(torch.tensor([[0.2, 0.8], [0.6, 0.4]])[z]))
+            pyro.sample(f"y_{t}", dist.Normal(z.double(), 1.0), obs=y)
+
+
+@pytest.fixture
+def trace() -> Any:
+    model = config_enumerate(chain, default="parallel")
+    return compat.prune_and_symbolize(poutine.trace(compat.enumeration(2)(model)).get_trace(torch.zeros(3, 2)))
+
+
+def test_every_function_has_a_contract_here() -> None:
+    here = inspect.getsource(inspect.getmodule(test_every_function_has_a_contract_here))  # type: ignore[arg-type]
+    for name, function in vars(compat).items():
+        if inspect.isfunction(function) and function.__module__ == compat.__name__ and not name.startswith("_"):
+            assert f"compat.{name}(" in here, f"compat.{name} has no contract test"
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda d: d, lambda d: d.expand([4, 3]), lambda d: d.to_event(1), lambda d: d.mask(True)]
+)
+def test_raw_arguments_are_those_that_the_user_wrote(wrap: Any) -> None:
+    """Categorical would normalise them; plates, events and masks wrap the distribution."""
+    weights = torch.tensor([2.0, 6.0]).expand(3, 2)
+    with compat.recording_arguments():
+        made = wrap(dist.Categorical(weights))
+    raw = compat.raw_arguments(made)
+    assert raw is not None
+    assert raw.keys() == {"probs"}
+    assert raw["probs"] is weights
+    assert isinstance(compat.base_distribution(made), dist.Categorical)
+
+
+def test_arguments_by_position_and_name_and_none_left_out() -> None:
+    loc, tril = torch.zeros(2), torch.eye(2)
+    with compat.recording_arguments():
+        normal = dist.Normal(0.5, scale=2.0)
+        joint = dist.MultivariateNormal(loc, scale_tril=tril, validate_args=False)
+    assert compat.raw_arguments(normal) == {"loc": 0.5, "scale": 2.0}
+    raw = compat.raw_arguments(joint)
+    assert raw is not None
+    assert raw.keys() == {"loc", "scale_tril"}
+    assert raw["scale_tril"] is tril
+
+
+def test_recording_ends_with_its_context() -> None:
+    from pyro.distributions.distribution import COERCIONS
+
+    before = list(COERCIONS)
+    with pytest.raises(RuntimeError), compat.recording_arguments():
+        assert len(COERCIONS) == len(before) + 1
+        raise RuntimeError
+    assert before == COERCIONS
+    assert compat.raw_arguments(dist.Normal(0.0, 1.0)) is None
+
+
+def test_recorded_distributions_behave_as_ever() -> None:
+    with compat.recording_arguments():
+        made = dist.Gamma(torch.tensor(2.0), torch.tensor(3.0)).expand([4]).to_event(1)
+    plain = dist.Gamma(torch.tensor(2.0), torch.tensor(3.0)).expand([4]).to_event(1)
+    value = torch.rand(5, 4)
+    assert made.batch_shape == plain.batch_shape
+    assert made.event_shape == plain.event_shape
+    assert torch.equal(made.log_prob(value), plain.log_prob(value))
+
+
+def test_base_distribution_unwraps_everything() -> None:
+    inner = dist.Normal(torch.zeros(3), 1.0)
+    assert compat.base_distribution(inner) is inner
+    assert compat.base_distribution(inner.mask(False).to_event(1)) is inner
+    expanded = dist.ExpandedDistribution(dist.Delta(torch.tensor(0.0)), [2])
+    assert type(compat.base_distribution(expanded)) is dist.Delta
+
+
+def test_prune_and_symbolize_name_every_dim(trace: Any) -> None:
+    assert not any(name in trace.nodes for name in ("outer", "inner")), "subsample sites are dropped"
+    symbols = compat.plate_symbols(trace)
+    assert symbols.keys() == {"outer", "inner"}
+    assert len(set(symbols.values())) == 2
+    node = trace.nodes["y_0"]
+    found = compat.dim_symbols(node)
+    assert found[-1] == symbols["inner"]
+    assert found[-2] == symbols["outer"]
+    assert found[-3] == compat.enumeration_symbol(trace.nodes["z_0"])
+
+
+def test_enumeration_begins_left_of_the_plates(trace: Any) -> None:
+    first, second = trace.nodes["z_0"], trace.nodes["z_1"]
+    assert first["value"].shape == (2, 1, 1)
+    assert second["value"].shape == (2, 1, 1, 1)
+    assert compat.is_enumerated(first)
+    assert not compat.is_enumerated(trace.nodes["y_0"])
+    assert compat.enumeration_symbol(trace.nodes["y_0"]) is None
+    assert compat.enumeration_symbol(first) != compat.enumeration_symbol(second)
+    plain = poutine.trace(chain).get_trace(torch.zeros(3, 2))
+    assert not compat.is_enumerated(plain.nodes["z_0"])
+
+
+def test_markov_depth_counts_contexts(trace: Any) -> None:
+    assert compat.markov_depth(trace.nodes["z_1"]) == 1
+
+    def outside() -> None:
+        pyro.sample("z", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+
+    assert compat.markov_depth(poutine.trace(compat.enumeration(0)(outside)).get_trace().nodes["z"]) in (None, 0)
+    with poutine.trace() as plain:
+        outside()
+    assert compat.markov_depth(plain.trace.nodes["z"]) is None
+
+
+def test_pack_and_unpack_are_inverse() -> None:
+    names = {-1: "a", -2: "b", -3: "c"}
+    value = torch.randn(2, 1, 3)
+    packed = compat.pack(value, names)
+    assert compat.dims_of(packed) == "ca"
+    assert packed.shape == (2, 3)
+    assert torch.equal(compat.unpack(packed, names), value)
+    assert not hasattr(value, "_pyro_dims"), "the caller's tensor is not marked"
+
+
+def test_with_dims_and_detached_keep_the_symbols() -> None:
+    value = torch.randn(2, 3, requires_grad=True)
+    packed = compat.with_dims(value, "ab")
+    assert compat.dims_of(packed) == "ab"
+    assert not hasattr(value, "_pyro_dims")
+    assert packed.requires_grad
+    free = compat.detached(packed)
+    assert compat.dims_of(free) == "ab"
+    assert not free.requires_grad
+    assert torch.equal(free, value)
