@@ -23,7 +23,7 @@ from pyro_em.files import replacing  # noqa: E402
 RUNS = (
     ("em", gmm.model, {"restarts": 5}),
     ("map-em", gmm.bayesian, {"restarts": 5}),
-    ("svi", gmm.bayesian, {"max_iter": 1000, "init": "kmeans++"}),
+    ("svi", gmm.bayesian, {"max_iter": 500, "init": "kmeans++"}),
 )
 
 
@@ -46,8 +46,8 @@ def main() -> None:
         with replacing(folder / f"{algorithm}.png") as path:
             result.plot().savefig(path, format="png", dpi=150)
         written += [folder / f"{algorithm}.nc", folder / f"{algorithm}.png"]
-    print("\nWritten:", *(f"  {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}" for path in written), sep="\n")
-    print("\nRead one again with: pyro-em summary demo/em.nc")
+    print("\nWritten:", *(f"  {path}" for path in written), sep="\n")
+    print(f"\nRead one again with: python -m pyro_em summary {written[0]}")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 Dims = tuple[str, ...]
 SAMPLE: Dims = ("chain", "draw")
+RESERVED = {*SAMPLE, "statistic"}  # dims that a plate may not be
 NORMAL = "normal approximation in free coordinates around the estimate, from the observed information"
 MAX_HESSIAN = 2000  # free parameters up to which the observed information is computed
 POINT = "one draw, the estimate itself: it says nothing about uncertainty"
@@ -173,7 +174,8 @@ def _log_likelihood(problem: Problem, values: Tensor) -> xarray.Dataset:
     name = observed[0] if len(observed) == 1 else "log_likelihood"
     plates = {p.name: p.dim for site in problem.capture.sites.values() for p in site.plates}
     names = [problem.graph.plate_names[symbol] for symbol in problem.graph.data_plates]
-    dims = [plate if plate != name else f"{name}_dim_{i}" for i, plate in enumerate(sorted(names, key=plates.get))]  # type: ignore[arg-type]
+    names.sort(key=lambda plate: plates[plate])
+    dims = [f"{name}_dim_{i}" if plate in RESERVED else plate for i, plate in enumerate(names)]
     return _dataset({name: ((*SAMPLE, *dims), _numpy(values)[None])}, {"latents": "summed out"})
 
 
@@ -202,7 +204,7 @@ def _site_dims(
     name: str, site: PlainSite, shape: tuple[int, ...], names: Iterable[str], event_dim: int | None = None
 ) -> Dims:
     """Plate names where a plate of that size lies; xarray takes no dim that is called like a variable."""
-    taken = {*names, *SAMPLE}
+    taken = {*names, *RESERVED}
     batch = len(shape) - (site.fn.event_dim if event_dim is None else event_dim)
     dims = [f"{name}_dim_{i}" for i in range(len(shape))]
     for plate in site.plates:
@@ -216,7 +218,9 @@ def _dataset(
     variables: Mapping[str, Any], attributes: dict[str, Any] | None = None, coords: dict[str, Any] | None = None
 ) -> xarray.Dataset:
     """A dataset with a coordinate for every dim; "/" is the separator of groups, so names get a "." for it."""
-    named = {name.replace("/", "."): (tuple(d.replace("/", ".") for d in v[0]), *v[1:]) for name, v in variables.items()}
+    named = {
+        name.replace("/", "."): (tuple(d.replace("/", ".") for d in v[0]), *v[1:]) for name, v in variables.items()
+    }
     coords = {name.replace("/", "."): values for name, values in (coords or {}).items()}
     for dims, values, *_ in named.values():
         for dim, size in zip(dims, values.shape, strict=True):

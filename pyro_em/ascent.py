@@ -76,7 +76,7 @@ class Ascent:
                     if isinstance(self.optim, PyroLRScheduler):
                         self.optim.step()
                     _record(history, objective, began)
-                    params = self._params() if callbacks else {}
+                    params = self._current() if callbacks else {}
                     step = Step(done, params, objective, math.nan, math.nan)
                     if any([callback(step) for callback in (tick, *callbacks)]):  # noqa: C419  (call them all)
                         outcome = Outcome.interrupted
@@ -87,7 +87,7 @@ class Ascent:
                 state = store.get_state()
                 leaves = dict(state["params"])
                 values = {name: leaf.detach().clone() for name, leaf in leaves.items()}
-                params = self._params()
+                params = self._current()
             finally:
                 for parameter, data in kept.items():
                     parameter.data.copy_(data)
@@ -132,7 +132,7 @@ class Ascent:
             trace.compute_log_prob(site_filter=lambda name, site: name in self.split.points)
         return objective, sum(float(trace.nodes[name]["log_prob_sum"]) for name in self.split.points)
 
-    def _params(self) -> Params:
+    def _current(self) -> Params:
         """Constrained values: of the model in program order, then of the guide."""
         store = pyro.get_param_store()
         with torch.no_grad(), isolated_rng(0):  # to look must not change what is drawn next

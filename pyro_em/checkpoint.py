@@ -37,8 +37,7 @@ from pyro_em.types import Model, Params
 MAGIC = b"PYROEM\x01\n"
 DIGEST_AT, LENGTH_AT, HEADER_AT = 8, 40, 48
 DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 }
 
 

@@ -166,7 +166,8 @@ def _summary(options: argparse.Namespace) -> None:
             known, table = dict(tree.attrs), tree["estimates"].to_dataset().load()
             rows = {
                 str(name): Estimate(
-                    *(variable.sel(statistic=s).values for s in STATISTICS), triangular=bool(variable.attrs["triangular"])
+                    *(variable.sel(statistic=s).values for s in STATISTICS),
+                    triangular=bool(variable.attrs["triangular"]),
                 )
                 for name, variable in table.data_vars.items()
             }

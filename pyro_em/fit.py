@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_em.accelerate import choose_accelerator
 from pyro_em.checks import after_fit, at_start
 from pyro_em.e_step.auto import choose_engine, verified
 from pyro_em.errors import DegenerateLikelihoodError, EMWarning, InputError
@@ -36,6 +37,7 @@ def fit(
     seed: int | None = None,
     max_iter: int = 1000,
     tol: float = 1e-6,
+    accelerate: str | None = None,
     m_step: Any = "auto",
     weights: Mapping[str, Tensor] | None = None,
     optim: Any = None,
@@ -59,8 +61,11 @@ def fit(
     :param restarts: number of starts; the best is returned, all are reported in `result.restarts`. The
         first start is `init` (or the model's own values), the others are drawn.
     :param seed: makes the fit reproducible bit for bit.
-    :param max_iter: most updates; with `tol=0` exactly that many are performed.
+    :param max_iter: most parameter updates; with `tol=0` exactly that many are performed. An accelerated
+        update is one accepted extrapolation, which costs several EM maps (`history["num_e_steps"]`).
     :param tol: converged when max|∂ objective/∂u| / N <= tol (u: free coordinates, N: data elements).
+    :param accelerate: None, "squarem" or "anderson": extrapolate the EM map. The objective still never falls,
+        as an update that lowers it is replaced by the plain one. Worth it where EM creeps.
     :param m_step: "auto", "closed", "gradient", or a dict of these (or "fixed") by parameter.
     :param weights: `{"plate": (N,) tensor}`: multiply the log-evidence of the plate's elements.
     :param optim: for "svi" a Pyro or torch optimiser; for "gem" a function from parameters to a torch optimiser.
@@ -87,12 +92,14 @@ def fit(
     """
     check_algorithm(algorithm)
     check_restarts(restarts)
+    accelerator = choose_accelerator(accelerate)
     rule = StoppingRule(max_iter, tol)
     if algorithm == "svi":
         from pyro_em.svi import fit_svi
 
-        if weights is not None or m_step != "auto":
-            name = "weights" if weights is not None else "m_step"
+        given = {"weights": weights is not None, "m_step": m_step != "auto", "accelerate": accelerate is not None}
+        if any(given.values()):
+            name = next(name for name, is_given in given.items() if is_given)
             raise InputError(
                 f"{name} belongs to the exact algorithms (em, map-em, gem); 'svi' cannot use it."
             )
@@ -111,7 +118,7 @@ def fit(
         errors: list[BaseException] = []
         with progress_bar(progress, algorithm, max_iter) as tick:
             for start in starts:
-                ended = run_loop(problem, engine, m, start, rule, (*callbacks, tick))
+                ended = run_loop(problem, engine, m, start, rule, (*callbacks, tick), accelerator)
                 runs.append(ended)
                 if ended.error is not None and not isinstance(ended.error, DegenerateLikelihoodError):
                     errors.append(ended.error)
@@ -195,7 +202,7 @@ def _result(
         warnings=messages,
         restarts=tuple((run.last.objective, run.outcome.name) for run in runs),
         seed=seed,
-        num_observations=problem.graph.num_observations,
+        num_observations=round(problem.graph.num_observations),
         num_parameters=count_parameters(problem, m.free, params),
         problem=problem,
         free=m.free,

@@ -1,6 +1,8 @@
-"""The one loop of every exact algorithm: E-step, score, stop?, M-step, check.
+"""The one loop of every exact algorithm: E-step, score, stop?, step.
 
-State (`Iterate`) is carried; `History` is recorded. Only θ goes round.
+A plain step is the EM map θ -> M(θ) followed by a check that the objective did not fall; an accelerator
+(accelerate/) puts several maps into one step. State (`Iterate`) is carried; `History` is recorded. Only θ
+goes round.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -33,7 +36,7 @@ class Iterate:
 
 @dataclass
 class History:
-    """Recorded once per E-step; equally long lists."""
+    """Recorded once per accepted iterate; equally long lists. `num_e_steps` is cumulative."""
 
     objective: list[float] = field(default_factory=list)
     log_likelihood: list[float] = field(default_factory=list)
@@ -48,7 +51,7 @@ class History:
 
 @dataclass(frozen=True)
 class Step:
-    """What a callback sees after each E-step. Return True from the callback to stop the fit."""
+    """What a callback sees at each accepted iterate. Return True from the callback to stop the fit."""
 
     iteration: int
     params: Params
@@ -85,6 +88,53 @@ def at(problem: Problem, engine: Engine, params: Params, iteration: int) -> Iter
     return Iterate(params, expectation, objective, iteration)
 
 
+class Stepper(Protocol):
+    """Anything that advances a fit by one update."""
+
+    def step(self, current: Iterate) -> Iterate:
+        """The next iterate, its objective not below that of `current` (up to rounding)."""
+        ...
+
+
+@dataclass
+class EMMap:
+    """The map θ -> M(θ) in one run from one start. Its `step` is the plain EM step.
+
+    `num_e_steps` and `empty` (parameters of which some entry saw no data) are recorded as it is used.
+    """
+
+    problem: Problem
+    engine: Engine
+    m_step: MStep
+    num_e_steps: int = 0
+    empty: set[str] = field(default_factory=set)
+
+    def at(self, params: Params, iteration: int) -> Iterate:
+        """E-step at `params`; counted even if it fails."""
+        self.num_e_steps += 1
+        return at(self.problem, self.engine, params, iteration)
+
+    def update(self, current: Iterate) -> Params:
+        """M(θ), not evaluated. Spends the statistics of `current`: read its score before."""
+        params, info = self.m_step.update(current.params, current.expectation)
+        self.empty |= set(info.empty)
+        return params
+
+    def step(self, current: Iterate) -> Iterate:
+        """The plain EM step."""
+        return self.reached(self.update(current), current)
+
+    def reached(self, params: Params, current: Iterate) -> Iterate:
+        """E-step at `params` = M(θ), one update after `current`.
+
+        :raises MonotonicityError: if the objective fell.
+        """
+        following = self.at(params, current.iteration + 1)
+        if following.objective < current.objective - MONOTONE * rounding(current):
+            raise MonotonicityError(following.iteration, current.objective, following.objective)
+        return following
+
+
 def run_loop(
     problem: Problem,
     engine: Engine,
@@ -92,6 +142,7 @@ def run_loop(
     start: Params,
     rule: StoppingRule,
     callbacks: Iterable[Callback] = (),
+    accelerator: Callable[[EMMap], Stepper] | None = None,
 ) -> Ended:
     """Iterate from `start` until the rule, a callback, an error or Ctrl-C ends it.
 
@@ -100,13 +151,14 @@ def run_loop(
     began = time.perf_counter()
     history = History()
     callbacks = tuple(callbacks)
-    current = at(problem, engine, start, 0)
-    empty: set[str] = set()
+    em = EMMap(problem, engine, m_step)
+    stepper: Stepper = em if accelerator is None else accelerator(em)
+    current = em.at(start, 0)
     num_observations = problem.graph.num_observations
     try:
         while True:
             score = m_step.score(current.params, current.expectation) / num_observations
-            _record(history, current, score, began)
+            _record(history, current, score, em.num_e_steps, began)
             step = Step(
                 current.iteration,
                 current.params,
@@ -115,27 +167,22 @@ def run_loop(
                 score,
             )
             if any([callback(step) for callback in callbacks]):
-                return Ended(current, Outcome.interrupted, history, tuple(sorted(empty)))
+                return Ended(current, Outcome.interrupted, history, tuple(sorted(em.empty)))
             outcome = rule.outcome(current.iteration, score, current.objective, rounding(current))
             if outcome is not None:
-                return Ended(current, outcome, history, tuple(sorted(empty)))
-            params, info = m_step.update(current.params, current.expectation)
-            empty |= set(info.empty)
-            following = at(problem, engine, params, current.iteration + 1)
-            if following.objective < current.objective - MONOTONE * rounding(current):
-                raise MonotonicityError(following.iteration, current.objective, following.objective)
-            current = following
+                return Ended(current, outcome, history, tuple(sorted(em.empty)))
+            current = stepper.step(current)
     except DegenerateLikelihoodError as error:
         error.iteration = current.iteration + 1
-        return Ended(current, Outcome.degenerate, history, tuple(sorted(empty)), error)
+        return Ended(current, Outcome.degenerate, history, tuple(sorted(em.empty)), error)
     except (KeyboardInterrupt, NonFiniteError, MonotonicityError) as error:
-        return Ended(current, Outcome.interrupted, history, tuple(sorted(empty)), error)
+        return Ended(current, Outcome.interrupted, history, tuple(sorted(em.empty)), error)
 
 
-def _record(history: History, current: Iterate, score: float, began: float) -> None:
+def _record(history: History, current: Iterate, score: float, num_e_steps: int, began: float) -> None:
     history.objective.append(current.objective)
     history.log_likelihood.append(current.expectation.log_likelihood)
     history.log_prior.append(current.expectation.log_prior)
     history.score.append(score)
-    history.num_e_steps.append(current.iteration + 1)
+    history.num_e_steps.append(num_e_steps)
     history.seconds.append(time.perf_counter() - began)

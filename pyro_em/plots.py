@@ -53,7 +53,9 @@ def plot(result: FitResult, site: str | None = None, width: float = 11.0) -> Fig
         _score(axes["score"], score)
     if posterior is not None and latents:
         _latents(figure, axes["latents"], posterior, site)
-    figure.suptitle(f"{result.algorithm}: {result.outcome.name.replace('_', ' ')}", x=0.01, ha="left", color=INK, fontsize=10)
+    figure.suptitle(
+        f"{result.algorithm}: {result.outcome.name.replace('_', ' ')}", x=0.01, ha="left", color=INK, fontsize=10
+    )
     return figure
 
 
@@ -104,9 +106,7 @@ def _latents(figure: Any, axis: Any, posterior: Posterior, site: str | None) -> 
         return
     shown = probs[np.linspace(0, len(probs) - 1, min(len(probs), MAX_ROWS)).astype(int)]
     extent = (-0.5, len(probs) - 0.5, probs.shape[1] - 0.5, -0.5)
-    image = axis.imshow(
-        shown.T, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest", extent=extent
-    )
+    image = axis.imshow(shown.T, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest", extent=extent)
     axis.set_title(f"p({name} = k | data)", color=INK, loc="left", fontsize=9)
     axis.set_xlabel("element")
     axis.set_ylabel("state")
@@ -120,7 +120,9 @@ def _responsibilities(posterior: Posterior, site: str | None) -> tuple[np.ndarra
     """Probabilities (elements, K) of one latent, or of the latents of one unrolled chain in order."""
     first = posterior.latents[0] if site is None else site
     probs = posterior.responsibilities(first)
-    alike = [n for n in posterior.latents if posterior.responsibilities(n).shape == probs.shape] if probs.dim() == 1 else []
+    alike = (
+        [n for n in posterior.latents if posterior.responsibilities(n).shape == probs.shape] if probs.dim() == 1 else []
+    )
     if site is None and len(alike) > 1:
         stacked = torch.stack([posterior.responsibilities(name) for name in alike])
         return stacked.numpy(), f"{alike[0]} ... {alike[-1]}"

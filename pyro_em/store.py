@@ -22,11 +22,13 @@ from pyro_em.model.capture import ParameterRecord
 def isolated_rng(seed: int | None) -> Iterator[None]:
     """Run with the random state of torch, NumPy and Python given by `seed`; restore it afterwards.
 
-    Without a seed one number is drawn from torch's state, so that two fits in a row differ.
+    Without a seed it follows from torch's current state (`torch.manual_seed`), which is not advanced.
     """
-    if seed is None:
-        seed = int(torch.randint(2**31 - 1, ()))
     before = get_rng_state()
+    if seed is None:
+        current = torch.Generator()
+        current.set_state(torch.get_rng_state())
+        seed = int(torch.randint(2**31 - 1, (), generator=current))
     try:
         set_rng_seed(seed)
         yield

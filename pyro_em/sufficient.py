@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,12 @@ class Sufficient:
         self.problem, self.sites, self.arguments = problem, dict(sites), arguments
         self._moments_of = moments_of
         self._moments: dict[str, SiteMoments] = {}
+        self._changes = dict.fromkeys(sites, 0)
+        self.kernels: dict[str, Any] = {}  # the M-step's total kernels, with the version they were made for
+
+    def version(self, uses: tuple[Use, ...]) -> tuple[int, ...]:
+        """Changes whenever an argument or value that these uses read has changed."""
+        return tuple(self._changes[use.site] for use in uses)
 
     def moments(self, name: str) -> SiteMoments:
         """Moments of a site at the cells of its arguments."""
@@ -53,6 +60,7 @@ class Sufficient:
         """Continue from another one's arguments and moments (after a numeric step moved the arguments)."""
         self.sites, self.arguments = other.sites, other.arguments
         self._moments_of, self._moments = other._moments_of, other._moments
+        self._changes = {name: count + 1 for name, count in self._changes.items()}
 
     def _prior_moments(self, name: str) -> SiteMoments:
         """A parameter's own prior has one observation: the parameter's current value."""
@@ -66,6 +74,7 @@ class Sufficient:
         for use in uses:
             if use.index is None:
                 continue
+            self._changes[use.site] += 1
             if use.slot == VALUE:
                 self.sites[use.site] = dataclasses.replace(self.sites[use.site], value=theta.detach().double())
                 self._moments.pop(use.site, None)

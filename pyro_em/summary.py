@@ -99,7 +99,10 @@ def facts(result: FitResult) -> Facts:
 def available_information(result: FitResult, max_hessian: int) -> tuple[Information | None, list[str]]:
     """Observed information if it can be had at a reasonable price, and notes: its warnings, or why not."""
     if not result.exact:
-        return None, [f"No standard errors: the objective of '{result.algorithm}' is a bound, not the likelihood."]
+        return None, [
+            f"No standard errors: the objective of '{result.algorithm}' is a bound, not the likelihood. Where the "
+            "latents are discrete, refit with 'em' or 'map-em' and init=result.params."
+        ]
     if result.problem is None:
         return None, ["No standard errors: the result was loaded without its model, pyro_em.load(path, model=...)."]
     if result.num_parameters > max_hessian:
@@ -175,9 +178,7 @@ def interval(
     return ends[0], ends[1]
 
 
-def render(
-    known: Mapping[str, Any], rows: Mapping[str, Estimate], notes: list[str], max_rows: int = MAX_ROWS
-) -> str:
+def render(known: Mapping[str, Any], rows: Mapping[str, Estimate], notes: list[str], max_rows: int = MAX_ROWS) -> str:
     """The page, from `facts` and `estimates` (or from what a file holds of them)."""
     lines = [f"{known['algorithm']}: {known['outcome_sentence']}", *_figures(known), *_restarts(known), ""]
     lines += _table(rows, max_rows)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from torch import Tensor
@@ -16,15 +17,20 @@ from pyro_em.types import Params
 class Expectation:
     """One E-step. `magnitude` is Σ|log p(x_n)|, the scale of rounding in `log_likelihood`.
 
-    `weights` are the posterior weights of every factor, which numeric M-steps need; compiled engines,
-    which serve closed forms only, leave them out.
+    `weights` are the posterior weights of every factor, which numeric M-steps need. Compiled engines do not
+    form them; they are then computed by the reference path when somebody asks.
     """
 
     log_likelihood: float
     log_prior: float
     magnitude: float
     sufficient: Sufficient
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    posterior: Callable[[], Mapping[str, Tensor]]
+
+    @cached_property
+    def weights(self) -> Mapping[str, Tensor]:
+        """Posterior weights of every factor, packed like the factor."""
+        return self.posterior()
 
 
 class Engine(Protocol):

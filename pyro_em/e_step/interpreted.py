@@ -49,5 +49,5 @@ def expectation(
         log_prior=float(evidence.log_prior),
         magnitude=evidence.magnitude,
         sufficient=Sufficient(problem, run.sites, raw_arguments(run.sites), moments_of),
-        weights=evidence.weights,
+        posterior=lambda: evidence.weights,
     )

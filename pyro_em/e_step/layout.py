@@ -128,7 +128,7 @@ class SiteLayout:
         dims = {**dict(zip(states.dims, states.sizes, strict=True)), **dict(self.inner)}
         depth = max([0, *(-d for d in dims)])
         lead = [dims.get(d, 1) for d in range(-depth, 0)]
-        return x.reshape(*lead, *self.elements, *x.shape[2:])
+        return x.reshape((*lead, *self.elements, *x.shape[2:]))
 
 
 def _symmetric(upper: Tensor, width: int) -> Tensor:
@@ -242,9 +242,9 @@ def _layout(
         x = rows(location.dense(), family.event_dim)
         mean = x.double().mean(1) if mask is None else _masked_mean(x, mask, positions)
         shape = [dict(inner).get(d, 1) for d in range(-max([0, *(-d for d, _ in inner)]), 0)]
-        center = mean.reshape(*shape, *elements, *((-1,) if family.event_dim else ()))
+        center = mean.reshape((*shape, *elements, *((-1,) if family.event_dim else ())))
         wide = [dict(inner).get(d, 1) for d in range(-max([0, *(-p.dim for p in site.plates)]), 0)]
-        center_of_data = mean.reshape(*wide, *elements, *((-1,) if family.event_dim else ()))
+        center_of_data = mean.reshape((*wide, *elements, *((-1,) if family.event_dim else ())))
     else:
         center_of_data = None
     parts, codes = [], []

@@ -117,6 +117,7 @@ class Plated:
             log_prior=prior,
             magnitude=sum(s.magnitude for s in sums) + size,
             sufficient=sufficient,
+            posterior=lambda: self.problem.evidence(params)[0].weights,
         )
 
     def _never(self, name: str, arguments: dict[str, Tensor]) -> SiteMoments:

@@ -97,7 +97,9 @@ class Kernel(ABC):
     def map(self, function: CoefficientMap) -> Self:
         """Apply `function(coefficient, event_ndim)` to every coefficient, broadcast to one cell shape."""
         pairs = list(zip(self.coefficients, self.event_dims, strict=True))
-        cells = torch.broadcast_shapes(*(c.shape[: c.dim() - ndim] for c, ndim in pairs))
+        shapes = [c.shape[: c.dim() - ndim] for c, ndim in pairs]
+        # torch.broadcast_shapes takes longer than the arithmetic of a small kernel.
+        cells = shapes[0] if all(s == shapes[0] for s in shapes) else torch.broadcast_shapes(*shapes)
         return self.from_coefficients(
             [function(c.expand(cells + c.shape[c.dim() - ndim :]), ndim) for c, ndim in pairs]
         )

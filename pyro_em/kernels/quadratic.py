@@ -112,7 +112,8 @@ class QuadraticKernel(Kernel):
     def _apply(self, shift: Tensor) -> Tensor:
         if not self.vector:
             return self.precision * shift
-        shift = shift.expand(torch.broadcast_shapes(shift.shape, self.precision.shape[-1:]))
+        if shift.shape[-1:] != self.precision.shape[-1:]:
+            shift = shift.expand(torch.broadcast_shapes(shift.shape, self.precision.shape[-1:]))
         return (self.precision @ shift.unsqueeze(-1)).squeeze(-1)
 
 

@@ -25,8 +25,7 @@ from pyro_em.kernels import FlatKernel
 from pyro_em.m_step.closed import Combined, NotClosed, combine
 from pyro_em.m_step.degenerate import check_update
 from pyro_em.m_step.numeric import Block, ascend, ascend_with, maximise
-from pyro_em.model.compat import dims_of, with_dims
-from pyro_em.model.density import packed_log_density
+from pyro_em.model.compat import with_dims
 from pyro_em.model.recognise import VALUE, Use
 from pyro_em.model.trace import Run
 from pyro_em.problem import Problem
@@ -123,6 +122,16 @@ class MStep:
             return Choice("numeric", str(error))
 
     def _combine(self, name: str, theta: Tensor, sufficient: Sufficient) -> Combined:
+        """Total kernel of a parameter; the one made for the score serves the update if nothing changed since."""
+        version = sufficient.version(self.uses[name])
+        known = sufficient.kernels.get(name)
+        if known is not None and known[0] == version:
+            return known[1]
+        combined = self._combined(name, theta, sufficient)
+        sufficient.kernels[name] = (version, combined)
+        return combined
+
+    def _combined(self, name: str, theta: Tensor, sufficient: Sufficient) -> Combined:
         needed = {u.site for u in self.uses[name] if u.index is not None and u.slot != VALUE}
         moments = {site: sufficient.moments(site) for site in needed}
         return combine(
@@ -152,7 +161,7 @@ class MStep:
 
         :raises DegenerateLikelihoodError: if a variance collapses.
         """
-        weights, sufficient = expectation.weights, expectation.sufficient
+        sufficient = expectation.sufficient
         self._count += 1
         check = self._coupled or self._count <= 3 or self._count % 10 == 0
         scale = float(self.problem.graph.num_observations)
@@ -160,25 +169,25 @@ class MStep:
         rounds = 0
         for rounds in range(1, MAX_ROUNDS + 1):
             before = params
-            params, found = self._round(params, weights, sufficient)
+            params, found = self._round(params, expectation)
             empty |= found
             if not check or not (self.closed or self.numeric):
                 break
-            certificate = self._certificate(params, weights, sufficient) / scale
+            certificate = self._certificate(params, expectation, sufficient) / scale
             if certificate <= CERTIFICATE or all(torch.equal(before[n], params[n]) for n in self.free):
                 break
             self._coupled = True
         if certificate is not None and certificate > CERTIFICATE:
-            block = Block(self.problem, params, weights, (*self.closed, *self.numeric))
+            block = Block(self.problem, params, expectation.weights, (*self.closed, *self.numeric))
             params = maximise(block, tolerance=CERTIFICATE * scale)
-            certificate = self._certificate(params, weights, self._refreshed(params, weights)) / scale
+            certificate = self._certificate(params, expectation, self._refreshed(params, expectation)) / scale
         if self.gradient:
-            block = Block(self.problem, params, weights, self.gradient)
+            block = Block(self.problem, params, expectation.weights, self.gradient)
             params = ascend(block) if self.optim is None else ascend_with(block, self.optim)
         return params, MStepInfo(rounds, certificate, tuple(sorted(empty)))
 
-    def _round(self, params: Params, weights: Mapping[str, Tensor], sufficient: Sufficient) -> tuple[Params, set[str]]:
-        params, empty = dict(params), set()
+    def _round(self, params: Params, expectation: Expectation) -> tuple[Params, set[str]]:
+        params, empty, sufficient = dict(params), set(), expectation.sufficient
         for name in self.closed:
             theta = params[name].detach().double()
             combined = self._combine(name, theta, sufficient)
@@ -189,24 +198,24 @@ class MStep:
             params[name] = best.to(params[name].dtype)
             sufficient.put(params[name], self.uses[name])
         if self.numeric:
-            block = Block(self.problem, params, weights, self.numeric)
+            block = Block(self.problem, params, expectation.weights, self.numeric)
             scale = float(self.problem.graph.num_observations)
             params = maximise(block, tolerance=0.1 * CERTIFICATE * scale)
             if self.closed:
-                sufficient.take(self._refreshed(params, weights))
+                sufficient.take(self._refreshed(params, expectation))
         return params, empty
 
-    def _refreshed(self, params: Params, weights: Mapping[str, Tensor]) -> Sufficient:
+    def _refreshed(self, params: Params, expectation: Expectation) -> Sufficient:
         with torch.no_grad():
             run = self.problem.run(params)
-        return Sufficient(self.problem, run.sites, raw_arguments(run.sites), _moments(self.problem, run, weights))
+        return Sufficient(self.problem, run.sites, raw_arguments(run.sites), _moments(self.problem, run, expectation.weights))
 
-    def _certificate(self, params: Params, weights: Mapping[str, Tensor], sufficient: Sufficient) -> float:
+    def _certificate(self, params: Params, expectation: Expectation, sufficient: Sufficient) -> float:
         largest = max(
             (_largest(self._kernel_gradient(n, params, sufficient)) for n in self.closed), default=0.0
         )
         if self.numeric:
-            block = Block(self.problem, params, weights, self.numeric)
+            block = Block(self.problem, params, expectation.weights, self.numeric)
             _, gradient, _ = block.gradient(block.free())
             largest = max(largest, _largest(gradient))
         return largest
@@ -224,12 +233,13 @@ def _moments(problem: Problem, run: Run, weights: Mapping[str, Tensor]) -> Momen
 
 
 def _uniform(problem: Problem, run: Run) -> Sufficient:
-    """Statistics under posterior weights of one for every factor: enough to see which rules apply."""
+    """Statistics of the data without any latent: enough to see which rules apply, at the cost of one pass."""
     weights = {}
     for component in problem.graph.components:
         for name in component.factors:
-            factor = packed_log_density(run.sites[name])
-            weights[name] = with_dims(torch.ones_like(factor), dims_of(factor))
+            site = run.sites[name]
+            sizes = {site.symbols[plate.dim]: plate.size for plate in site.plates if plate.size > 1}
+            weights[name] = with_dims(torch.ones(list(sizes.values())), "".join(sizes))
     return Sufficient(problem, run.sites, raw_arguments(run.sites), _moments(problem, run, weights))
 
 

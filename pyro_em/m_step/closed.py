@@ -187,25 +187,49 @@ def _collect(piece: _Piece, use: Use, coordinate: Tensor) -> Kernel:
         return kernel
     split = coordinate.dim() - kernel.event_dim
     lead, event = coordinate.shape[:split], coordinate.shape[split:]
-    rows = _row_index(piece.index, event, kernel.event_dim, use)
-    kept = rows.reshape(-1) >= 0
     entries = coordinate.reshape(-1, *event)
+    key = (kernel.event_dim, piece.index.shape)
+    if key not in use.plans:
+        use.plans[key] = _scatter_plan(piece.index, event, kernel.event_dim, use, entries.shape[0])
+    plan = use.plans[key]
 
     def scatter(coefficient: Tensor, own_event: int) -> Tensor:
         cells = coefficient.shape[: coefficient.dim() - own_event]
         tail = coefficient.shape[coefficient.dim() - own_event :]
-        rank = max(len(cells), rows.dim())
-        coefficient = coefficient.reshape((1,) * (rank - len(cells)) + cells + tail)
-        target = (1,) * (rank - rows.dim()) + tuple(rows.shape)
+        rank = max(len(cells), plan.rows.dim())
+        if len(cells) < rank:
+            coefficient = coefficient.reshape((1,) * (rank - len(cells)) + tuple(coefficient.shape))
+        target = (1,) * (rank - plan.rows.dim()) + tuple(plan.rows.shape)
         gone = [i for i in range(rank) if target[i] == 1 and coefficient.shape[i] > 1]
         if gone:
             coefficient = coefficient.sum(gone, keepdim=True)
-        coefficient = coefficient.expand(target + tuple(tail)).reshape(-1, *tail)
+        coefficient = coefficient.expand(target + tuple(tail))
+        if plan.identity:
+            return coefficient.reshape((*lead, *tail))
         result = coefficient.new_zeros((entries.shape[0], *tail))
-        result.index_add_(0, rows.reshape(-1)[kept], coefficient[kept])
+        result.index_add_(0, plan.kept_rows, coefficient.reshape(-1, *tail)[plan.kept])
         return result.reshape((*lead, *tail))
 
-    return kernel.collect(scatter, entries[rows.clamp(min=0)], coordinate)
+    at = coordinate.reshape(plan.rows.shape + event) if plan.identity else entries[plan.rows.clamp(min=0)]
+    return kernel.collect(scatter, at, coordinate)
+
+
+@dataclass(frozen=True)
+class _ScatterPlan:
+    """Rows that the cells of one use go to; computed once, since it depends on the index alone."""
+
+    rows: Tensor
+    kept: Tensor
+    kept_rows: Tensor
+    identity: bool
+
+
+def _scatter_plan(index: Tensor, event: torch.Size, event_dim: int, use: Use, count: int) -> _ScatterPlan:
+    rows = _row_index(index, event, event_dim, use)
+    flat = rows.reshape(-1)
+    kept = flat >= 0
+    identity = flat.numel() == count and torch.equal(flat, torch.arange(count))
+    return _ScatterPlan(rows, kept, flat[kept], identity)
 
 
 def _row_index(index: Tensor, event: torch.Size, event_dim: int, use: Use) -> Tensor:

@@ -177,6 +177,7 @@ def lbfgs(block: Block, u: Tensor, *, tolerance: float, max_iter: int) -> Tensor
     optimizer = torch.optim.LBFGS(
         [leaf],
         max_iter=max_iter,
+        max_eval=25 * max_iter,  # the default, 1.25 a step, would cut the line searches short
         history_size=20,
         tolerance_grad=tolerance / scale,
         tolerance_change=0.0,

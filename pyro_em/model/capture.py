@@ -154,7 +154,12 @@ def capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capt
     """
     observe = _Observe()
     with quiet_store(), poutine.block(), compat.recording_arguments(), torch.no_grad():
-        trace = poutine.trace(observe(model)).get_trace(*args, **kwargs)
+        try:
+            trace = poutine.trace(observe(model)).get_trace(*args, **kwargs)
+        except ZeroDivisionError as error:
+            if "size cannot be zero" not in str(error):
+                raise
+            raise InputError("A plate of the model is empty. There are no data to fit.") from error
         declared = pyro.get_param_store().get_state()["constraints"]
     trace = compat.prune_and_symbolize(trace)
     sites: dict[str, PlainSite] = {}
@@ -185,18 +190,8 @@ def capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capt
             scale=site["scale"],
             infer=site["infer"],
         )
-    _check_plates(sites)
     parameters = {
         name: dataclasses.replace(record, constraint=declared.get(name, constraints.real))
         for name, record in observe.parameters.items()
     }
     return Capture(parameters, sites, depth)
-
-
-def _check_plates(sites: dict[str, PlainSite]) -> None:
-    for site in sites.values():
-        for plate in site.plates:
-            if plate.size == 0:
-                raise InputError(
-                    f"Site '{site.name}': plate '{plate.name}' is empty. There are no data to fit."
-                )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_em.errors import Refusal
 from pyro_em.model import compat
 from pyro_em.model.trace import SiteRecord
 
@@ -61,7 +62,21 @@ def log_density(site: SiteRecord, *, masked: bool = True) -> Tensor:
 
 
 def packed_log_density(site: SiteRecord) -> Tensor:
-    return compat.pack(log_density(site), site.symbols)
+    """Log-density of a site, packed over its plates and enumeration symbols.
+
+    :raises Refusal: if it has dims that belong to neither.
+    """
+    density = log_density(site)
+    try:
+        return compat.pack(density, site.symbols)
+    except ValueError as error:
+        raise Refusal(
+            site.name,
+            f"its log-density has shape {tuple(density.shape)}, with dims that belong to none of its plates or "
+            "latents: a latent or the data were summed, indexed or broadcast across a plate.",
+            "declare every independent dim by pyro.plate(..., dim=...), and use a latent only elementwise or by "
+            "indexing (loc[z]) inside of its own plates.",
+        ) from error
 
 
 def packed_mask(site: SiteRecord) -> Tensor | None:

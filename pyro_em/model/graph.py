@@ -14,7 +14,6 @@ component's factors do not all share.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -64,12 +63,19 @@ class FactorGraph:
     plate_names: dict[str, str]
     plate_sizes: dict[str, int]
     symbol_sites: dict[str, str]
+    plate_weights: dict[str, Tensor]
 
     @property
-    def num_observations(self) -> int:
-        """Number of elements of the data plates: N in the stopping rule and in BIC."""
-        sizes = [math.prod(self.plate_sizes[p] for p in self.data_plates)]
-        return max(1, *sizes)
+    def num_observations(self) -> float:
+        """N of the stopping rule and of BIC: elements of the data plates, or the sum of their weights.
+
+        (Integer weights are repeats, so that both must count alike.)
+        """
+        total = 1.0
+        for plate in self.data_plates:
+            weight = self.plate_weights.get(plate)
+            total *= self.plate_sizes[plate] if weight is None else float(weight.double().sum())
+        return max(total, torch.finfo(torch.float64).tiny)
 
     @property
     def data_plates(self) -> tuple[str, ...]:
@@ -147,6 +153,7 @@ def build_graph(
         plate_names=plate_names,
         plate_sizes=plate_sizes,
         symbol_sites=symbol_sites,
+        plate_weights=weight_of,
     )
 
 

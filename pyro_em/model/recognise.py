@@ -19,8 +19,9 @@ What is opaque is maximised numerically, never guessed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,7 @@ class Use:
     power: float = 1.0
     exponential: bool = False
     reason: str = ""
+    plans: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # the M-step's, by shape
 
     @cached_property
     def whole(self) -> bool:

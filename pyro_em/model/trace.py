@@ -151,6 +151,18 @@ def combined_masks(fn: Any, mask: Any) -> tuple[Tensor | None, Tensor | None]:
     return batch, element
 
 
+def _unexpanded(mask: Tensor | None, plate_dims: set[int | None], element_dims: int) -> Tensor | None:
+    """`.mask` wrappers are expanded over enumeration dims, along which they are constant: one slice says all."""
+    if mask is None:
+        return None
+    for i in range(mask.dim() - element_dims):
+        first = mask.narrow(i, 0, 1)
+        outside = i - (mask.dim() - element_dims) not in plate_dims
+        if outside and mask.shape[i] > 1 and torch.equal(mask, first.expand_as(mask)):
+            mask = first
+    return mask
+
+
 def _tensors(raw: dict[str, Any], family: Family, like: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
     arguments: dict[str, Tensor] = {}
     constants: dict[str, Any] = {}
@@ -167,6 +179,9 @@ def _record(name: str, site: dict[str, Any]) -> SiteRecord:
     base = compat.base_distribution(fn)
     element_dims = fn.event_dim - base.event_dim
     batch_mask, element_mask = combined_masks(fn, site["mask"])
+    plate_dims = {f.dim for f in site["cond_indep_stack"] if f.vectorized}
+    batch_mask = _unexpanded(batch_mask, plate_dims, 0)
+    element_mask = _unexpanded(element_mask, plate_dims, element_dims)
     raw = compat.raw_arguments(fn)
     family = family_of(type(base)) if raw is not None else None
     arguments: dict[str, Tensor] | None = None

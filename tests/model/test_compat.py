@@ -11,6 +11,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
+from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_em.model import compat
@@ -116,6 +117,24 @@ def test_enumeration_begins_left_of_the_plates(trace: Any) -> None:
     assert compat.enumeration_symbol(first) != compat.enumeration_symbol(second)
     plain = poutine.trace(chain).get_trace(torch.zeros(3, 2))
     assert not compat.is_enumerated(plain.nodes["z_0"])
+
+
+def test_module_parameters_are_told_from_plain_ones() -> None:
+    """A param message's arguments are (name, value): a value that is a torch parameter cannot be replaced."""
+    own = torch.nn.Parameter(torch.tensor(1.0))
+    module = PyroModule[torch.nn.Linear](1, 1)
+
+    def model() -> None:
+        pyro.param("own", own)
+        pyro.param("plain", torch.tensor(2.0))
+        pyro.param("lazy", lambda: torch.tensor(3.0))
+        module(torch.zeros(1, 1))
+
+    nodes = poutine.trace(model).get_trace().nodes
+    assert compat.module_parameter(nodes["own"]) is own
+    assert compat.module_parameter(nodes["plain"]) is None
+    assert compat.module_parameter(nodes["lazy"]) is None
+    assert compat.module_parameter(nodes["weight"]) is module.weight
 
 
 def test_markov_depth_counts_contexts(trace: Any) -> None:

@@ -1,0 +1,70 @@
+"""What accelerators share: free coordinates around a point, and proposals that are evaluated safely.
+
+An accelerator extrapolates the EM map θ -> M(θ) in the coordinates u of charts.py, in which every u is a
+feasible θ. Entries on the boundary there (structural zeros) have no coordinate and keep their value. It
+does not know the model: all it sees are parameters and objectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.charts import Chart, chart
+from pyro_em.errors import DegenerateLikelihoodError, InputError, NonFiniteError
+from pyro_em.loop import EMMap, Iterate
+from pyro_em.types import Params
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """The free coordinates (P,) of the parameters that move, float64, on the CPU; the others are held."""
+
+    params: Params
+    charts: Mapping[str, Chart]
+
+    @classmethod
+    def around(cls, em: EMMap, params: Params) -> Coordinates:
+        """Charts built at `params`: what lies on the boundary there is held."""
+        records = em.problem.parameters
+        return cls(params, {name: chart(records[name].constraint, params[name]) for name in em.m_step.free})
+
+    def to_free(self, params: Params) -> Tensor:
+        """Coordinates (P,); not finite where an entry with a coordinate is on the boundary."""
+        parts = [c.to_free(params[name]).detach().double().cpu() for name, c in self.charts.items()]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+    def from_free(self, free: Tensor) -> Params:
+        """All parameters, those with coordinates at `free` (P,)."""
+        moved = dict(self.params)
+        parts = free.split([c.size for c in self.charts.values()])
+        for (name, c), part in zip(self.charts.items(), parts, strict=True):
+            moved[name] = c.from_free(part.to(self.params[name])).to(self.params[name].dtype)
+        return moved
+
+    def cover(self, params: Params) -> bool:
+        """Whether `params` are at the boundary in the same entries, so that coordinates lose nothing."""
+        free = self.to_free(params)
+        if not bool(free.isfinite().all()):
+            return False
+        again = self.from_free(free)
+        return all(torch.allclose(again[name], params[name], equal_nan=True) for name in self.charts)
+
+
+def evaluate(em: EMMap, coordinates: Coordinates, free: Tensor, iteration: int) -> Iterate | None:
+    """E-step at proposed coordinates (P,), or None if they are not usable.
+
+    A proposal that rounds to the boundary is not: EM would never leave it.
+    """
+    if not bool(free.isfinite().all()):
+        return None
+    params = coordinates.from_free(free)
+    if not bool(coordinates.to_free(params).isfinite().all()):
+        return None
+    try:
+        return em.at(params, iteration)
+    except (InputError, NonFiniteError, DegenerateLikelihoodError, torch.linalg.LinAlgError):
+        return None

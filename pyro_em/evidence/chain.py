@@ -1,0 +1,215 @@
+"""Exact smoothing of discrete chains, many at once, in a logarithmic number of steps.
+
+For log-potentials u_t (unary) and a_t (between t-1 and t), with W_t = exp(a_t) diag(exp u_t),
+
+    Z = w_0 W_1 W_2 ... W_{T-1} 1,      w_0 = exp u_0,
+
+and the posteriors are α_{t-1} W_t β_t, up to a constant. Three ways to the messages α and β:
+
+    tree         products of neighbouring W_t, then of these, and so on; back down, every node passes α to
+                 its second half and β to its first. 2 log T batched products.
+    sequential   one step after the other, batched over chains: less arithmetic, T steps.
+    log-space    sequential with logsumexp; slower, and the only one without a certificate.
+
+The first two work with scaled probabilities. A number below the smallest float is flushed to zero, which
+drops paths; their posterior mass is at most that number over the product of the scales it meets. So if no
+scale is below `FLOOR` the result is right to the last digit, and otherwise it is found again in log-space.
+Structural zeros are exact. No gradients flow; chains of unequal numbers of states are not handled.
+
+Shapes: T steps, B chains, K states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.evidence.ring import logsumexp
+
+FLOOR = 1e-90  # three scales meet: what is flushed is below 1e-308 / 1e-270 of the posterior mass
+SEQUENTIAL = 500  # B·K² above which the arithmetic of the tree costs more than the calls it saves
+SHORT = 16  # steps below which there are few calls to save
+
+
+@dataclass(frozen=True)
+class ChainPosterior:
+    """Evidence and posteriors of B chains.
+
+    `log_evidence` is (B,), -inf where the data are impossible (the posteriors are zero there); `unary` is
+    (T, B, K); the pairwise posterior is left_i · table_ij · right_j with `left`, `right` (T-1, B, K) and
+    `table` (T-1 or 1, B or 1, K, K), kept as factors because sums of it need not form the product.
+    """
+
+    log_evidence: Tensor
+    unary: Tensor
+    left: Tensor
+    table: Tensor
+    right: Tensor
+
+    def pairs(self) -> Tensor:
+        """Posterior of neighbours, (T-1, B, K, K)."""
+        return self.left.unsqueeze(-1) * self.table * self.right.unsqueeze(-2)
+
+    def total_pairs(self, weight: Tensor | None) -> Tensor:
+        """Weighted sum of `pairs` over steps and chains, (K, K); `weight` is (T-1, B)."""
+        if self.table.shape[:2] != (1, 1):
+            pairs = self.pairs()
+            return (pairs if weight is None else weight[..., None, None] * pairs).sum((0, 1))
+        left = self.left if weight is None else self.left * weight.unsqueeze(-1)
+        return self.table[0, 0] * (left.flatten(0, 1).mT @ self.right.flatten(0, 1))
+
+
+def smooth(unary: Tensor, pair: Tensor) -> ChainPosterior:
+    """Evidence and posteriors of chains with log-potentials `unary` (T, B, K) and `pair`.
+
+    :param pair: (T-1 or 1, B or 1, K, K), from the state at t-1 (rows) to the state at t (columns); without
+        steps (T = 1) it is not read.
+    """
+    T, B, K = unary.shape
+    if T == 1:
+        return _single(unary, pair)
+    shift, pair_shift = unary.amax(-1), pair.amax((-2, -1))
+    emission, table = (unary - shift.unsqueeze(-1)).exp(), (pair - pair_shift[..., None, None]).exp()
+    messages = _sequential if B * K * K > SEQUENTIAL or T <= SHORT else _tree
+    found = messages(emission, table)
+    if not float(found.smallest) >= FLOOR:  # also when it is NaN
+        return _log_space(unary, pair)
+    shifts = shift.sum(0) + pair_shift.expand(T - 1, B).sum(0)
+    return ChainPosterior(found.log_scale + shifts, found.unary, found.left, table, found.right)
+
+
+@dataclass(frozen=True)
+class _Messages:
+    """`left` and `right` as in `ChainPosterior`; `smallest` of all scales."""
+
+    log_scale: Tensor
+    unary: Tensor
+    left: Tensor
+    right: Tensor
+    smallest: Tensor
+
+
+def _single(unary: Tensor, pair: Tensor) -> ChainPosterior:
+    log_evidence = logsumexp(unary[0])
+    posterior = _normalised(unary, log_evidence)
+    none = unary.new_zeros(0, *unary.shape[1:])
+    return ChainPosterior(log_evidence, posterior, none, pair.exp(), none)
+
+
+def _normalised(log_joint: Tensor, log_evidence: Tensor) -> Tensor:
+    """exp(log_joint - log Z), zero where Z is (`log_joint` has one more dim, the last)."""
+    possible = log_evidence.isfinite().unsqueeze(-1)
+    shift = torch.where(possible, log_evidence.unsqueeze(-1), torch.zeros_like(log_evidence).unsqueeze(-1))
+    return torch.where(possible, (log_joint - shift).exp(), torch.zeros_like(log_joint))
+
+
+def _rows(vector: Tensor, matrix: Tensor) -> Tensor:
+    """Σ_i v_i M_ij."""
+    return (vector.unsqueeze(-2) @ matrix).squeeze(-2)
+
+
+def _columns(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Σ_j M_ij v_j."""
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def _tree(emission: Tensor, table: Tensor) -> _Messages:
+    first = emission[0].sum(-1, keepdim=True)
+    steps = table * emission[1:].unsqueeze(-2)  # (T-1, B, K, K)
+    log_scale, smallest = first.squeeze(-1).log(), [first.min()]
+    levels = [steps]
+    while len(levels[-1]) > 1:
+        nodes = levels[-1]
+        if len(nodes) % 2:
+            one = torch.eye(nodes.shape[-1], dtype=nodes.dtype).expand_as(nodes[:1])
+            nodes = levels[-1] = torch.cat([nodes, one])
+        product = nodes[0::2] @ nodes[1::2]
+        scale = product.amax((-2, -1), keepdim=True)
+        log_scale = log_scale + scale[..., 0, 0].log().sum(0)
+        smallest.append(scale.min())
+        levels.append(product / scale)
+    alpha = (emission[0] / first).unsqueeze(0)  # at the start of every node of a level
+    beta = torch.ones_like(alpha)  # at the end of every node
+    log_scale = log_scale + (_rows(alpha, levels[-1]) * beta).sum(-1)[0].log()
+    for nodes in reversed(levels[:-1]):
+        alpha, beta = alpha[: len(nodes) // 2], beta[: len(nodes) // 2]  # without what only filled up
+        middle_alpha, middle_beta = _rows(alpha, nodes[0::2]), _columns(nodes[1::2], beta)
+        sums, sizes = middle_alpha.sum(-1, keepdim=True), middle_beta.amax(-1, keepdim=True)
+        smallest += [sums.min(), sizes.min()]
+        alpha = torch.stack([alpha, middle_alpha / sums], 1).flatten(0, 1)
+        beta = torch.stack([middle_beta / sizes, beta], 1).flatten(0, 1)
+    alpha, beta = alpha[: len(steps)], beta[: len(steps)]
+    joint = _rows(alpha, steps) * beta
+    norm = joint.sum(-1, keepdim=True)
+    smallest.append(norm.min())
+    start = alpha[:1] * _columns(steps[:1], beta[:1]) / norm[:1]
+    right = emission[1:] * beta / norm
+    return _Messages(log_scale, torch.cat([start, joint / norm]), alpha, right, torch.stack(smallest).min())
+
+
+def _sequential(emission: Tensor, table: Tensor) -> _Messages:
+    # (T, K, B): reductions over a small last dim are slow.
+    T, B, K = emission.shape
+    likelihood = emission.mT.contiguous()
+    forward, backward = _transfers(table, T)
+    alpha, ahead = torch.empty_like(likelihood), torch.ones_like(likelihood)
+    sums = emission.new_empty(T, 1, B)
+    own, total, density = alpha.unbind(0), sums.unbind(0), likelihood.unbind(0)
+    torch.sum(density[0], 0, keepdim=True, out=total[0])
+    torch.div(density[0], total[0], out=own[0])
+    for t in range(1, T):
+        step = forward(own[t - 1], t)
+        step *= density[t]
+        torch.sum(step, 0, keepdim=True, out=total[t])
+        torch.div(step, total[t], out=own[t])
+    sizes = [sums.min()]
+    beta = ahead.unbind(0)
+    largest = emission.new_ones(T, 1, B)
+    size = largest.unbind(0)
+    for t in range(T - 1, 0, -1):
+        step = backward(density[t] * beta[t], t)
+        torch.amax(step, 0, keepdim=True, out=size[t - 1])
+        torch.div(step, size[t - 1], out=beta[t - 1])
+    joint = alpha * ahead
+    norm = joint.sum(1, keepdim=True)
+    sizes += [largest.min(), norm.min()]
+    # α_{t-1} A (b_t β_t) = (norm_t) · (scale of step t), since α_t is that step divided by its scale.
+    right = likelihood[1:] * ahead[1:] / (norm[1:] * sums[1:])
+    return _Messages(
+        sums.squeeze(1).log().sum(0),
+        (joint / norm).mT,
+        alpha[:-1].mT,
+        right.mT,
+        torch.stack(sizes).min(),
+    )
+
+
+def _transfers(table: Tensor, T: int):  # type: ignore[no-untyped-def]
+    """v ↦ Aᵀv and v ↦ Av of the step into t, for v of shape (K, B)."""
+    shared = table.shape[1] == 1
+    matrices = (table[:, 0] if shared else table).expand(T - 1, *table.shape[1 + shared :]).unbind(0)
+    if shared:
+        return lambda v, t: matrices[t - 1].mT @ v, lambda v, t: matrices[t - 1] @ v
+    return (
+        lambda v, t: _rows(v.mT, matrices[t - 1]).mT.contiguous(),
+        lambda v, t: _columns(matrices[t - 1], v.mT).mT.contiguous(),
+    )
+
+
+def _log_space(unary: Tensor, pair: Tensor) -> ChainPosterior:
+    T, B, K = unary.shape
+    pair = pair.expand(T - 1, B, K, K)
+    alpha, beta = [unary[0]], [torch.zeros_like(unary[0])]
+    for t in range(1, T):
+        alpha.append(logsumexp((alpha[-1].unsqueeze(-1) + pair[t - 1]).mT) + unary[t])
+        s = T - t
+        beta.append(logsumexp(pair[s - 1] + (unary[s] + beta[-1]).unsqueeze(-2)))
+    log_alpha, log_beta = torch.stack(alpha), torch.stack(beta[::-1])
+    log_evidence = logsumexp(alpha[-1])
+    joint = log_alpha[:-1].unsqueeze(-1) + pair + (unary[1:] + log_beta[1:]).unsqueeze(-2)
+    pairs = _normalised(joint.flatten(-2), log_evidence.expand(T - 1, B)).unflatten(-1, (K, K))
+    one = torch.ones_like(unary[1:])
+    posterior = _normalised(log_alpha + log_beta, log_evidence.expand(T, B))
+    return ChainPosterior(log_evidence, posterior, one, pairs, one)
