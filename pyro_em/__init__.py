@@ -23,8 +23,7 @@ from pyro_em.loop import Step
 from pyro_em.posterior import Posterior
 from pyro_em.result import FitResult
 from pyro_em.stop import Outcome
-
-__version__ = "0.1.0"
+from pyro_em.version import __version__
 
 __all__ = [
     "EM",
@@ -45,6 +44,7 @@ __all__ = [
     "Step",
     "SymmetricStart",
     "UnidentifiedParameter",
+    "__version__",
     "distributions",
     "fit",
     "load",

@@ -219,7 +219,8 @@ def _dataset(
 ) -> xarray.Dataset:
     """A dataset with a coordinate for every dim; "/" is the separator of groups, so names get a "." for it."""
     named = {
-        name.replace("/", "."): (tuple(d.replace("/", ".") for d in v[0]), *v[1:]) for name, v in variables.items()
+        name.replace("/", "."): (tuple(dim.replace("/", ".") for dim in dims), *rest)
+        for name, (dims, *rest) in variables.items()
     }
     coords = {name.replace("/", "."): values for name, values in (coords or {}).items()}
     for dims, values, *_ in named.values():

@@ -129,7 +129,7 @@ def _parts(content: bytes, path: str | Path) -> tuple[dict[str, Any], bytes]:
     digest, rest = content[DIGEST_AT:LENGTH_AT], content[LENGTH_AT:]
     if hashlib.sha256(rest).digest() != digest:
         raise CheckpointError(f"{path} is truncated or has been altered: its checksum does not fit its content.")
-    length = struct.unpack("<Q", rest[:8])[0] if len(rest) >= 8 else math.inf
+    length: int = struct.unpack("<Q", rest[:8].ljust(8, b"\xff"))[0]
     if length > len(rest) - 8:
         raise CheckpointError(f"{path} is truncated: its header is longer than the file.")
     try:

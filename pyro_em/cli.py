@@ -163,15 +163,9 @@ def _plan(options: argparse.Namespace) -> None:
 def _summary(options: argparse.Namespace) -> None:
     try:
         with xarray.open_datatree(options.file, engine="h5netcdf") as tree:
-            known, table = dict(tree.attrs), tree["estimates"].to_dataset().load()
-            rows = {
-                str(name): Estimate(
-                    *(variable.sel(statistic=s).values for s in STATISTICS),
-                    triangular=bool(variable.attrs["triangular"]),
-                )
-                for name, variable in table.data_vars.items()
-            }
-            page = render(known, rows, str(known.get("notes", "")).split("\n"))
+            known = {str(name): value for name, value in tree.attrs.items()}
+            rows = {str(name): _estimate(variable) for name, variable in tree["estimates"].data_vars.items()}
+        page = render(known, rows, str(known.get("notes", "")).split("\n"))
     except FileNotFoundError:
         raise UsageError(f"{options.file}: there is no such file.") from None
     except Exception as error:  # a file of any kind: HDF5, xarray and the page each find their own fault
@@ -179,6 +173,11 @@ def _summary(options: argparse.Namespace) -> None:
             f"{options.file} cannot be read as a fit written by '{PROG} fit -o' ({type(error).__name__})."
         ) from None
     print("".join(c for c in page if c == "\n" or c.isprintable()))  # a file must not steer the terminal
+
+
+def _estimate(variable: Any) -> Estimate:
+    value, error, lower, upper = (variable.sel(statistic=name).values for name in STATISTICS)
+    return Estimate(value, error, lower, upper, bool(variable.attrs["triangular"]))
 
 
 def _model(options: argparse.Namespace) -> tuple[Callable[..., Any], torch.Tensor, dict[str, Any]]:

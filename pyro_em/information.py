@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em.charts import Chart, chart, free_dimension
+from pyro_em.charts import Chart, free_dimension
 from pyro_em.errors import BoundaryEstimate
 from pyro_em.evidence.discrete import contract, weighted_sum
+from pyro_em.m_step.numeric import Block
+from pyro_em.model.trace import Run
 from pyro_em.problem import Problem
 from pyro_em.types import Params
 
@@ -46,10 +48,11 @@ class Information:
         return {n: self.charts[n].from_free(part) for n, part in zip(self.names, parts, strict=True)}
 
 
-def log_objective(problem: Problem, params: Params) -> Tensor:
-    """log p(x|θ) (+ log p(θ) if priors count), twice differentiable in `params`."""
+def log_objective(problem: Problem, params: Params) -> tuple[Tensor, Run]:
+    """log p(x|θ) (+ log p(θ) if priors count), twice differentiable in `params`, and the run behind it."""
     with torch.enable_grad():
-        factors = problem.factors(problem.run(params))
+        run = problem.run(params)
+        factors = problem.factors(run)
         graph = problem.graph
         total = torch.zeros((), dtype=torch.float64)
         for component in graph.components:
@@ -57,7 +60,7 @@ def log_objective(problem: Problem, params: Params) -> Tensor:
         names = (*graph.constants, *(graph.priors if problem.with_prior else ()))
         for name in names:
             total = total + weighted_sum(factors[name], graph.factors[name].weight)
-        return total
+        return total, run
 
 
 def snapped(constraint: constraints.Constraint, value: Tensor) -> Tensor:
@@ -65,8 +68,9 @@ def snapped(constraint: constraints.Constraint, value: Tensor) -> Tensor:
     while hasattr(constraint, "base_constraint"):
         constraint = constraint.base_constraint
     if constraint is constraints.simplex:
-        kept = torch.where(value < AT_BOUNDARY, torch.zeros_like(value), value)
-        return kept / kept.sum(-1, keepdim=True)
+        low = value < AT_BOUNDARY
+        kept = torch.where(low, torch.zeros_like(value), value)
+        return kept / kept.sum(-1, keepdim=True) if bool(low.any()) else value
     if constraint is constraints.unit_interval:
         value = torch.where(value < AT_BOUNDARY, torch.zeros_like(value), value)
         return torch.where(value > 1 - AT_BOUNDARY, torch.ones_like(value), value)
@@ -81,7 +85,8 @@ def observed_information(problem: Problem, params: Params, names: tuple[str, ...
     """
     records = problem.parameters
     at = {n: snapped(records[n].constraint, v.detach()) for n, v in params.items()}
-    charts = {n: chart(records[n].constraint, at[n]) for n in names}
+    block = Block(problem, at, lambda values: log_objective(problem, values), names)
+    charts = block.charts
     frozen = [
         n
         for n in names
@@ -94,24 +99,14 @@ def observed_information(problem: Problem, params: Params, names: tuple[str, ...
             BoundaryEstimate,
             stacklevel=3,
         )
-    sizes = [charts[n].size for n in names]
-    estimate = torch.cat([charts[n].to_free(at[n]).double() for n in names]) if names else torch.zeros(0)
-
-    def values(u: Tensor) -> Params:
-        parts = torch.split(u, sizes)
-        moved = {n: charts[n].from_free(part).to(at[n].dtype) for n, part in zip(names, parts, strict=True)}
-        return {**at, **moved}
-
-    def objective(u: Tensor) -> Tensor:
-        return log_objective(problem, values(u))
-
-    hessian = torch.autograd.functional.hessian(objective, estimate)
+    estimate = block.free()
+    _, _, hessian = block.hessian(estimate)
     hessian = (hessian + hessian.mT) / 2
     covariance = _inverse(-hessian)
     jacobian = {}
-    for name, part in zip(names, torch.split(estimate, sizes), strict=True):
+    for name, part in zip(names, torch.split(estimate, block.sizes), strict=True):
         own = torch.autograd.functional.jacobian(lambda u, c=charts[name]: c.from_free(u).reshape(-1), part)
-        offset = sum(sizes[: names.index(name)])
+        offset = sum(block.sizes[: names.index(name)])
         wide = torch.zeros(own.shape[0], len(estimate), dtype=torch.float64)
         wide[:, offset : offset + own.shape[1]] = own
         jacobian[name] = wide
@@ -121,7 +116,7 @@ def observed_information(problem: Problem, params: Params, names: tuple[str, ...
 def _inverse(information: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(information)
     largest = float(values.abs().max()) if values.numel() else 0.0
-    usable = values > 1e-10 * largest
+    usable = (values > 1e-10 * largest) & (values > 0)
     if not bool(usable.all()):
         warnings.warn(
             f"The observed information has {int((~usable).sum())} directions without (or with negative) curvature: "

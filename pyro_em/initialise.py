@@ -190,7 +190,7 @@ def _features(problem: Problem, run: Run, name: str) -> Tensor | None:
             continue
         order = _plate_order(run, other.name)
         value, event = clean_value(other).double(), other.fn.event_dim
-        value = value.expand(*other.fn.batch_shape, *value.shape[value.dim() - event :])
+        value = value.expand((*other.fn.batch_shape, *value.shape[value.dim() - event :]))
         at = {d: value.dim() - event + plate.dim for d, plate in zip(order, other.plates, strict=True)}
         if not set(own) <= set(order):
             continue

@@ -53,9 +53,8 @@ def plot(result: FitResult, site: str | None = None, width: float = 11.0) -> Fig
         _score(axes["score"], score)
     if posterior is not None and latents:
         _latents(figure, axes["latents"], posterior, site)
-    figure.suptitle(
-        f"{result.algorithm}: {result.outcome.name.replace('_', ' ')}", x=0.01, ha="left", color=INK, fontsize=10
-    )
+    title = f"{result.algorithm}: {result.outcome.name.replace('_', ' ')}"
+    figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=10)
     return figure
 
 
@@ -120,12 +119,11 @@ def _responsibilities(posterior: Posterior, site: str | None) -> tuple[np.ndarra
     """Probabilities (elements, K) of one latent, or of the latents of one unrolled chain in order."""
     first = posterior.latents[0] if site is None else site
     probs = posterior.responsibilities(first)
-    alike = (
-        [n for n in posterior.latents if posterior.responsibilities(n).shape == probs.shape] if probs.dim() == 1 else []
-    )
-    if site is None and len(alike) > 1:
-        stacked = torch.stack([posterior.responsibilities(name) for name in alike])
-        return stacked.numpy(), f"{alike[0]} ... {alike[-1]}"
+    if site is None and probs.dim() == 1:
+        each = {name: posterior.responsibilities(name) for name in posterior.latents}
+        alike = [name for name, own in each.items() if own.shape == probs.shape]
+        if len(alike) > 1:
+            return torch.stack([each[name] for name in alike]).numpy(), f"{alike[0]} ... {alike[-1]}"
     return probs.reshape(-1, probs.shape[-1]).numpy(), first
 
 

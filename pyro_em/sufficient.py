@@ -33,16 +33,30 @@ class Sufficient:
     :param sites: of a run of the model (their arguments at any parameters).
     :param arguments: current raw arguments, float64; owned and changed by this object.
     :param moments_of: moments of a data or latent site, given its arguments.
+    :param grouped: uses of every parameter where `sites` are fewer than the model's, each standing for a
+        group of them under the name of its first.
     """
 
     def __init__(
-        self, problem: Problem, sites: Mapping[str, SiteRecord], arguments: Arguments, moments_of: MomentsOf
+        self,
+        problem: Problem,
+        sites: Mapping[str, SiteRecord],
+        arguments: Arguments,
+        moments_of: MomentsOf,
+        grouped: Mapping[str, tuple[Use, ...]] | None = None,
     ) -> None:
         self.problem, self.sites, self.arguments = problem, dict(sites), arguments
-        self._moments_of = moments_of
+        self._moments_of, self._grouped = moments_of, grouped
         self._moments: dict[str, SiteMoments] = {}
         self._changes = dict.fromkeys(sites, 0)
         self.kernels: dict[str, Any] = {}  # the M-step's total kernels, with the version they were made for
+
+    def uses(self, name: str, own: tuple[Use, ...]) -> tuple[Use, ...]:
+        """The uses of a parameter, given those in the model that count: one for each group of sites."""
+        if self._grouped is None:
+            return own
+        counted = {use.site for use in own}
+        return tuple(use for use in self._grouped[name] if use.site in counted)
 
     def version(self, uses: tuple[Use, ...]) -> tuple[int, ...]:
         """Changes whenever an argument or value that these uses read has changed."""
@@ -59,8 +73,8 @@ class Sufficient:
     def take(self, other: Sufficient) -> None:
         """Continue from another one's arguments and moments (after a numeric step moved the arguments)."""
         self.sites, self.arguments = other.sites, other.arguments
-        self._moments_of, self._moments = other._moments_of, other._moments
-        self._changes = {name: count + 1 for name, count in self._changes.items()}
+        self._moments_of, self._moments, self._grouped = other._moments_of, other._moments, other._grouped
+        self._changes = dict.fromkeys(other.sites, 1 + max(self._changes.values(), default=0))
 
     def _prior_moments(self, name: str) -> SiteMoments:
         """A parameter's own prior has one observation: the parameter's current value."""

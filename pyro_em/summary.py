@@ -24,6 +24,7 @@ from torch.distributions.constraints import Constraint
 
 from pyro_em.errors import EMWarning, PyroEMError
 from pyro_em.information import Information, standard_errors
+from pyro_em.version import __version__
 
 if TYPE_CHECKING:
     from pyro_em.result import FitResult
@@ -67,12 +68,10 @@ def summary(result: FitResult, max_rows: int = MAX_ROWS) -> str:
 
 def facts(result: FitResult) -> Facts:
     """Everything about a fit but its arrays, as str, int and float; what is not known is left out."""
-    import pyro_em
-
     exact = result.log_likelihood is not None
     found: dict[str, Any] = {
         "inference_library": "pyro_em",
-        "inference_library_version": pyro_em.__version__,
+        "inference_library_version": __version__,
         "pyro_version": pyro.__version__,
         "algorithm": result.algorithm,
         "outcome": result.outcome.name,

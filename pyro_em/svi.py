@@ -104,7 +104,7 @@ def fit_svi(
         warnings=messages,
         restarts=tuple((run.objective, run.outcome.name) for run in runs),
         seed=seed,
-        num_observations=_num_observations(split) if problem is None else problem.graph.num_observations,
+        num_observations=_num_observations(split) if problem is None else round(problem.graph.num_observations),
         num_parameters=sum(free_dimension(records[n].constraint, best.params[n]) for n in free),
         problem=problem,
         free=free,

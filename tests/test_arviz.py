@@ -207,11 +207,10 @@ def test_arviz_reads_it(which: str, az: Any, request: pytest.FixtureRequest) -> 
     data = result.to_inference_data()
     assert set(data.groups() if callable(data.groups) else data.children) == GROUPS
     table = az.summary(data, round_to="none")
-    error = result.standard_errors()["loc"][1, 0]
-    assert float(table.loc["loc[1, 0]", "mean"]) == pytest.approx(
-        float(result.params["loc"][1, 0]), abs=float(error) / 5
-    )
-    assert float(table.loc["loc[1, 0]", "sd"]) == pytest.approx(float(error), rel=0.1)
+    error = float(result.standard_errors()["loc"][1, 0])
+    row = table.loc["loc[1, 0]"]
+    assert float(row["mean"]) == pytest.approx(float(result.params["loc"][1, 0]), abs=error / 5)
+    assert float(row["sd"]) == pytest.approx(error, rel=0.1)
     loo = az.loo(data)
     elpd = float(loo.elpd_loo if hasattr(loo, "elpd_loo") else loo.elpd)
     penalty = float(loo.p_loo if hasattr(loo, "p_loo") else loo.p)
@@ -226,6 +225,6 @@ def test_netcdf_round_trip(tree: xarray.DataTree, tmp_path: Path, az: Any) -> No
     with xarray.open_datatree(tmp_path / "fit.nc", engine="h5netcdf") as again:
         for node in tree.subtree:
             xarray.testing.assert_equal(again[node.path].to_dataset().load(), node.to_dataset())
-            assert {k: v for k, v in again[node.path].attrs.items()} == dict(node.attrs)
+            assert again[node.path].attrs == node.attrs
     data = az.from_netcdf(str(tmp_path / "fit.nc"))
     assert float(data["posterior"]["loc"].mean()) == float(tree["posterior"]["loc"].mean())

@@ -68,7 +68,7 @@ def test_same_seed_same_restarts(name: str) -> None:
     problem = BY_NAME[name]
     state = torch.get_rng_state()
     a, b, c = (
-        pyro_em.fit(problem.model, *problem.args, restarts=3, seed=seed, max_iter=4, tol=0)
+        pyro_em.fit(problem.model, *problem.args, init="random", restarts=3, seed=seed, max_iter=4, tol=0)
         for seed in (5, 5, 6)
     )
     assert all(torch.equal(a.params[n], b.params[n]) for n in a.params)
@@ -265,7 +265,7 @@ def test_a_plateau_is_not_convergence() -> None:
     result = pyro_em.fit(classics.poisson_mixture, k, init=start, weights={"days": n}, max_iter=535, tol=1e-6)
     assert not result.converged
     limit = pyro_em.fit(
-        classics.poisson_mixture, k, init=start, weights={"days": n}, max_iter=20_000, tol=1e-9
+        classics.poisson_mixture, k, init=start, weights={"days": n}, max_iter=20_000, tol=1e-10
     )
     assert limit.converged
     assert float(limit.params["pi"][0]) == pytest.approx(0.359885397, abs=1e-6)

@@ -113,7 +113,7 @@ def test_options_reach_the_fit() -> None:
     torch.testing.assert_close(pyro.param("sd").detach(), problem.start()["sd"], rtol=1e-14, atol=0)
     half = pyro_em.fit(
         problem.model, problem.args[0][:20], init=problem.start(), m_step={"sd": "fixed"}, max_iter=1, tol=0
-    )  # fmt: skip
+    )
     assert em.evaluate_loss(*problem.args) == pytest.approx(-half.log_likelihood, rel=1e-10)
 
 

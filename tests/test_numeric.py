@@ -26,7 +26,7 @@ def _block(name: str, names: tuple[str, ...] = ()) -> Block:
     bound = bind(problem.model, problem.args, {}, with_prior=problem.priors)
     params = {**bound.start, **problem.start()}
     evidence, _ = bound.evidence(params)
-    return Block(bound, params, evidence.weights, names or tuple(bound.parameters))
+    return Block.of_q(bound, params, evidence.weights, names or tuple(bound.parameters))
 
 
 def _q(block: Block, params: dict[str, Tensor]) -> float:
@@ -75,7 +75,7 @@ def test_argmax_is_a_maximum(name: str) -> None:
     """The gradient vanishes and no feasible neighbour is higher."""
     block = _block(name)
     best = maximise(block, tolerance=1e-9, max_iter=300)
-    there = Block(block.problem, best, block.weights, block.names)
+    there = Block(block.problem, best, block.objective, block.names)
     u = there.free()
     _, gradient, _ = there.gradient(u)
     assert float(gradient.abs().max()) < 1e-6
@@ -93,7 +93,7 @@ def test_a_gradient_step_never_lowers_q(name: str, num_steps: int) -> None:
     block = _block(name)
     moved = ascend(block, num_steps=num_steps)
     assert _q(block, moved) > _q(block, block.params)
-    at_top = Block(block.problem, maximise(block, tolerance=1e-9, max_iter=300), block.weights, block.names)
+    at_top = Block(block.problem, maximise(block, tolerance=1e-9, max_iter=300), block.objective, block.names)
     assert _q(block, ascend(at_top)) >= _q(block, at_top.params)
 
 
@@ -152,8 +152,13 @@ def test_hessian_is_the_derivative_of_the_gradient() -> None:
 def test_gem_takes_the_users_optimiser() -> None:
     problem = BY_NAME["gmm_diagonal"]
     result = pyro_em.fit(
-        problem.model, *problem.args, algorithm="gem", init=problem.start(), max_iter=8, tol=0,
+        problem.model,
+        *problem.args,
+        algorithm="gem",
+        init=problem.start(),
+        max_iter=8,
+        tol=0,
         optim=lambda p: torch.optim.Adam(p, lr=0.3),
-    )  # fmt: skip
+    )
     objective = result.history["objective"]
     assert all(later > earlier for earlier, later in pairwise(objective))

@@ -50,7 +50,7 @@ def test_panels_that_have_nothing_to_show_are_left_out() -> None:
 
 def test_unknown_latent_is_named() -> None:
     result = pyro_em.fit(gmm.model, gmm.load(), max_iter=1)
-    with pytest.raises(pyro_em.InputError, match="no latent 'y' to show. Latents: z"):
+    with pytest.raises(pyro_em.InputError, match=r"no latent 'y' to show\. Latents: z"):
         result.plot(site="y")
 
 

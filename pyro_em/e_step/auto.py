@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pyro_em.e_step.base import Engine, NotCompiled
+from pyro_em.e_step.grouped import compile_grouped
 from pyro_em.e_step.interpreted import Interpreted
 from pyro_em.e_step.plated import compile_plated
 from pyro_em.errors import PyroEMError
@@ -18,7 +19,7 @@ from pyro_em.m_step.auto import MStep
 from pyro_em.problem import Problem
 
 Compiler = Callable[[Problem], Engine]
-COMPILERS: tuple[Compiler, ...] = (compile_plated,)
+COMPILERS: tuple[Compiler, ...] = (compile_plated, compile_grouped)
 AGREEMENT = 1e-9  # relative difference of a compiled and the reference log-likelihood
 
 

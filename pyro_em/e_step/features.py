@@ -99,6 +99,9 @@ class Features:
         else:
             self._buffer = torch.empty(self.num_features, self.chunk, dtype=torch.float64)
 
+        first = self.rows(0, self.chunk)
+        self.rms = (first * first).mean(1).sqrt()  # of every feature, from the first chunk
+
     def _fill(self, out: Tensor, begin: int, end: int) -> None:
         out[0].fill_(1.0)
         row = 1

@@ -142,7 +142,7 @@ def _lay_out(
     layout = _Layout(site, dims, tuple(align(factor, dims).shape), num_enumerated)
     tensors = layout.tensors
     if info.weight is not None:
-        tensors["weight",] = align(info.weight, dims)
+        tensors["weight",] = align(info.weight, dims).double()
     if site.family is None or site.arguments is None:
         tensors["factor",] = align(factor.detach(), dims).double()
         return layout
@@ -186,13 +186,9 @@ def _aligned(x: Tensor, event_dim: int, element_dims: int, site: SiteRecord, dim
         raise NotCompiled(f"'{site.name}' has a batch dim outside of any plate")
     order = [position[d] for d in dims if d in position]
     ones = [i for i in range(lead) if x.shape[i] == 1]
-    x = x.permute(*order, *ones, *range(lead, x.dim()))
-    return x.reshape(*(x.shape[order_index] for order_index in ()), *_sizes(x, dims, position), *tail)
-
-
-def _sizes(x: Tensor, dims: str, position: Mapping[str | None, int]) -> list[int]:
+    x = x.permute([*order, *ones, *range(lead, x.dim())])
     sizes = iter(x.shape)
-    return [next(sizes) if d in position else 1 for d in dims]
+    return x.reshape([*(next(sizes) if d in position else 1 for d in dims), *tail])
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:

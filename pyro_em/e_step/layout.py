@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,7 +95,7 @@ class SiteLayout:
         for i, size in enumerate(self.elements):
             target[rank - len(self.elements) + i] = size
         event = tuple(x.shape[rank:])
-        return x.expand(*target, *event).reshape(states.num, self.block.positions, *event)
+        return torch.broadcast_to(x, (*target, *event)).reshape((states.num, self.block.positions, *event))
 
     def moments(self, totals: Tensor, states: JointStates) -> SiteMoments:
         """Moments of the site in Pyro's dims from the sums (J, F)."""
@@ -222,7 +221,7 @@ def _layout(
             full[rank - len(elements) + plate.dim] = plate.size
         for i, size in enumerate(elements):
             full[rank - len(elements) + i] = size
-        x = x.expand(*full, *x.shape[rank:])
+        x = torch.broadcast_to(x, (*full, *x.shape[rank:]))
         outer = [rank - len(elements) + d for d in at_root]
         rest = [i for i in range(x.dim()) if i not in outer]
         return x.permute(rest + outer).reshape(-1, num_rows)
@@ -282,27 +281,3 @@ def _masked_mean(x: Tensor, mask: Tensor, positions: int) -> Tensor:
     keep = mask.repeat_interleave(len(x) // positions, 0)
     total = torch.where(keep, x.double(), torch.zeros((), dtype=torch.float64)).sum(1)
     return total / keep.sum(1).clamp(min=1)
-
-
-def collapse(
-    blocks: list[Block], weight: Tensor | None, base: Tensor | None, num_rows: int
-) -> tuple[list[Block], Tensor | None, Tensor | None, int]:
-    """Equal rows of discrete data become one row with their total weight, where that pays."""
-    codes = [block.codes for block in blocks]
-    if num_rows < 64 or not codes or any(code is None for code in codes):
-        return blocks, weight, base, num_rows
-    table = torch.cat([code for code in codes if code is not None])
-    table = table - table.amin(1, keepdim=True)
-    radix = (table.amax(1) + 1).tolist()
-    if math.prod(radix) >= 2**62:
-        return blocks, weight, base, num_rows
-    number = torch.zeros(num_rows, dtype=torch.long)
-    for row, size in zip(table, radix, strict=True):
-        number = number * size + row
-    _, first, inverse = np.unique(number.numpy(), return_index=True, return_inverse=True)
-    if len(first) > 0.8 * num_rows:
-        return blocks, weight, base, num_rows
-    ones = torch.ones(num_rows, dtype=torch.float64) if weight is None else weight
-    total = torch.zeros(len(first), dtype=torch.float64).index_add_(0, torch.as_tensor(inverse.reshape(-1)), ones)
-    columns = torch.as_tensor(first)
-    return [b.take(columns) for b in blocks], total, None if base is None else base[columns], len(first)

@@ -22,10 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_em.e_step.collapse import collapse
 from pyro_em.e_step.base import Expectation, NotCompiled
+from pyro_em.e_step.direct import centered_log_density
 from pyro_em.e_step.features import Features
 from pyro_em.e_step.interpreted import expectation
-from pyro_em.e_step.layout import JointStates, SiteLayout, collapse, joint_states, site_layouts, weights_of
+from pyro_em.e_step.layout import JointStates, SiteLayout, joint_states, site_layouts, weights_of
 from pyro_em.e_step.natural import NATURAL
 from pyro_em.evidence.discrete import weighted_sum
 from pyro_em.model import compat
@@ -50,6 +52,7 @@ class _Program:
     features: Features
     row_weight: Tensor | None  # (rows,) weights x counts of collapsed rows
     base: Tensor | None  # (rows,) log base measure
+    magnitude: float = 0.0  # Σ|ll_n| of the last E-step
 
 
 @dataclass(frozen=True)
@@ -158,12 +161,15 @@ class Plated:
     def _sums(self, program: _Program, arguments: Arguments) -> _Sums:
         w = self._coefficients(program, arguments)
         features, weight, base = program.features, program.row_weight, program.base
+        direct = self._without_cancellation(program, w, arguments)
         totals = torch.zeros(program.states.num, features.num_features, dtype=torch.float64)
         likelihood, magnitude = 0.0, 0.0
         for begin in range(0, features.num_rows, features.chunk):
             end = min(begin + features.chunk, features.num_rows)
             phi = features.rows(begin, end)
             log_joint = w @ phi
+            for layout in direct:
+                log_joint += centered_log_density(layout, arguments[layout.site.name], program.states, begin, end)
             r = torch.softmax(log_joint, 0)
             # softmax leaves max R = exp(max L - lse), so that lse costs no second pass over exp.
             lse = log_joint.amax(0).sub_(r.amax(0).log_())
@@ -176,9 +182,28 @@ class Plated:
             likelihood += float(lse.sum())
             magnitude += float(lse.abs().sum())
             totals.addmm_(r, phi.mT)
+        program.magnitude = magnitude
         if not likelihood > 0.1 * IMPOSSIBLE:
             likelihood = -math.inf
         return _Sums(likelihood, magnitude, totals)
+
+    def _without_cancellation(self, program: _Program, w: Tensor, arguments: Arguments) -> list[SiteLayout]:
+        """Sites to be evaluated by differences (their columns of W are zeroed), if rounding would show.
+
+        The rounding of the product is about eps·sqrt(N)·max_j Σ_f |W_jf|·rms(Φ_f), against the eps·Σ|ll_n| that
+        a monotone objective may lose.
+        """
+        normal = [x for x in program.layouts if x.site.family is not None and x.site.family.centered]
+        if not normal:
+            return []
+        size = torch.where(w <= 0.1 * IMPOSSIBLE, torch.zeros_like(w), w).abs() @ program.features.rms
+        if float(size.max()) * math.sqrt(program.features.num_rows) <= program.magnitude:
+            return []
+        for layout in normal:
+            w[:, layout.begin : layout.begin + layout.block.num_features] = 0.0
+            coefficients = NATURAL[type(layout.site.family)](arguments[layout.site.name], layout.center)  # type: ignore[index]
+            w[:, 0] -= weights_of(coefficients, layout, program.states)[1]
+        return normal
 
     def _moments(self, name: str, arguments: dict[str, Tensor], sums: list[_Sums]) -> SiteMoments:
         if name not in self.owner:

@@ -123,7 +123,7 @@ class MStep:
 
     def _combine(self, name: str, theta: Tensor, sufficient: Sufficient) -> Combined:
         """Total kernel of a parameter; the one made for the score serves the update if nothing changed since."""
-        version = sufficient.version(self.uses[name])
+        version = sufficient.version(sufficient.uses(name, self.uses[name]))
         known = sufficient.kernels.get(name)
         if known is not None and known[0] == version:
             return known[1]
@@ -132,11 +132,10 @@ class MStep:
         return combined
 
     def _combined(self, name: str, theta: Tensor, sufficient: Sufficient) -> Combined:
-        needed = {u.site for u in self.uses[name] if u.index is not None and u.slot != VALUE}
+        uses = sufficient.uses(name, self.uses[name])
+        needed = {u.site for u in uses if u.index is not None and u.slot != VALUE}
         moments = {site: sufficient.moments(site) for site in needed}
-        return combine(
-            self.uses[name], theta.detach().double(), sufficient.sites, moments, sufficient.arguments
-        )
+        return combine(uses, theta.detach().double(), sufficient.sites, moments, sufficient.arguments)
 
     def _kernel_gradient(self, name: str, params: Params, sufficient: Sufficient) -> Tensor:
         theta = params[name].detach().double()
@@ -151,7 +150,7 @@ class MStep:
             largest = max(largest, _largest(gradient))
         rest = (*self.numeric, *self.gradient)
         if rest:
-            block = Block(self.problem, params, expectation.weights, rest)
+            block = Block.of_q(self.problem, params, expectation.weights, rest)
             _, gradient, _ = block.gradient(block.free())
             largest = max(largest, _largest(gradient))
         return largest
@@ -164,7 +163,7 @@ class MStep:
         sufficient = expectation.sufficient
         self._count += 1
         check = self._coupled or self._count <= 3 or self._count % 10 == 0
-        scale = float(self.problem.graph.num_observations)
+        scale = self.problem.graph.num_observations
         certificate, empty = None, set()
         rounds = 0
         for rounds in range(1, MAX_ROUNDS + 1):
@@ -178,11 +177,11 @@ class MStep:
                 break
             self._coupled = True
         if certificate is not None and certificate > CERTIFICATE:
-            block = Block(self.problem, params, expectation.weights, (*self.closed, *self.numeric))
+            block = Block.of_q(self.problem, params, expectation.weights, (*self.closed, *self.numeric))
             params = maximise(block, tolerance=CERTIFICATE * scale)
             certificate = self._certificate(params, expectation, self._refreshed(params, expectation)) / scale
         if self.gradient:
-            block = Block(self.problem, params, expectation.weights, self.gradient)
+            block = Block.of_q(self.problem, params, expectation.weights, self.gradient)
             params = ascend(block) if self.optim is None else ascend_with(block, self.optim)
         return params, MStepInfo(rounds, certificate, tuple(sorted(empty)))
 
@@ -194,12 +193,12 @@ class MStep:
             if not isinstance(combined.kernel, FlatKernel) and bool(combined.kernel.is_empty().any()):
                 empty.add(name)
             best = combined.argmax(theta)
-            best = check_update(self.problem, name, self.uses[name], combined, best, sufficient)
+            best = check_update(self.problem, name, sufficient.uses(name, self.uses[name]), combined, best, sufficient)
             params[name] = best.to(params[name].dtype)
-            sufficient.put(params[name], self.uses[name])
+            sufficient.put(params[name], sufficient.uses(name, self.uses[name]))
         if self.numeric:
-            block = Block(self.problem, params, expectation.weights, self.numeric)
-            scale = float(self.problem.graph.num_observations)
+            block = Block.of_q(self.problem, params, expectation.weights, self.numeric)
+            scale = self.problem.graph.num_observations
             params = maximise(block, tolerance=0.1 * CERTIFICATE * scale)
             if self.closed:
                 sufficient.take(self._refreshed(params, expectation))
@@ -215,7 +214,7 @@ class MStep:
             (_largest(self._kernel_gradient(n, params, sufficient)) for n in self.closed), default=0.0
         )
         if self.numeric:
-            block = Block(self.problem, params, expectation.weights, self.numeric)
+            block = Block.of_q(self.problem, params, expectation.weights, self.numeric)
             _, gradient, _ = block.gradient(block.free())
             largest = max(largest, _largest(gradient))
         return largest

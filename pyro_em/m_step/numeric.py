@@ -14,20 +14,34 @@ import torch
 from torch import Tensor
 
 from pyro_em.charts import Chart, chart
+from pyro_em.model.trace import Run
 from pyro_em.problem import Problem
 from pyro_em.types import Params
 
 NEWTON_LIMIT = 120  # free coordinates; the Hessian costs one backward pass each
 
 
+Objective = Callable[[Params], tuple[Tensor, Run]]
+
+
 @dataclass
 class Block:
-    """The parameters to be moved, their charts, and Q as a function of their free coordinates."""
+    """The parameters to be moved, their charts, and an objective as a function of their free coordinates.
+
+    `objective` maps parameters to its value, differentiable, and to the run of the model behind it.
+    """
 
     problem: Problem
     params: Params
-    weights: Mapping[str, Tensor]
+    objective: Objective
     names: tuple[str, ...]
+
+    @classmethod
+    def of_q(
+        cls, problem: Problem, params: Params, weights: Mapping[str, Tensor], names: tuple[str, ...]
+    ) -> Block:
+        """The block of Q(θ) = E_q[log p(x,z|θ)] for given posterior weights."""
+        return cls(problem, params, lambda values: problem.expected_log_joint(values, weights), names)
 
     def __post_init__(self) -> None:
         records = self.problem.parameters
@@ -47,7 +61,7 @@ class Block:
 
     def q(self, u: Tensor) -> float:
         with torch.no_grad():
-            value, _ = self.problem.expected_log_joint(self.values(u), self.weights)
+            value, _ = self.objective(self.values(u))
         return float(value.detach())
 
     def gradient(self, u: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -57,7 +71,7 @@ class Block:
         """
         u = u.detach().requires_grad_(True)
         values = self.values(u)
-        q, run = self.problem.expected_log_joint(values, self.weights)
+        q, run = self.objective(values)
         modules = [n for n in self.names if self.problem.parameters[n].kind == "module" and n in run.leaves]
         leaves = [u, *(run.leaves[n] for n in modules)]
         if not q.requires_grad:

@@ -24,9 +24,7 @@ def clean_value(site: SiteRecord) -> Tensor:
     value = site.value
     if not site.observed or (site.mask is None and site.element_mask is None):
         return value
-    keep = torch.ones(site.fn.batch_shape, dtype=torch.bool, device=value.device)
-    if site.mask is not None:
-        keep = keep & site.mask
+    keep = torch.ones((), dtype=torch.bool, device=value.device) if site.mask is None else site.mask
     keep = keep.reshape(keep.shape + (1,) * site.fn.event_dim)
     if site.element_mask is not None:
         base_event = site.fn.event_dim - site.element_dims

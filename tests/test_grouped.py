@@ -1,0 +1,431 @@
+"""The grouped engine (e_step/grouped.py) equals the reference: evidence, statistics, updates; and when it is chosen.
+
+Statistics are compared as the gradient of every parameter's Q at random points: for an exponential family
+that determines the moments, whatever centre they were taken about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.ops.indexing import Vindex
+from torch import Tensor
+from torch.distributions import constraints
+
+import pyro_em
+from pyro_em.charts import chart
+from pyro_em.e_step.auto import choose_engine
+from pyro_em.e_step.base import Expectation
+from pyro_em.e_step.grouped import Grouped, compile_grouped
+from pyro_em.e_step.interpreted import Interpreted
+from pyro_em.errors import NonFiniteError
+from pyro_em.evidence import chain
+from pyro_em.m_step.auto import MStep
+from pyro_em.problem import Problem, bind
+from tests.graphs import random_graph
+from tests.problems import PROBLEMS
+
+simplex, positive = constraints.simplex, constraints.positive
+
+
+def _uniform(*shape: int) -> Tensor:
+    return torch.full(shape, 1.0 / shape[-1])
+
+
+def _rows(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.2
+    return table / table.sum(-1, keepdim=True)
+
+
+def _normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _digits(*shape: int, below: int, seed: int = 0) -> Tensor:
+    return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def hmm(y: Tensor, K: int = 3) -> None:
+    """One sequence (T, D) without any plate."""
+    pi = pyro.param("pi", _uniform(K), constraint=simplex)
+    A = pyro.param("A", _uniform(K, K), constraint=simplex)
+    mu = pyro.param("mu", torch.zeros(K, y.shape[-1]))
+    L = pyro.param("L", torch.eye(y.shape[-1]).repeat(K, 1, 1), constraint=constraints.lower_cholesky)
+    z = None
+    for t in pyro.markov(range(len(y))):
+        z = pyro.sample(f"z_{t}", dist.Categorical(pi if z is None else A[z]))
+        pyro.sample(f"y_{t}", dist.MultivariateNormal(mu[z], scale_tril=L[z]), obs=y[t])
+
+
+def poisson_hmm(y: Tensor, exposure: Tensor, K: int = 2) -> None:
+    """Rates scaled by an exposure that changes with time."""
+    pi = pyro.param("pi", _uniform(K), constraint=simplex)
+    A = pyro.param("A", _uniform(K, K), constraint=simplex)
+    rate = pyro.param("rate", 1.0 + torch.arange(K), constraint=positive)
+    z = None
+    for t in pyro.markov(range(len(y))):
+        z = pyro.sample(f"z_{t}", dist.Categorical(pi if z is None else A[z]))
+        pyro.sample(f"y_{t}", dist.Poisson(exposure[t] * rate[z]), obs=y[t])
+
+
+def changing(words: Tensor, K: int = 2, V: int = 3) -> None:
+    """Sequences (N, T); every step has a transition table of its own."""
+    N, T = words.shape
+    pi = pyro.param("pi", _uniform(K), constraint=simplex)
+    A = pyro.param("A", _uniform(T - 1, K, K), constraint=simplex)
+    B = pyro.param("B", _uniform(K, V), constraint=simplex)
+    z = None
+    with pyro.plate("sequences", N):
+        for t in pyro.markov(range(T)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(pi if z is None else A[t - 1][z]))
+            pyro.sample(f"x_{t}", dist.Categorical(B[z]), obs=words[:, t])
+
+
+def autoregressive(y: Tensor, K: int = 2) -> None:
+    """The data of a step depend on two neighbouring states."""
+    pi = pyro.param("pi", _uniform(K), constraint=simplex)
+    A = pyro.param("A", _uniform(K, K), constraint=simplex)
+    mu = pyro.param("mu", torch.zeros(K, K))
+    with pyro.plate("sequences", len(y)):
+        z = pyro.sample("z_0", dist.Categorical(pi))
+        for t in pyro.markov(range(1, y.shape[1])):
+            before, z = z, pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+            pyro.sample(f"y_{t}", dist.Normal(Vindex(mu)[before, z], 1.0), obs=y[:, t])
+
+
+def tones(on: Tensor, K: int = 2) -> None:
+    """Sequences (N, T, M) of M binary tones, in a plate inside of the sequences."""
+    N, T, M = on.shape
+    pi = pyro.param("pi", _uniform(K), constraint=simplex)
+    A = pyro.param("A", _uniform(K, K), constraint=simplex)
+    p = pyro.param("p", torch.full((K, M), 0.5), constraint=constraints.unit_interval)
+    tone = pyro.plate("tones", M, dim=-1)
+    z = None
+    with pyro.plate("sequences", N, dim=-2):
+        for t in pyro.markov(range(T)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(pi if z is None else A[z]))
+            with tone as m:
+                pyro.sample(f"x_{t}", dist.Bernoulli(Vindex(p)[z, m]), obs=on[:, t])
+
+
+def one_by_one(y: Tensor, K: int = 2) -> None:
+    """Sequences in a Python loop: every one is a component of its own."""
+    pi = pyro.param("pi", _uniform(K), constraint=simplex)
+    A = pyro.param("A", _uniform(K, K), constraint=simplex)
+    mu = pyro.param("mu", torch.zeros(K))
+    sd = pyro.param("sd", torch.ones(()), constraint=positive)
+    for i in range(len(y)):
+        z = None
+        for t in pyro.markov(range(y.shape[1] - i % 2)):
+            z = pyro.sample(f"z_{i}_{t}", dist.Categorical(pi if z is None else A[z]))
+            pyro.sample(f"y_{i}_{t}", dist.Normal(mu[z], sd), obs=y[i, t])
+
+
+def ragged(y: Tensor, lengths: Tensor, K: int = 2) -> None:
+    pi = pyro.param("pi", _uniform(K), constraint=simplex)
+    A = pyro.param("A", _uniform(K, K), constraint=simplex)
+    mu = pyro.param("mu", torch.zeros(K))
+    z = None
+    with pyro.plate("sequences", len(y)):
+        for t in pyro.markov(range(y.shape[1])):
+            with pyro.poutine.mask(mask=t < lengths):
+                z = pyro.sample(f"z_{t}", dist.Categorical(pi if z is None else A[z]))
+                pyro.sample(f"y_{t}", dist.Normal(mu[z], 1.0), obs=y[:, t])
+
+
+def factorial(y: Tensor) -> None:
+    """Two chains that share the data: no chain, so the general path."""
+    A = pyro.param("A", _uniform(2, 2), constraint=simplex)
+    B = pyro.param("B", _uniform(2, 2), constraint=simplex)
+    mu = pyro.param("mu", torch.zeros(2, 2))
+    a = b = torch.tensor(0)
+    for t in pyro.markov(range(len(y))):
+        a = pyro.sample(f"a_{t}", dist.Categorical(A[a]))
+        b = pyro.sample(f"b_{t}", dist.Categorical(B[b]))
+        pyro.sample(f"y_{t}", dist.Normal(Vindex(mu)[a, b], 1.0), obs=y[t])
+
+
+def scaled(y: Tensor) -> None:
+    """Scaled, with a hidden family whose factor cannot move, and data that no latent reaches."""
+    A = pyro.param("A", _uniform(2, 2), constraint=simplex)
+    mu = pyro.param("mu", torch.zeros(2))
+    level = pyro.param("level", torch.zeros(()))
+    z = torch.tensor(0)
+    with pyro.poutine.scale(scale=2.5):
+        for t in pyro.markov(range(len(y))):
+            z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+            pyro.sample(f"y_{t}", dist.Normal(mu[z], 1.0), obs=y[t])
+            pyro.sample(f"s_{t}", dist.VonMises(z * 1.0, 1.0), obs=y[t].remainder(3.0))
+            pyro.sample(f"c_{t}", dist.Normal(level, 1.0), obs=y[t])
+
+
+LEFT_RIGHT = torch.tensor([[0.6, 0.4, 0.0], [0.0, 0.7, 0.3], [0.0, 0.0, 1.0]], dtype=torch.float64)
+_start3 = {"pi": _rows(3), "A": _rows(3, 3), "mu": _normal(3, 2), "L": torch.eye(2, dtype=torch.float64).repeat(3, 1, 1)}
+_start2 = {"pi": _rows(2), "A": _rows(2, 2, seed=1)}
+_series = _normal(6, 7, seed=2)
+_lengths = torch.tensor([7, 1, 4, 0, 6, 7])
+_means = {"mu": torch.tensor([-0.5, 1.0], dtype=torch.float64)}
+
+CASES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Tensor], dict[str, Tensor] | None]] = {
+    "hmm": (hmm, (_normal(40, 2),), _start3, None),
+    "hmm of two steps": (hmm, (_normal(2, 2),), _start3, None),
+    "left-right": (
+        hmm,
+        (_normal(30, 2),),
+        {**_start3, "A": LEFT_RIGHT, "pi": torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)},
+        None,
+    ),
+    "poisson": (
+        poisson_hmm,
+        (_digits(50, below=9).double(), 0.5 + _rows(50) * 50),
+        {**_start2, "rate": torch.tensor([2.0, 5.0], dtype=torch.float64)},
+        None,
+    ),
+    "changing": (
+        changing,
+        (_digits(5, 6, below=3),),
+        {"pi": _rows(2), "A": _rows(5, 2, 2), "B": _rows(2, 3, seed=3)},
+        None,
+    ),
+    "autoregressive": (autoregressive, (_series,), {**_start2, "mu": _normal(2, 2, seed=5)}, None),
+    "tones": (
+        tones,
+        (_digits(4, 5, 3, below=2).double(),),
+        {**_start2, "p": 0.2 + 0.6 * _rows(2, 3)},
+        {"sequences": torch.tensor([1.0, 0.0, 2.5, 1.0])},
+    ),
+    "one by one": (
+        one_by_one,
+        (_series,),
+        {**_start2, **_means, "sd": torch.tensor(0.8, dtype=torch.float64)},
+        None,
+    ),
+    "ragged": (
+        ragged,
+        (torch.where(torch.arange(7) < _lengths[:, None], _series, torch.nan), _lengths),
+        {**_start2, **_means},
+        {"sequences": torch.tensor([1.0, 2.0, 0.0, 1.0, 0.5, 3.0])},
+    ),
+    "factorial": (factorial, (_normal(6),), {"A": _rows(2, 2), "B": _rows(2, 2, seed=1), "mu": _normal(2, 2)}, None),
+    "scaled": (scaled, (_normal(9),), {"A": _rows(2, 2), **_means, "level": torch.tensor(0.3, dtype=torch.float64)}, None),
+}  # fmt: skip
+
+
+def _same(found: Tensor, expected: Tensor, what: str) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11, msg=lambda m: f"{what}: {m}")
+
+
+def _gradients(
+    problem: Problem, m_step: MStep, params: Mapping[str, Tensor], step: Expectation
+) -> dict[str, Tensor]:
+    """∂Q/∂u of every parameter at random points near `params`, the arguments of the others held."""
+    found = {}
+    for name in m_step.closed:
+        theta = params[name].double()
+        combined = m_step._combine(name, theta, step.sufficient)
+        own = chart(problem.parameters[name].constraint, theta)
+        for i in range(3):
+            moved = own.from_free(own.to_free(theta) + 0.3 * _normal(*own.to_free(theta).shape, seed=i))
+            found[f"{name} {i}"] = own.pull_back(moved, combined.gradient(moved))
+    return found
+
+
+def _agree(problem: Problem, start: Mapping[str, Tensor], updates: int = 3) -> Grouped:
+    """The engine and the reference from the same start; fails where they differ."""
+    grouped, reference = compile_grouped(problem), Interpreted(problem)
+    ours, theirs = MStep(problem, "auto", "em"), MStep(problem, "auto", "em")
+    params = {name: value.clone() for name, value in start.items()}
+    for _ in range(updates):
+        found, expected = grouped.e_step(params), reference.e_step(params)
+        assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-12, abs=1e-12)
+        assert found.log_prior == pytest.approx(expected.log_prior, rel=1e-12, abs=1e-12)
+        assert found.magnitude == pytest.approx(expected.magnitude, rel=1e-12, abs=1e-12)
+        for (name, a), b in zip(
+            _gradients(problem, ours, params, found).items(),
+            _gradients(problem, theirs, params, expected).values(),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11 * (1 + float(b.abs().max())), msg=name)
+        ours_next, _ = ours.update(params, found)
+        params, _ = theirs.update(params, expected)
+        for name, value in params.items():
+            _same(ours_next[name], value, name)
+    return grouped
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_chains(name: str) -> None:
+    model, args, start, weights = CASES[name]
+    grouped = _agree(bind(model, args, {}, with_prior=False, weights=weights), start)
+    assert "0 of" in grouped.reason if name == "factorial" else "0 of" not in grouped.reason
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+def test_problems(problem: Any) -> None:
+    """Mixtures, latent classes, Dawid-Skene, blood groups, priors: whatever has closed forms."""
+    weights = None if problem.weights is None else {problem.plate: problem.weights}
+    bound = bind(problem.model, problem.args, {}, with_prior=problem.priors, weights=weights)
+    m_step = MStep(bound, "auto", "em")
+    if set(m_step.free) == set(m_step.closed):
+        _agree(bound, problem.start())
+    else:
+        assert isinstance(choose_engine(bound, m_step), Interpreted)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_graphs(seed: int) -> None:
+    """Random graphs: plates, nested plates, tied tables, structural zeros."""
+    graph = random_graph(seed)
+    torch.manual_seed(seed)
+    _agree(bind(graph.model, (graph.simulate(),), {}, with_prior=False), graph.tables)
+
+
+def test_a_chain_does_not_run_the_model_again() -> None:
+    calls = []
+
+    def counted(y: Tensor) -> None:
+        calls.append(1)
+        hmm(y)
+
+    y = _normal(30, 2)
+    problem = bind(counted, (y,), {}, with_prior=False)
+    m_step = MStep(problem, "auto", "em")
+    engine = choose_engine(problem, m_step)
+    assert engine.name == "grouped"
+    assert engine.reason == "60 sites evaluated as 3, 1 of 1 components smoothed as chains"
+    calls.clear()
+    params: Any = _start3
+    for _ in range(5):
+        params, _ = m_step.update(params, engine.e_step(params))
+    assert not calls
+
+
+def test_fit_is_the_same_by_either_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, args, start, _ = CASES["hmm"]
+    found = pyro_em.fit(model, *args, init=start, max_iter=25, tol=0)
+    monkeypatch.setattr("pyro_em.e_step.auto.COMPILERS", ())
+    expected = pyro_em.fit(model, *args, init=start, max_iter=25, tol=0)
+    assert found.history["objective"] == pytest.approx(expected.history["objective"], rel=1e-12)
+    assert found.history["score"] == pytest.approx(expected.history["score"], rel=1e-7)
+    for name, value in expected.params.items():
+        torch.testing.assert_close(found.params[name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_what_does_not_move_may_be_opaque() -> None:
+    """A frozen parameter behind a softmax: the model is run again when its value is another."""
+
+    def model(y: Tensor) -> None:
+        rows = torch.softmax(pyro.param("logits", torch.zeros(2, 2)), -1)
+        mu = pyro.param("mu", torch.zeros(2))
+        z = torch.tensor(0)
+        for t in pyro.markov(range(len(y))):
+            z = pyro.sample(f"z_{t}", dist.Categorical(rows[z]))
+            pyro.sample(f"y_{t}", dist.Normal(mu[z], 1.0), obs=y[t])
+
+    problem = bind(model, (_normal(12),), {}, with_prior=False)
+    m_step = MStep(problem, {"logits": "fixed"}, "em")
+    engine = choose_engine(problem, m_step)
+    assert isinstance(engine, Grouped)
+    for seed in range(2):
+        params = {"logits": _normal(2, 2, seed=seed), "mu": _normal(2, seed=7)}
+        expected = Interpreted(problem).e_step(params)
+        assert engine.e_step(params).log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-12)
+
+
+def test_what_it_cannot_run_is_left_to_the_reference() -> None:
+    """A moving parameter behind a softmax has no closed form."""
+
+    def model(y: Tensor) -> None:
+        rows = torch.softmax(pyro.param("logits", torch.zeros(2, 2)), -1)
+        z = torch.tensor(0)
+        for t in pyro.markov(range(len(y))):
+            z = pyro.sample(f"z_{t}", dist.Categorical(rows[z]))
+            pyro.sample(f"y_{t}", dist.Normal(z * 1.0, 1.0), obs=y[t])
+
+    problem = bind(model, (_normal(5),), {}, with_prior=False)
+    engine = choose_engine(problem, MStep(problem, "auto", "em"))
+    assert isinstance(engine, Interpreted)
+    assert "'logits' has no closed-form M-step" in engine.reason
+
+
+def test_impossible_data_are_named_as_by_the_reference() -> None:
+    model, args, _, _ = CASES["changing"]
+    problem = bind(model, args, {}, with_prior=False)
+    params = {"pi": _rows(2), "A": _rows(5, 2, 2), "B": torch.tensor([[1.0, 0, 0], [0, 1, 0]])}
+    with pytest.raises(NonFiniteError) as found:
+        compile_grouped(problem).e_step(params)
+    with pytest.raises(NonFiniteError) as expected:
+        Interpreted(problem).e_step(params)
+    assert str(found.value) == str(expected.value)
+
+
+def _brute(unary: Tensor, pair: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log Z, unary and pairwise posteriors of one chain by listing all paths."""
+    T, K = unary.shape
+    paths = torch.cartesian_prod(*[torch.arange(K)] * T).reshape(-1, T)
+    joint = unary[torch.arange(T), paths].sum(-1)
+    for t in range(1, T):
+        joint = joint + pair[t - 1, paths[:, t - 1], paths[:, t]]
+    w = torch.softmax(joint, 0)
+    hot = torch.nn.functional.one_hot(paths, K).double()
+    pairs = torch.einsum("p,pti,ptj->tij", w, hot[:, :-1], hot[:, 1:])
+    return joint.logsumexp(0), torch.einsum("p,pti->ti", w, hot), pairs
+
+
+@pytest.mark.parametrize("sequential", [0, 10**9])
+@pytest.mark.parametrize("short", [0, 10**9])
+@pytest.mark.parametrize("T", [2, 3, 5, 6, 7])
+@pytest.mark.parametrize(("lead", "width"), [(False, False), (True, False), (False, True), (True, True)])
+def test_smoothing_against_all_paths(
+    monkeypatch: pytest.MonkeyPatch, T: int, lead: bool, width: bool, sequential: int, short: int
+) -> None:
+    monkeypatch.setattr(chain, "SEQUENTIAL", sequential)
+    monkeypatch.setattr(chain, "SHORT", short)
+    B, K = 3, 3
+    unary = 3 * _normal(T, B, K)
+    pair = _rows(T - 1 if lead else 1, B if width else 1, K, K).log()
+    pair[..., 0, 1] = -torch.inf
+    found = chain.smooth(unary, pair)
+    weight = _rows(T - 1, B)
+    full = pair.expand(T - 1, B, K, K)
+    for b in range(B):
+        log_evidence, one, two = _brute(unary[:, b], full[:, b])
+        _same(found.log_evidence[b], log_evidence, "log Z")
+        _same(found.unary[:, b], one, "unary")
+        _same(found.pairs()[:, b], two, "pairs")
+    assert (found.pairs()[..., 0, 1] == 0).all()
+    _same(found.total_pairs(weight), (weight[..., None, None] * found.pairs()).sum((0, 1)), "total")
+
+
+@pytest.mark.parametrize("sequential", [0, 10**9])
+def test_smoothing_where_scaled_numbers_underflow(monkeypatch: pytest.MonkeyPatch, sequential: int) -> None:
+    """The only possible path has e^-900 of the density of the impossible ones at every step."""
+    monkeypatch.setattr(chain, "SEQUENTIAL", sequential)
+    monkeypatch.setattr(chain, "SHORT", 0)
+    T, B = 9, 2
+    unary = torch.zeros(T, B, 2)
+    unary[..., 0] = -900.0
+    unary[0, :, 1] = -torch.inf
+    pair = torch.tensor([[0.0, -torch.inf], [0.0, 0.0]]).reshape(1, 1, 2, 2)
+    found = chain.smooth(unary, pair)
+    _same(found.log_evidence, torch.full((B,), -900.0 * T), "log Z")
+    assert (found.unary[..., 0] == 1).all()
+    assert (found.pairs()[..., 0, 0] == 1).all()
+
+
+def test_smoothing_of_impossible_chains() -> None:
+    """Impossible chains have evidence zero and no posterior; their neighbours in the batch are right."""
+    unary = _normal(6, 2, 2)
+    unary[3, 0] = -torch.inf
+    pair = _rows(1, 1, 2, 2).log()
+    found = chain.smooth(unary, pair)
+    assert found.log_evidence[0] == -torch.inf
+    assert (found.unary[:, 0] == 0).all()
+    assert (found.pairs()[:, 0] == 0).all()
+    _same(found.unary[:, 1:], chain.smooth(unary[:, 1:], pair).unary, "unary")
