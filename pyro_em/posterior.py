@@ -17,7 +17,8 @@ from pyro_em.errors import InputError
 from pyro_em.evidence.discrete import Evidence, contract
 from pyro_em.evidence.ring import Elimination
 from pyro_em.model.compat import base_distribution, detached, dims_of, with_dims
-from pyro_em.model.graph import FactorGraph, align
+from pyro_em.model.graph import FactorGraph
+from pyro_em.model.packing import align
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.problem import Problem
 from pyro_em.types import Params

@@ -21,7 +21,8 @@ from pyro_em.model.capture import Capture, ParameterRecord, capture
 from pyro_em.model.certify import certify_factors
 from pyro_em.model.compat import detached, dims_of, with_dims
 from pyro_em.model.density import packed_log_density
-from pyro_em.model.graph import FactorGraph, build_graph, multiply
+from pyro_em.model.graph import FactorGraph, build_graph
+from pyro_em.model.packing import multiply
 from pyro_em.model.recognise import Use, recognise, second_point
 from pyro_em.model.resources import check_enumeration
 from pyro_em.model.roles import RoleOf, assign_roles

@@ -18,7 +18,8 @@ from torch import Tensor
 from pyro_em.families.base import OneHotStatistic, Statistic
 from pyro_em.model import compat
 from pyro_em.model.density import clean_value
-from pyro_em.model.graph import FactorInfo, multiply
+from pyro_em.model.graph import FactorInfo
+from pyro_em.model.packing import multiply
 from pyro_em.model.trace import SiteRecord
 
 

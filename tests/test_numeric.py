@@ -30,7 +30,7 @@ def _block(name: str, names: tuple[str, ...] = ()) -> Block:
 
 
 def _q(block: Block, params: dict[str, Tensor]) -> float:
-    return float(block.problem.expected_log_joint(params, block.weights)[0].detach())
+    return float(block.objective(params)[0].detach())
 
 
 def _responsibilities(block: Block) -> Tensor:

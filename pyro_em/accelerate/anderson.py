@@ -1,73 +1,84 @@
-"""Anderson"""
+"""Anderson acceleration, restarted and damped (DAAREM: Henderson & Varadhan 2019), kept monotone.
+
+With residuals f_i = M(u_i) − u_i and differences ΔF, ΔM (P, k) of the last k + 1 iterates,
+
+    γ = argmin ‖f − ΔF γ‖² + λ‖γ‖²,        u' = M(u) − ΔM γ
+
+λ is such that ‖γ‖² is a share δ = 1/(1 + 1.2^(−s)) of its value at λ = 0; s counts accepted proposals and
+falls by the order at a refused one. The memory, at most min(10, P) differences, is emptied when full. An
+accepted update costs one E-step, a refused one two. Henderson and Varadhan begin at δ = 0.01 (their κ = 25)
+because they let the objective fall a little; here it cannot, and δ = 1/2 took up to half the E-steps.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from pyro_em.accelerate.base import Coordinates, evaluate
-from pyro_em.loop import MONOTONE, EMMap, Iterate, rounding
+from pyro_em.loop import EMMap, Iterate, rounding
 
 ORDER = 10
-KAPPA = 25
-ALPHA = 1.2
-S0 = 0
-DAMP = True
-RESTART = True
-RESETFAIL = False
-SLACK=1.0
+GROWTH = 1.2  # of the odds δ/(1 − δ) with each accepted proposal
+RANK = 1e-12  # directions of ΔF below this share of its largest singular value are rounding
+
+
 class Anderson:
+    """Carries the iterates since the last restart, in the coordinates of that restart, and s."""
+
     def __init__(self, em: EMMap) -> None:
         self.em = em
-        self._c = None
-        self._pairs: list = []
-        self._s = S0
-        self._ell = None
-        self.log=[]
+        self._coordinates: Coordinates | None = None
+        self._points: list[tuple[Tensor, Tensor]] = []  # (u, M(u)), each (P,)
+        self._accepted = 0  # s
 
     def step(self, current: Iterate) -> Iterate:
-        em = self.em
-        plain = em.update(current)
-        if self._c is None or not self._c.cover(plain):
-            self._c = Coordinates.around(em, plain); self._pairs = []; self._ell=current.objective
-        c = self._c
-        x, g = c.to_free(current.params), c.to_free(plain)
-        if not bool(x.isfinite().all()):
-            self._c=None
-            return em.reached(plain, current)
-        self._pairs.append((x, g))
-        m = min(ORDER, len(x))
-        k = len(self._pairs) - 1
-        if k == 0:
-            return em.reached(plain, current)
-        X = torch.stack([a for a, _ in self._pairs]); G = torch.stack([b for _, b in self._pairs])
-        F = G - X
-        dF, dG = F.diff(dim=0).T, G.diff(dim=0).T
-        f = F[-1]
-        U, S, Vh = torch.linalg.svd(dF, full_matrices=False)
-        d = U.T @ f
-        lam = damping(S, d, 1/(1+ALPHA**(KAPPA-self._s))) if DAMP else 1e-12*float(S[0])**2
-        gamma = Vh.T @ (S*d/(S*S+lam))
-        prop = evaluate(em, c, g - dG @ gamma, current.iteration+1)
-        ok = prop is not None and prop.objective >= current.objective - SLACK * rounding(current)
-        if ok: self._s += 1
-        if RESTART and k >= m or (not ok and RESETFAIL):
-            now = prop.objective if ok else current.objective
-            if DAMP and self._ell is not None and not ok: self._s = max(self._s - m, -2*KAPPA)
-            self._c = None
-        elif k >= m: self._pairs.pop(0)
-        self.log.append((k,ok,lam))
-        return prop if ok else em.reached(plain, current)
+        """u' if its objective is not below that of u, else M(u)."""
+        plain = self.em.update(current)
+        if self._coordinates is None or not self._coordinates.cover(plain):
+            self._coordinates, self._points = Coordinates.around(self.em, plain), []
+        self._points.append((self._coordinates.to_free(current.params), self._coordinates.to_free(plain)))
+        order = min(ORDER, len(self._points[0][0]))
+        if len(self._points) == 1:
+            return self.em.reached(plain, current)
+        proposal = evaluate(self.em, self._coordinates, self._mixed(), current.iteration + 1)
+        if len(self._points) > order:
+            self._coordinates = None
+        if proposal is not None and proposal.objective >= current.objective - rounding(current):
+            self._accepted += 1
+            return proposal
+        self._accepted = max(self._accepted - order, -order)
+        return self.em.reached(plain, current)
 
-def damping(S, d, delta):
-    full = float((torch.where(S > 1e-12*S[0], d / S, 0.)**2).sum())
-    target = (delta * full) ** .5
-    if target == 0: return 0.0
-    lam = 0.
-    for _ in range(50):
-        q = S*S+lam
-        n2 = float((torch.where(S > 1e-12*S[0], S*d/q,0.)**2).sum()); n = n2**.5
-        if n <= target*1.01: break
-        dn = float((torch.where(S > 1e-12*S[0],(S*d)**2/q**3,0.)).sum())
-        lam += n2/dn*(n-target)/target
-    return lam
+    def _mixed(self) -> Tensor:
+        """u' (P,)."""
+        points, maps = (torch.stack(p, -1) for p in zip(*self._points, strict=True))  # (P, k + 1)
+        residuals = maps - points
+        left, singular, right = torch.linalg.svd(residuals.diff(dim=-1), full_matrices=False)
+        kept = singular > RANK * singular[0]
+        singular, target = singular[kept], (left.mT @ residuals[:, -1])[kept]
+        share = 1 / (1 + GROWTH**-self._accepted)
+        penalty = ridge(singular, target, share)
+        gamma = right.mT[:, kept] @ (singular * target / (singular**2 + penalty))
+        return maps[:, -1] - maps.diff(dim=-1) @ gamma
+
+
+def ridge(singular: Tensor, target: Tensor, share: float) -> float:
+    """λ for which ‖γ(λ)‖² = share · ‖γ(0)‖², where γ_j(λ) = d_j t_j / (d_j² + λ), d and t (k,).
+
+    Newton's method on 1/‖γ‖, as in trust regions (Moré 1978): from λ = 0 it rises to the root monotonically.
+    """
+    if not bool(target.any()):
+        return 0.0
+    wanted = math.sqrt(share) * float((target / singular).norm())
+    penalty = 0.0
+    for _ in range(20):
+        shifted = singular**2 + penalty
+        gamma = singular * target / shifted
+        size = float(gamma.norm())
+        if size <= 1.001 * wanted:
+            break
+        penalty += size**2 / float((gamma**2 / shifted).sum()) * (size - wanted) / wanted
+    return penalty

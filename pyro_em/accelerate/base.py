@@ -33,8 +33,11 @@ class Coordinates:
         return cls(params, {name: chart(records[name].constraint, params[name]) for name in em.m_step.free})
 
     def to_free(self, params: Params) -> Tensor:
-        """Coordinates (P,); not finite where an entry with a coordinate is on the boundary."""
-        parts = [c.to_free(params[name]).detach().double().cpu() for name, c in self.charts.items()]
+        """Coordinates (P,); not finite where an entry with a coordinate is on the boundary or outside."""
+        try:
+            parts = [c.to_free(params[name]).detach().double().cpu() for name, c in self.charts.items()]
+        except torch.linalg.LinAlgError:  # a covariance that is no longer positive definite
+            return torch.full((sum(c.size for c in self.charts.values()),), torch.nan, dtype=torch.float64)
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
     def from_free(self, free: Tensor) -> Params:

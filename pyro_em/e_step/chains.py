@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pyro_em.e_step.groups import Group
 from pyro_em.evidence.chain import ChainPosterior, smooth
-from pyro_em.model.graph import Component, FactorGraph, align
+from pyro_em.model.graph import Component, FactorGraph
+from pyro_em.model.packing import align
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from pyro_em.evidence.chain import ChainPosterior
 from pyro_em.evidence.discrete import evaluate, weighted_sum
 from pyro_em.model.compat import dims_of, with_dims
 from pyro_em.model.density import packed_log_density
-from pyro_em.model.graph import FactorGraph, align
+from pyro_em.model.graph import FactorGraph
+from pyro_em.model.packing import align
 from pyro_em.model.recognise import Use
 from pyro_em.model.trace import SiteRecord
 from pyro_em.problem import Problem
@@ -115,7 +116,8 @@ class Grouped:
         posterior = self._posterior(arguments)
         log_prior = self._log_prior(sufficient)
         if not (math.isfinite(posterior.log_likelihood) and math.isfinite(log_prior)):
-            evidence, run = problem.evidence(params)  # names the site and the rows
+            with torch.enable_grad():
+                evidence, run = problem.evidence(params)  # names the site and the rows
             return expectation(problem, run, evidence)
         return Expectation(
             log_likelihood=posterior.log_likelihood,

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from pyro_em.e_step.base import NotCompiled
 from pyro_em.model.density import clean_value
-from pyro_em.model.graph import FactorInfo, align
+from pyro_em.model.graph import FactorInfo
+from pyro_em.model.packing import align
 from pyro_em.model.recognise import Use
 from pyro_em.model.trace import SiteRecord
 

@@ -19,7 +19,8 @@ from pyro_em.e_step.natural import NATURAL, Coefficients, log_base_measure
 from pyro_em.families.base import OneHotStatistic
 from pyro_em.model import compat
 from pyro_em.model.density import clean_value
-from pyro_em.model.graph import Component, FactorGraph, align
+from pyro_em.model.graph import Component, FactorGraph
+from pyro_em.model.packing import align
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.statistics import SiteMoments
 

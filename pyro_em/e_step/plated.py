@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_em.e_step.collapse import collapse
 from pyro_em.e_step.base import Expectation, NotCompiled
+from pyro_em.e_step.collapse import collapse
 from pyro_em.e_step.direct import centered_log_density
 from pyro_em.e_step.features import Features
 from pyro_em.e_step.interpreted import expectation

@@ -20,7 +20,8 @@ from pyro_em import settings
 from pyro_em.errors import Refusal
 from pyro_em.evidence.ring import Elimination, LogDensityRing
 from pyro_em.model.compat import detached, dims_of, with_dims
-from pyro_em.model.graph import Component, FactorGraph, align
+from pyro_em.model.graph import Component, FactorGraph
+from pyro_em.model.packing import align
 
 Packed = Mapping[str, Tensor]
 

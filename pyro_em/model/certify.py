@@ -19,7 +19,8 @@ from pyro_em.errors import Refusal
 from pyro_em.model import compat
 from pyro_em.model.capture import Capture
 from pyro_em.model.density import log_density, packed_log_density
-from pyro_em.model.graph import FactorGraph, align
+from pyro_em.model.graph import FactorGraph
+from pyro_em.model.packing import align
 from pyro_em.model.trace import Run, quiet_store, run_model
 from pyro_em.types import Model
 

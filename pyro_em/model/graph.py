@@ -4,10 +4,6 @@ Built once from one enumerated run. A *component* is a set of factors connected 
 latents; its *root* is the set of plates that all of its factors share, so log Z of a component is a
 tensor over its root plates, and a weight w_n of a plate element multiplies log Z_n there.
 
-Barren latents. A latent none of whose descendants is observed (its data are masked) sums to one and
-adds nothing to log Z. Its expected counts are left out too: a row without data must not dilute the
-M-step (it would change the iterates, though not the limit).
-
 Refused here: several scales in one component, tensor-valued scales, weights on a plate that a
 component's factors do not all share.
 """
@@ -22,6 +18,8 @@ from torch import Tensor
 
 from pyro_em.errors import InputError, Refusal
 from pyro_em.model import compat
+from pyro_em.model.packing import multiply
+from pyro_em.model.relevance import relevance_of
 from pyro_em.model.trace import Run, SiteRecord
 
 
@@ -86,24 +84,6 @@ class FactorGraph:
         return tuple(symbol for symbol in self.plate_names if symbol in shared)
 
 
-def multiply(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Product of two packed tensors over the union of their dims; None stands for one."""
-    if a is None or b is None:
-        return b if a is None else a
-    dims = "".join(dict.fromkeys(compat.dims_of(a) + compat.dims_of(b)))
-    return compat.with_dims(align(a, dims) * align(b, dims), dims)
-
-
-def align(x: Tensor, dims: str) -> Tensor:
-    """A packed tensor permuted to `dims`, size 1 where it has no such dim."""
-    own = compat.dims_of(x)
-    x = x.permute([own.index(d) for d in dims if d in own])
-    shape, sizes = [], iter(x.shape)
-    for d in dims:
-        shape.append(next(sizes) if d in own else 1)
-    return x.reshape(shape)
-
-
 def build_graph(
     run: Run,
     packed: Mapping[str, Tensor],
@@ -123,7 +103,7 @@ def build_graph(
         run.plate_symbols[plate.name]: plate.size for site in run.sites.values() for plate in site.plates
     }
     weight_of = _plate_weights(weights, run, plate_sizes)
-    relevance = _relevance(run, packed, symbol_sites)
+    relevance = relevance_of(run, packed, symbol_sites)
     enumerated = {name: set(compat.dims_of(packed[name])) & set(symbol_sites) for name in run.sites}
     priors = tuple(name for name in run.sites if name in parameters)
     for name in priors:
@@ -186,45 +166,6 @@ def _plate_weights(
         if weight.numel() == 1:
             found[symbol] = compat.with_dims(found[symbol], "")
     return found
-
-
-def _relevance(run: Run, packed: Mapping[str, Tensor], symbol_sites: Mapping[str, str]) -> dict[str, Tensor]:
-    """For each latent with barren elements, a packed 0/1 tensor over its plates; absent = all relevant."""
-    children: dict[str, list[str]] = {name: [] for name in symbol_sites.values()}
-    for name in run.sites:
-        for symbol in set(compat.dims_of(packed[name])) & set(symbol_sites):
-            if symbol_sites[symbol] != name:
-                children[symbol_sites[symbol]].append(name)
-    relevant: dict[str, Tensor | None] = {}  # None stands for all relevant
-    for name in reversed(list(run.sites)):
-        site = run.sites[name]
-        if not site.enumerated:
-            mask = None if site.mask is None else compat.pack(site.mask, site.symbols)
-            relevant[name] = None if mask is None or bool(mask.all()) else mask
-            continue
-        flags = []
-        for child in children.get(name, []):
-            flag = relevant[child]
-            if flag is None:
-                flags = None  # type: ignore[assignment]
-                break
-            gone = [i for i, d in enumerate(compat.dims_of(flag)) if d not in site.plate_dims]
-            kept = "".join(d for d in compat.dims_of(flag) if d in site.plate_dims)
-            flags.append(compat.with_dims(flag.amax(gone) if gone else flag, kept))
-        if flags is None:
-            relevant[name] = None
-            continue
-        total = compat.with_dims(torch.zeros((), dtype=torch.bool), "")
-        for flag in flags:
-            dims = "".join(dict.fromkeys(compat.dims_of(total) + compat.dims_of(flag)))
-            total = compat.with_dims(align(total, dims) | align(flag, dims), dims)
-        relevant[name] = total
-    dtype = torch.get_default_dtype()
-    return {
-        name: compat.with_dims(flag.to(dtype), compat.dims_of(flag))
-        for name, flag in relevant.items()
-        if flag is not None and run.sites[name].enumerated
-    }
 
 
 def _count_weight(
