@@ -26,7 +26,7 @@ from pyro_em.model.trace import run_model
 from pyro_em.types import Model
 
 
-class ExactELBO(ELBO):  # type: ignore[misc]
+class ExactELBO(ELBO):
     """ELBO with the exact posterior over discrete latents.
 
     :param num_particles: draws of the guide to average over (1 suffices for Delta guides).
@@ -51,7 +51,7 @@ class ExactELBO(ELBO):  # type: ignore[misc]
         return -total
 
     def _particle(self, model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        guide_trace: Any = poutine.trace(guide).get_trace(*args, **kwargs)
         drawn = {
             name: site["value"]
             for name, site in guide_trace.nodes.items()
@@ -87,5 +87,5 @@ class ExactELBO(ELBO):  # type: ignore[misc]
     def loss_and_grads(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> float:
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         return float(loss.detach())

@@ -24,7 +24,9 @@ from pyro_em.model.trace import Run
 from pyro_em.problem import Problem
 from pyro_em.types import Params
 
-AT_BOUNDARY = 1e-6  # a probability this close to 0 or 1 counts as being there
+# A probability within this many expected observations of 0 or 1 counts as being there: EM approaches the
+# boundary only geometrically, and its logit would carry a useless interval.
+BOUNDARY_COUNT = 0.01
 
 
 @dataclass(frozen=True)
@@ -63,17 +65,17 @@ def log_objective(problem: Problem, params: Params) -> tuple[Tensor, Run]:
         return total, run
 
 
-def snapped(constraint: constraints.Constraint, value: Tensor) -> Tensor:
-    """Probabilities within `AT_BOUNDARY` of 0 or 1 put there exactly, so that their chart freezes them."""
+def snapped(constraint: constraints.Constraint, value: Tensor, margin: float) -> Tensor:
+    """Probabilities within `margin` of 0 or 1 put there exactly, so that their chart freezes them."""
     while hasattr(constraint, "base_constraint"):
         constraint = constraint.base_constraint
     if constraint is constraints.simplex:
-        low = value < AT_BOUNDARY
+        low = value < margin
         kept = torch.where(low, torch.zeros_like(value), value)
         return kept / kept.sum(-1, keepdim=True) if bool(low.any()) else value
     if constraint is constraints.unit_interval:
-        value = torch.where(value < AT_BOUNDARY, torch.zeros_like(value), value)
-        return torch.where(value > 1 - AT_BOUNDARY, torch.ones_like(value), value)
+        value = torch.where(value < margin, torch.zeros_like(value), value)
+        return torch.where(value > 1 - margin, torch.ones_like(value), value)
     return value
 
 
@@ -84,7 +86,8 @@ def observed_information(problem: Problem, params: Params, names: tuple[str, ...
     (a parameter that the data do not identify); directions without information get variance 0.
     """
     records = problem.parameters
-    at = {n: snapped(records[n].constraint, v.detach()) for n, v in params.items()}
+    margin = min(1e-3, BOUNDARY_COUNT / problem.graph.num_observations)
+    at = {n: snapped(records[n].constraint, v.detach(), margin) for n, v in params.items()}
     block = Block(problem, at, lambda values: log_objective(problem, values), names)
     charts = block.charts
     frozen = [

@@ -166,7 +166,8 @@ def run_loop(
                 current.expectation.log_likelihood,
                 score,
             )
-            if any([callback(step) for callback in callbacks]):
+            answers = [callback(step) for callback in callbacks]  # all of them are called
+            if any(answers):
                 return Ended(current, Outcome.interrupted, history, tuple(sorted(em.empty)))
             outcome = rule.outcome(current.iteration, score, current.objective, rounding(current))
             if outcome is not None:

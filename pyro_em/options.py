@@ -21,6 +21,7 @@ EXACT = ("em", "map-em", "gem")
 
 
 def check_algorithm(algorithm: str) -> None:
+    """Raise `InputError` for an unknown algorithm."""
     if algorithm not in ALGORITHMS:
         raise InputError(
             f"algorithm: there is no '{algorithm}'. Valid names: {', '.join(map(repr, ALGORITHMS))}."
@@ -28,6 +29,7 @@ def check_algorithm(algorithm: str) -> None:
 
 
 def check_restarts(restarts: int) -> None:
+    """Raise `InputError` unless there is at least one start."""
     if not isinstance(restarts, int) or isinstance(restarts, bool) or restarts < 1:
         raise InputError(f"restarts must be a positive integer, not {restarts!r}.")
 

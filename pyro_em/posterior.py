@@ -122,7 +122,7 @@ class Posterior:
 
     def entropy(self) -> float:
         """Entropy of the posterior in nats, weighted like the log-likelihood; latents without data left out."""
-        evidence, run = self._e_step
+        evidence, _ = self._e_step
         q, _ = _without_prior(self.problem).expected_log_joint(self.params, evidence.weights)
         return max(0.0, float(evidence.log_likelihood) - float(q.detach()))
 

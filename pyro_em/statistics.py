@@ -111,7 +111,8 @@ def reduce_to(
     target = (1,) * (rank - len(cells)) + tuple(cells)
     letters = iter(string.ascii_letters)
     name = [next(letters) for _ in range(rank)]
-    operands, terms, events, event_shape = [], [], [], []
+    operands: list[Tensor] = []
+    terms, events, event_shape = [], [], []
     for x, event_dim in [(weight, 0), *((f, factor_dim) for f in factors)]:
         lead = x.dim() - event_dim
         kept = [i for i in range(lead) if x.shape[i] > 1]

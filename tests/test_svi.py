@@ -1,4 +1,4 @@
-"""`algorithm="svi"`: the same model text and result, a bound instead of the evidence, and nothing left behind.
+"""`algorithm="svi"`: the same model text and result, a bound instead of the evidence.
 
 Tight bounds are held to the exact algorithms, loose ones to a KL divergence or an evidence known in closed form.
 """
@@ -21,11 +21,9 @@ from pyro_em.errors import InputError
 from tests.oracles import log_prior
 from tests.problems import BY_NAME
 
-ADAM = {"lr": 0.05}
 
-
-def _adam() -> Any:
-    return pyro.optim.Adam(dict(ADAM))
+def adam() -> Any:
+    return pyro.optim.Adam({"lr": 0.05})
 
 
 def two_means(y: Tensor) -> None:
@@ -38,17 +36,17 @@ def two_means(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(mu[z], 1.0), obs=y)
 
 
-def _two_groups() -> Tensor:
+def two_groups() -> Tensor:
     return torch.cat([torch.randn(12) - 2.0, torch.randn(18) + 2.0])
 
 
 @pytest.mark.slow
 def test_one_text_under_em_map_em_svi_and_nuts() -> None:
-    y = _two_groups()
+    y = two_groups()
     start = {"w": torch.tensor([0.5, 0.5]), "mu": torch.tensor([-1.0, 1.0])}
     em, exact, svi = (
         pyro_em.fit(two_means, y, algorithm=a, init=start, tol=1e-10, max_iter=400, optim=o)
-        for a, o in (("em", None), ("map-em", None), ("svi", _adam()))
+        for a, o in (("em", None), ("map-em", None), ("svi", adam()))
     )
     assert em.converged
     assert exact.converged
@@ -88,7 +86,7 @@ def test_long_enough_svi_ends_where_the_exact_algorithm_does(name: str, algorith
     exact = pyro_em.fit(
         problem.model, *problem.args, algorithm=algorithm, init=problem.start(), tol=1e-10, max_iter=5000
     )
-    svi = pyro_em.fit(problem.model, *problem.args, algorithm="svi", init=problem.start(), max_iter=400, optim=_adam())
+    svi = pyro_em.fit(problem.model, *problem.args, algorithm="svi", init=problem.start(), max_iter=400, optim=adam())
     assert svi.params.keys() == exact.params.keys()
     for site in exact.params:
         torch.testing.assert_close(svi.params[site], exact.params[site], atol=1e-4, rtol=0)
@@ -153,7 +151,7 @@ def test_the_gap_is_the_divergence_from_the_posterior() -> None:
         guide=_free_guide,
         init=problem.start(),
         max_iter=60,
-        optim=_adam(),
+        optim=adam(),
     )
     assert after.elbo > start.elbo
     assert 0 < after.gap < start.gap
@@ -188,7 +186,7 @@ def test_continuous_latents_get_a_normal_guide() -> None:
 
 
 def test_roles_decide_between_point_and_distribution() -> None:
-    y = _two_groups()
+    y = two_groups()
     point = pyro_em.plan(two_means, y, algorithm="svi")
     spread = pyro_em.plan(two_means, y, algorithm="svi", roles={"mu": "latent"})
     assert point.route("mu") == "gradient"

@@ -17,35 +17,10 @@ import pyro_em
 from pyro_em.errors import InputError, NonFiniteError, Refusal
 from tests import classics
 from tests.problems import BY_NAME
+from tests.test_svi import adam, normal_effects, two_groups, two_means
 
 
-def _adam() -> Any:
-    return pyro.optim.Adam({"lr": 0.05})
-
-
-def two_means(y: Tensor) -> None:
-    """Two groups of known spread: weights and means have conjugate priors."""
-    w = pyro.sample("w", dist.Dirichlet(torch.tensor([2.0, 2.0])))
-    with pyro.plate("components", 2):
-        mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
-    with pyro.plate("rows", len(y)):
-        z = pyro.sample("z", dist.Categorical(w))
-        pyro.sample("y", dist.Normal(mu[z], 1.0), obs=y)
-
-
-def _two_groups() -> Tensor:
-    return torch.cat([torch.randn(12) - 2.0, torch.randn(18) + 2.0])
-
-
-def normal_effects(y: Tensor) -> None:
-    """y_n | z_n ~ N(mu + z_n, 1/4), z_n ~ N(0, 1): y_n ~ N(mu, 5/4)."""
-    mu = pyro.param("mu", torch.tensor(0.0))
-    with pyro.plate("rows", len(y)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(mu + z, 0.5), obs=y)
-
-
-class Loud(PyroModule):
+class ModuleMixture(PyroModule):
     """A mixture whose means are a plain torch parameter and whose weights a constrained Pyro one."""
 
     def __init__(self) -> None:
@@ -72,10 +47,10 @@ def _store() -> dict[str, Tensor]:
 
 
 def test_modules_learn_in_place_and_the_store_follows() -> None:
-    y, model, other = _two_groups(), Loud(), Loud()
+    y, model, other = two_groups(), ModuleMixture(), ModuleMixture()
     pyro_em.fit(other, y, algorithm="svi", max_iter=5)
     before = _weights(other)
-    result = pyro_em.fit(model, y, algorithm="svi", restarts=2, max_iter=30, optim=_adam())
+    result = pyro_em.fit(model, y, algorithm="svi", restarts=2, max_iter=30, optim=adam())
     assert torch.equal(model.mu, result.params["mu"])
     torch.testing.assert_close(model.w, result.params["w"])
     assert torch.equal(pyro.param("mu"), result.params["mu"])
@@ -90,7 +65,7 @@ class _Stop(Exception):
 
 @pytest.mark.parametrize("error", [_Stop, KeyboardInterrupt])
 def test_an_interrupted_fit_leaves_no_trace(error: type[BaseException]) -> None:
-    y, model = _two_groups(), Loud()
+    y, model = two_groups(), ModuleMixture()
     pyro.param("mine", torch.tensor(3.0))
     before, store, state = _weights(model), _store(), torch.get_rng_state()
 
@@ -106,7 +81,7 @@ def test_an_interrupted_fit_leaves_no_trace(error: type[BaseException]) -> None:
 
 
 def test_a_loss_that_is_not_finite_names_the_step() -> None:
-    y, model = _two_groups(), Loud()
+    y, model = two_groups(), ModuleMixture()
     before, store, state = _weights(model), _store(), torch.get_rng_state()
     with pytest.raises(NonFiniteError, match=r"step \d+ of SVI.*learning rate"):
         pyro_em.fit(model, y, algorithm="svi", optim=pyro.optim.SGD({"lr": 1e200}), seed=0)
@@ -116,7 +91,7 @@ def test_a_loss_that_is_not_finite_names_the_step() -> None:
 
 
 def test_entries_of_the_store_are_overwritten_in_place() -> None:
-    y = _two_groups()
+    y = two_groups()
     mine = torch.tensor([-1.0, 1.0])
 
     def model(y: Tensor) -> None:
@@ -240,5 +215,5 @@ def test_what_cannot_be_is_said_before_the_first_step(
     model: Any, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        pyro_em.fit(model, _two_groups(), algorithm="svi", **options)
+        pyro_em.fit(model, two_groups(), algorithm="svi", **options)
     assert not _store()

@@ -98,7 +98,8 @@ class Plated:
                 found.append(None if weight is None else SiteLayout.over_root(weight, component, run, graph))
         first = found[0]
         for other in found[1:]:
-            if (other is None) != (first is None) or (other is not None and not torch.equal(other, first)):
+            same = other is first or (other is not None and first is not None and torch.equal(other, first))
+            if not same:
                 raise NotCompiled("latents of one row are informed by different parts of the data")
         return None if first is None else first.double().expand(num_rows).contiguous()
 
@@ -238,7 +239,9 @@ class Plated:
                 prior += own
             else:
                 total += own
-                size += float(weighted_sum(compat.with_dims(packed.abs(), compat.dims_of(packed)), graph.factors[name].weight))
+                size += float(
+                    weighted_sum(compat.with_dims(packed.abs(), compat.dims_of(packed)), graph.factors[name].weight)
+                )
         return total, size, prior
 
 

@@ -109,7 +109,7 @@ class LogDensityRing(Ring):
     def _eliminate(self, x: Tensor) -> Tensor:
         if self.elimination == "sum":
             return logsumexp(x)
-        return _Pick.apply(x, self.elimination == "sample")  # type: ignore[no-untyped-call,no-any-return]
+        return _Pick.apply(x, self.elimination == "sample")
 
     def _join(self, terms: list[Tensor], keep: str, drop: str, size: dict[str, int]) -> Tensor:
         """Broadcast-add `terms` over dims keep + drop, then eliminate `drop`."""

@@ -89,9 +89,7 @@ class MStep:
             unknown = [name for name in option if name not in self.problem.parameters]
             if unknown:
                 known = ", ".join(self.problem.parameters)
-                raise InputError(
-                    f"m_step: the model has no parameter '{unknown[0]}'. Its parameters: {known}."
-                )
+                raise InputError(f"m_step: the model has no parameter '{unknown[0]}'. Its parameters: {known}.")
             wanted, default = dict(option), "gradient" if algorithm == "gem" else "auto"
         valid = ("auto", "closed", "gradient", "fixed")
         for value in (default, *wanted.values()):
@@ -99,9 +97,7 @@ class MStep:
                 raise InputError(f"m_step: '{value}' is none of {', '.join(valid)}.")
         with torch.no_grad():
             uniform = _uniform(self.problem, self.problem.run(self.problem.start))
-        return {
-            name: self._choice(name, wanted.get(name, default), uniform) for name in self.problem.parameters
-        }
+        return {name: self._choice(name, wanted.get(name, default), uniform) for name in self.problem.parameters}
 
     def _choice(self, name: str, wanted: str, uniform: Sufficient) -> Choice:
         if wanted == "fixed":
@@ -165,7 +161,6 @@ class MStep:
         check = self._coupled or self._count <= 3 or self._count % 10 == 0
         scale = self.problem.graph.num_observations
         certificate, empty = None, set()
-        rounds = 0
         for rounds in range(1, MAX_ROUNDS + 1):
             before = params
             params, found = self._round(params, expectation)
@@ -207,12 +202,12 @@ class MStep:
     def _refreshed(self, params: Params, expectation: Expectation) -> Sufficient:
         with torch.no_grad():
             run = self.problem.run(params)
-        return Sufficient(self.problem, run.sites, raw_arguments(run.sites), _moments(self.problem, run, expectation.weights))
+        return Sufficient(
+            self.problem, run.sites, raw_arguments(run.sites), _moments(self.problem, run, expectation.weights)
+        )
 
     def _certificate(self, params: Params, expectation: Expectation, sufficient: Sufficient) -> float:
-        largest = max(
-            (_largest(self._kernel_gradient(n, params, sufficient)) for n in self.closed), default=0.0
-        )
+        largest = max((_largest(self._kernel_gradient(n, params, sufficient)) for n in self.closed), default=0.0)
         if self.numeric:
             block = Block.of_q(self.problem, params, expectation.weights, self.numeric)
             _, gradient, _ = block.gradient(block.free())

@@ -119,9 +119,7 @@ class _Piece:
     index: Tensor
 
 
-def _piece(
-    use: Use, site: SiteRecord, moments: Mapping[str, SiteMoments], arguments: Mapping[str, Tensor]
-) -> _Piece:
+def _piece(use: Use, site: SiteRecord, moments: Mapping[str, SiteMoments], arguments: Mapping[str, Tensor]) -> _Piece:
     family, index = site.family, use.index
     assert family is not None and index is not None
     everything = {**site.constants, **arguments}
@@ -129,9 +127,7 @@ def _piece(
     if use.slot == VALUE:
         kernel = family.value_kernel(everything)
         if kernel is None:
-            raise NotClosed(
-                f"the density of {type(family).__name__} at '{use.site}' has no kernel in its value"
-            )
+            raise NotClosed(f"the density of {type(family).__name__} at '{use.site}' has no kernel in its value")
         return _Piece(kernel, IDENTITY, index)
     own = moments[use.site]
     if family.arguments[use.slot] == 2 and _is_diagonal(index, arguments[use.slot]):
@@ -139,9 +135,7 @@ def _piece(
         if kernel is None:
             raise NotClosed(f"{where}: no kernel for a diagonal matrix")
         return _Piece(_transform(kernel, use, _diagonal(use.coefficient)), IDENTITY, _diagonal(index))
-    kernel = (
-        family.kernel(use.slot, own.moments, everything, own.center) if use.slot in family.closed else None
-    )
+    kernel = family.kernel(use.slot, own.moments, everything, own.center) if use.slot in family.closed else None
     if kernel is None:
         raise NotClosed(f"{where} has no closed form")
     link = family.link(use.slot)

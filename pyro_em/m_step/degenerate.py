@@ -106,9 +106,7 @@ def _check_scales(site: str, kernel: PowerKernel, sufficient: Sufficient) -> Non
     if spread is None:
         return
     if not bool((spread > 0).all()):
-        raise InputError(
-            f"Site '{site}': all data are equal, so that its scale has no maximum-likelihood estimate."
-        )
+        raise InputError(f"Site '{site}': all data are equal, so that its scale has no maximum-likelihood estimate.")
     theta = kernel.argmax()
     # falling power: θ^q is a variance for q = 2 (scale), 1 (variance); rising: a precision.
     variance_like = bool((kernel.log_coefficient < 0).any())

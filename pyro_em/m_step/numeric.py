@@ -37,9 +37,7 @@ class Block:
     names: tuple[str, ...]
 
     @classmethod
-    def of_q(
-        cls, problem: Problem, params: Params, weights: Mapping[str, Tensor], names: tuple[str, ...]
-    ) -> Block:
+    def of_q(cls, problem: Problem, params: Params, weights: Mapping[str, Tensor], names: tuple[str, ...]) -> Block:
         """The block of Q(θ) = E_q[log p(x,z|θ)] for given posterior weights."""
         return cls(problem, params, lambda values: problem.expected_log_joint(values, weights), names)
 

@@ -155,7 +155,7 @@ def capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capt
     observe = _Observe()
     with quiet_store(), poutine.block(), compat.recording_arguments(), torch.no_grad():
         try:
-            trace = poutine.trace(observe(model)).get_trace(*args, **kwargs)
+            trace: Any = poutine.trace(observe(model)).get_trace(*args, **kwargs)
         except ZeroDivisionError as error:
             if "size cannot be zero" not in str(error):
                 raise

@@ -91,10 +91,12 @@ def module_parameter(message: Site) -> torch.nn.Parameter | None:
 
 
 def is_enumerated(site: Site) -> bool:
+    """The site was enumerated in this run."""
     return site["infer"].get("_enumerate_dim") is not None
 
 
 def enumeration_symbol(site: Site) -> str | None:
+    """Symbol of the site's own enumeration dim, None if it was not enumerated."""
     return site["infer"].get("_enumerate_symbol")
 
 
@@ -104,10 +106,12 @@ def markov_depth(site: Site) -> int | None:
 
 
 def dim_symbols(site: Site) -> dict[int, str]:
+    """Symbols of the site's plate and enumeration dims, by dim (negative)."""
     return site["infer"]["_dim_to_symbol"]
 
 
 def plate_symbols(trace: Trace) -> dict[str, str]:
+    """Symbol of every vectorised plate, by name."""
     return dict(trace.plate_to_symbol)
 
 

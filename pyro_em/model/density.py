@@ -32,7 +32,7 @@ def clean_value(site: SiteRecord) -> Tensor:
     keep = keep.expand(torch.broadcast_shapes(keep.shape, value.shape))
     if bool(keep.all()):
         return value
-    kept = keep.reshape(keep.shape[: keep.dim() - site.fn.event_dim] + (-1,)).all(-1)
+    kept = keep.reshape((*keep.shape[: keep.dim() - site.fn.event_dim], -1)).all(-1)
     rows = value.expand(keep.shape)
     filler = rows[kept][0] if bool(kept.any()) else rows.new_ones(())
     return torch.where(keep, rows, filler)
@@ -75,7 +75,3 @@ def packed_log_density(site: SiteRecord) -> Tensor:
             "declare every independent dim by pyro.plate(..., dim=...), and use a latent only elementwise or by "
             "indexing (loc[z]) inside of its own plates.",
         ) from error
-
-
-def packed_mask(site: SiteRecord) -> Tensor | None:
-    return None if site.mask is None else compat.pack(site.mask, site.symbols)

@@ -99,9 +99,7 @@ def build_graph(
     """
     symbol_sites = {site.symbol: name for name, site in run.sites.items() if site.symbol is not None}
     plate_names = {symbol: name for name, symbol in run.plate_symbols.items()}
-    plate_sizes = {
-        run.plate_symbols[plate.name]: plate.size for site in run.sites.values() for plate in site.plates
-    }
+    plate_sizes = {run.plate_symbols[plate.name]: plate.size for site in run.sites.values() for plate in site.plates}
     weight_of = _plate_weights(weights, run, plate_sizes)
     relevance = relevance_of(run, packed, symbol_sites)
     enumerated = {name: set(compat.dims_of(packed[name])) & set(symbol_sites) for name in run.sites}
@@ -137,9 +135,7 @@ def build_graph(
     )
 
 
-def _plate_weights(
-    weights: Mapping[str, Tensor], run: Run, plate_sizes: Mapping[str, int]
-) -> dict[str, Tensor]:
+def _plate_weights(weights: Mapping[str, Tensor], run: Run, plate_sizes: Mapping[str, int]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, weight in weights.items():
         if name not in run.plate_symbols:
@@ -208,9 +204,7 @@ def _components(
     )
 
 
-def _component(
-    run: Run, members: tuple[str, ...], symbols: frozenset[str], weights: Mapping[str, Tensor]
-) -> Component:
+def _component(run: Run, members: tuple[str, ...], symbols: frozenset[str], weights: Mapping[str, Tensor]) -> Component:
     root = frozenset.intersection(*(run.sites[name].plate_dims for name in members))
     weight: Tensor | None = None
     for symbol, own in weights.items():

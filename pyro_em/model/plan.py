@@ -53,6 +53,4 @@ class Plan:
 def _table(rows: tuple[Row, ...]) -> list[str]:
     cells = [(row.name, row.role, row.route, row.reason) for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(3)]
-    return [
-        "  " + "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]) for row in cells
-    ]
+    return ["  " + "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]) for row in cells]

@@ -61,9 +61,7 @@ class Use:
     @property
     def gather(self) -> bool:
         """The argument is an entry of the parameter, unchanged."""
-        return (
-            self.index is not None and self.coefficient is None and self.power == 1 and not self.exponential
-        )
+        return self.index is not None and self.coefficient is None and self.power == 1 and not self.exponential
 
 
 def tangents(outputs: list[Tensor], leaf: Tensor, directions: list[Tensor]) -> list[list[Tensor]]:
@@ -110,9 +108,7 @@ def recognise(
     """
     generator = torch.Generator().manual_seed(0)
     slots = _slots(first, second)
-    hidden = {
-        name: site for name, site in first.sites.items() if site.family is None or site.arguments is None
-    }
+    hidden = {name: site for name, site in first.sites.items() if site.family is None or site.arguments is None}
     found: dict[str, tuple[Use, ...]] = {}
     for name in parameters:
         leaf = first.leaves.get(name)
@@ -137,9 +133,7 @@ def _slots(first: Run, second: Run) -> list[_Slot]:
     return slots
 
 
-def _argument_uses(
-    name: str, leaf: Tensor, other: Tensor, slots: list[_Slot], generator: torch.Generator
-) -> list[Use]:
+def _argument_uses(name: str, leaf: Tensor, other: Tensor, slots: list[_Slot], generator: torch.Generator) -> list[Use]:
     if not slots:
         return []
     code = torch.arange(1, leaf.numel() + 1, dtype=leaf.dtype, device=leaf.device).reshape(leaf.shape)
@@ -184,9 +178,7 @@ def _classify(
     value, value2 = slot.first.detach(), slot.second.detach()
     tolerance = 1e-9 if theta.dtype == torch.float64 else 1e-4
     fixed = by_one == 0
-    ratio = torch.where(
-        fixed, torch.zeros_like(by_one), by_code / torch.where(fixed, torch.ones_like(by_one), by_one)
-    )
+    ratio = torch.where(fixed, torch.zeros_like(by_one), by_code / torch.where(fixed, torch.ones_like(by_one), by_one))
     index = ratio.round().long() - 1
     index = torch.where(fixed, torch.full_like(index, -1), index)
     if bool(((ratio - ratio.round()).abs() > 1e-6).any()) or bool((index >= theta.numel()).any()):

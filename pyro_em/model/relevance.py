@@ -31,11 +31,11 @@ def relevance_of(run: Run, packed: Mapping[str, Tensor], symbol_sites: Mapping[s
             mask = None if site.mask is None else compat.pack(site.mask, site.symbols)
             relevant[name] = None if mask is None or bool(mask.all()) else mask
             continue
-        flags = []
+        flags: list[Tensor] | None = []
         for child in children.get(name, []):
             flag = relevant[child]
-            if flag is None:
-                flags = None  # type: ignore[assignment]
+            if flag is None or flags is None:
+                flags = None
                 break
             gone = [i for i, d in enumerate(compat.dims_of(flag)) if d not in site.plate_dims]
             kept = "".join(d for d in compat.dims_of(flag) if d in site.plate_dims)

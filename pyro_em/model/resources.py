@@ -21,7 +21,7 @@ def table_cells(capture: Capture, site: PlainSite) -> tuple[int, list[str]]:
     Upstream latents of a `pyro.markov` context are those that the site reads directly, which is what
     Pyro's dim recycling keeps.
     """
-    latents = [name for name in _upstream_latents(capture, site)]
+    latents = list(_upstream_latents(capture, site))
     if site.enumerable and not site.observed:
         latents.append(site.name)
     states = math.prod(capture.sites[name].num_states for name in latents)

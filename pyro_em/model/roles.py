@@ -42,9 +42,7 @@ def assign_roles(
     :raises InputError: for an override of an unknown site or to an unknown role.
     """
     overrides = _overrides(capture, roles or {})
-    observed_plates = {
-        plate.name for site in capture.sites.values() if site.observed for plate in site.plates
-    }
+    observed_plates = {plate.name for site in capture.sites.values() if site.observed for plate in site.plates}
     found: dict[str, RoleOf] = {}
     for name, site in capture.sites.items():
         if site.observed:

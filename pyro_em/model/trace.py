@@ -116,7 +116,7 @@ class Substitute(Messenger):
         return super().__exit__(*args)
 
 
-def _enumerate_discrete(site: Any) -> dict[str, Any]:
+def _enumerate_discrete(site: Any) -> Any:
     """Enumerate in parallel what the user left open or marked "sequential" (exact either way)."""
     if site["is_observed"] or not getattr(site["fn"], "has_enumerate_support", False):
         return {}
@@ -246,9 +246,7 @@ def run_model(
         stack.enter_context(substitute)
         if enumerated:
             stack.enter_context(compat.enumeration(max_plate_nesting))
-            model = poutine.infer_config(
-                config_enumerate(model, default="parallel"), config_fn=_enumerate_discrete
-            )
-        trace = compat.prune_and_symbolize(poutine.trace(model).get_trace(*args, **kwargs))
+            model = poutine.infer_config(config_enumerate(model, default="parallel"), config_fn=_enumerate_discrete)
+        trace: Any = compat.prune_and_symbolize(poutine.trace(model).get_trace(*args, **kwargs))
     sites = {name: _record(name, site) for name, site in trace.nodes.items() if site["type"] == "sample"}
     return Run(sites, dict(substitute.leaves), compat.plate_symbols(trace))
