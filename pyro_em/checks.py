@@ -8,7 +8,7 @@ import torch
 
 from pyro_em.errors import BoundaryEstimate, SymmetricStart, UnidentifiedParameter
 from pyro_em.loop import Ended
-from pyro_em.model.compat import dims_of
+from pyro_em.model.trace import SiteRecord
 from pyro_em.problem import Problem
 from pyro_em.types import Params
 
@@ -19,10 +19,10 @@ def at_start(problem: Problem, params: Params) -> None:
     if not graph.latents:
         return
     with torch.no_grad():
-        factors = problem.factors(problem.run(params))
+        run = problem.run(params)
     for name, symbol in graph.latents.items():
-        children = [f for n, f in factors.items() if n != name and symbol in dims_of(f)]
-        if children and all(_constant_along(f, symbol) for f in children):
+        children = [run.sites[n] for n, f in graph.factors.items() if n != name and symbol in f.dims]
+        if children and all(_same_for_all_states(site, symbol) for site in children):
             warnings.warn(
                 f"All states of latent '{name}' start with equal parameters. EM keeps them equal for ever (a saddle "
                 "point). Start from different values: init='kmeans++', init='random', or unequal initial values.",
@@ -32,10 +32,18 @@ def at_start(problem: Problem, params: Params) -> None:
             return
 
 
-def _constant_along(factor: torch.Tensor, symbol: str) -> bool:
-    dim = dims_of(factor).index(symbol)
-    first = factor.narrow(dim, 0, 1)
-    return bool((factor == first).all())
+def _same_for_all_states(site: SiteRecord, symbol: str) -> bool:
+    """No argument of the site varies along the latent's dim (a site that hides its arguments may)."""
+    dim = next(d for d, s in site.symbols.items() if s == symbol)
+    if site.family is None or site.arguments is None:
+        return False
+    for name, value in site.arguments.items():
+        position = value.dim() - site.family.arguments[name] - site.element_dims + dim
+        if position < 0 or value.shape[position] == 1:
+            continue
+        if not bool((value == value.narrow(position, 0, 1)).all()):
+            return False
+    return site.observed or site.enumerated
 
 
 def after_fit(problem: Problem, ended: Ended) -> None:

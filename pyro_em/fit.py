@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_em.accelerate import choose_accelerator
 from pyro_em.checks import after_fit, at_start
 from pyro_em.e_step.auto import choose_engine, verified
+from pyro_em.e_step.base import Engine
 from pyro_em.errors import DegenerateLikelihoodError, EMWarning, InputError
 from pyro_em.explain import explain
 from pyro_em.initialise import initial_starts
@@ -127,7 +128,7 @@ def fit(
         alive = [r for r in runs if r.outcome is not Outcome.degenerate]
         best = max(alive or runs, key=lambda r: r.last.objective)
         after_fit(problem, best)
-    result = _result(problem, m, best, runs, algorithm, seed, tuple(str(w.message) for w in caught))
+    result = _result(problem, engine, m, best, runs, algorithm, seed, tuple(str(w.message) for w in caught))
     for warning in caught:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if errors or not alive:
@@ -179,6 +180,7 @@ def _bind(
 
 def _result(
     problem: Problem,
+    engine: Engine,
     m: MStep,
     best: Ended,
     runs: list[Ended],
@@ -187,7 +189,7 @@ def _result(
     messages: tuple[str, ...],
 ) -> FitResult:
     params = {n: v.detach().clone() for n, v in best.last.params.items()}
-    log_likelihood, log_prior = verified(problem, best.last)
+    log_likelihood, log_prior = verified(problem, engine, best.last)
     return FitResult(
         algorithm=algorithm,
         params=params,

@@ -20,7 +20,7 @@ from pyro_em.evidence.discrete import Evidence, evaluate, weighted_sum
 from pyro_em.model.capture import Capture, ParameterRecord, capture
 from pyro_em.model.certify import certify_factors
 from pyro_em.model.compat import detached, dims_of, with_dims
-from pyro_em.model.density import packed_log_density
+from pyro_em.model.density import factor_shape, packed_log_density
 from pyro_em.model.graph import FactorGraph, build_graph
 from pyro_em.model.packing import multiply
 from pyro_em.model.recognise import Use, recognise, second_point
@@ -195,8 +195,8 @@ def bind(
             return run_model(model, args, kwargs, values, max_plate_nesting=seen.max_plate_nesting)
 
     first = run(leaves)
-    packed = {name: packed_log_density(site) for name, site in first.sites.items()}
-    graph = build_graph(first, packed, priors, weights or {})
+    shapes = {name: factor_shape(site) for name, site in first.sites.items()}
+    graph = build_graph(first, shapes, priors, weights or {})
     certify_factors(seen, first, graph, model, args, kwargs, {n: r.value for n, r in records.items()})
     with pyro.validation_enabled(False):
         second = run(others)

@@ -38,7 +38,7 @@ def site_weight(site: SiteRecord, info: FactorInfo, posterior: Tensor | None) ->
     :param posterior: packed posterior weights of the site's factor, or None if no latent reaches it.
     """
     if posterior is None:
-        posterior = compat.pack(torch.ones(site.fn.batch_shape), site.symbols)
+        posterior = compat.pack(torch.ones(site.batch_shape), site.symbols)
     weight = multiply(posterior, info.weight)
     assert weight is not None
     unpacked = compat.unpack(weight, site.symbols).double()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_em.charts import Chart, chart
 from pyro_em.errors import DegenerateLikelihoodError, InputError, NonFiniteError
@@ -36,7 +37,7 @@ class Coordinates:
         """Coordinates (P,); not finite where an entry with a coordinate is on the boundary or outside."""
         try:
             parts = [c.to_free(params[name]).detach().double().cpu() for name, c in self.charts.items()]
-        except torch.linalg.LinAlgError:  # a covariance that is no longer positive definite
+        except LinAlgError:  # a covariance that is no longer positive definite
             return torch.full((sum(c.size for c in self.charts.values()),), torch.nan, dtype=torch.float64)
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
@@ -69,5 +70,5 @@ def evaluate(em: EMMap, coordinates: Coordinates, free: Tensor, iteration: int) 
         return None
     try:
         return em.at(params, iteration)
-    except (InputError, NonFiniteError, DegenerateLikelihoodError, torch.linalg.LinAlgError):
+    except (InputError, NonFiniteError, DegenerateLikelihoodError, LinAlgError):
         return None

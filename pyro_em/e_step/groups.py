@@ -106,7 +106,7 @@ class _Layout:
         site = self.site
         uses = tuple((u.parameter, u.slot, u.power, u.exponential, u.coefficient is None) for u in self.uses)
         shapes = tuple((name, tuple(x.shape), x.dtype) for name, x in self.tensors.items())
-        constants = tuple((name, repr(value)) for name, value in site.constants.items())
+        constants = tuple((name, str(value)) for name, value in site.constants.items())
         elements = tuple(site.fn.event_shape[: site.element_dims])
         return (
             place, type(site.family), site.observed, site.enumerated, self.sizes, self.num_enumerated, shapes,
@@ -144,9 +144,12 @@ def _lay_out(
     tensors = layout.tensors
     if info.weight is not None:
         tensors["weight",] = align(info.weight, dims).double()
-    if site.family is None or site.arguments is None:
-        tensors["factor",] = align(factor.detach(), dims).double()
+    tensors["factor",] = align(factor, dims).detach().double()
+    sized = any(isinstance(x, Tensor) and x.dim() for x in site.constants.values())
+    if site.family is None or site.arguments is None or (sized and not uses):
         return layout
+    if sized:
+        raise NotCompiled(f"'{site.name}' has constants of a shape of their own")
     event_dims = site.family.arguments
 
     def put(key: tuple[str, ...], x: Tensor, event_dim: int, element_dims: int) -> None:
@@ -206,7 +209,7 @@ def _stack(layouts: Sequence[_Layout]) -> Group:
     site, batch = first.site, 1 + len(first.dims)
     shape = (len(layouts), *first.sizes)
     arguments = {key[1]: x for key, x in tensors.items() if key[0] == "argument"}
-    value, factor = tensors.get(("value",)), tensors.get(("factor",))
+    value, factor = tensors.get(("value",)), tensors["factor",]
     if value is not None and any(len(x) > len(value) for x in tensors.values()):
         value = value.expand(len(layouts), *value.shape[1:])  # statistics may need arguments at its level
     uses = tuple(
@@ -219,13 +222,13 @@ def _stack(layouts: Sequence[_Layout]) -> Group:
         for use in first.uses
     )
     varying = [x for key, x in tensors.items() if key[0] in ("argument", "index", "element_mask")]
-    varying += [x for x in (value, factor) if x is not None]
+    varying.append(factor if value is None else value)
     group = Group(
         sites=tuple(layout.site.name for layout in layouts),
         dims=tuple(layout.dims for layout in layouts),
         record=dataclasses.replace(
             site,
-            arguments=arguments if factor is None else None,
+            arguments=arguments if arguments else None,
             value=site.value if value is None else value,
             mask=None,
             element_mask=None,
@@ -237,8 +240,9 @@ def _stack(layouts: Sequence[_Layout]) -> Group:
         mask=tensors.get(("mask",)),
         element_mask=tensors.get(("element_mask",)),
         weight=tensors.get(("weight",)),
-        factor=factor,
+        factor=factor if value is None else None,
     )
-    if factor is None and not uses:
-        return dataclasses.replace(group, factor=group.log_factor(arguments))
-    return group
+    found = group.log_factor(arguments)
+    if not torch.allclose(found.expand_as(factor), factor, rtol=1e-5, atol=1e-5, equal_nan=True):
+        raise NotCompiled(f"'{site.name}' is not what its arguments say")
+    return group if uses else dataclasses.replace(group, factor=found)

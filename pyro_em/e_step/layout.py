@@ -17,6 +17,7 @@ from pyro_em.e_step.base import NotCompiled
 from pyro_em.e_step.features import Block, Part
 from pyro_em.e_step.natural import NATURAL, Coefficients, log_base_measure
 from pyro_em.families.base import OneHotStatistic
+from pyro_em.families.normal import LogNormalFamily, NormalFamily
 from pyro_em.model import compat
 from pyro_em.model.density import clean_value
 from pyro_em.model.graph import Component, FactorGraph
@@ -97,6 +98,23 @@ class SiteLayout:
             target[rank - len(self.elements) + i] = size
         event = tuple(x.shape[rank:])
         return torch.broadcast_to(x, (*target, *event)).reshape((states.num, self.block.positions, *event))
+
+    def log_density(self, arguments: dict[str, Tensor], states: JointStates, end: int) -> Tensor:
+        """The family's own log-density of the first rows without the base measure, (J, end): the engine's oracle."""
+        family, block = self.site.family, self.block
+        assert family is not None
+        args = {a: self.spread(v, states, family.arguments[a]).unsqueeze(2) for a, v in arguments.items()}
+        value = block.value(end, family.event_dim, self._one_hot)
+        if self.center is not None:
+            center = self.center.reshape(1, block.positions, 1, *((-1,) if family.event_dim else ()))
+            args["loc"] = args["loc"] - center
+        base = type(family)() if not isinstance(family, LogNormalFamily) else NormalFamily()
+        density = base.log_prob({**self.site.constants, **args}, value)
+        own = log_base_measure(base, value, {**self.site.constants, **args})
+        density = density if own is None else density - own
+        if block.flags is not None:
+            density = torch.where(block.flags[:, :end].bool(), density, density.new_zeros(()))
+        return density.sum(1)
 
     def moments(self, totals: Tensor, states: JointStates) -> SiteMoments:
         """Moments of the site in Pyro's dims from the sums (J, F)."""

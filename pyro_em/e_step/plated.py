@@ -86,6 +86,7 @@ class Plated:
         layouts, blocks, base, num_rows = site_layouts(component, run, graph, states)
         weight = self._row_weight(component, num_rows)
         blocks, weight, base, num_rows = collapse(blocks, weight, base, num_rows)
+        layouts = [dataclasses.replace(x, block=block) for x, block in zip(layouts, blocks, strict=True)]
         return _Program(component, states, layouts, Features(blocks, num_rows), weight, base)
 
     def _row_weight(self, component: Component, num_rows: int) -> Tensor | None:
@@ -105,11 +106,7 @@ class Plated:
 
     def e_step(self, params: Params) -> Expectation:
         """Exact E-step at `params`."""
-        sufficient = Sufficient(self.problem, self.run.sites, dict(self.start), self._never)
-        for site, own in self.start.items():
-            sufficient.arguments[site] = dict(own)
-        for name, theta in params.items():
-            sufficient.put(theta, self.problem.uses[name])
+        sufficient = self._arguments(params)
         sums = [self._sums(program, sufficient.arguments) for program in self.programs]
         if not all(math.isfinite(s.log_likelihood) for s in sums):
             evidence, run = self.problem.evidence(params)  # names the site and the rows
@@ -123,6 +120,35 @@ class Plated:
             sufficient=sufficient,
             posterior=lambda: self.problem.evidence(params)[0].weights,
         )
+
+    def spot_check(self, params: Params) -> tuple[float, float]:
+        """Log-likelihood of the first rows (unweighted) by this engine, and by the families' own log-densities."""
+        sufficient = self._arguments(params)
+        found, reference = 0.0, 0.0
+        for program in self.programs:
+            w = self._coefficients(program, sufficient.arguments)
+            direct = self._without_cancellation(program, w, sufficient.arguments)
+            end = min(program.features.chunk, program.features.num_rows)
+            log_joint = w @ program.features.rows(0, end)
+            for layout in direct:
+                log_joint += centered_log_density(layout, sufficient.arguments[layout.site.name], program.states, 0, end)
+            expected = w.new_zeros(program.states.num, end)
+            for name in program.component.factors:
+                if self.run.sites[name].enumerated:
+                    expected += self._latent_log_mass(name, program, sufficient.arguments[name]).unsqueeze(1)
+            for layout in program.layouts:
+                expected += layout.log_density(sufficient.arguments[layout.site.name], program.states, end)
+            found += float(log_joint.logsumexp(0).sum())
+            reference += float(expected.logsumexp(0).sum())
+        return found, reference
+
+    def _arguments(self, params: Params) -> Sufficient:
+        """Arguments of all sites at `params`."""
+        arguments = {site: dict(own) for site, own in self.start.items()}
+        sufficient = Sufficient(self.problem, self.run.sites, arguments, self._never)
+        for name, theta in params.items():
+            sufficient.put(theta, self.problem.uses[name])
+        return sufficient
 
     def _never(self, name: str, arguments: dict[str, Tensor]) -> SiteMoments:
         raise AssertionError(f"moments of '{name}' were asked for before the E-step")

@@ -153,7 +153,9 @@ def capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capt
     Raises `InputError` for data that are NaN, infinite or outside of a site's support.
     """
     observe = _Observe()
-    with quiet_store(), poutine.block(), compat.recording_arguments(), torch.no_grad():
+    # Arguments are validated in the enumerated run, where a table has K rows; here each drawn latent makes N.
+    quiet = pyro.validation_enabled(False)
+    with quiet_store(), poutine.block(), compat.recording_arguments(), torch.no_grad(), quiet:
         try:
             trace: Any = poutine.trace(observe(model)).get_trace(*args, **kwargs)
         except ZeroDivisionError as error:

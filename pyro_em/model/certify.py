@@ -21,6 +21,7 @@ from pyro_em.model.capture import Capture
 from pyro_em.model.density import log_density, packed_log_density
 from pyro_em.model.graph import FactorGraph
 from pyro_em.model.packing import align
+from pyro_em.model.slicing import first_rows, plate_to_cut
 from pyro_em.model.trace import Run, quiet_store, run_model
 from pyro_em.types import Model
 
@@ -47,6 +48,8 @@ def certify_factors(
             max_plate_nesting=capture.max_plate_nesting,
             enumerated=False,
         )
+    plate = plate_to_cut(enumerated)
+    enumerated, plain = first_rows(enumerated, plate), first_rows(plain, plate)
     states = {name: _state_index(enumerated, plain, name) for name in graph.latents}
     for name, site in enumerated.sites.items():
         if name not in plain.sites:
@@ -83,7 +86,7 @@ def _state_index(enumerated: Run, plain: Run, name: str) -> Tensor:
     batch = value.shape[: value.dim() - event_dim]
     same = value.unsqueeze(0) == states.reshape(states.shape[0], *(1,) * len(batch), *states.shape[1:])
     same = same.reshape(states.shape[0], *batch, -1).all(-1)
-    index = same.long().argmax(0).expand(own.fn.batch_shape)
+    index = same.long().argmax(0).expand(own.batch_shape)
     return compat.pack(index, own.symbols)
 
 

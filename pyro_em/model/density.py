@@ -53,7 +53,7 @@ def log_density(site: SiteRecord, *, masked: bool = True) -> Tensor:
         if site.element_dims:
             shape = torch.broadcast_shapes(result.shape, site.fn.event_shape[: site.element_dims])
             result = result.expand(shape).sum(tuple(range(-site.element_dims, 0)))
-        result = result.expand(torch.broadcast_shapes(result.shape, site.fn.batch_shape))
+        result = result.expand(torch.broadcast_shapes(result.shape, site.batch_shape))
     if masked and site.mask is not None and not site.enumerated:
         result = torch.where(site.mask, result, result.new_zeros(()))
     return result
@@ -64,7 +64,16 @@ def packed_log_density(site: SiteRecord) -> Tensor:
 
     :raises Refusal: if it has dims that belong to neither.
     """
-    density = log_density(site)
+    return _pack(log_density(site), site)
+
+
+def factor_shape(site: SiteRecord) -> Tensor:
+    """A packed tensor of the shape of the site's log-density, without the work and memory of it."""
+    batch = site.value.shape[: site.value.dim() - site.fn.event_dim]
+    return _pack(torch.zeros(()).expand(torch.broadcast_shapes(batch, site.batch_shape)), site)
+
+
+def _pack(density: Tensor, site: SiteRecord) -> Tensor:
     try:
         return compat.pack(density, site.symbols)
     except ValueError as error:

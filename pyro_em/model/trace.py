@@ -60,6 +60,7 @@ class SiteRecord:
     constants: dict[str, Any]
     element_dims: int
     element_mask: Tensor | None
+    batch_shape: tuple[int, ...]
     infer: dict[str, Any] = field(repr=False)
 
     @property
@@ -211,6 +212,7 @@ def _record(name: str, site: dict[str, Any]) -> SiteRecord:
         constants=constants,
         element_dims=element_dims,
         element_mask=element_mask,
+        batch_shape=tuple(fn.batch_shape),
         infer=site["infer"],
     )
 
