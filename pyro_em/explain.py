@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from pyro_em.e_step.base import Engine
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.compat import base_distribution
 from pyro_em.model.plan import Plan, Row
@@ -11,7 +12,7 @@ from pyro_em.model.resources import predicted_bytes
 from pyro_em.problem import Problem
 
 
-def explain(problem: Problem, m_step: MStep, algorithm: str) -> Plan:
+def explain(problem: Problem, m_step: MStep, engine: Engine, algorithm: str) -> Plan:
     """The plan of an exact algorithm."""
     e_rows, m_rows, notes = [], [], []
     graph = problem.graph
@@ -51,5 +52,6 @@ def explain(problem: Problem, m_step: MStep, algorithm: str) -> Plan:
         e_step=tuple(e_rows),
         m_step=tuple(m_rows),
         predicted_bytes=predicted_bytes(problem.capture),
+        engine=f"{engine.name} ({engine.reason})" if engine.reason else engine.name,
         notes=tuple(notes),
     )

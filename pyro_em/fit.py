@@ -161,7 +161,8 @@ def plan(
         return plan_svi(model, args, kwargs, guide=guide, roles=roles)
     with isolated_rng(0):
         problem = _bind(model, args, kwargs, algorithm, guide, roles, weights)
-        return explain(problem, MStep(problem, m_step, algorithm), algorithm)
+        m = MStep(problem, m_step, algorithm)
+        return explain(problem, m, choose_engine(problem, m), algorithm)
 
 
 def _bind(
@@ -200,7 +201,7 @@ def _result(
         outcome=best.outcome,
         num_iterations=best.last.iteration,
         history=best.history.as_dict(),
-        plan=explain(problem, m, algorithm),
+        plan=explain(problem, m, engine, algorithm),
         warnings=messages,
         restarts=tuple((run.last.objective, run.outcome.name) for run in runs),
         seed=seed,

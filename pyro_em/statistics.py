@@ -8,14 +8,17 @@ over chunks of data.
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from pyro_em.families.base import OneHotStatistic, Statistic
+from pyro_em.families.base import AnyStatistic, OneHotStatistic, Statistic
+from pyro_em.families.numerics import broadcast_shapes
 from pyro_em.model import compat
 from pyro_em.model.density import clean_value
 from pyro_em.model.graph import FactorInfo
@@ -52,7 +55,7 @@ def argument_cells(site: SiteRecord, arguments: dict[str, Tensor]) -> torch.Size
     """Broadcast batch shape of the raw arguments (element dims of `.to_event` count as batch)."""
     assert site.family is not None
     dims = site.family.arguments
-    return torch.broadcast_shapes(*(a.shape[: a.dim() - dims[n]] for n, a in arguments.items()), torch.Size())
+    return broadcast_shapes(*(a.shape[: a.dim() - dims[n]] for n, a in arguments.items()), torch.Size())
 
 
 def site_center(site: SiteRecord, cells: torch.Size) -> Tensor | None:
@@ -74,14 +77,30 @@ def site_center(site: SiteRecord, cells: torch.Size) -> Tensor | None:
     return mean.reshape(mean.shape[lead:]) if batch else mean
 
 
+def site_statistics(
+    site: SiteRecord, arguments: dict[str, Tensor], center: Tensor | None
+) -> tuple[AnyStatistic, ...]:
+    """Statistics of a site's value; of `arguments` only what does not move enters (sizes, total counts)."""
+    assert site.family is not None
+    return site.family.statistics(clean_value(site), {**site.constants, **arguments}, center)
+
+
 def site_moments(
-    site: SiteRecord, arguments: dict[str, Tensor], weight: Tensor, center: Tensor | None
+    site: SiteRecord,
+    arguments: dict[str, Tensor],
+    weight: Tensor,
+    center: Tensor | None,
+    statistics: tuple[AnyStatistic, ...] | None = None,
 ) -> SiteMoments:
-    """Weighted moments of one site at the cells of its arguments."""
+    """Weighted moments of one site at the cells of its arguments.
+
+    :param statistics: `site_statistics` with the same center, where the caller has them already.
+    """
     assert site.family is not None
     cells = argument_cells(site, arguments)
     value = clean_value(site)
-    statistics = site.family.statistics(value, {**site.constants, **arguments}, center)
+    if statistics is None:
+        statistics = site_statistics(site, arguments, center)
     batch = value.shape[: value.dim() - site.family.event_dim]
     moments = [reduce_to(weight, [], 0, cells, batch)]
     for statistic in statistics:
@@ -104,33 +123,45 @@ def reduce_to(
     :param cells: batch shape of the result (dims of size 1 are summed over).
     :param batch: batch shape of the data; a summed dim that no operand has counts with its size.
     """
-    leads = [weight.shape, *(f.shape[: f.dim() - factor_dim] for f in factors), batch]
-    full = torch.broadcast_shapes(*leads)
+    plan = _plan(weight.shape, tuple(f.shape for f in factors), factor_dim, cells, batch)
+    operands = [x.reshape(shape) for x, shape in zip((weight, *factors), plan.operands, strict=True)]
+    result = torch.einsum(plan.equation, *(x.to(weight.dtype) for x in operands))
+    return (result * plan.repeats if plan.repeats != 1 else result).reshape(plan.result)
+
+
+@dataclass(frozen=True)
+class _Contraction:
+    """What `reduce_to` does, known from the shapes: they are the same at every E-step."""
+
+    operands: tuple[tuple[int, ...], ...]
+    equation: str
+    repeats: int
+    result: tuple[int, ...]
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    weight: torch.Size, factors: tuple[torch.Size, ...], factor_dim: int, cells: torch.Size, batch: torch.Size
+) -> _Contraction:
+    full = torch.broadcast_shapes(weight, *(f[: len(f) - factor_dim] for f in factors), batch)
     rank = max(len(full), len(cells))
     full = torch.Size((1,) * (rank - len(full)) + tuple(full))
     target = (1,) * (rank - len(cells)) + tuple(cells)
     letters = iter(string.ascii_letters)
     name = [next(letters) for _ in range(rank)]
-    operands: list[Tensor] = []
-    terms, events, event_shape = [], [], []
-    for x, event_dim in [(weight, 0), *((f, factor_dim) for f in factors)]:
-        lead = x.dim() - event_dim
-        kept = [i for i in range(lead) if x.shape[i] > 1]
+    operands, terms, events, event_shape = [], [], [], []
+    for shape, event_dim in [(weight, 0), *((f, factor_dim) for f in factors)]:
+        lead = len(shape) - event_dim
+        kept = [i for i in range(lead) if shape[i] > 1]
         own_event = [next(letters) for _ in range(event_dim)]
         events += own_event
-        event_shape += list(x.shape[lead:])
-        operands.append(
-            x.reshape([x.shape[i] for i in kept] + list(x.shape[lead:])).to(
-                operands[0].dtype if operands else x.dtype
-            )
-        )
+        event_shape += list(shape[lead:])
+        operands.append((*(shape[i] for i in kept), *shape[lead:]))
         terms.append("".join(name[rank - lead + i] for i in kept) + "".join(own_event))
     present = set("".join(terms))
     out = [i for i in range(rank) if target[i] > 1 and name[i] in present]
     equation = ",".join(terms) + "->" + "".join(name[i] for i in out) + "".join(events)
-    result = torch.einsum(equation, *operands)
-    unseen = [full[i] for i in range(rank) if target[i] == 1 and full[i] > 1 and name[i] not in present]
-    for size in unseen:
-        result = result * size
-    shape = [full[i] if i in out else 1 for i in range(rank)]
-    return result.reshape(shape + event_shape)
+    repeats = math.prod(full[i] for i in range(rank) if target[i] == 1 and name[i] not in present)
+    return _Contraction(
+        tuple(operands), equation, repeats, (*(full[i] if i in out else 1 for i in range(rank)), *event_shape)
+    )

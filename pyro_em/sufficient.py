@@ -33,8 +33,8 @@ class Sufficient:
     :param sites: of a run of the model (their arguments at any parameters).
     :param arguments: current raw arguments, float64; owned and changed by this object.
     :param moments_of: moments of a data or latent site, given its arguments.
-    :param grouped: uses of every parameter where `sites` are fewer than the model's, each standing for a
-        group of them under the name of its first.
+    :param grouped: uses of every parameter that count in Q, where `sites` are fewer than the model's, each
+        standing for a group of them under the name of its first.
     """
 
     def __init__(
@@ -52,11 +52,8 @@ class Sufficient:
         self.kernels: dict[str, Any] = {}  # the M-step's total kernels, with the version they were made for
 
     def uses(self, name: str, own: tuple[Use, ...]) -> tuple[Use, ...]:
-        """The uses of a parameter, given those in the model that count: one for each group of sites."""
-        if self._grouped is None:
-            return own
-        counted = {use.site for use in own}
-        return tuple(use for use in self._grouped[name] if use.site in counted)
+        """The uses of a parameter that count, `own` in the model: one for each group of sites."""
+        return own if self._grouped is None else self._grouped[name]
 
     def version(self, uses: tuple[Use, ...]) -> tuple[int, ...]:
         """Changes whenever an argument or value that these uses read has changed."""

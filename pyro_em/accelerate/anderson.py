@@ -22,6 +22,7 @@ from pyro_em.loop import EMMap, Iterate, rounding
 
 ORDER = 10
 GROWTH = 1.2  # of the odds δ/(1 − δ) with each accepted proposal
+FLOOR = -50
 RANK = 1e-12  # directions of ΔF below this share of its largest singular value are rounding
 
 
@@ -49,7 +50,7 @@ class Anderson:
         if proposal is not None and proposal.objective >= current.objective - rounding(current):
             self._accepted += 1
             return proposal
-        self._accepted = max(self._accepted - order, -order)
+        self._accepted = max(self._accepted - order, FLOOR)
         return self.em.reached(plain, current)
 
     def _mixed(self) -> Tensor:

@@ -25,6 +25,7 @@ from pyro_em.e_step.groups import Group, make_groups
 from pyro_em.e_step.interpreted import expectation
 from pyro_em.evidence.chain import ChainPosterior
 from pyro_em.evidence.discrete import evaluate, weighted_sum
+from pyro_em.families.base import AnyStatistic
 from pyro_em.model.compat import dims_of, with_dims
 from pyro_em.model.density import packed_log_density
 from pyro_em.model.graph import FactorGraph
@@ -32,7 +33,7 @@ from pyro_em.model.packing import align
 from pyro_em.model.recognise import Use
 from pyro_em.model.trace import SiteRecord
 from pyro_em.problem import Problem
-from pyro_em.statistics import SiteMoments, argument_cells, site_center, site_moments
+from pyro_em.statistics import SiteMoments, argument_cells, site_center, site_moments, site_statistics
 from pyro_em.sufficient import Arguments, Sufficient, raw_arguments
 from pyro_em.types import Params
 
@@ -43,6 +44,7 @@ class _Program:
 
     `bundles` of chains; `rest`, the graph of the other components, with their groups in `general`;
     `constant`, the groups that no latent reaches; `priors`, the sites of parameters, which stay single.
+    `uses` are all uses of a parameter, `counted` those that enter Q.
     """
 
     groups: Mapping[str, Group]
@@ -51,12 +53,10 @@ class _Program:
     general: tuple[Group, ...]
     constant: tuple[Group, ...]
     priors: Mapping[str, SiteRecord]
+    sites: Mapping[str, SiteRecord]
     uses: Mapping[str, tuple[Use, ...]]
+    counted: Mapping[str, tuple[Use, ...]]
     arguments: Arguments
-
-    @property
-    def sites(self) -> dict[str, SiteRecord]:
-        return {**{name: group.record for name, group in self.groups.items()}, **self.priors}
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Grouped:
         self._at = {name: params[name].detach().clone() for name in self._opaque}
         self._program = _compile(self.problem, params)
         self._centers: dict[str, Tensor | None] = {}
+        self._statistics: dict[str, tuple[AnyStatistic, ...]] = {}
 
     def e_step(self, params: Params) -> Expectation:
         """Exact E-step at `params`."""
@@ -106,11 +107,13 @@ class Grouped:
         def moments_of(name: str, arguments: dict[str, Tensor]) -> SiteMoments:
             group = program.groups[name]
             if name not in self._centers:
-                self._centers[name] = site_center(group.record, argument_cells(group.record, arguments))
+                center = site_center(group.record, argument_cells(group.record, arguments))
+                self._centers[name] = center
+                self._statistics[name] = site_statistics(group.record, arguments, center)
             weight = _weight(group, posterior)
-            return site_moments(group.record, arguments, weight, self._centers[name])
+            return site_moments(group.record, arguments, weight, self._centers[name], self._statistics[name])
 
-        sufficient = Sufficient(problem, program.sites, arguments, moments_of, program.uses)
+        sufficient = Sufficient(problem, program.sites, arguments, moments_of, program.counted)
         for name, theta in params.items():
             sufficient.put(theta, program.uses[name])
         posterior = self._posterior(arguments)
@@ -212,6 +215,8 @@ def _compile(problem: Problem, params: Params) -> _Program:
     known = [use for group in groups for use in group.uses]
     known += [use for name in priors for use in by_site[name]]
     places = {group.name: place(group.name) for group in groups}
+    uses_of = {name: tuple(u for u in known if u.parameter == name) for name in problem.uses}
+    records = {**{group.name: group.record for group in groups}, **priors}
     rest = tuple(c for c, chain in zip(graph.components, chains, strict=True) if chain is None)
     return _Program(
         groups={group.name: group for group in groups},
@@ -220,8 +225,13 @@ def _compile(problem: Problem, params: Params) -> _Program:
         general=tuple(g for g in groups if places[g.name] == "general"),
         constant=tuple(g for g in groups if places[g.name] == "constant"),
         priors=priors,
-        uses={name: tuple(u for u in known if u.parameter == name) for name in problem.uses},
-        arguments=raw_arguments({**{g.name: g.record for g in groups}, **priors}),
+        sites=records,
+        uses=uses_of,
+        counted={
+            name: tuple(use for use in uses if problem.with_prior or use.site not in priors)
+            for name, uses in uses_of.items()
+        },
+        arguments=raw_arguments(records),
     )
 
 

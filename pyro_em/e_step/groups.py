@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.e_step.base import NotCompiled
+from pyro_em.families.numerics import broadcast_shapes
 from pyro_em.model.density import clean_value
 from pyro_em.model.graph import FactorInfo
 from pyro_em.model.packing import align
@@ -66,7 +67,7 @@ class Group:
             result = torch.where(self.element_mask, result, result.new_zeros(()))
         if site.element_dims:
             batch = result.dim() - site.element_dims
-            sizes = torch.broadcast_shapes(result.shape[batch:], site.fn.event_shape[: site.element_dims])
+            sizes = broadcast_shapes(result.shape[batch:], site.fn.event_shape[: site.element_dims])
             result = result.expand(*result.shape[:batch], *sizes).flatten(batch).sum(-1)
         if self.mask is not None:
             result = torch.where(self.mask, result, result.new_zeros(()))

@@ -12,8 +12,8 @@ and the posteriors are α_{t-1} W_t β_t, up to a constant. Three ways to the me
     log-space    sequential with logsumexp; slower, and the only one without a certificate.
 
 The first two work with scaled probabilities. A number below the smallest float is flushed to zero, which
-drops paths; their posterior mass is at most that number over the product of the scales it meets. So if no
-scale is below `FLOOR` the result is right to the last digit, and otherwise it is found again in log-space.
+drops paths; their posterior mass is at most that number over the product of the scales it meets. So if that
+product is not below e^`LOWEST` the result is right to the last digit, otherwise it is found in log-space.
 Structural zeros are exact. No gradients flow; chains of unequal numbers of states are not handled.
 
 Shapes: T steps, B chains, K states.
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pyro_em.evidence.ring import logsumexp
 
-FLOOR = 1e-90  # three scales meet: what is flushed is below 1e-308 / 1e-270 of the posterior mass
+LOWEST = -600.0  # what is flushed, below e^-708, is then less than e^-100 of the posterior mass
 SEQUENTIAL = 500  # B·K² above which the arithmetic of the tree costs more than the calls it saves
 SHORT = 16  # steps below which there are few calls to save
 
@@ -74,7 +74,7 @@ def smooth(unary: Tensor, pair: Tensor) -> ChainPosterior:
     emission, table = (unary - shift.unsqueeze(-1)).exp(), (pair - pair_shift[..., None, None]).exp()
     messages = _sequential if B * K * K > SEQUENTIAL or T <= SHORT else _tree
     found = messages(emission, table)
-    if not float(found.smallest) >= FLOOR:  # also when it is NaN
+    if not float(found.smallest) >= LOWEST:  # also when it is NaN
         return _log_space(unary, pair)
     shifts = shift.sum(0) + pair_shift.expand(T - 1, B).sum(0)
     return ChainPosterior(found.log_scale + shifts, found.unary, found.left, table, found.right)
@@ -82,7 +82,7 @@ def smooth(unary: Tensor, pair: Tensor) -> ChainPosterior:
 
 @dataclass(frozen=True)
 class _Messages:
-    """`left` and `right` as in `ChainPosterior`; `smallest` of all scales."""
+    """`left` and `right` as in `ChainPosterior`; `smallest`, log of the smallest scales that meet."""
 
     log_scale: Tensor
     unary: Tensor
@@ -116,37 +116,33 @@ def _columns(matrix: Tensor, vector: Tensor) -> Tensor:
 
 
 def _tree(emission: Tensor, table: Tensor) -> _Messages:
-    first = emission[0].sum(-1, keepdim=True)
     steps = table * emission[1:].unsqueeze(-2)  # (T-1, B, K, K)
-    log_scale, smallest = first.squeeze(-1).log(), [first.min()]
-    levels = [steps]
+    levels, scales = [steps], []
     while len(levels[-1]) > 1:
         nodes = levels[-1]
         if len(nodes) % 2:
             one = torch.eye(nodes.shape[-1], dtype=nodes.dtype).expand_as(nodes[:1])
             nodes = levels[-1] = torch.cat([nodes, one])
         product = nodes[0::2] @ nodes[1::2]
-        scale = product.amax((-2, -1), keepdim=True)
-        log_scale = log_scale + scale[..., 0, 0].log().sum(0)
-        smallest.append(scale.min())
-        levels.append(product / scale)
-    alpha = (emission[0] / first).unsqueeze(0)  # at the start of every node of a level
+        scales.append(product.amax((-2, -1), keepdim=True))
+        levels.append(product / scales[-1])
+    alpha = emission[:1]  # at the start of every node of a level
     beta = torch.ones_like(alpha)  # at the end of every node
-    log_scale = log_scale + (_rows(alpha, levels[-1]) * beta).sum(-1)[0].log()
+    total = (_rows(alpha, levels[-1]) * beta).sum(-1)
     for nodes in reversed(levels[:-1]):
         alpha, beta = alpha[: len(nodes) // 2], beta[: len(nodes) // 2]  # without what only filled up
-        middle_alpha, middle_beta = _rows(alpha, nodes[0::2]), _columns(nodes[1::2], beta)
-        sums, sizes = middle_alpha.sum(-1, keepdim=True), middle_beta.amax(-1, keepdim=True)
-        smallest += [sums.min(), sizes.min()]
-        alpha = torch.stack([alpha, middle_alpha / sums], 1).flatten(0, 1)
-        beta = torch.stack([middle_beta / sizes, beta], 1).flatten(0, 1)
+        middle = _rows(alpha, nodes[0::2]), _columns(nodes[1::2], beta)
+        alpha = torch.stack([alpha, middle[0]], 1).flatten(0, 1)
+        beta = torch.stack([middle[1], beta], 1).flatten(0, 1)
     alpha, beta = alpha[: len(steps)], beta[: len(steps)]
     joint = _rows(alpha, steps) * beta
     norm = joint.sum(-1, keepdim=True)
-    smallest.append(norm.min())
     start = alpha[:1] * _columns(steps[:1], beta[:1]) / norm[:1]
     right = emission[1:] * beta / norm
-    return _Messages(log_scale, torch.cat([start, joint / norm]), alpha, right, torch.stack(smallest).min())
+    # The scales of a path from the root to a leaf multiply.
+    smallest = torch.stack([scale.min() for scale in scales] + [norm.min()]).log().sum()
+    log_scale = torch.cat([total, *(scale[..., 0, 0] for scale in scales)]).log().sum(0)
+    return _Messages(log_scale, torch.cat([start, joint / norm]), alpha, right, smallest)
 
 
 def _sequential(emission: Tensor, table: Tensor) -> _Messages:
@@ -164,7 +160,6 @@ def _sequential(emission: Tensor, table: Tensor) -> _Messages:
         step *= density[t]
         torch.sum(step, 0, keepdim=True, out=total[t])
         torch.div(step, total[t], out=own[t])
-    sizes = [sums.min()]
     beta = ahead.unbind(0)
     largest = emission.new_ones(T, 1, B)
     size = largest.unbind(0)
@@ -174,7 +169,7 @@ def _sequential(emission: Tensor, table: Tensor) -> _Messages:
         torch.div(step, size[t - 1], out=beta[t - 1])
     joint = alpha * ahead
     norm = joint.sum(1, keepdim=True)
-    sizes += [largest.min(), norm.min()]
+    smallest = torch.stack([sums.min(), largest.min(), norm.min()]).log().sum()
     # α_{t-1} A (b_t β_t) = (norm_t) · (scale of step t), since α_t is that step divided by its scale.
     right = likelihood[1:] * ahead[1:] / (norm[1:] * sums[1:])
     return _Messages(
@@ -182,7 +177,7 @@ def _sequential(emission: Tensor, table: Tensor) -> _Messages:
         (joint / norm).mT,
         alpha[:-1].mT,
         right.mT,
-        torch.stack(sizes).min(),
+        smallest,
     )
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -65,6 +66,10 @@ class OneHotStatistic:
         return 1
 
     def dense(self) -> Tensor:
+        return self._dense
+
+    @cached_property
+    def _dense(self) -> Tensor:
         return one_hot(self.index, self.size).double()
 
 

@@ -22,7 +22,7 @@ from pyro_em.families.base import (
     OneHotStatistic,
     Statistic,
 )
-from pyro_em.families.numerics import floats, real, weighted, weighted_log
+from pyro_em.families.numerics import broadcast_shapes, floats, real, weighted, weighted_log
 from pyro_em.kernels import SimplexKernel
 
 
@@ -46,7 +46,7 @@ class CategoricalFamily(SimplexFamily):
 
     def log_prob(self, args: Arguments, value: Tensor) -> Tensor:
         table = NORMALISED.to_canonical(args["probs"]) if "probs" in args else args["logits"].log_softmax(-1)
-        shape = torch.broadcast_shapes(value.shape, table.shape[:-1])
+        shape = broadcast_shapes(value.shape, table.shape[:-1])
         index = value.long().expand(shape).unsqueeze(-1)
         picked = table.expand(shape + table.shape[-1:]).gather(-1, index).squeeze(-1)
         return weighted_log(torch.ones_like(picked), picked) if "probs" in args else picked

@@ -7,6 +7,7 @@ log 0 by 0, which is NaN. Every guard below therefore also feeds the logarithm a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ def floats(*values: Any) -> tuple[Tensor, ...]:
     for kind in kinds[1:]:
         dtype = torch.promote_types(dtype, kind)
     return tuple(torch.as_tensor(v, dtype=dtype) for v in values)
+
+
+@lru_cache(maxsize=1024)
+def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
+    """`torch.broadcast_shapes`, remembered: it takes longer than the arithmetic of a small site."""
+    return torch.broadcast_shapes(*shapes)
 
 
 def real(value: Tensor) -> Tensor:

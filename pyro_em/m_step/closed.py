@@ -18,12 +18,30 @@ import torch
 from torch import Tensor
 
 from pyro_em.families.base import IDENTITY, LOGIT, NORMALISED, SOFTMAX, Link
-from pyro_em.kernels import FlatKernel, IncompatibleKernels, Kernel, PowerKernel
+from pyro_em.kernels import (
+    BetaKernel,
+    FlatKernel,
+    IncompatibleKernels,
+    Kernel,
+    PowerKernel,
+    QuadraticKernel,
+    SimplexKernel,
+    WishartKernel,
+)
 from pyro_em.model.recognise import VALUE, Use
 from pyro_em.model.trace import SiteRecord
 from pyro_em.statistics import SiteMoments
 
 Arguments = Mapping[str, Mapping[str, Tensor]]
+
+
+WORDS: dict[type[Kernel], str] = {
+    BetaKernel: "ratio of counts",
+    PowerKernel: "ratio of moments",
+    QuadraticKernel: "precision-weighted mean",
+    SimplexKernel: "normalised counts",
+    WishartKernel: "weighted scatter matrix",
+}
 
 
 class NotClosed(Exception):
@@ -102,12 +120,17 @@ def combine(
             total = total + _collect(piece, use, coordinate)
         except IncompatibleKernels as error:
             raise NotClosed(str(error)) from error
-        label = f"{type(sites[use.site].family).__name__}.{use.slot}"
+        label = _label(use, sites[use.site])
         if label not in rules:
             rules.append(label)
     if isinstance(total, FlatKernel):
         raise NotClosed("no use informs it")
-    return Combined(total, link or IDENTITY, bool(exponential), f"{type(total).__name__}: {', '.join(rules)}")
+    return Combined(total, link or IDENTITY, bool(exponential), f"{WORDS[type(total)]} ({', '.join(rules)})")
+
+
+def _label(use: Use, site: SiteRecord) -> str:
+    name = type(site.family).distribution.__name__ if site.family is not None else "?"
+    return f"prior {name}" if use.slot == VALUE else f"{name}.{use.slot}"
 
 
 @dataclass(frozen=True)

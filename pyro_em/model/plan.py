@@ -21,7 +21,8 @@ class Plan:
     """What an algorithm will do with a model. Printing it gives a table.
 
     `e_step` has one row per latent and per data site, `m_step` one per parameter; `exact` says whether
-    the E-step is the exact posterior; `predicted_bytes` is the size of the enumerated tables.
+    the E-step is the exact posterior; `predicted_bytes` is the size of the enumerated tables of the interpreter; `engine`
+    runs the E-steps.
     """
 
     algorithm: str
@@ -31,6 +32,7 @@ class Plan:
     m_step: tuple[Row, ...]
     predicted_bytes: int
     notes: tuple[str, ...] = ()
+    engine: str = ""
 
     def route(self, name: str) -> str:
         """Route of a site or parameter. Raises KeyError if the plan has none of that name."""
@@ -45,12 +47,23 @@ class Plan:
         for title, rows in (("E-step", self.e_step), ("M-step", self.m_step)):
             if rows:
                 lines += ["", title, *_table(rows)]
+        if self.engine:
+            lines += ["", f"E-steps run {self.engine}."]
         lines += ["", f"Memory for enumerated tables: {self.predicted_bytes / 2**20:.3g} MiB."]
         lines += [f"Note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
+ALIKE = 3  # more rows than this that differ in their names only are one line
+
+
 def _table(rows: tuple[Row, ...]) -> list[str]:
-    cells = [(row.name, row.role, row.route, row.reason) for row in rows]
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        groups.setdefault((row.role, row.route, row.reason), []).append(row.name)
+    cells = []
+    for (role, route, reason), names in groups.items():
+        shown = [f"{names[0]} ... {names[-1]} ({len(names)})"] if len(names) > ALIKE else names
+        cells += [(name, role, route, reason) for name in shown]
     widths = [max(len(row[i]) for row in cells) for i in range(3)]
     return ["  " + "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]) for row in cells]
