@@ -199,6 +199,7 @@ def _plan(fields: Any) -> Plan:
         m_step=rows("m_step"),
         predicted_bytes=_typed(fields["predicted_bytes"], int),
         notes=_texts(fields["notes"]),
+        engine=_typed(fields["engine"], str),
     )
 
 

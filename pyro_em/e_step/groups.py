@@ -244,6 +244,6 @@ def _stack(layouts: Sequence[_Layout]) -> Group:
         factor=factor if value is None else None,
     )
     found = group.log_factor(arguments)
-    if not torch.allclose(found.expand_as(factor), factor, rtol=1e-5, atol=1e-5, equal_nan=True):
+    if not torch.allclose(found.expand(shape), factor.expand(shape), rtol=1e-5, atol=1e-5, equal_nan=True):
         raise NotCompiled(f"'{site.name}' is not what its arguments say")
     return group if uses else dataclasses.replace(group, factor=found)
