@@ -77,9 +77,7 @@ def setup_seconds(first: float, per_update: float | None, counts: tuple[int, int
 
 def ratios(ours: Sequence[float | None], theirs: Sequence[float | None]) -> list[float | None]:
     """Theirs ÷ ours, round by round: above 1 we are faster."""
-    return [
-        None if mine is None or other is None else other / mine for mine, other in zip(ours, theirs, strict=True)
-    ]
+    return [None if mine is None or other is None else other / mine for mine, other in zip(ours, theirs, strict=True)]
 
 
 def relative_difference(values: Mapping[str, float]) -> float:
@@ -124,7 +122,5 @@ def measure(contenders: Sequence[Contender], rounds: int) -> dict[str, Record]:
 
 def _record(contender: Contender, times: list[tuple[float, float]]) -> Record:
     per_update = [seconds_per_update(first, second, contender.counts) for first, second in times]
-    setup = [
-        setup_seconds(first, each, contender.counts) for (first, _), each in zip(times, per_update, strict=True)
-    ]
+    setup = [setup_seconds(first, each, contender.counts) for (first, _), each in zip(times, per_update, strict=True)]
     return {"counts": list(contender.counts), "seconds_per_update": per_update, "setup_seconds": setup}

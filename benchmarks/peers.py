@@ -26,7 +26,6 @@ from benchmarks.harness import Fit, LogLikelihood
 from benchmarks.problems import LatentClasses, Mixture
 from models import gmm, lca
 from pyro_em.e_step.auto import choose_engine
-from pyro_em.loop import EMMap
 from pyro_em.m_step.auto import MStep
 from pyro_em.problem import bind
 
@@ -57,11 +56,10 @@ def engine_mixture(problem: Mixture) -> Fit:
     def fit(updates: int) -> LogLikelihood:
         bound = bind(model, (problem.data, problem.num_components), {}, with_prior=False)
         m_step = MStep(bound, "auto", "em")
-        em = EMMap(bound, choose_engine(bound, m_step), m_step)
-        params = dict(problem.start)
+        engine, params = choose_engine(bound, m_step), problem.start
         for _ in range(updates):
-            params, _ = m_step.update(params, em.engine.e_step(params))
-        return lambda: em.engine.e_step(params).log_likelihood
+            params, _ = m_step.update(params, engine.e_step(params))
+        return lambda: engine.e_step(params).log_likelihood
 
     return fit
 

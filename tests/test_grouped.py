@@ -164,7 +164,12 @@ def scaled(y: Tensor) -> None:
 
 
 LEFT_RIGHT = torch.tensor([[0.6, 0.4, 0.0], [0.0, 0.7, 0.3], [0.0, 0.0, 1.0]], dtype=torch.float64)
-_start3 = {"pi": _rows(3), "A": _rows(3, 3), "mu": _normal(3, 2), "L": torch.eye(2, dtype=torch.float64).repeat(3, 1, 1)}
+_start3 = {
+    "pi": _rows(3),
+    "A": _rows(3, 3),
+    "mu": _normal(3, 2),
+    "L": torch.eye(2, dtype=torch.float64).repeat(3, 1, 1),
+}
 _start2 = {"pi": _rows(2), "A": _rows(2, 2, seed=1)}
 _series = _normal(6, 7, seed=2)
 _lengths = torch.tensor([7, 1, 4, 0, 6, 7])
@@ -216,17 +221,20 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Tensor], dict[str, Tensor
         {"sequences": torch.tensor([1.0, 2.0, 0.0, 1.0, 0.5, 3.0])},
     ),
     "factorial": (factorial, (_normal(6),), {"A": _rows(2, 2), "B": _rows(2, 2, seed=1), "mu": _normal(2, 2)}, None),
-    "scaled": (scaled, (_normal(9),), {"A": _rows(2, 2), **_means, "level": torch.tensor(0.3, dtype=torch.float64)}, None),
-}  # fmt: skip
+    "scaled": (
+        scaled,
+        (_normal(9),),
+        {"A": _rows(2, 2), **_means, "level": torch.tensor(0.3, dtype=torch.float64)},
+        None,
+    ),
+}
 
 
 def _same(found: Tensor, expected: Tensor, what: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11, msg=lambda m: f"{what}: {m}")
 
 
-def _gradients(
-    problem: Problem, m_step: MStep, params: Mapping[str, Tensor], step: Expectation
-) -> dict[str, Tensor]:
+def _gradients(problem: Problem, m_step: MStep, params: Mapping[str, Tensor], step: Expectation) -> dict[str, Tensor]:
     """∂Q/∂θ of every parameter at random points, the arguments of the others held at `params`."""
     found = {}
     for name in m_step.closed:

@@ -6,8 +6,11 @@ With residuals f_i = M(u_i) − u_i and differences ΔF, ΔM (P, k) of the last 
 
 λ is such that ‖γ‖² is a share δ = 1/(1 + 1.2^(−s)) of its value at λ = 0; s counts accepted proposals and
 falls by the order at a refused one. The memory, at most min(10, P) differences, is emptied when full. An
-accepted update costs one E-step, a refused one two. Henderson and Varadhan begin at δ = 0.01 (their κ = 25)
-because they let the objective fall a little; here it cannot, and δ = 1/2 took up to half the E-steps.
+update costs one E-step if u' is accepted, two if it is refused.
+
+Where this differs from DAAREM: the objective may never fall, and so damping begins at δ = 1/2, not 0.01,
+which took up to half the E-steps; and a proposal that points away from M(u) is refused without an E-step.
+Like every quasi-Newton method on a residual it is drawn to saddles too, and leaves them at EM's pace.
 """
 
 from __future__ import annotations
@@ -22,12 +25,11 @@ from pyro_em.loop import EMMap, Iterate, rounding
 
 ORDER = 10
 GROWTH = 1.2  # of the odds δ/(1 − δ) with each accepted proposal
-FLOOR = -50
 RANK = 1e-12  # directions of ΔF below this share of its largest singular value are rounding
 
 
 class Anderson:
-    """Carries the iterates since the last restart, in the coordinates of that restart, and s."""
+    """Carries the points since the last restart, in the coordinates of that restart, and s."""
 
     def __init__(self, em: EMMap) -> None:
         self.em = em
@@ -37,31 +39,37 @@ class Anderson:
 
     def step(self, current: Iterate) -> Iterate:
         """u' if its objective is not below that of u, else M(u)."""
-        plain = self.em.update(current)
-        if self._coordinates is None or not self._coordinates.cover(plain):
-            self._coordinates, self._points = Coordinates.around(self.em, plain), []
-        self._points.append((self._coordinates.to_free(current.params), self._coordinates.to_free(plain)))
-        order = min(ORDER, len(self._points[0][0]))
+        mapped = self.em.update(current)
+        if self._coordinates is None or not self._coordinates.cover(mapped):
+            self._coordinates, self._points = Coordinates.around(self.em, mapped), []
+        coordinates = self._coordinates
+        u, plain = coordinates.to_free(current.params), coordinates.to_free(mapped)
+        self._points.append((u, plain))
         if len(self._points) == 1:
-            return self.em.reached(plain, current)
-        proposal = evaluate(self.em, self._coordinates, self._mixed(), current.iteration + 1)
+            return self.em.reached(mapped, current)
+        extrapolated = self._mixed()
+        order = min(ORDER, len(u))
         if len(self._points) > order:
-            self._coordinates = None
+            self._coordinates = None  # the next update starts afresh
+        # M(u) − u is a direction of ascent.
+        ascends = bool((extrapolated - u) @ (plain - u) > 0)
+        proposal = evaluate(self.em, coordinates, extrapolated, current.iteration + 1) if ascends else None
         if proposal is not None and proposal.objective >= current.objective - rounding(current):
             self._accepted += 1
             return proposal
-        self._accepted = max(self._accepted - order, FLOOR)
-        return self.em.reached(plain, current)
+        self._accepted = max(self._accepted - order, -order)
+        return self.em.reached(mapped, current)
 
     def _mixed(self) -> Tensor:
-        """u' (P,)."""
+        """u' (P,); not finite if some point is not."""
         points, maps = (torch.stack(p, -1) for p in zip(*self._points, strict=True))  # (P, k + 1)
         residuals = maps - points
+        if not bool(residuals.isfinite().all()):
+            return torch.full_like(points[:, -1], torch.nan)
         left, singular, right = torch.linalg.svd(residuals.diff(dim=-1), full_matrices=False)
-        kept = singular > RANK * singular[0]
+        kept = singular > RANK * singular.amax()
         singular, target = singular[kept], (left.mT @ residuals[:, -1])[kept]
-        share = 1 / (1 + GROWTH**-self._accepted)
-        penalty = ridge(singular, target, share)
+        penalty = ridge(singular, target, share=1 / (1 + GROWTH**-self._accepted))
         gamma = right.mT[:, kept] @ (singular * target / (singular**2 + penalty))
         return maps[:, -1] - maps.diff(dim=-1) @ gamma
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def find_chain(
         info = graph.factors[name]
         if info.enumerated and any(sizes[d] > 1 for d in info.plates - component.root):
             return None
-    if pairs != set(zip(latents[:-1], latents[1:], strict=True)) or len({sizes[d] for d in latents}) > 1:
+    if pairs != set(pairwise(latents)) or len({sizes[d] for d in latents}) > 1:
         return None
     root = tuple(d for d in graph.plate_names if d in component.root and sizes[d] > 1)
     return Chain(tuple(latents), root, (len(latents), sizes[latents[0]], *(sizes[d] for d in root)))
@@ -86,26 +87,21 @@ class Bundle:
 
     def add(self, group: Group, steps: Sequence[int], components: Sequence[int]) -> None:
         """Give a group its place: the step and the component of every copy."""
-        pairwise = group.num_enumerated == 2
+        linked = group.num_enumerated == 2
         number = {c: i for i, c in enumerate(self.components)}
         width = len(self.components)
-        rows = [(t - pairwise) * width + number[c] for t, c in zip(steps, components, strict=True)]
-        everything = rows == list(range((self.steps - pairwise) * width))
+        rows = [(t - linked) * width + number[c] for t, c in zip(steps, components, strict=True)]
+        everything = rows == list(range((self.steps - linked) * width))
         where = None if everything else torch.tensor(rows)
-        self.members[pairwise].append(_Member(group, where))
-        self._place[group.name] = (pairwise, where)
+        self.members[linked].append(_Member(group, where))
+        self._place[group.name] = (linked, where)
 
     def smooth(self, factors: Mapping[str, Tensor]) -> ChainPosterior:
         """Posterior of all chains; chain b is component b // R and element b % R of its root plates."""
         unary = self._potential(self.members[0], factors, 1, self.steps)
         unary = unary.expand(self.steps * len(self.components), *self.root, self.states)
-        chains = (self.steps, -1, self.states)
         pair = self._potential(self.members[1], factors, 2, self.steps - 1)
-        if self.steps == 1:
-            pair = pair.new_zeros(1, 1, self.states, self.states)
-        else:
-            pair = self._as_chains(pair)
-        return smooth(unary.reshape(chains), pair)
+        return smooth(unary.reshape(self.steps, -1, self.states), self._as_chains(pair))
 
     def _potential(
         self, members: Sequence[_Member], factors: Mapping[str, Tensor], num_latents: int, steps: int
@@ -142,9 +138,9 @@ class Bundle:
 
     def weight(self, group: Group, posterior: ChainPosterior) -> Tensor:
         """Expected multiplicity of a group's copies (`Group.expected_weight`)."""
-        pairwise, rows = self._place[group.name]
+        linked, rows = self._place[group.name]
         inner = len(group.shape) - 1 - len(self.root) - group.num_enumerated
-        if not pairwise:
+        if not linked:
             found = posterior.unary.reshape(-1, *self.root, *(1,) * inner, self.states)
             return group.expected_weight(found if rows is None else found[rows])
         matrix = (self.states, self.states)
@@ -153,12 +149,9 @@ class Bundle:
             if weight is not None:
                 weight = weight[..., 0, 0].expand(group.shape[:-2]).reshape(self.steps - 1, -1)
             total = posterior.total_pairs(weight)
-            return total.reshape(*(1 for _ in group.own_shape[:-2]), *matrix, *self._elements(group))
+            return total.reshape(*(1 for _ in group.own_shape[:-2]), *matrix, *(1,) * group.record.element_dims)
         found = posterior.pairs().reshape(-1, *self.root, *(1,) * inner, *matrix)
         return group.expected_weight(found if rows is None else found[rows])
-
-    def _elements(self, group: Group) -> tuple[int, ...]:
-        return (1,) * group.record.element_dims
 
     def terms(self, posterior: ChainPosterior, graph: FactorGraph) -> tuple[Tensor, Tensor | None]:
         """log Z of the components over their root plates, (C, root), and the weights they count with."""

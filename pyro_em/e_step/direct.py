@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_em.e_step.layout import JointStates, SiteLayout
+from pyro_em.e_step.layout import SiteLayout
+from pyro_em.e_step.states import JointStates
 
 LOG_2PI = math.log(2 * math.pi)
 

@@ -64,9 +64,9 @@ class Block:
         if self.flags is not None:
             out[row:].copy_(self.flags[:, begin:end])
 
-    def value(self, end: int, event_dim: int, one_hot: bool) -> Tensor:
+    def value(self, part: int, end: int, event_dim: int, one_hot: bool) -> Tensor:
         """The first rows of (centered) data in the family's own form, (1, positions, end) + event."""
-        raw = self.parts[0].raw
+        raw = self.parts[part].raw
         assert raw is not None
         x = raw[:, :end].reshape(self.positions, -1, end).transpose(1, 2).unsqueeze(0)
         if one_hot:

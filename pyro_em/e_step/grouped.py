@@ -209,9 +209,7 @@ def _compile(problem: Problem, params: Params) -> _Program:
     sites = {name: site for name, site in run.sites.items() if name not in priors}
     roots = {name: graph.components[i].root for name, i in owner.items()}
     orders = {name: _layout_order(graph, name, roots.get(name, frozenset()), order) for name in sites}
-    groups = make_groups(
-        sites, factors, graph.factors, by_site, orders, {name: place(name) for name in sites}
-    )
+    groups = make_groups(sites, factors, graph.factors, by_site, orders, {name: place(name) for name in sites})
     known = [use for group in groups for use in group.uses]
     known += [use for name in priors for use in by_site[name]]
     places = {group.name: place(group.name) for group in groups}
@@ -235,9 +233,7 @@ def _compile(problem: Problem, params: Params) -> _Program:
     )
 
 
-def _layout_order(
-    graph: FactorGraph, name: str, root: frozenset[str], order: Mapping[str, int]
-) -> tuple[str, int]:
+def _layout_order(graph: FactorGraph, name: str, root: frozenset[str], order: Mapping[str, int]) -> tuple[str, int]:
     """Packed dims of a site: root plates, other plates, enumeration dims; and how many are of the last kind."""
     dims = graph.factors[name].dims
     plates = [d for d in graph.plate_names if d in dims]
@@ -246,9 +242,7 @@ def _layout_order(
     return "".join([*plates, *latents]), len(latents)
 
 
-def _bundles(
-    groups: list[Group], chains: list[Chain | None], owner: Mapping[str, int]
-) -> tuple[Bundle, ...]:
+def _bundles(groups: list[Group], chains: list[Chain | None], owner: Mapping[str, int]) -> tuple[Bundle, ...]:
     found: dict[Hashable, Bundle] = {}
     for chain in chains:
         if chain is not None and chain.kind not in found:

@@ -80,9 +80,7 @@ class Group:
         """
         if self.weight is not None:
             posterior = posterior * self.weight
-        constant = [
-            i for i, (own, full) in enumerate(zip(self.own_shape, self.shape, strict=True)) if own < full
-        ]
+        constant = [i for i, (own, full) in enumerate(zip(self.own_shape, self.shape, strict=True)) if own < full]
         repeats = math.prod(self.shape[i] for i in constant if posterior.shape[i] == 1)
         gone = [i for i in constant if posterior.shape[i] > 1]
         if gone:

@@ -16,8 +16,10 @@ from torch import Tensor
 from pyro_em.e_step.base import NotCompiled
 from pyro_em.e_step.features import Block, Part
 from pyro_em.e_step.natural import NATURAL, Coefficients, log_base_measure
+from pyro_em.e_step.states import JointStates
 from pyro_em.families.base import OneHotStatistic
 from pyro_em.families.normal import LogNormalFamily, NormalFamily
+from pyro_em.families.trials import GeometricFamily
 from pyro_em.model import compat
 from pyro_em.model.density import clean_value
 from pyro_em.model.graph import Component, FactorGraph
@@ -26,46 +28,7 @@ from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.statistics import SiteMoments
 
 
-@dataclass(frozen=True)
-class JointStates:
-    """Enumeration dims of a component (Pyro dims, leftmost first) and their numbers of states."""
-
-    dims: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-    @property
-    def num(self) -> int:
-        return math.prod(self.sizes)
-
-
-def joint_states(component: Component, run: Run, limit: int) -> JointStates:
-    """Joint states of a component whose latents all live in its root plates.
-
-    :raises NotCompiled: if some latent does not, dims are recycled, or there are more than `limit` states.
-    """
-    dim_of: dict[str, int] = {}
-    for name in component.factors:
-        site = run.sites[name]
-        if site.enumerated and site.plate_dims != component.root:
-            raise NotCompiled(f"latent '{name}' is not in the outermost plate of its data")
-        for dim, symbol in site.symbols.items():
-            if symbol in component.symbols and dim_of.setdefault(symbol, dim) != dim:
-                raise NotCompiled("enumeration dims are recycled (pyro.markov)")
-    if len(set(dim_of.values())) < len(dim_of):
-        raise NotCompiled("enumeration dims are recycled (pyro.markov)")
-    size_of = {
-        run.sites[name].symbol: run.sites[name].fn.enumerate_support(expand=False).shape[0]
-        for name in component.factors
-        if run.sites[name].enumerated
-    }
-    order = sorted(component.symbols, key=dim_of.__getitem__)
-    states = JointStates(tuple(dim_of[s] for s in order), tuple(size_of[s] for s in order))
-    if states.num > limit:
-        raise NotCompiled(f"{states.num} joint states of one row")
-    return states
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SiteLayout:
     """One observed site: its positions, its rows of Φ (`begin`..), its center, and its dims."""
 
@@ -104,7 +67,8 @@ class SiteLayout:
         family, block = self.site.family, self.block
         assert family is not None
         args = {a: self.spread(v, states, family.arguments[a]).unsqueeze(2) for a, v in arguments.items()}
-        value = block.value(end, family.event_dim, self._one_hot)
+        data = 1 if isinstance(family, GeometricFamily) else 0  # its first statistic is the constant one
+        value = block.value(data, end, family.event_dim, self._one_hot)
         if self.center is not None:
             center = self.center.reshape(1, block.positions, 1, *((-1,) if family.event_dim else ()))
             args["loc"] = args["loc"] - center

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +28,9 @@ from pyro_em.e_step.collapse import collapse
 from pyro_em.e_step.direct import centered_log_density
 from pyro_em.e_step.features import Features
 from pyro_em.e_step.interpreted import expectation
-from pyro_em.e_step.layout import JointStates, SiteLayout, joint_states, site_layouts, weights_of
+from pyro_em.e_step.layout import SiteLayout, site_layouts, weights_of
 from pyro_em.e_step.natural import NATURAL
+from pyro_em.e_step.states import JointStates, joint_states
 from pyro_em.evidence.discrete import weighted_sum
 from pyro_em.model import compat
 from pyro_em.model.density import packed_log_density
@@ -126,12 +128,12 @@ class Plated:
         sufficient = self._arguments(params)
         found, reference = 0.0, 0.0
         for program in self.programs:
-            w = self._coefficients(program, sufficient.arguments)
-            direct = self._without_cancellation(program, w, sufficient.arguments)
+            w, direct = self._prepared(program, sufficient.arguments)
             end = min(program.features.chunk, program.features.num_rows)
             log_joint = w @ program.features.rows(0, end)
             for layout in direct:
-                log_joint += centered_log_density(layout, sufficient.arguments[layout.site.name], program.states, 0, end)
+                own = sufficient.arguments[layout.site.name]
+                log_joint += centered_log_density(layout, own, program.states, 0, end)
             expected = w.new_zeros(program.states.num, end)
             for name in program.component.factors:
                 if self.run.sites[name].enumerated:
@@ -153,8 +155,8 @@ class Plated:
     def _never(self, name: str, arguments: dict[str, Tensor]) -> SiteMoments:
         raise AssertionError(f"moments of '{name}' were asked for before the E-step")
 
-    def _coefficients(self, program: _Program, arguments: Arguments) -> Tensor:
-        """W (J, F): natural parameters of every joint state, the first column the bias."""
+    def _coefficients(self, program: _Program, arguments: Arguments, without: Sequence[SiteLayout]) -> Tensor:
+        """W (J, F): natural parameters of every joint state, the first column the bias; zeros for some sites."""
         states, run = program.states, self.run
         bias = torch.zeros(states.num, dtype=torch.float64)
         columns = [bias]
@@ -164,6 +166,9 @@ class Plated:
                 bias = bias + self._latent_log_mass(name, program, arguments[name])
         for layout in program.layouts:
             site = layout.site
+            if layout in without:
+                columns.append(bias.new_zeros(states.num, layout.block.num_features))
+                continue
             coefficients = NATURAL[type(site.family)](arguments[site.name], layout.center)  # type: ignore[index]
             own, own_bias = weights_of(coefficients, layout, states)
             columns.append(own)
@@ -186,9 +191,8 @@ class Plated:
         return log_mass.expand(target).reshape(-1)
 
     def _sums(self, program: _Program, arguments: Arguments) -> _Sums:
-        w = self._coefficients(program, arguments)
+        w, direct = self._prepared(program, arguments)
         features, weight, base = program.features, program.row_weight, program.base
-        direct = self._without_cancellation(program, w, arguments)
         totals = torch.zeros(program.states.num, features.num_features, dtype=torch.float64)
         likelihood, magnitude = 0.0, 0.0
         for begin in range(0, features.num_rows, features.chunk):
@@ -214,23 +218,19 @@ class Plated:
             likelihood = -math.inf
         return _Sums(likelihood, magnitude, totals)
 
-    def _without_cancellation(self, program: _Program, w: Tensor, arguments: Arguments) -> list[SiteLayout]:
-        """Sites to be evaluated by differences (their columns of W are zeroed), if rounding would show.
+    def _prepared(self, program: _Program, arguments: Arguments) -> tuple[Tensor, list[SiteLayout]]:
+        """W, and the normal sites which it leaves out because rounding would show: they are evaluated directly.
 
         The rounding of the product is about eps·sqrt(N)·max_j Σ_f |W_jf|·rms(Φ_f), against the eps·Σ|ll_n| that
         a monotone objective may lose.
         """
+        w = self._coefficients(program, arguments, ())
         normal = [x for x in program.layouts if x.site.family is not None and x.site.family.centered]
-        if not normal:
-            return []
-        size = torch.where(w <= 0.1 * IMPOSSIBLE, torch.zeros_like(w), w).abs() @ program.features.rms
-        if float(size.max()) * math.sqrt(program.features.num_rows) <= program.magnitude:
-            return []
-        for layout in normal:
-            w[:, layout.begin : layout.begin + layout.block.num_features] = 0.0
-            coefficients = NATURAL[type(layout.site.family)](arguments[layout.site.name], layout.center)  # type: ignore[index]
-            w[:, 0] -= weights_of(coefficients, layout, program.states)[1]
-        return normal
+        if normal:
+            size = torch.where(w <= 0.1 * IMPOSSIBLE, torch.zeros_like(w), w).abs() @ program.features.rms
+            if float(size.max()) * math.sqrt(program.features.num_rows) > program.magnitude:
+                return self._coefficients(program, arguments, normal), normal
+        return w, []
 
     def _moments(self, name: str, arguments: dict[str, Tensor], sums: list[_Sums]) -> SiteMoments:
         if name not in self.owner:

@@ -21,6 +21,7 @@ Shapes: T steps, B chains, K states.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,9 @@ from pyro_em.evidence.ring import logsumexp
 LOWEST = -600.0  # what is flushed, below e^-708, is then less than e^-100 of the posterior mass
 SEQUENTIAL = 500  # B·K² above which the arithmetic of the tree costs more than the calls it saves
 SHORT = 16  # steps below which there are few calls to save
+
+
+_Transfer = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ def _tree(emission: Tensor, table: Tensor) -> _Messages:
 
 def _sequential(emission: Tensor, table: Tensor) -> _Messages:
     # (T, K, B): reductions over a small last dim are slow.
-    T, B, K = emission.shape
+    T, B, _ = emission.shape
     likelihood = emission.mT.contiguous()
     forward, backward = _transfers(table, T)
     alpha, ahead = torch.empty_like(likelihood), torch.ones_like(likelihood)
@@ -181,7 +185,7 @@ def _sequential(emission: Tensor, table: Tensor) -> _Messages:
     )
 
 
-def _transfers(table: Tensor, T: int):  # type: ignore[no-untyped-def]
+def _transfers(table: Tensor, T: int) -> tuple[_Transfer, _Transfer]:
     """v ↦ Aᵀv and v ↦ Av of the step into t, for v of shape (K, B)."""
     shared = table.shape[1] == 1
     matrices = (table[:, 0] if shared else table).expand(T - 1, *table.shape[1 + shared :]).unbind(0)

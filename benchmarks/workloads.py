@@ -1,0 +1,112 @@
+"""Every workload, by name. Letters: rows N, components K, features D, items J."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks import peers, problems
+from benchmarks.cold import Cold
+from benchmarks.gap import Gap, Problem
+from benchmarks.paired import OURS, Entry, Paired
+from benchmarks.scale import Scale
+from benchmarks.workload import Workload
+from models import gmm, poisson_mixture
+
+
+def _mixture(
+    name: str,
+    rows: int,
+    components: int,
+    features: int,
+    ours: tuple[int, int],
+    scikit_learn: tuple[tuple[int, int], float],
+    pomegranate: tuple[tuple[int, int], float | None],
+    *,
+    diagonal: bool = False,
+    peak_target: int | None = None,
+) -> Paired:
+    make = {
+        OURS: Entry(peers.ours_mixture, ours),
+        "scikit-learn": Entry(peers.scikit_learn_mixture, *scikit_learn),
+        "pomegranate": Entry(peers.pomegranate_mixture, *pomegranate),
+    }
+    kind = "diagonal" if diagonal else "full"
+    return Paired(
+        name,
+        f"Gaussian mixture, {kind}, N={rows:,} K={components} D={features}",
+        lambda tiny: problems.mixture(*((200, 2, 3) if tiny else (rows, components, features)), diagonal=diagonal),
+        make,
+        peak_target,
+    )
+
+
+def _overlapping(tiny: bool) -> Problem:
+    """Components that stand one standard deviation apart."""
+    own = problems.mixture(100 if tiny else 2000, 3, 2, sep=1.0)
+    return Problem(gmm.model, (own.data, 3), own.start)
+
+
+def _death_notices(tiny: bool) -> Problem:
+    """Hasselblad's counts, from rates 1 and 3. They are few: nothing is left to shrink."""
+    start = {
+        "weights": torch.tensor([0.5, 0.5], dtype=torch.float64),
+        "rate": torch.tensor([1.0, 3.0], dtype=torch.float64),
+    }
+    return Problem(poisson_mixture.model, (poisson_mixture.load(),), start)
+
+
+_ALL: tuple[Workload, ...] = (
+    _mixture("A1", 100_000, 10, 10, (2, 32), ((1, 6), 6.0), ((1, 4), 12.0)),
+    _mixture("A2", 1_000_000, 10, 8, (2, 22), ((1, 4), 6.0), ((1, 3), 12.0), peak_target=150_000_000),
+    _mixture("A3", 20_000, 50, 32, (2, 12), ((1, 4), 3.0), ((1, 4), None)),
+    _mixture("A4", 1_000_000, 20, 16, (2, 12), ((1, 4), 3.5), ((1, 2), 50.0), diagonal=True),
+    Paired(
+        "D",
+        "Latent classes, N=100,000 J=20 binary K=5",
+        lambda tiny: problems.latent_classes(200, 4, 2) if tiny else problems.latent_classes(100_000, 20, 5),
+        {
+            OURS: Entry(peers.ours_latent_classes, (2, 62)),
+            "StepMix": Entry(peers.stepmix_latent_classes, (2, 12), 4.5),
+            "pomegranate": Entry(peers.pomegranate_latent_classes, (1, 6), 10.0),
+        },
+    ),
+    Paired(
+        "small",
+        "Gaussian mixture, full, irises: N=150 K=3 D=4",
+        lambda tiny: problems.iris(),
+        {
+            OURS: Entry(peers.ours_mixture, (5, 105)),
+            "scikit-learn": Entry(peers.scikit_learn_mixture, (5, 105), 1.0),
+        },
+    ),
+    Paired(
+        "front-end",
+        "`fit` against its bare engine, full, N=100,000 K=10 D=10",
+        lambda tiny: problems.mixture(200, 2, 3) if tiny else problems.mixture(100_000, 10, 10),
+        {
+            OURS: Entry(peers.ours_mixture, (2, 32)),
+            "bare engine": Entry(peers.engine_mixture, (2, 32), 1 / 1.15),
+            "hand-written torch": Entry(peers.hand_written_mixture, (2, 32)),
+        },
+    ),
+    Cold(
+        "whole-fit",
+        "First fit after import, Old Faithful, 50 updates",
+        lambda tiny: problems.old_faithful(),
+        {OURS: peers.ours_mixture, "scikit-learn": peers.scikit_learn_mixture},
+        updates=50,
+        target_seconds=0.3,
+    ),
+    Scale(
+        "scale-N",
+        "Gaussian mixture, full, K=10 D=10: cost of a row",
+        lambda rows: problems.mixture(rows, 10, 10),
+        peers.ours_mixture,
+        (10_000, 100_000, 1_000_000),
+        flat_within=0.25,
+    ),
+    Gap("gap-gaussian", "To within 1e-3 nat: overlapping Gaussians, N=2,000 K=3 D=2", _overlapping, 4000, 5.0),
+    Gap("gap-poisson", "To within 1e-3 nat: two Poissons, London Times deaths", _death_notices, 4000, 5.0),
+)
+
+WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in _ALL}
