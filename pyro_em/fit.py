@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from pyro_em.accelerate import choose_accelerator
 from pyro_em.checks import after_fit, at_start
-from pyro_em.e_step.auto import choose_engine, verified
+from pyro_em.e_step.auto import choose_engine, in_double, verified
 from pyro_em.e_step.base import Engine
 from pyro_em.errors import DegenerateLikelihoodError, EMWarning, InputError
 from pyro_em.explain import explain
@@ -18,7 +19,7 @@ from pyro_em.initialise import initial_starts
 from pyro_em.loop import Callback, Ended, run_loop
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.plan import Plan
-from pyro_em.options import check_algorithm, check_restarts, point_estimated
+from pyro_em.options import check_algorithm, check_reserved, check_restarts, point_estimated
 from pyro_em.problem import Problem, bind
 from pyro_em.progress import progress_bar
 from pyro_em.result import FitResult, count_parameters
@@ -39,7 +40,9 @@ def fit(
     max_iter: int = 1000,
     tol: float = 1e-6,
     accelerate: str | None = None,
+    e_step: Any = "auto",
     m_step: Any = "auto",
+    missing: str | None = None,
     weights: Mapping[str, Tensor] | None = None,
     optim: Any = None,
     num_particles: int = 1,
@@ -67,6 +70,8 @@ def fit(
     :param tol: converged when max|∂ objective/∂u| / N <= tol (u: free coordinates, N: data elements).
     :param accelerate: None, "squarem" or "anderson": extrapolate the EM map. The objective still never falls,
         as an update that lowers it is replaced by the plain one. Worth it where EM creeps.
+    :param e_step: "auto", exact or refused; nothing else is offered yet.
+    :param missing: None; missing cells are declared by `pyro.poutine.mask` around their site.
     :param m_step: "auto", "closed", "gradient", or a dict of these (or "fixed") by parameter.
     :param weights: `{"plate": (N,) tensor}`: multiply the log-evidence of the plate's elements.
     :param optim: for "svi" a Pyro or torch optimiser; for "gem" a function from parameters to a torch optimiser.
@@ -93,6 +98,7 @@ def fit(
     """
     check_algorithm(algorithm)
     check_restarts(restarts)
+    check_reserved(e_step, missing)
     accelerator = choose_accelerator(accelerate)
     rule = StoppingRule(max_iter, tol)
     if algorithm == "svi":
@@ -101,9 +107,7 @@ def fit(
         given = {"weights": weights is not None, "m_step": m_step != "auto", "accelerate": accelerate is not None}
         if any(given.values()):
             name = next(name for name, is_given in given.items() if is_given)
-            raise InputError(
-                f"{name} belongs to the exact algorithms (em, map-em, gem); 'svi' cannot use it."
-            )
+            raise InputError(f"{name} belongs to the exact algorithms (em, map-em, gem); 'svi' cannot use it.")
         return fit_svi(
             model, args, kwargs, guide=guide, init=init, restarts=restarts, seed=seed, max_iter=max_iter,
             optim=optim, num_particles=num_particles, callbacks=callbacks, progress=progress, roles=roles,
@@ -118,7 +122,7 @@ def fit(
         runs: list[Ended] = []
         errors: list[BaseException] = []
         with progress_bar(progress, algorithm, max_iter) as tick:
-            for start in starts:
+            for start in (in_double(engine, s) for s in starts):
                 ended = run_loop(problem, engine, m, start, rule, (*callbacks, tick), accelerator)
                 runs.append(ended)
                 if ended.error is not None and not isinstance(ended.error, DegenerateLikelihoodError):
@@ -189,8 +193,8 @@ def _result(
     seed: int | None,
     messages: tuple[str, ...],
 ) -> FitResult:
-    params = {n: v.detach().clone() for n, v in best.last.params.items()}
-    log_likelihood, log_prior = verified(problem, engine, best.last)
+    params = {n: v.detach().to(problem.parameters[n].value.dtype).clone() for n, v in best.last.params.items()}
+    log_likelihood, log_prior = verified(problem, engine, dataclasses.replace(best.last, params=params))
     return FitResult(
         algorithm=algorithm,
         params=params,

@@ -127,9 +127,7 @@ def _inverse(information: Tensor) -> Tensor:
             BoundaryEstimate,
             stacklevel=4,
         )
-    inverse = torch.where(
-        usable, 1 / torch.where(usable, values, torch.ones_like(values)), torch.zeros_like(values)
-    )
+    inverse = torch.where(usable, 1 / torch.where(usable, values, torch.ones_like(values)), torch.zeros_like(values))
     return (vectors * inverse) @ vectors.mT
 
 

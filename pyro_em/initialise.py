@@ -39,9 +39,7 @@ def initial_params(problem: Problem, m_step: MStep, strategy: str, rng: np.rando
     :raises InputError: for an unknown name, or "kmeans++" where some latent has no data of its own.
     """
     if strategy not in STRATEGIES:
-        raise InputError(
-            f"init: '{strategy}' is no strategy. Use {', '.join(map(repr, STRATEGIES))}, or a dict."
-        )
+        raise InputError(f"init: '{strategy}' is no strategy. Use {', '.join(map(repr, STRATEGIES))}, or a dict.")
     if strategy == "model":
         return problem.start
     potentials = STRATEGIES[strategy]
@@ -80,19 +78,13 @@ def default_strategy(problem: Problem) -> str:
     """k-means++ where every latent explains numeric data of its own, otherwise random."""
     with torch.no_grad():
         run = problem.run(problem.start)
-    return (
-        "kmeans++"
-        if all(_features(problem, run, site) is not None for site in problem.graph.latents)
-        else "random"
-    )
+    return "kmeans++" if all(_features(problem, run, site) is not None for site in problem.graph.latents) else "random"
 
 
 Potentials = Callable[[Problem, Run, np.random.Generator], dict[str, Tensor]]
 
 
-def _from_potentials(
-    problem: Problem, m_step: MStep, potentials: Potentials, rng: np.random.Generator
-) -> Params:
+def _from_potentials(problem: Problem, m_step: MStep, potentials: Potentials, rng: np.random.Generator) -> Params:
     """One M-step from the posterior under made-up log-factors instead of the data's."""
     start = problem.start
     with torch.no_grad():
@@ -105,9 +97,9 @@ def _from_potentials(
         if name in made:
             dims = dims_of(factor)
             own = made[name]
-            neutral = neutral + own.permute(
-                [dims_of(own).index(d) for d in dims if d in dims_of(own)]
-            ).reshape([s if d in dims_of(own) else 1 for d, s in zip(dims, factor.shape, strict=True)])
+            neutral = neutral + own.permute([dims_of(own).index(d) for d in dims if d in dims_of(own)]).reshape(
+                [s if d in dims_of(own) else 1 for d, s in zip(dims, factor.shape, strict=True)]
+            )
         fake[name] = with_dims(neutral, dims_of(factor))
     evidence = evaluate(problem.graph, fake)
     if not bool(torch.isfinite(evidence.log_likelihood)):

@@ -149,13 +149,9 @@ class Posterior:
                     leaf, dims = leaf.expand(num, *leaf.shape), DRAWS + dims
                 leaves[name] = with_dims(leaf.clone().requires_grad_(True), dims)
         with torch.enable_grad():
-            total = sum(
-                (contract(graph, c, leaves, elimination).sum() for c in graph.components), torch.zeros(())
-            )
+            total = sum((contract(graph, c, leaves, elimination).sum() for c in graph.components), torch.zeros(()))
         found = torch.autograd.grad(total, list(leaves.values()))
-        indicators = {
-            name: with_dims(g, dims_of(leaves[name])) for name, g in zip(leaves, found, strict=True)
-        }
+        indicators = {name: with_dims(g, dims_of(leaves[name])) for name, g in zip(leaves, found, strict=True)}
         return {site: self._state(site, indicators[site], run.sites[site], num) for site in self.latents}
 
     def _state(self, site: str, indicator: Tensor, record: SiteRecord, num: int | None) -> Tensor:

@@ -116,9 +116,7 @@ class Problem:
             "zeros, or check these rows."
         )
 
-    def expected_log_joint(
-        self, params: Mapping[str, Tensor], weights: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Run]:
+    def expected_log_joint(self, params: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> tuple[Tensor, Run]:
         """Q(θ) = E_q[log p(x,z|θ)] (+ log p(θ) if priors count), differentiable in `params`.
 
         :param weights: posterior weights of every factor with latents, as in `Evidence.weights`.
@@ -182,9 +180,7 @@ def bind(
             records[name] = ParameterRecord(name, value.detach().clone(), old.constraint, old.kind)
     for record in records.values():
         if not record.value.is_floating_point():
-            raise InputError(
-                f"Parameter '{record.name}' has dtype {record.value.dtype}; use a floating point one."
-            )
+            raise InputError(f"Parameter '{record.name}' has dtype {record.value.dtype}; use a floating point one.")
     priors = frozenset(name for name, role in assigned.items() if role.role == "parameter")
     generator = torch.Generator().manual_seed(0)
     leaves = {name: _leaf(record.value) for name, record in records.items()}

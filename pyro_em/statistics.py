@@ -67,9 +67,7 @@ def site_center(site: SiteRecord, cells: torch.Size) -> Tensor | None:
     x = location.dense()
     batch = x.dim() - site.family.event_dim
     keep = [
-        i
-        for i in range(batch)
-        if i - batch >= -site.element_dims and i - batch >= -len(cells) and cells[i - batch] > 1
+        i for i in range(batch) if i - batch >= -site.element_dims and i - batch >= -len(cells) and cells[i - batch] > 1
     ]
     gone = [i for i in range(batch) if i not in keep]
     mean = x.mean(gone, keepdim=True) if gone else x
@@ -77,9 +75,7 @@ def site_center(site: SiteRecord, cells: torch.Size) -> Tensor | None:
     return mean.reshape(mean.shape[lead:]) if batch else mean
 
 
-def site_statistics(
-    site: SiteRecord, arguments: dict[str, Tensor], center: Tensor | None
-) -> tuple[AnyStatistic, ...]:
+def site_statistics(site: SiteRecord, arguments: dict[str, Tensor], center: Tensor | None) -> tuple[AnyStatistic, ...]:
     """Statistics of a site's value; of `arguments` only what does not move enters (sizes, total counts)."""
     assert site.family is not None
     return site.family.statistics(clean_value(site), {**site.constants, **arguments}, center)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 from pyro_em.model.capture import ParameterRecord
+from pyro_em.model.trace import LOCK
 
 
 @contextlib.contextmanager
@@ -24,16 +25,17 @@ def isolated_rng(seed: int | None) -> Iterator[None]:
 
     Without a seed it follows from torch's current state (`torch.manual_seed`), which is not advanced.
     """
-    before = get_rng_state()
-    if seed is None:
-        current = torch.Generator()
-        current.set_state(torch.get_rng_state())
-        seed = int(torch.randint(2**31 - 1, (), generator=current))
-    try:
-        set_rng_seed(seed)
-        yield
-    finally:
-        set_rng_state(before)
+    with LOCK:  # the random state is global too
+        before = get_rng_state()
+        if seed is None:
+            current = torch.Generator()
+            current.set_state(torch.get_rng_state())
+            seed = int(torch.randint(2**31 - 1, (), generator=current))
+        try:
+            set_rng_seed(seed)
+            yield
+        finally:
+            set_rng_state(before)
 
 
 def write_params(

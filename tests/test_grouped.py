@@ -132,7 +132,7 @@ def ragged(y: Tensor, lengths: Tensor, K: int = 2) -> None:
     z = None
     with pyro.plate("sequences", len(y)):
         for t in pyro.markov(range(y.shape[1])):
-            with pyro.poutine.mask(mask=t < lengths):
+            with pyro.poutine.mask(mask=t < lengths):  # type: ignore[call-overload]
                 z = pyro.sample(f"z_{t}", dist.Categorical(pi if z is None else A[z]))
                 pyro.sample(f"y_{t}", dist.Normal(mu[z], 1.0), obs=y[:, t])
 

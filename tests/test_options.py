@@ -130,3 +130,9 @@ def test_a_zero_that_the_data_need_is_named() -> None:
     with pytest.raises(pyro_em.NonFiniteError, match=r"Site 'count'.*row"):
         pyro_em.fit(classics.poisson_mixture, _t([0.0, 3.0, 0.0]), init=start)
     assert not dict(pyro.get_param_store().items())
+
+
+@pytest.mark.parametrize("option", [{"e_step": {"z": "quadrature"}}, {"missing": "nan"}])
+def test_reserved_options_are_refused(option: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="not offered yet"):
+        pyro_em.fit(lambda: None, **option)  # type: ignore[arg-type]

@@ -34,7 +34,8 @@ pyro.clear_param_store()
 
 DATA = Path(pyro_em.__file__).parents[1] / "models" / "data"  # in a checkout of the repository
 eruptions = torch.from_numpy(np.loadtxt(DATA / "faithful.csv", delimiter=",", skiprows=1))
-print(f"{len(eruptions)} eruptions; mean duration and mean wait: {eruptions.mean(0).tolist()} minutes")
+duration, wait = eruptions.mean(0)
+print(f"{len(eruptions)} eruptions; mean duration {duration:.2f} and mean wait {wait:.2f} minutes")
 
 # %%
 plt.figure(figsize=(5, 3.5))
@@ -97,8 +98,8 @@ print(em)
 options = {
     "em": {},
     "map-em": {},
-    "gem": {"max_iter": 12},
-    "svi": {"max_iter": 200, "optim": pyro.optim.Adam({"lr": 0.05})},
+    "gem": {"max_iter": 8},
+    "svi": {"max_iter": 100, "optim": pyro.optim.Adam({"lr": 0.1})},
 }
 fits = {name: pyro_em.fit(model, eruptions, algorithm=name, init=start, seed=0, **o) for name, o in options.items()}
 
@@ -110,9 +111,9 @@ for name, fit in fits.items():
 
 # %% [markdown]
 # Compare within pairs, because `em` and `gem` climb one function and `map-em` and `svi` another. Within a pair the
-# summits agree; what differs is the way up. `em` takes few, large steps and knows when it has arrived. `gem` uses
-# gradients where a model has no formulas, so here it is the slower way to the same place, and its budget ends
-# first. `svi` never says that it has converged, because it does not test it.
+# summit is the same; what differs is the way up. `em` takes few, large steps and knows when it has arrived. `gem` is
+# for models without formulas; here it is the slower way to the same place, and its budget ends before it gets there.
+# `svi` never says that it has converged, because it does not test it.
 
 # %%
 plt.figure(figsize=(5, 3.5))
@@ -225,8 +226,8 @@ def guide_for(name):
 
 gaps = {}
 for name in features:
-    adam = pyro.optim.Adam({"lr": 0.2})
-    fit = pyro_em.fit(fixed, eruptions, algorithm="svi", guide=guide_for(name), max_iter=150, optim=adam, seed=0)
+    adam = pyro.optim.Adam({"lr": 0.5})
+    fit = pyro_em.fit(fixed, eruptions, algorithm="svi", guide=guide_for(name), max_iter=100, optim=adam, seed=0)
     gaps[name] = fit.gap
     print(f"{name:10} ELBO {fit.elbo:12.4f}   log-likelihood {fit.log_likelihood:12.4f}   gap {fit.gap:9.4f}")
 
@@ -242,7 +243,8 @@ for name in features:
 # %%
 assert em.converged
 assert torch.tensor(em.history["objective"]).diff().min() > -1e-9, "no EM step may lose"
-assert top - 0.1 < fits["gem"].log_likelihood < top
+assert torch.tensor(fits["gem"].history["objective"]).diff().min() > 0, "no GEM step may lose"
+assert fits["gem"].log_likelihood < top
 assert fits["map-em"].log_posterior - 0.1 < fits["svi"].log_posterior < fits["map-em"].log_posterior
 assert stuck.converged
 assert stuck.log_likelihood < top - 100

@@ -67,7 +67,7 @@ class Anderson:
         if not bool(residuals.isfinite().all()):
             return torch.full_like(points[:, -1], torch.nan)
         left, singular, right = torch.linalg.svd(residuals.diff(dim=-1), full_matrices=False)
-        kept = singular > RANK * singular.amax()
+        kept = singular > RANK * singular[:1]
         singular, target = singular[kept], (left.mT @ residuals[:, -1])[kept]
         penalty = ridge(singular, target, share=1 / (1 + GROWTH**-self._accepted))
         gamma = right.mT[:, kept] @ (singular * target / (singular**2 + penalty))

@@ -43,9 +43,7 @@ class Evidence:
     weights: dict[str, Tensor]
 
 
-def contract(
-    graph: FactorGraph, component: Component, factors: Packed, elimination: Elimination = "sum"
-) -> Tensor:
+def contract(graph: FactorGraph, component: Component, factors: Packed, elimination: Elimination = "sum") -> Tensor:
     """Eliminate the latents of one component; the result is packed over its root plates."""
     tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
     for name in component.factors:
@@ -54,9 +52,7 @@ def contract(
     try:
         contracted = contract_tensor_tree(tree, set(component.symbols), ring=ring)
     except NotImplementedError as error:
-        plates = sorted(
-            {graph.plate_names[p] for name in component.factors for p in graph.factors[name].plates}
-        )
+        plates = sorted({graph.plate_names[p] for name in component.factors for p in graph.factors[name].plates})
         raise Refusal(
             component.factors[-1],
             f"its latents are coupled across the crossing plates {plates}; exact elimination would be "
@@ -105,8 +101,7 @@ def evaluate(graph: FactorGraph, factors: Packed) -> Evidence:
         finite = [torch.where(term.isfinite(), term, torch.zeros_like(term)).sum() for term in terms]
         gradients = torch.autograd.grad(sum(finite), [leaves[n] for n in names]) if finite else ()  # type: ignore[arg-type]
     weights = {
-        name: with_dims(gradient, dims_of(leaves[name]))
-        for name, gradient in zip(names, gradients, strict=True)
+        name: with_dims(gradient, dims_of(leaves[name])) for name, gradient in zip(names, gradients, strict=True)
     }
     terms = tuple(detached(term) for term in terms)
     parts = [(term, component.weight) for term, component in zip(terms, graph.components, strict=True)]

@@ -85,9 +85,7 @@ def _path(inputs: tuple[str, ...], output: str, sizes: tuple[tuple[str, int], ..
     size = dict(sizes)
     shapes = [tuple(size[d] for d in dims) for dims in inputs]
     optimize = "auto" if len(inputs) <= 64 else "greedy"
-    path, _ = opt_einsum.contract_path(
-        f"{','.join(inputs)}->{output}", *shapes, shapes=True, optimize=optimize
-    )
+    path, _ = opt_einsum.contract_path(f"{','.join(inputs)}->{output}", *shapes, shapes=True, optimize=optimize)
     return list(path)
 
 

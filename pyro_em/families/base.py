@@ -141,9 +141,7 @@ class Family(ABC):
         """
         return ()
 
-    def kernel(
-        self, argument: str, moments: Moments, args: Arguments, center: Tensor | None = None
-    ) -> Kernel | None:
+    def kernel(self, argument: str, moments: Moments, args: Arguments, center: Tensor | None = None) -> Kernel | None:
         """Σ w log p(x | args) as a function of one argument, up to a constant, or None.
 
         `moments` is (S₀, S₁, ...): S₀ of shape U, then one weighted sum per statistic, of shape U +

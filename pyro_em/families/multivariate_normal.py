@@ -42,9 +42,7 @@ class MultivariateNormalFamily(Family):
         shifted = real(value) if center is None else real(value) - center
         return Statistic((shifted,), factor_dim=1), Statistic((shifted, shifted), factor_dim=1)
 
-    def kernel(
-        self, argument: str, moments: Moments, args: Arguments, center: Tensor | None = None
-    ) -> Kernel | None:
+    def kernel(self, argument: str, moments: Moments, args: Arguments, center: Tensor | None = None) -> Kernel | None:
         weight, first, second = moments
         if argument == "loc":
             precision = precision_matrix(args)

@@ -47,9 +47,7 @@ class LocationScaleFamily(Family):
             shifted = shifted - center
         return Statistic((shifted,)), Statistic((shifted, shifted))
 
-    def kernel(
-        self, argument: str, moments: Moments, args: Arguments, center: Tensor | None = None
-    ) -> Kernel | None:
+    def kernel(self, argument: str, moments: Moments, args: Arguments, center: Tensor | None = None) -> Kernel | None:
         weight, first, second, origin = floats(*moments, 0.0 if center is None else center)
         if argument == "loc":
             _, scale = floats(weight, args["scale"])

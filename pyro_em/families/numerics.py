@@ -52,9 +52,7 @@ def weighted(weight: Tensor, log_probability: Tensor) -> Tensor:
     return _weighted(weight, log_probability, log_probability == -torch.inf, lambda log: log)
 
 
-def _weighted(
-    weight: Tensor, probability: Tensor, boundary: Tensor, log: Callable[[Tensor], Tensor]
-) -> Tensor:
+def _weighted(weight: Tensor, probability: Tensor, boundary: Tensor, log: Callable[[Tensor], Tensor]) -> Tensor:
     weight, probability, boundary = torch.broadcast_tensors(weight, probability, boundary)
     inside = torch.where(boundary, torch.full_like(probability, 0.5), probability)
     # A negative weight occurs in priors below 1, whose density is infinite on the boundary.

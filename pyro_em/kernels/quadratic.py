@@ -105,9 +105,7 @@ class QuadraticKernel(Kernel):
             size = (self if self.vector else other).linear.shape[-1]
             return self.as_vector(size) + other.as_vector(size)
         moved = other.rebase(self.origin)
-        return dataclasses.replace(
-            self, linear=self.linear + moved.linear, precision=self.precision + moved.precision
-        )
+        return dataclasses.replace(self, linear=self.linear + moved.linear, precision=self.precision + moved.precision)
 
     def _apply(self, shift: Tensor) -> Tensor:
         if not self.vector:

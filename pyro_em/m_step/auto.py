@@ -34,7 +34,8 @@ from pyro_em.sufficient import MomentsOf, Sufficient, raw_arguments
 from pyro_em.types import Params
 
 Route = Literal["closed", "numeric", "gradient", "fixed", "unused"]
-CERTIFICATE = 1e-10  # on max|∂Q/∂u| / N
+# Bounds on max|∂Q/∂u| / N after an update; parameters kept in float32 are rounded, and Q is flat to their rounding.
+CERTIFICATE, CERTIFICATE_FLOAT32 = 1e-10, 1e-4
 MAX_ROUNDS = 30
 
 
@@ -160,6 +161,7 @@ class MStep:
         self._count += 1
         check = self._coupled or self._count <= 3 or self._count % 10 == 0
         scale = self.problem.graph.num_observations
+        bound = _bound(params)
         certificate, empty = None, set()
         for rounds in range(1, MAX_ROUNDS + 1):
             before = params
@@ -168,12 +170,12 @@ class MStep:
             if not check or not (self.closed or self.numeric):
                 break
             certificate = self._certificate(params, expectation, sufficient) / scale
-            if certificate <= CERTIFICATE or all(torch.equal(before[n], params[n]) for n in self.free):
+            if certificate <= bound or all(torch.equal(before[n], params[n]) for n in self.free):
                 break
             self._coupled = True
-        if certificate is not None and certificate > CERTIFICATE:
+        if certificate is not None and certificate > bound:
             block = Block.of_q(self.problem, params, expectation.weights, (*self.closed, *self.numeric))
-            params = maximise(block, tolerance=CERTIFICATE * scale)
+            params = maximise(block, tolerance=bound * scale)
             certificate = self._certificate(params, expectation, self._refreshed(params, expectation)) / scale
         if self.gradient:
             block = Block.of_q(self.problem, params, expectation.weights, self.gradient)
@@ -194,7 +196,7 @@ class MStep:
         if self.numeric:
             block = Block.of_q(self.problem, params, expectation.weights, self.numeric)
             scale = self.problem.graph.num_observations
-            params = maximise(block, tolerance=0.1 * CERTIFICATE * scale)
+            params = maximise(block, tolerance=0.1 * _bound(params) * scale)
             if self.closed:
                 sufficient.take(self._refreshed(params, expectation))
         return params, empty
@@ -213,6 +215,11 @@ class MStep:
             _, gradient, _ = block.gradient(block.free())
             largest = max(largest, _largest(gradient))
         return largest
+
+
+def _bound(params: Params) -> float:
+    double = all(value.dtype == torch.float64 for value in params.values())
+    return CERTIFICATE if double else CERTIFICATE_FLOAT32
 
 
 def _moments(problem: Problem, run: Run, weights: Mapping[str, Tensor]) -> MomentsOf:

@@ -43,11 +43,11 @@ class Block:
 
     def __post_init__(self) -> None:
         records = self.problem.parameters
-        self.charts: dict[str, Chart] = {n: chart(records[n].constraint, self.params[n]) for n in self.names}
+        self.charts: dict[str, Chart] = {n: chart(records[n].constraint, self.params[n].double()) for n in self.names}
         self.sizes = [self.charts[n].size for n in self.names]
 
     def free(self) -> Tensor:
-        parts = [self.charts[n].to_free(self.params[n]).double() for n in self.names]
+        parts = [self.charts[n].to_free(self.params[n].double()) for n in self.names]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
     def values(self, u: Tensor) -> Params:

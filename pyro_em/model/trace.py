@@ -11,6 +11,7 @@ Not handled here: which site plays which role (roles.py), what the sites mean (r
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -217,10 +218,14 @@ def _record(name: str, site: dict[str, Any]) -> SiteRecord:
     )
 
 
+# Pyro's handler stack and param store are global: runs of several threads take turns.
+LOCK = threading.RLock()
+
+
 @contextlib.contextmanager
 def quiet_store() -> Iterator[None]:
     """Run with an empty param store, and give the caller's back whatever happens."""
-    with pyro.get_param_store().scope():
+    with LOCK, pyro.get_param_store().scope():
         yield
 
 
