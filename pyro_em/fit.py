@@ -118,7 +118,8 @@ def fit(
         m = MStep(problem, m_step, algorithm, optim)
         engine = choose_engine(problem, m)
         starts = list(initial_starts(problem, m, init, restarts, seed))
-        at_start(problem, starts[0])
+        if len(starts) == 1:  # one of several may be a saddle; the others are drawn
+            at_start(problem, starts[0])
         runs: list[Ended] = []
         errors: list[BaseException] = []
         with progress_bar(progress, algorithm, max_iter) as tick:

@@ -205,7 +205,7 @@ def _figures(known: Mapping[str, Any]) -> list[str]:
     if known["exact"]:  # the bound is the log-likelihood itself
         del labels["elbo"], labels["gap"]
     numbers = {name: float(known[name]) for name in labels if name in known}
-    if abs(numbers.get("gap", 0.0)) <= 1e-12 * (1 + abs(float(known["elbo"]))):
+    if "gap" in numbers and abs(numbers["gap"]) <= 1e-12 * (1 + abs(float(known["elbo"]))):
         numbers["gap"] = 0.0  # rounding
     figures = [f"{label} {numbers[name]:.9g}" for name, label in labels.items() if name in numbers]
     return ["  " + ", ".join(f"{int(n)} {what}" for n, what in counts), "  " + ", ".join(figures)]

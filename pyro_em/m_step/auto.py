@@ -163,7 +163,9 @@ class MStep:
         scale = self.problem.graph.num_observations
         bound = _bound(params)
         certificate, empty = None, set()
-        for rounds in range(1, MAX_ROUNDS + 1):
+        rounds = 0
+        while rounds < MAX_ROUNDS:
+            rounds += 1
             before = params
             params, found = self._round(params, expectation)
             empty |= found

@@ -21,8 +21,8 @@ class Plan:
     """What an algorithm will do with a model. Printing it gives a table.
 
     `e_step` has one row per latent and per data site, `m_step` one per parameter; `exact` says whether
-    the E-step is the exact posterior; `predicted_bytes` is the size of the enumerated tables of the interpreter; `engine`
-    runs the E-steps.
+    the E-step is the exact posterior; `predicted_bytes` is the size of the interpreter's enumerated tables;
+    `engine` runs the E-steps.
     """
 
     algorithm: str
