@@ -4,11 +4,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+NAMES ?=
+ROUNDS ?= 5
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 VIZ := $(VENV)/.installed-viz
 DEV := $(VENV)/.installed-dev
+BENCH := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench table clean
@@ -27,11 +30,12 @@ check: $(DEV) ## ruff (lint and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy pyro_em
 
-bench: $(DEV) ## time the workloads in benchmarks/
-	$(BIN)/python benchmarks/run.py
+bench: $(BENCH) ## time the workloads in benchmarks/ against other libraries (NAMES="A1 D", ROUNDS=5)
+	$(BIN)/python -m benchmarks.run $(NAMES) --rounds $(ROUNDS)
+	$(BIN)/python -m benchmarks.draw
 
 table: $(DEV) ## print the table of algorithms that stands in README.md
-	$(BIN)/python benchmarks/table.py
+	$(BIN)/python benchmarks/flag_table.py
 
 clean: ## remove the environment, caches and build products
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
@@ -53,4 +57,8 @@ $(VIZ): $(VENV)/.torch pyproject.toml
 
 $(DEV): $(VENV)/.torch pyproject.toml
 	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(BENCH): $(VENV)/.torch pyproject.toml
+	$(PIP) install -c constraints.txt -e '.[bench]'
 	@touch $@

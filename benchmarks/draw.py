@@ -12,12 +12,12 @@ import matplotlib
 
 matplotlib.use("Agg")  # a file is written, no window opened
 
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from benchmarks.harness import Record, Spread  # noqa: E402
-from benchmarks.report import costs_of_a_row, peer_ratios, stored  # noqa: E402
+from benchmarks.harness import Record, Spread
+from benchmarks.report import costs_of_a_row, peer_ratios, stored
 
 FASTER, SLOWER, ASKED = "#0072b2", "#d55e00", "#000000"  # told apart by colour-blind readers, too
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Gap:
-    """`limit` bounds the evaluations of each contender; `target` is E-steps of plain EM ÷ those of the best."""
+    """`limit` bounds the updates of each contender; `target` is E-steps of plain EM ÷ those of the best."""
 
     name: str
     title: str
@@ -119,7 +119,7 @@ def _loss(problem: Problem) -> tuple[Callable[[], Tensor], list[Tensor]]:
     store = pyro.get_param_store()
     for name, value in problem.start.items():
         store[name] = value
-    return loss, [parameter.unconstrained() for parameter in store.values()]
+    return loss, [parameter.unconstrained() for parameter in store.values()]  # type: ignore[attr-defined]
 
 
 def _no_guide(*args: object) -> None:
@@ -151,7 +151,7 @@ def by_svi(problem: Problem, limit: int, rate: float) -> Climb:
     """Pyro's SVI with Adam."""
     began = time.perf_counter()
     _loss(problem)
-    optimiser = pyro.optim.Adam({"lr": rate})
+    optimiser = pyro.optim.Adam({"lr": rate})  # type: ignore[attr-defined]
     svi = SVI(config_enumerate(problem.model), _no_guide, optimiser, TraceEnum_ELBO(max_plate_nesting=1))
     climb: Climb = []
     for step in range(limit):

@@ -81,7 +81,9 @@ def ratios(ours: Sequence[float | None], theirs: Sequence[float | None]) -> list
 
 
 def relative_difference(values: Mapping[str, float]) -> float:
-    """Largest difference among the values, relative to their size."""
+    """Largest difference among the values, relative to their size; infinite if one is not finite."""
+    if not all(math.isfinite(value) for value in values.values()):
+        return math.inf
     size = max(abs(value) for value in values.values())
     return (max(values.values()) - min(values.values())) / max(size, 1e-300)
 
@@ -93,7 +95,7 @@ def assert_agreement(contenders: Sequence[Contender], updates: int = AGREED_AFTE
     """
     found = {contender.name: contender.fit(updates)() for contender in contenders}
     difference = relative_difference(found)
-    if not difference <= AGREEMENT:  # also for NaN
+    if difference > AGREEMENT:
         shown = ", ".join(f"{name} {value!r}" for name, value in found.items())
         raise Disagreement(
             f"After {updates} updates from the same start the log-likelihoods differ by {difference:.1e} (relative; "

@@ -39,7 +39,7 @@ def set_threads(threads: int) -> None:
 
 def describe() -> dict[str, Any]:
     """CPU, operating system and versions."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)

@@ -2,7 +2,7 @@
 
 The limit is what the arithmetic alone would take on this machine, from the anchors of the same process: two
 products Φ W and Rᵀ Φ, 4·N·K·P flops for P features a row (mixture: [1, x, x_i x_j]; items: [1, x]), and N·K
-exponentials. Equal rows of discrete data count once, as they can be collapsed.
+exponentials, for each start. Equal rows of discrete data count once, as they can be collapsed.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Paired:
     problem: Callable[[bool], Any]
     entries: Mapping[str, Entry]
     peak_target: int | None = None  # bytes
+    starts: int = 1
     calls: tuple[str, ...] = field(default=("timings", "peak"), init=False)
 
     def collect(self, spawn: Spawn, rounds: int) -> Record:
@@ -56,7 +57,7 @@ class Paired:
         problem = self.problem(tiny)
         contenders = [self._contender(name, problem, tiny) for name in self.entries]
         agreement = assert_agreement(contenders)
-        return {"agreement": agreement, "contenders": measure(contenders, rounds), "work": work(problem)}
+        return {"agreement": agreement, "contenders": measure(contenders, rounds), "work": work(problem, self.starts)}
 
     def peak(self, contender: str, tiny: bool) -> Record:
         """Memory that a few updates need beyond the data and the libraries."""
@@ -70,8 +71,8 @@ class Paired:
         return Contender(name, fit, TINY_COUNTS if tiny else entry.counts)
 
 
-def work(problem: Mixture | LatentClasses) -> dict[str, int]:
-    """Floating point operations and exponentials of one update."""
+def work(problem: Mixture | LatentClasses, starts: int = 1) -> dict[str, int]:
+    """Floating point operations and exponentials of one update of all starts."""
     if isinstance(problem, LatentClasses):
         rows, features = len(problem.data.unique(dim=0)), 1 + problem.data.shape[1]
         size = problem.num_classes
@@ -79,4 +80,4 @@ def work(problem: Mixture | LatentClasses) -> dict[str, int]:
         rows, width = problem.data.shape
         features = 1 + 2 * width if problem.diagonal else 1 + width + width * (width + 1) // 2
         size = problem.num_components
-    return {"flops": 4 * rows * size * features, "exps": rows * size}
+    return {"flops": 4 * starts * rows * size * features, "exps": starts * rows * size}

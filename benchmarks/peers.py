@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,17 +26,29 @@ from benchmarks.harness import Fit, LogLikelihood
 from benchmarks.problems import LatentClasses, Mixture
 from models import gmm, lca
 from pyro_em.e_step.auto import choose_engine
+from pyro_em.initialise import initial_starts
 from pyro_em.m_step.auto import MStep
 from pyro_em.problem import bind
+from pyro_em.result import FitResult
+from pyro_em.store import isolated_rng
+from pyro_em.types import Params
+
+RESTARTS, SEED = 20, 0
 
 
 def _ours(model: Callable[..., None], problem: Mixture | LatentClasses, size: int) -> Fit:
     def fit(updates: int) -> LogLikelihood:
         result = pyro_em.fit(model, problem.data, size, init=problem.start, max_iter=updates, tol=0, progress=False)
-        assert result.num_iterations == updates and result.log_likelihood is not None
-        return lambda: result.log_likelihood
+        assert result.num_iterations == updates
+        return _log_likelihood(result)
 
     return fit
+
+
+def _log_likelihood(result: FitResult) -> LogLikelihood:
+    found = result.log_likelihood
+    assert found is not None  # exact algorithms always have it
+    return lambda: found
 
 
 def ours_mixture(problem: Mixture) -> Fit:
@@ -47,6 +59,27 @@ def ours_mixture(problem: Mixture) -> Fit:
 def ours_latent_classes(problem: LatentClasses) -> Fit:
     """`pyro_em.fit` on `lca.model`."""
     return _ours(lca.model, problem, problem.num_classes)
+
+
+def ours_restarts(problem: Mixture) -> Fit:
+    """`pyro_em.fit` with `RESTARTS` starts; the best is returned. An update is one of every start."""
+
+    def fit(updates: int) -> LogLikelihood:
+        result = pyro_em.fit(
+            gmm.model, problem.data, problem.num_components, init=problem.start, restarts=RESTARTS, seed=SEED,
+            max_iter=updates, tol=0, progress=False,
+        )  # fmt: skip
+        assert len(result.restarts) == RESTARTS
+        return _log_likelihood(result)
+
+    return fit
+
+
+def _starts(problem: Mixture) -> list[Params]:
+    """The starts that `fit` draws in `ours_restarts`."""
+    with isolated_rng(SEED):
+        bound = bind(gmm.model, (problem.data, problem.num_components), {}, with_prior=False)
+        return list(initial_starts(bound, MStep(bound, "auto", "em"), problem.start, RESTARTS, SEED))
 
 
 def engine_mixture(problem: Mixture) -> Fit:
@@ -66,27 +99,38 @@ def engine_mixture(problem: Mixture) -> Fit:
 
 def scikit_learn_mixture(problem: Mixture) -> Fit:
     """`sklearn.mixture.GaussianMixture`."""
+    return _scikit_learn(problem.data, problem.diagonal, [problem.start])
+
+
+def scikit_learn_restarts(problem: Mixture) -> Fit:
+    """One `GaussianMixture` for each of the starts that `ours_restarts` draws."""
+    return _scikit_learn(problem.data, problem.diagonal, _starts(problem))
+
+
+def _scikit_learn(data: Tensor, diagonal: bool, starts: Sequence[Params]) -> Fit:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
-    data = problem.data.numpy()
-    precision = 1 / problem.spread if problem.diagonal else torch.linalg.inv(problem.spread)
+    rows = data.numpy()
+    precisions = [1 / p["scale"] ** 2 if diagonal else torch.linalg.inv(p["covariance"]) for p in starts]
 
-    def fit(updates: int) -> LogLikelihood:
-        peer = GaussianMixture(
-            problem.num_components,
-            covariance_type="diag" if problem.diagonal else "full",
+    def fit_one(updates: int, start: Params, precision: Tensor) -> GaussianMixture:
+        return GaussianMixture(
+            len(start["weights"]),
+            covariance_type="diag" if diagonal else "full",
             tol=0.0,
             reg_covar=0.0,
             max_iter=updates,
-            weights_init=problem.weights.numpy(),
-            means_init=problem.loc.numpy(),
-            precisions_init=precision.numpy(),
-        )
+            weights_init=start["weights"].numpy(),
+            means_init=start["loc"].numpy(),
+            precisions_init=(0.5 * (precision + precision.mT) if precision.dim() > 2 else precision).numpy(),
+        ).fit(rows)
+
+    def fit(updates: int) -> LogLikelihood:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # a fixed number of updates never converges
-            peer.fit(data)
-        return lambda: float(peer.score_samples(data).sum())
+            found = [fit_one(updates, start, precision) for start, precision in zip(starts, precisions, strict=True)]
+        return lambda: max(float(peer.score_samples(rows).sum()) for peer in found)
 
     return fit
 
@@ -151,7 +195,7 @@ def stepmix_latent_classes(problem: LatentClasses) -> Fit:
 
 
 def hand_written_mixture(problem: Mixture) -> Fit:
-    """A full-covariance mixture in 25 lines of torch, for this model alone: Φ = [1, x, x_i x_j], two products a chunk."""
+    """A full-covariance mixture in plain torch, for this model alone: Φ = [1, x, x_i x_j], two products a chunk."""
     num_features = problem.data.shape[1]
     i, j = torch.triu_indices(num_features, num_features)
     chunk = 8192 if len(i) < 66 else 2048

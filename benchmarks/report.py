@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.harness import Record, Spread, ratios
+from benchmarks.workloads import WORKLOADS
 
 BUSY = 0.5  # load before the workload starts, above which somebody else was computing
 MISSING = "–"
@@ -238,8 +239,6 @@ def _megabytes(size: int | None) -> str:
 
 def stored(folder: Path) -> list[Record]:
     """Records of a folder, in the order of the table of workloads, then by name."""
-    from benchmarks.workloads import WORKLOADS
-
     places = {name: place for place, name in enumerate(WORKLOADS)}
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     return sorted(records, key=lambda record: places.get(record["workload"], len(places)))

@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,15 @@ def _child(request: Record, threads: int) -> Record:
         return json.loads(target.read_text())
 
 
-def main() -> None:
-    """The command line."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; by default that of this process."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Time pyro_em against its peers.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(WORKLOADS)}; default: all")
     parser.add_argument("--rounds", type=int, default=5, help="paired rounds (default 5)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tiny", action="store_true", help="a smoke test")
     parser.add_argument("--out", type=Path, help=f"folder for the records (default {RESULTS.relative_to(ROOT)})")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in WORKLOADS]
     if unknown:
         parser.error(f"there is no workload {unknown[0]!r}. Names: {', '.join(WORKLOADS)}.")

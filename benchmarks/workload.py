@@ -17,11 +17,22 @@ Spawn = Callable[..., Record]  # spawn("method", argument=...) -> what it return
 
 
 class Workload(Protocol):
-    """One row of the table, or a few. `calls` are the methods that may be spawned."""
+    """One row of the table, or a few."""
 
-    name: str
-    title: str
-    calls: tuple[str, ...]
+    @property
+    def name(self) -> str:
+        """What the command line calls it."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """What it is, in a line."""
+        ...
+
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """Methods that may be spawned."""
+        ...
 
     def collect(self, spawn: Spawn, rounds: int) -> Record:
         """The workload's record: JSON, with a key "kind" that tells report.py how to print it."""

@@ -71,6 +71,16 @@ _ALL: tuple[Workload, ...] = (
         },
     ),
     Paired(
+        "F",
+        "20 restarts of a Gaussian mixture, full, N=20,000 K=10 D=10",
+        lambda tiny: problems.mixture(*((1000, 2, 3) if tiny else (20_000, 10, 10)), sep=1.5),
+        {
+            OURS: Entry(peers.ours_restarts, (1, 11)),
+            "scikit-learn": Entry(peers.scikit_learn_restarts, (1, 6), 8.0),
+        },
+        starts=peers.RESTARTS,
+    ),
+    Paired(
         "small",
         "Gaussian mixture, full, irises: N=150 K=3 D=4",
         lambda tiny: problems.iris(),

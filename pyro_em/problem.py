@@ -26,7 +26,7 @@ from pyro_em.model.packing import multiply
 from pyro_em.model.recognise import Use, recognise, second_point
 from pyro_em.model.resources import check_enumeration
 from pyro_em.model.roles import RoleOf, assign_roles
-from pyro_em.model.trace import Run, quiet_store, run_model
+from pyro_em.model.trace import Run, SiteRecord, quiet_store, run_model
 from pyro_em.types import Model, Params
 
 
@@ -191,13 +191,23 @@ def bind(
             return run_model(model, args, kwargs, values, max_plate_nesting=seen.max_plate_nesting)
 
     first = run(leaves)
-    shapes = {name: factor_shape(site) for name, site in first.sites.items()}
+    shapes = {name: _shape(site, seen) for name, site in first.sites.items()}
     graph = build_graph(first, shapes, priors, weights or {})
     certify_factors(seen, first, graph, model, args, kwargs, {n: r.value for n, r in records.items()})
     with pyro.validation_enabled(False):
         second = run(others)
     uses = recognise(first, second, records, priors)
     return Problem(model, args, kwargs, seen, assigned, graph, records, uses, with_prior)
+
+
+def _shape(site: SiteRecord, seen: Capture) -> Tensor:
+    """`factor_shape`, whose refusal then names the latents that the site reads."""
+    try:
+        return factor_shape(site)
+    except Refusal as refusal:
+        latents = [n for n in seen.sites[site.name].upstream if n in seen.sites and seen.sites[n].enumerable]
+        read = f" It reads {', '.join(repr(n) for n in sorted(latents))}." if latents else ""
+        raise Refusal(site.name, refusal.reason + read, refusal.remedy) from refusal
 
 
 def _leaf(value: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ class _Contraction:
 def _plan(
     weight: torch.Size, factors: tuple[torch.Size, ...], factor_dim: int, cells: torch.Size, batch: torch.Size
 ) -> _Contraction:
-    full = torch.broadcast_shapes(weight, *(f[: len(f) - factor_dim] for f in factors), batch)
+    full = broadcast_shapes(weight, *(f[: len(f) - factor_dim] for f in factors), batch)
     rank = max(len(full), len(cells))
     full = torch.Size((1,) * (rank - len(full)) + tuple(full))
     target = (1,) * (rank - len(cells)) + tuple(cells)

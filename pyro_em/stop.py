@@ -33,7 +33,7 @@ class Outcome(Enum):
         return self.value
 
 
-PATIENCE = 25  # iterations without a rise beyond rounding before a fit counts as stalled
+PATIENCE = 25  # iterations without a rise beyond rounding or a new lowest score before a fit counts as stalled
 
 
 class StoppingRule:
@@ -49,7 +49,7 @@ class StoppingRule:
         if not (isinstance(tol, int | float) and math.isfinite(tol) and tol >= 0):
             raise InputError(f"tol must be a finite number >= 0, not {tol!r}.")
         self.max_iter, self.tol = max_iter, float(tol)
-        self._best = -math.inf
+        self._best, self._lowest = -math.inf, math.inf
         self._idle = 0
 
     def outcome(self, iteration: int, score: float, objective: float, rounding: float) -> Outcome | None:
@@ -58,8 +58,10 @@ class StoppingRule:
             return Outcome.converged
         if iteration >= self.max_iter:
             return Outcome.max_iter
-        self._idle = 0 if objective > self._best + rounding else self._idle + 1
-        self._best = max(self._best, objective)
+        # On a plateau the objective is flat to rounding long before the score is: a falling score is progress.
+        moved = objective > self._best + rounding or score < self._lowest
+        self._idle = 0 if moved else self._idle + 1
+        self._best, self._lowest = max(self._best, objective), min(self._lowest, score)
         if self.tol > 0 and self._idle >= PATIENCE:
             return Outcome.stalled
         return None

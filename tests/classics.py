@@ -25,9 +25,7 @@ def linkage(cells: Tensor) -> None:
     p = pyro.param("p", torch.tensor(0.4), constraint=unit)
     half, quarter = torch.tensor(0.5), torch.tensor(0.25)
     probs = torch.stack([half, quarter * (1 - p), quarter * (1 - p), quarter * p, quarter * p])
-    looks_like = torch.tensor(
-        [[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 1.0, 0], [0, 0, 0, 1.0], [1.0, 0, 0, 0]]
-    )
+    looks_like = torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 1.0, 0], [0, 0, 0, 1.0], [1.0, 0, 0, 0]])
     with pyro.plate("cells", len(cells)):
         z = pyro.sample("z", dist.Categorical(probs))
         pyro.sample("cell", dist.Categorical(looks_like[z]), obs=cells)

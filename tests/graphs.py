@@ -89,9 +89,7 @@ class Graph:
     def _param(self, name: str, table: Tensor) -> Tensor:
         per_row = any(n.table == name and n.per_row for n in self.nodes)
         interior = torch.full_like(table, 1.0 / table.shape[-1] if per_row else 0.5)
-        return pyro.param(
-            name, interior, constraint=constraints.simplex if per_row else constraints.unit_interval
-        )
+        return pyro.param(name, interior, constraint=constraints.simplex if per_row else constraints.unit_interval)
 
     def _distribution(self, node: Node, table: Tensor, parents: list[Tensor]) -> dist.Distribution:
         probs = Vindex(table)[tuple(parents)] if parents else table
@@ -107,9 +105,7 @@ class Graph:
         """Values of the observed nodes, drawn at the tables with torch's global generator."""
         with pyro.get_param_store().scope():
             for name, table in self.tables.items():
-                pyro.param(
-                    name, table.clone()
-                )  # unconstrained on purpose: structural zeros pass through exactly
+                pyro.param(name, table.clone())  # unconstrained on purpose: structural zeros pass through exactly
             nodes = poutine.trace(self.model).get_trace({}).nodes
         return {n.name: nodes[n.name]["value"] for n in self.nodes if n.observed}
 

@@ -1,4 +1,4 @@
-"""Exact answers found without pyro_em: explicit enumeration in plain Pyro, and a forward-backward in NumPy.
+"""Exact answers found without pyro_em: explicit enumeration in plain Pyro.
 
 For a model p(x, z | theta) with discrete latents z, run the model once for every assignment of z and add up:
 
@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
@@ -48,9 +47,7 @@ class _Substitute(Messenger):
             msg["done"] = True
 
 
-def trace(
-    model: Model, args: tuple[Any, ...], params: Params, assignment: Params | None = None
-) -> dict[str, Site]:
+def trace(model: Model, args: tuple[Any, ...], params: Params, assignment: Params | None = None) -> dict[str, Site]:
     """Sites of one run at `params` (of `pyro.param` and `pyro.sample` sites alike) and fixed latents."""
     fixed = {**params, **(assignment or {})}
     with pyro.get_param_store().scope(), _Substitute(params):
@@ -156,11 +153,7 @@ class Enumeration:
             for l, local in enumerate(self.local):
                 value = {**outer, **local}[name]
                 value = value.reshape((*value.shape[: value.dim() - event_dim], 1, -1))
-                here = (
-                    weights[g, l, :1].reshape(())
-                    if dim is None
-                    else weights[g, l].reshape((-1,) + (1,) * -dim)
-                )
+                here = weights[g, l, :1].reshape(()) if dim is None else weights[g, l].reshape((-1,) + (1,) * -dim)
                 result += (value == states).all(-1) * here
         return result
 
@@ -250,9 +243,7 @@ def _log_joint(
                     outside = outside + log_prob.sum()
                 else:
                     size = next(f.size for f in site["cond_indep_stack"] if f.name == plate)
-                    log_prob = log_prob.expand(
-                        torch.broadcast_shapes(log_prob.shape, (size,) + (1,) * (-dim - 1))
-                    )
+                    log_prob = log_prob.expand(torch.broadcast_shapes(log_prob.shape, (size,) + (1,) * (-dim - 1)))
                     inside = inside + log_prob.movedim(dim, -1).reshape(-1, size).sum(0)
             rows.append(inside)
         all_joint.append(torch.stack(torch.broadcast_tensors(*rows)))
@@ -297,27 +288,3 @@ def constraints(model: Model, args: tuple[Any, ...], params: Params) -> dict[str
         nodes = poutine.trace(model).get_trace(*args).nodes
         declared = dict(pyro.get_param_store().get_state()["constraints"])
     return {name: declared[name] if name in declared else nodes[name]["fn"].support for name in params}
-
-
-def forward_backward(
-    initial: npt.NDArray[np.float64],  # (K,)
-    transition: npt.NDArray[np.float64],  # (K, K), row to column
-    likelihood: npt.NDArray[np.float64],  # (T, K)
-    final: npt.NDArray[np.float64] | None = None,  # (K,), probability of stopping after the last step
-) -> tuple[float, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Scaled forward-backward of one sequence: log p(x), state posteriors (T, K), summed pairs (K, K)."""
-    steps, states = likelihood.shape
-    end = np.ones(states) if final is None else final
-    alpha, beta, scale = np.zeros((steps, states)), np.zeros((steps, states)), np.zeros(steps)
-    for t in range(steps):
-        a = (initial if t == 0 else alpha[t - 1] @ transition) * likelihood[t]
-        scale[t] = a.sum()
-        alpha[t] = a / scale[t]
-    beta[-1] = end
-    for t in range(steps - 2, -1, -1):
-        beta[t] = transition @ (likelihood[t + 1] * beta[t + 1]) / scale[t + 1]
-    last = float(alpha[-1] @ end)
-    pairs = np.zeros((states, states))
-    for t in range(steps - 1):
-        pairs += alpha[t][:, None] * transition * (likelihood[t + 1] * beta[t + 1]) / scale[t + 1] / last
-    return float(np.log(scale).sum() + np.log(last)), alpha * beta / last, pairs

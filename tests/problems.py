@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests import classics, zoo
+from tests import classics, zoo, zoo_structured
 from tests.oracles import Enumeration, enumerate_model, log_prior
 
 
@@ -85,9 +85,7 @@ def _build() -> list[Problem]:
     rated = torch.as_tensor(rng.random((30, 4)) < 0.85)
     confusion = _t([[0.7, 0.3], [0.25, 0.75]]).repeat(4, 1, 1)
     kinds = np.repeat([0, 1], (5, 4))
-    passed = _t(
-        rng.random((9, 3, 4)) < np.where(rng.random((9, 3, 1)) < 0.2 + 0.6 * kinds[:, None, None], 0.85, 0.25)
-    )
+    passed = _t(rng.random((9, 3, 4)) < np.where(rng.random((9, 3, 1)) < 0.2 + 0.6 * kinds[:, None, None], 0.85, 0.25))
     pairs = _t(rng.normal(3.0 * rng.integers(0, 2, 40) + 6.5 * rng.integers(0, 2, 40), 0.8))
     zeros = counts * _t(rng.random(50) < 0.6)
     tosses = _t(np.concatenate([rng.binomial(10, 0.3, 15), rng.binomial(10, 0.7, 15)]))
@@ -104,7 +102,7 @@ def _build() -> list[Problem]:
     items = _t([[0.3, 0.25, 0.35, 0.3, 0.2], [0.6, 0.75, 0.7, 0.65, 0.8]])
     means3 = _t([[-1.0, 0.5], [1.0, 0.5], [0.2, -3.0]])
     eye3 = torch.eye(2).repeat(3, 1, 1)
-    c, z = classics, zoo
+    c, z, s = classics, zoo, zoo_structured
     return [
         Problem(
             "gmm_full",
@@ -120,9 +118,7 @@ def _build() -> list[Problem]:
             {"w": w, "mu": means, "sd": _t([[1, 0.9], [1.1, 0.8]])},
             "rows",
         ),
-        Problem(
-            "gmm_spherical", z.gmm_spherical, (plane,), {"w": w, "mu": means, "sd": _t([1.0, 1.3])}, "rows"
-        ),
+        Problem("gmm_spherical", z.gmm_spherical, (plane,), {"w": w, "mu": means, "sd": _t([1.0, 1.3])}, "rows"),
         Problem("gmm_isotropic", z.gmm_isotropic, (plane,), {"w": w, "mu": means, "sd": _t(1.2)}, "rows"),
         Problem("gmm_tied", z.gmm_tied, (plane,), {"w": w, "mu": means, "S": spread[0]}, "rows"),
         Problem(
@@ -133,9 +129,7 @@ def _build() -> list[Problem]:
             "rows",
         ),
         Problem("gmm_precision", z.gmm_precision, (plane,), {"w": w, "mu": means, "P": spread}, "rows"),
-        Problem(
-            "shared_mean", z.shared_mean, (noisy,), {"w": w, "mu": _t(-1.0), "sd": _t([0.8, 3.0])}, "rows"
-        ),
+        Problem("shared_mean", z.shared_mean, (noisy,), {"w": w, "mu": _t(-1.0), "sd": _t([0.8, 3.0])}, "rows"),
         Problem("poisson_mixture", c.poisson_mixture, (counts,), {"pi": w, "lam": _t([3.0, 5.0])}, "days"),
         Problem("item_plate", z.item_plate, (answers,), {"w": w, "P": items}, "people"),
         Problem(
@@ -146,9 +140,7 @@ def _build() -> list[Problem]:
             "patterns",
             weights=pattern_counts,
         ),
-        Problem(
-            "blood_group", c.blood_group, (cells,), {"freq": _t([0.3, 0.2, 0.5])}, "people", weights=people
-        ),
+        Problem("blood_group", c.blood_group, (cells,), {"freq": _t([0.3, 0.2, 0.5])}, "people", weights=people),
         Problem("linkage", c.linkage, (cells,), {"p": _t(0.5)}, "cells", closed=False, weights=cell_counts),
         Problem("coins", c.coins, (tosses,), {"p": _t([0.4, 0.55])}, "sets"),
         Problem(
@@ -192,14 +184,14 @@ def _build() -> list[Problem]:
         ),
         Problem(
             "factorial",
-            z.factorial,
+            s.factorial,
             (pairs,),
             {"u": w, "v": _t([0.7, 0.3]), "mu": _t([[0.0, 5.0], [3.0, 10.0]]), "sd": _t(1.2)},
             "rows",
         ),
         Problem(
             "additive",
-            z.additive,
+            s.additive,
             (pairs,),
             {"u": w, "v": _t([0.7, 0.3]), "base": _t(0.2), "effect": _t([2.0, 5.0]), "sd": _t(1.2)},
             "rows",
@@ -207,37 +199,37 @@ def _build() -> list[Problem]:
         ),
         Problem(
             "global_and_local",
-            z.global_and_local,
+            s.global_and_local,
             (line,),
             {"p": _t(0.4), "w": _t([[0.7, 0.3], [0.4, 0.6]]), "mu": _t([-1.0, 1.0])},
             "rows",
         ),
         Problem(
             "nested_classes",
-            z.nested_classes,
+            s.nested_classes,
             (passed,),
             {"kind_prob": w, "type_prob": A, "pass_prob": items[:, :4]},
             "schools",
         ),
-        Problem("dawid_skene", z.dawid_skene, (ratings, rated), {"w": w, "confusion": confusion}, "patients"),
-        Problem("categorical_hmm", z.categorical_hmm, (words,), {"pi": pi, "A": A, "B": B}, "sequences"),
+        Problem("dawid_skene", s.dawid_skene, (ratings, rated), {"w": w, "confusion": confusion}, "patients"),
+        Problem("categorical_hmm", s.categorical_hmm, (words,), {"pi": pi, "A": A, "B": B}, "sequences"),
         Problem(
             "gaussian_hmm",
-            z.gaussian_hmm,
+            s.gaussian_hmm,
             (series,),
             {"pi": pi, "A": A, "mu": _t([0.5, 2.0]), "sd": _t([1.2, 0.9])},
             "sequences",
         ),
         Problem(
             "ragged_hmm",
-            z.ragged_hmm,
+            s.ragged_hmm,
             (series, torch.tensor([5, 4, 5, 1, 2, 5, 3, 5])),
             {"pi": pi, "A": A, "mu": _t([0.5, 2.0])},
             "sequences",
         ),
         Problem(
             "transformed",
-            z.transformed,
+            s.transformed,
             (line,),
             {"w": w, "a": _t([-0.3, 0.3]), "b": _t([0.5, 0.7])},
             "rows",
@@ -245,7 +237,7 @@ def _build() -> list[Problem]:
         ),
         Problem(
             "module_mixture",
-            z.ModuleMixture(),
+            s.ModuleMixture(),
             (line,),
             {"w": w, "mu": _t([-1.0, 1.0]), "sd": _t([1.0, 1.2])},
             "rows",
@@ -253,22 +245,18 @@ def _build() -> list[Problem]:
         Problem("coins_map", c.coins_map, (tosses,), {"p": _t([0.4, 0.55])}, "sets", priors=True),
         Problem(
             "gmm_map",
-            z.gmm_map,
+            s.gmm_map,
             (line,),
             {"w": w, "mu": _t([-1.0, 1.0]), "var": _t([1.0, 1.5])},
             "rows",
             priors=True,
         ),
-        Problem(
-            "poisson_map", z.poisson_map, (counts,), {"w": w, "rate": _t([3.0, 5.0])}, "rows", priors=True
-        ),
-        Problem(
-            "latent_class_map", c.latent_class_map, (answers,), {"w": w, "P": items}, "patterns", priors=True
-        ),
-        Problem("hmm_map", z.hmm_map, (words,), {"pi": pi, "A": A, "B": B}, "sequences", priors=True),
+        Problem("poisson_map", s.poisson_map, (counts,), {"w": w, "rate": _t([3.0, 5.0])}, "rows", priors=True),
+        Problem("latent_class_map", c.latent_class_map, (answers,), {"w": w, "P": items}, "patterns", priors=True),
+        Problem("hmm_map", s.hmm_map, (words,), {"pi": pi, "A": A, "B": B}, "sequences", priors=True),
         Problem(
             "heavy_prior_map",
-            z.heavy_prior_map,
+            s.heavy_prior_map,
             (line,),
             {"w": w, "mu": _t([-1.0, 1.0])},
             "rows",

@@ -93,7 +93,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "hmm": lambda: _case("gaussian_hmm"),
     "hmm map-em": lambda: _case("hmm_map", "map-em"),
     "left-right hmm": lambda: Case(left_right, (_stages(),)),
-    "numeric m-step": lambda: _case("beta_mixture"),
+    "numeric m-step": lambda: _case("linkage"),
     "gem": lambda: _case("poisson_mixture", "gem"),
     "modules": lambda: _case("module_mixture"),
     "coupled": lambda: _case("shared_mean"),

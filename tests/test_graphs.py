@@ -57,16 +57,14 @@ def test_evidence_and_posterior(seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_joint_mode(seed: int) -> None:
     """Modes may tie, so their log-densities are compared; the oracle evaluates the engine's assignment."""
-    graph, data, truth = _case(seed)
+    _, data, truth = _case(seed)
     mode = _at_the_tables(seed).posterior(data).mode()
     best, _ = truth.mode()
     found = truth.log_density({name: mode[name] for name in truth.latents})
     assert found == pytest.approx(best, abs=1e-10)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pyro_em.errors.EMWarning"
-)  # unvisited rows, symmetric starts: rightly warned
+@pytest.mark.filterwarnings("ignore::pyro_em.errors.EMWarning")  # unvisited rows, symmetric starts: rightly warned
 @pytest.mark.parametrize("seed", SEEDS)
 def test_one_update_is_the_expected_counts(seed: int) -> None:
     graph, data, truth = _case(seed)
@@ -93,7 +91,5 @@ def test_the_generator_covers_what_it_promises() -> None:
     assert {n.kind for n in nodes if not n.observed} == {"categorical", "bernoulli", "one_hot", "binomial"}
     assert {n.level for n in nodes if not n.observed} == {0, 1, 2}
     assert sum(len(graph.tables) < len(graph.nodes) for graph in graphs) >= 10, "tied tables"
-    assert sum(any((t == 0).any() for t in graph.tables.values()) for graph in graphs) >= 20, (
-        "structural zeros"
-    )
+    assert sum(any((t == 0).any() for t in graph.tables.values()) for graph in graphs) >= 20, "structural zeros"
     assert sum(len(n.parents) == 2 for n in nodes) >= 20

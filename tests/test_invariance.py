@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import pyro_em
-from tests import classics, zoo
+from tests import classics, zoo_structured
 from tests.problems import BY_NAME
 
 BY_COMPONENT = ("w", "pi", "mu", "sd", "S", "L", "P", "rate", "lam", "p", "var")
@@ -34,13 +34,11 @@ MIXTURES = [
 ]
 
 
-def _fit(
-    name: str, args: tuple[Any, ...] | None = None, init: dict[str, Tensor] | None = None, **options: Any
-) -> Any:
+def _fit(name: str, args: tuple[Any, ...] | None = None, init: dict[str, Tensor] | None = None, **options: Any) -> Any:
     problem = BY_NAME[name]
     algorithm = "map-em" if problem.priors else "em"
-    options = {"max_iter": 15, "tol": 0, "algorithm": algorithm} | options
-    return pyro_em.fit(problem.model, *(args or problem.args), init=init or problem.start(), **options)
+    chosen: dict[str, Any] = {"max_iter": 15, "tol": 0, "algorithm": algorithm} | options
+    return pyro_em.fit(problem.model, *(args or problem.args), init=init or problem.start(), **chosen)
 
 
 def _same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
@@ -62,9 +60,7 @@ def test_row_order(name: str) -> None:
 @pytest.mark.parametrize("name", MIXTURES)
 def test_component_labels(name: str) -> None:
     plain = _fit(name)
-    relabelled = _fit(
-        name, init={n: v.flip(0) if n in BY_COMPONENT else v for n, v in BY_NAME[name].start().items()}
-    )
+    relabelled = _fit(name, init={n: v.flip(0) if n in BY_COMPONENT else v for n, v in BY_NAME[name].start().items()})
     _same(relabelled.params, {n: v.flip(0) if n in BY_COMPONENT else v for n, v in plain.params.items()})
     assert relabelled.log_likelihood == pytest.approx(plain.log_likelihood, rel=1e-12)
 
@@ -80,9 +76,7 @@ def test_unit_of_the_data(scale: float, shift: float) -> None:
     expected = plain.log_likelihood - rows * D * math.log(abs(scale))
     assert rescaled.log_likelihood == pytest.approx(expected, rel=1e-9)
     torch.testing.assert_close(rescaled.params["pi"], plain.params["pi"], rtol=1e-7, atol=0.0)
-    torch.testing.assert_close(
-        (rescaled.params["mu"] - shift) / scale, plain.params["mu"], rtol=1e-7, atol=1e-7
-    )
+    torch.testing.assert_close((rescaled.params["mu"] - shift) / scale, plain.params["mu"], rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(rescaled.params["S"] / scale**2, plain.params["S"], rtol=1e-6, atol=1e-9)
 
 
@@ -116,9 +110,7 @@ def test_a_common_scale_multiplies_the_log_evidence() -> None:
     """`poutine.scale` is an annealing or a weight common to all rows: the maximum stays where it is."""
     problem = BY_NAME["poisson_mixture"]
     plain = _fit("poisson_mixture")
-    scaled = pyro_em.fit(
-        poutine.scale(problem.model, 2.5), *problem.args, init=problem.start(), max_iter=15, tol=0
-    )
+    scaled = pyro_em.fit(poutine.scale(problem.model, 2.5), *problem.args, init=problem.start(), max_iter=15, tol=0)
     assert scaled.log_likelihood == pytest.approx(2.5 * plain.log_likelihood, rel=1e-12)
     _same(scaled.params, plain.params)
 
@@ -188,7 +180,7 @@ def test_module_and_function_agree() -> None:
     (line,) = BY_NAME["module_mixture"].args
     start = {"pi" if n == "w" else n: v for n, v in BY_NAME["module_mixture"].start().items()}
     module = pyro_em.fit(
-        zoo.ModuleMixture(), line, init=BY_NAME["module_mixture"].start(), max_iter=15, tol=0
+        zoo_structured.ModuleMixture(), line, init=BY_NAME["module_mixture"].start(), max_iter=15, tol=0
     )
     function = pyro_em.fit(classics.normal_mixture, line, init=start, max_iter=15, tol=0)
     _same({"pi" if n == "w" else n: v for n, v in module.params.items()}, function.params)

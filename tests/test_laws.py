@@ -31,9 +31,7 @@ STRATEGIES = EXACT + [(p.name, "gem") for p in PROBLEMS]
 
 
 def _fit(problem: Problem, algorithm: str, **options: Any) -> Any:
-    return pyro_em.fit(
-        problem.model, *problem.args, init=problem.start(), **problem.fit_options(algorithm), **options
-    )
+    return pyro_em.fit(problem.model, *problem.args, init=problem.start(), **problem.fit_options(algorithm), **options)
 
 
 def _gradient(problem: Problem, params: dict[str, Tensor], algorithm: str) -> dict[str, Tensor]:
@@ -120,9 +118,7 @@ def test_fisher_identity(name: str, algorithm: str) -> None:
     support = constraints(problem.model, problem.args, problem.init)
     largest = largest_score(_gradient(problem, problem.start(), algorithm), problem.init, support)
     truth = problem.oracle(problem.init)
-    observations = (
-        truth.log_joint.shape[-1] if len(truth.outer) == 1 else 1
-    )  # a common latent couples all rows
+    observations = truth.log_joint.shape[-1] if len(truth.outer) == 1 else 1  # a common latent couples all rows
     assert float(result.history["score"][0]) * observations == pytest.approx(largest, rel=1e-8)
 
 
@@ -217,9 +213,7 @@ def _climb(problem: Problem, start: dict[str, Tensor], algorithm: str) -> tuple[
         return -float(value.detach()), -gradient.numpy()
 
     first = torch.cat([u.reshape(-1) for u in to_free(start, support).values()]).numpy()
-    found = minimize(
-        loss, first, jac=True, method="L-BFGS-B", options={"maxiter": 500, "ftol": 0, "gtol": 1e-7}
-    )
+    found = minimize(loss, first, jac=True, method="L-BFGS-B", options={"maxiter": 500, "ftol": 0, "gtol": 1e-7})
     return -float(found.fun), to_constrained(unpack(found.x), support)
 
 

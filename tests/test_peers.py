@@ -44,9 +44,7 @@ def _compare(problem: Problem, step: Callable[[Arrays], Arrays]) -> None:
     for k, found in enumerate(_iterates(problem), start=1):
         state = step(state)
         for name, value in found.items():
-            np.testing.assert_allclose(
-                value.numpy(), state[name], rtol=0, atol=1e-8, err_msg=f"{name} after {k}"
-            )
+            np.testing.assert_allclose(value.numpy(), state[name], rtol=0, atol=1e-8, err_msg=f"{name} after {k}")
 
 
 @pytest.mark.parametrize(

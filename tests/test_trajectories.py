@@ -12,24 +12,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import pyro_em
 from tests import classics
+from tests.published import CASES, read
 
-CASES = Path(__file__).parent / "cases"
 TRAJECTORIES: dict[str, Any] = json.loads((CASES / "trajectories.json").read_text())
-
-
-def column(file: str, *names: str) -> Tensor:
-    table = np.genfromtxt(CASES / "data" / file, delimiter=",", names=True, dtype=None, encoding="utf-8")
-    return torch.tensor(np.stack([table[n].astype(float) for n in names], -1))
 
 
 def _tensors(row: dict[str, Any]) -> dict[str, Tensor]:
@@ -115,8 +108,8 @@ def _cases() -> dict[str, Case]:
     days, day_counts = _counted("C05_london_times", "days", "k", "n")
     toby, toby_counts = _counted("C10_stouffer_toby", "patterns", "pattern", "count")
     pleural, pleural_counts = _counted("C11_pleural", "patterns", "pattern", "count")
-    waiting = column("faithful.csv", "waiting")[:, 0]
-    iris = column("iris.csv", "SepalLength", "SepalWidth", "PetalLength", "PetalWidth")
+    waiting = read("faithful", "waiting")[:, 0]
+    iris = read("iris", "SepalLength", "SepalWidth", "PetalLength", "PetalWidth")
     cones = torch.tensor(_data("C08_icecream")) - 1
     quakes = torch.tensor(_data("C09_quakes2"), dtype=torch.float64)
     times, sequences = torch.tensor(_data("C19_expmix")), torch.tensor(_data("C21_exphmm"))
@@ -128,9 +121,7 @@ def _cases() -> dict[str, Case]:
 
     m = classics
     cases = [
-        Case(
-            "C01_linkage", m.linkage, (cells,), options={"weights": {"cells": linkage}}, constant=coefficient
-        ),
+        Case("C01_linkage", m.linkage, (cells,), options={"weights": {"cells": linkage}}, constant=coefficient),
         Case("C02_ABO", m.blood_group, (cells,), _alleles, _alleles_back, {"weights": {"people": groups}}),
         Case("C03_coins", m.coins, (heads,), coin),
         Case("C04_coins_MAP", m.coins_map, (heads,), coin, options={"algorithm": "map-em"}),
@@ -139,9 +130,7 @@ def _cases() -> dict[str, Case]:
         Case("C09_quakes2", m.poisson_hmm, (quakes,)),
         Case("C10_stouffer_toby", m.latent_class, (toby,), options=toby_counts),
         Case("C11_pleural", m.latent_class, (pleural,), options=pleural_counts),
-        Case(
-            "C12_waiting_equalvar", m.normal_mixture, (waiting, 2, True), _univariate_shared, _univariate_back
-        ),
+        Case("C12_waiting_equalvar", m.normal_mixture, (waiting, 2, True), _univariate_shared, _univariate_back),
         Case("C13_waiting_free", m.normal_mixture, (waiting,), _univariate, _univariate_back),
         Case("C14_iris3", m.gaussian_mixture, (iris, 3)),
         Case("C19_expmix", m.exponential_mixture, (times,), _rates, _rates_back),

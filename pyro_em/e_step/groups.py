@@ -234,7 +234,7 @@ def _stack(layouts: Sequence[_Layout]) -> Group:
         ),
         uses=uses,
         shape=shape,
-        own_shape=tuple(torch.broadcast_shapes(*(x.shape[:batch] for x in varying))),
+        own_shape=tuple(broadcast_shapes(*(x.shape[:batch] for x in varying))),
         num_enumerated=first.num_enumerated,
         mask=tensors.get(("mask",)),
         element_mask=tensors.get(("element_mask",)),
