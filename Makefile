@@ -14,7 +14,7 @@ DEV := $(VENV)/.installed-dev
 BENCH := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench table clean
+.PHONY: help demo test check bench table tutorials clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
@@ -36,6 +36,9 @@ bench: $(BENCH) ## time the workloads in benchmarks/ against other libraries (NA
 
 table: $(DEV) ## print the table of algorithms that stands in README.md
 	$(BIN)/python benchmarks/flag_table.py
+
+tutorials: $(DEV) ## run the tutorials and write their notebooks
+	$(BIN)/python tutorials/execute.py
 
 clean: ## remove the environment, caches and build products
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

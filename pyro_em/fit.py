@@ -104,7 +104,11 @@ def fit(
     if algorithm == "svi":
         from pyro_em.svi import fit_svi
 
-        given = {"weights": weights is not None, "m_step": m_step != "auto", "accelerate": accelerate is not None}
+        given = {
+            "weights": weights is not None,
+            "m_step": m_step != "auto",
+            "accelerate": accelerate is not None,
+        }
         if any(given.values()):
             name = next(name for name, is_given in given.items() if is_given)
             raise InputError(f"{name} belongs to the exact algorithms (em, map-em, gem); 'svi' cannot use it.")

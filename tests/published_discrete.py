@@ -148,7 +148,7 @@ def lca_balance() -> Found:
 
 
 def lca_lsat6_2() -> Found:
-    result = fit(classics.latent_class, read("lsat6", *(f"Item_{i}" for i in range(1, 6))), restarts=3)
+    result = fit(classics.latent_class, read("lsat6", *(f"Item_{i}" for i in range(1, 6))), restarts=2, tol=1e-7)
     low, _ = result.params["P"].mean(-1).argsort()
     return {
         "loglik": result.log_likelihood,

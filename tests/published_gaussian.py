@@ -73,7 +73,7 @@ def gmm_galaxies() -> Found:
     y = read("galaxies_MASS", "velocity_kms")[:, 0] / 1000
     corrected = torch.where(y == 26.690, 26.960, y)
     unequal, unequal_corrected = _best_with_wide_components(y), _best_with_wide_components(corrected)
-    equal = {K: fit(classics.normal_mixture, y, K, True, restarts=30) for K in (3, 4)}
+    equal = {K: fit(classics.normal_mixture, y, K, True, restarts=10) for K in (3, 4)}
     order = unequal.params["mu"].argsort()
     return {
         "loglik_V3 (MASS value 26.690)": unequal.log_likelihood,

@@ -67,14 +67,14 @@ def classes(x, num_classes=2):
 print(pyro_em.plan(classes, symptoms))
 
 # %% [markdown]
-# The reason beside `closed` names the formula. How is it known? The package asks which entries of `probs` each cell of `x` uses, by differentiating the model
-# with respect to `probs`. Here a cell picks exactly one entry, and the distribution is one whose maximum likelihood
-# estimate is an average: so the M-step is a weighted average. No name, shape or spelling is looked at, only what the
-# program does. Wrap the same probability in a function of your own and the formula is gone, but not the model:
+# The reason beside `closed` names the formula. How is it known? The package asks which entries of `probs` each cell
+# of `x` uses, by differentiating the model with respect to `probs`. Here a cell picks exactly one entry, and the
+# distribution is one whose maximum likelihood estimate is an average: so the M-step is a weighted average. Neither
+# names nor spelling are looked at, only what the program does. Wrap the same probability in a function of your own and
+# the formula is gone, but not the model:
+
 
 # %%
-
-
 def through_a_link(x, num_classes=2):
     rows, items = x.shape
     weights = pyro.param("weights", torch.ones(num_classes) / num_classes, constraint=constraints.simplex)

@@ -74,6 +74,9 @@ class Plated:
         graph = problem.graph
         if not graph.components:
             raise NotCompiled("the model has no latents")
+        for name, uses in problem.uses.items():
+            if any(use.index is None for use in uses):
+                raise NotCompiled(f"the arguments that '{name}' enters are not recognised")
         with torch.no_grad():
             run = problem.run(problem.start)
         self.problem, self.run = problem, run

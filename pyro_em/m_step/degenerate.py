@@ -35,9 +35,9 @@ def check_update(
     """
     site = next((use.site for use in uses if use.slot != VALUE), name)
     if isinstance(combined.kernel, WishartKernel):
-        _check_matrices(site, combined, sufficient)
+        _check_matrices(site, uses, combined, sufficient)
     elif isinstance(combined.kernel, PowerKernel) and not problem.with_prior:
-        _check_scales(site, combined.kernel, sufficient)
+        _check_scales(site, uses, combined.kernel, sufficient)
     if not bool(value.isfinite().all()):
         raise DegenerateLikelihoodError(
             site,
@@ -59,26 +59,39 @@ def _component(bad: Tensor) -> int | None:
     return int(bad.nonzero()[0][0]) if bad.dim() else None
 
 
-def _spread(site: str, sufficient: Sufficient) -> Tensor | None:
-    """Variance of all data of the site about their mean, per dimension (or one number)."""
-    own = sufficient.moments(site)
-    family = sufficient.sites[site].family
-    if family is None or not family.centered:
+def _spread(uses: tuple[Use, ...], sufficient: Sufficient) -> Tensor | None:
+    """Variance of all data that the parameter's sites explain, per dimension (or one number)."""
+    count, center, squares = [], [], []
+    for use in uses:
+        family = sufficient.sites[use.site].family
+        if use.slot == VALUE or family is None or not family.centered:
+            continue
+        own = sufficient.moments(use.site)
+        if own.center is None:
+            continue
+        weight, second = own.moments[0], own.moments[2]
+        if family.event_dim == 1:
+            diagonal = second.diagonal(dim1=-2, dim2=-1)
+            squares.append(diagonal.reshape(-1, diagonal.shape[-1]).sum(0))
+            center.append(own.center.reshape(-1, diagonal.shape[-1]).mean(0))
+            count.append(weight.sum())
+        else:
+            squares.append(second.sum())
+            center.append(own.center.mean())
+            count.append(weight.expand(second.shape).sum())
+    if not count:
         return None
-    total = own.moments[0].sum()
-    second = own.moments[2]
-    if family.event_dim == 1:
-        diagonal = second.diagonal(dim1=-2, dim2=-1)
-        return diagonal.reshape(-1, diagonal.shape[-1]).sum(0) / total
-    share = own.moments[0].expand(second.shape).sum()
-    return second.sum() / share
+    n = torch.stack(count).reshape(-1, *(1,) * squares[0].dim())
+    c = torch.stack(center)
+    mean = (n * c).sum(0) / n.sum(0)
+    return (torch.stack(squares).sum(0) + (n * (c - mean) ** 2).sum(0)) / n.sum(0)
 
 
-def _check_matrices(site: str, combined: Combined, sufficient: Sufficient) -> None:
+def _check_matrices(site: str, uses: tuple[Use, ...], combined: Combined, sufficient: Sufficient) -> None:
     kernel = combined.kernel
     assert isinstance(kernel, WishartKernel)
     covariance = kernel.argmax() if not kernel.inverse else kernel.inverted().argmax()
-    spread = _spread(site, sufficient)
+    spread = _spread(uses, sufficient)
     if spread is None:
         return
     root = spread.clamp(min=torch.finfo(torch.float64).tiny).sqrt()
@@ -98,11 +111,8 @@ def _check_matrices(site: str, combined: Combined, sufficient: Sufficient) -> No
         )
 
 
-def _check_scales(site: str, kernel: PowerKernel, sufficient: Sufficient) -> None:
-    family = sufficient.sites[site].family
-    if family is None or not family.centered:
-        return
-    spread = _spread(site, sufficient)
+def _check_scales(site: str, uses: tuple[Use, ...], kernel: PowerKernel, sufficient: Sufficient) -> None:
+    spread = _spread(uses, sufficient)
     if spread is None:
         return
     if not bool((spread > 0).all()):
