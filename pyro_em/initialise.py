@@ -78,7 +78,7 @@ def default_strategy(problem: Problem) -> str:
     """k-means++ where every latent explains numeric data of its own, otherwise random."""
     with torch.no_grad():
         run = problem.run(problem.start)
-    return "kmeans++" if all(_features(problem, run, site) is not None for site in problem.graph.latents) else "random"
+    return "kmeans++" if all(_features(problem, run, site) is not None for site in _varied(problem, run)) else "random"
 
 
 Potentials = Callable[[Problem, Run, np.random.Generator], dict[str, Tensor]]
@@ -127,7 +127,7 @@ def _kmeans(problem: Problem, run: Run, rng: np.random.Generator) -> dict[str, T
     """Latents of one kind (the steps of a chain) are clustered together, so that their labels agree."""
     kinds: dict[tuple[int, int], list[str]] = {}
     rows: dict[str, Tensor] = {}
-    for name in problem.graph.latents:
+    for name in _varied(problem, run):
         features = _features(problem, run, name)
         if features is None:
             raise InputError(
@@ -145,6 +145,11 @@ def _kmeans(problem: Problem, run: Run, rng: np.random.Generator) -> dict[str, T
         for name, own in zip(names, torch.split(labels, [len(rows[n]) for n in names]), strict=True):
             made[name] = _one_hot_potential(problem, run, name, own, num_states)
     return made
+
+
+def _varied(problem: Problem, run: Run) -> list[str]:
+    """Latents with more than one state; one state needs no start."""
+    return [name for name in problem.graph.latents if _num_states(run, name) > 1]
 
 
 def _one_hot_potential(problem: Problem, run: Run, name: str, labels: Tensor, num_states: int) -> Tensor:

@@ -14,6 +14,9 @@ from tests import classics
 from tests.published import CASES, Found, fit, read
 
 
+ONE_CLASS: dict[str, Any] = {"init": "model", "restarts": 1}  # nothing to draw: one update is the maximum
+
+
 def map_lca_alzheimer_g2() -> Found:
     items = ("Hallucination", "Activity", "Aggression", "Agitation", "Diurnal", "Affective")
     result = fit(classics.latent_class_map, read("alzheimer", *items), algorithm="map-em")
@@ -30,7 +33,8 @@ def map_lca_alzheimer_g2() -> Found:
 
 def _poisson(values: Tensor, counts: Tensor | None = None, K: int = 2) -> Any:
     weights = {} if counts is None else {"weights": {"days": counts}}
-    return fit(classics.poisson_mixture, values, K, **weights, restarts=3, tol=1e-10, max_iter=50_000)
+    start = ONE_CLASS if K == 1 else {"restarts": 3, "tol": 1e-10, "max_iter": 50_000}
+    return fit(classics.poisson_mixture, values, K, **(weights | start))
 
 
 def poismix_hasselblad() -> Found:
@@ -131,7 +135,8 @@ def lca_election() -> Found:
     table = np.genfromtxt(CASES / "data" / "election.csv", delimiter=",", skip_header=1, missing_values="NA")
     answers = torch.as_tensor(table[~np.isnan(table).any(1)]).long() - 1
     assert len(answers) == 1311
-    fits = {K: fit(classics.latent_class_categories, answers, K, 4, restarts=3) for K in (1, 2, 3)}
+    starts = {1: ONE_CLASS, 2: {"restarts": 2}, 3: {"restarts": 3}}
+    fits = {K: fit(classics.latent_class_categories, answers, K, 4, **starts[K]) for K in starts}
     return {f"loglik_K{K}": fit.log_likelihood for K, fit in fits.items()} | {
         "class probs K3 (sorted)": fits[3].params["w"].sort().values
     }
@@ -197,7 +202,7 @@ def hmm_speed_rt() -> Found:
         "mu_a": one.params["mu"][order],
         "sd_a": one.params["sd"][order],
         "A_a (low,high)": one.params["A"][order][:, order],
-        "1-state loglik": fit(classics.normal_mixture, y, 1, restarts=1).log_likelihood,
+        "1-state loglik": fit(classics.normal_mixture, y, 1, **ONE_CLASS).log_likelihood,
         "loglik_b": three.log_likelihood,
         "mu_b": three.params["mu"].sort().values,
     }
