@@ -13,7 +13,6 @@ import pyro_em
 from tests import classics
 from tests.published import CASES, Found, fit, read
 
-
 ONE_CLASS: dict[str, Any] = {"init": "model", "restarts": 1}  # nothing to draw: one update is the maximum
 
 
@@ -33,7 +32,7 @@ def map_lca_alzheimer_g2() -> Found:
 
 def _poisson(values: Tensor, counts: Tensor | None = None, K: int = 2) -> Any:
     weights = {} if counts is None else {"weights": {"days": counts}}
-    start = ONE_CLASS if K == 1 else {"restarts": 3, "tol": 1e-10, "max_iter": 50_000}
+    start = ONE_CLASS if K == 1 else {"restarts": 2}
     return fit(classics.poisson_mixture, values, K, **(weights | start))
 
 

@@ -97,7 +97,7 @@ print(em)
 options = {
     "em": {},
     "map-em": {},
-    "gem": {"max_iter": 8},
+    "gem": {"max_iter": 5},
     "svi": {"max_iter": 100, "optim": pyro.optim.Adam({"lr": 0.1})},
 }
 fits = {name: pyro_em.fit(model, eruptions, algorithm=name, init=start, seed=0, **o) for name, o in options.items()}

@@ -163,8 +163,8 @@ for name, fit in (("weighted", weighted), ("spelled out", spelled_out)):
 # ## A hidden Markov model: chains, and parameters held fixed
 #
 # World earthquakes by year. The loop is in `pyro.markov`, which tells Pyro that a step depends on the one before and
-# no further. Every step is a site of its own and a row of the plan, so we print the M-step and the size alone, for a
-# short stretch and for all years.
+# no further. Every step is a site of its own and a row of the plan, so we look at a short stretch, and print only the
+# M-step and the size.
 
 # %%
 quakes = table("earthquakes.csv", column=1)
@@ -180,20 +180,24 @@ def earthquakes(x):
         pyro.sample(f"x_{t}", dist.Poisson(rate[z]), obs=x[t])
 
 
-for years in (20, len(quakes)):
-    plan = pyro_em.plan(earthquakes, quakes[:years])
-    print(f"{years} years: {len(plan.e_step)} sites, {plan.predicted_bytes} bytes of tables")
+def size(plan):
+    return f"{len(plan.e_step)} sites, {plan.predicted_bytes} bytes of tables"
+
+
+plan = pyro_em.plan(earthquakes, quakes[:20])
+print(f"first years: {size(plan)}")
 for row in plan.m_step:
     print(f"  {row.name:11} {row.route:7} {row.reason}")
 
 # %% [markdown]
-# Tables grow with the years, not with the number of paths. One thing the data cannot tell: only a single year is
-# drawn from `initial`, so its estimate would be all or nothing. `m_step={"name": "fixed"}` holds a parameter at its
-# starting value; it is then known, not estimated, and has no standard error.
+# One thing the data cannot tell: only a single year is drawn from `initial`, so its estimate would be all or nothing.
+# `m_step={"name": "fixed"}` holds a parameter at its starting value; it is then known, not estimated, and has no
+# standard error. `result.plan` is the plan that was followed: tables grow with the years, not with the number of paths.
 
 # %%
 hmm = pyro_em.fit(earthquakes, quakes, m_step={"initial": "fixed"}, accelerate="squarem")
 errors = hmm.standard_errors()
+print(f"all {len(quakes)} years: {size(hmm.plan)}")
 print(f"log-likelihood {hmm.log_likelihood:.4f}, {hmm.num_parameters} free parameters, {hmm.outcome.name}")
 for state in range(2):
     rate, error, stay = hmm.params["rate"][state], errors["rate"][state], hmm.params["transition"][state, state]

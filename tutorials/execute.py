@@ -47,9 +47,10 @@ def main() -> None:
     """Execute and write all."""
     import nbformat
 
-    # For the kernels: the package of this checkout, and no word from ArviZ about its future.
+    # For the kernels: the package of this checkout, and no word from ArviZ about its future, or from tqdm about
+    # widgets that nobody would see.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
-    os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning"
+    os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning,ignore:IProgress not found"
     for script in tutorials():
         made = notebook(script)
         execute(made)

@@ -24,7 +24,7 @@ from pyro_em.types import Params
 
 Compiler = Callable[[Problem], Engine]
 COMPILERS: tuple[Compiler, ...] = (compile_plated, compile_grouped)
-LARGE = 2**28  # bytes of reference tables
+LARGE = 2**26  # bytes of reference tables above which a compiled engine is spot-checked
 AGREEMENT = 1e-9  # relative difference of a compiled and the reference log-likelihood
 
 
