@@ -44,9 +44,7 @@ def model(data: Tensor, num_components: int = 2) -> None:
     """Start: equal weights, blurred random rows."""
     start = torch.full((num_components,), 1 / num_components, dtype=torch.float64)
     weights = pyro.param("weights", start, constraint=constraints.simplex)
-    probs = pyro.param(
-        "probs", lambda: _blurred_rows(data, num_components), constraint=constraints.unit_interval
-    )
+    probs = pyro.param("probs", lambda: _blurred_rows(data, num_components), constraint=constraints.unit_interval)
     with pyro.plate("rows", len(data)):
         z = pyro.sample("z", dist.Categorical(weights))
         pyro.sample("x", dist.Bernoulli(probs[z]).to_event(1), obs=data)

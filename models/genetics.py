@@ -52,9 +52,7 @@ def simulate(
     generator = torch.Generator().manual_seed(seed)
     if problem == "abo":
         frequency = torch.tensor([0.3, 0.1, 0.6])
-        a, b = torch.multinomial(
-            frequency.repeat(2, 1), num_individuals, replacement=True, generator=generator
-        )
+        a, b = torch.multinomial(frequency.repeat(2, 1), num_individuals, replacement=True, generator=generator)
         seen = GROUP_OF[a, b]
     else:
         probs = torch.tensor([0.5, 0.15, 0.1, 0.1, 0.15])

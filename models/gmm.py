@@ -69,9 +69,7 @@ def _slices(data: Tensor, num_components: int) -> tuple[Tensor, Tensor]:
     """
     data = _filled(data)
     if len(data) < num_components:
-        raise ValueError(
-            f"{num_components} components need at least as many rows; the data have {len(data)}."
-        )
+        raise ValueError(f"{num_components} components need at least as many rows; the data have {len(data)}.")
     centred = data - data.mean(0)
     axis = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]
     order = (data @ (axis * axis.sum().sign())).argsort()

@@ -98,15 +98,11 @@ def gaussian(data: Tensor, num_states: int = 2, lengths: Tensor | None = None) -
 def poisson(data: Tensor, num_states: int = 2, lengths: Tensor | None = None) -> None:
     """x_t | z_t = k ~ Poisson(rate_k); starts at rates evenly spaced around the mean count."""
     spread = (2 * torch.arange(num_states, dtype=torch.float64) + 1) / num_states
-    rate = pyro.param(
-        "rate", lambda: _seen(data, lengths).double().mean() * spread, constraint=constraints.positive
-    )
+    rate = pyro.param("rate", lambda: _seen(data, lengths).double().mean() * spread, constraint=constraints.positive)
     _chain(data, num_states, lengths, lambda z: dist.Poisson(rate[z]))
 
 
-def categorical(
-    data: Tensor, num_states: int = 2, lengths: Tensor | None = None, num_symbols: int = 3
-) -> None:
+def categorical(data: Tensor, num_states: int = 2, lengths: Tensor | None = None, num_symbols: int = 3) -> None:
     """x_t | z_t = k ~ Categorical(probs_k), symbols 0..C-1; the first state leans to low symbols."""
 
     def tilted_shares() -> Tensor:

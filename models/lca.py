@@ -49,9 +49,7 @@ def _tilted_shares(data: Tensor, num_classes: int, num_categories: int) -> Tenso
     """Overall shares of the categories, tilted to low categories in the first class, to high in the last."""
     # One added to every count keeps a category that was never seen at a positive probability.
     counts = 1.0 + torch.nn.functional.one_hot(data, num_categories).sum(0)  # (J, C)
-    tilt = (
-        2 * torch.arange(num_classes, dtype=torch.float64) + 1
-    ) / num_classes - 1  # (K,), symmetric about 0
+    tilt = (2 * torch.arange(num_classes, dtype=torch.float64) + 1) / num_classes - 1  # (K,), symmetric about 0
     category = torch.arange(num_categories, dtype=torch.float64)
     tilted = counts * torch.exp(2.0 * tilt[:, None, None] * category)
     return tilted / tilted.sum(-1, keepdim=True)

@@ -70,13 +70,9 @@ class Encoder(PyroModule):
 class VAE(PyroModule):
     """The two networks, with `model(data)` and `guide(data)` as methods; parameters are named after them."""
 
-    def __init__(
-        self, num_pixels: int = 64, num_latents: int = 4, num_hidden: int = 32, *, seed: int = 0
-    ) -> None:
+    def __init__(self, num_pixels: int = 64, num_latents: int = 4, num_hidden: int = 32, *, seed: int = 0) -> None:
         super().__init__()
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # torch.nn draws its initial weights from the global generator
+        with torch.random.fork_rng(devices=[]):  # torch.nn draws its initial weights from the global generator
             torch.manual_seed(seed)
             self.decoder = Decoder(num_pixels, num_latents, num_hidden)
             self.encoder = Encoder(num_pixels, num_latents, num_hidden)

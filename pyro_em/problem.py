@@ -7,8 +7,10 @@ Every faster path is tested against this one.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyro
@@ -23,7 +25,7 @@ from pyro_em.model.compat import detached, dims_of, with_dims
 from pyro_em.model.density import factor_shape, packed_log_density
 from pyro_em.model.graph import FactorGraph, build_graph
 from pyro_em.model.packing import multiply
-from pyro_em.model.recognise import Use, recognise, second_point
+from pyro_em.model.recognise import VALUE, Use, recognise, second_point
 from pyro_em.model.resources import check_enumeration
 from pyro_em.model.roles import RoleOf, assign_roles
 from pyro_em.model.trace import Run, SiteRecord, quiet_store, run_model
@@ -54,6 +56,38 @@ class Problem:
             return run_model(
                 self.model, self.args, self.kwargs, params, max_plate_nesting=self.capture.max_plate_nesting
             )
+
+    @cached_property
+    def recognised(self) -> bool:
+        """Every argument is known as a function of the parameters, so that the model need not run again."""
+        opaque = any(use.index is None for uses in self.uses.values() for use in uses)
+        return not opaque and all(record.kind != "module" for record in self.parameters.values())
+
+    @cached_property
+    def _first(self) -> Run:
+        with torch.no_grad():
+            return self.run(self.start)
+
+    def replayed(self, params: Mapping[str, Tensor]) -> Run:
+        """The run at `params` from the recognised uses (see recognise.py), differentiable in them."""
+        arguments = {name: dict(site.arguments or {}) for name, site in self._first.sites.items()}
+        values: dict[str, Tensor] = {}
+        for name, uses in self.uses.items():
+            for use in uses:
+                if use.slot == VALUE:
+                    values[use.site] = params[name]
+                else:
+                    old = arguments[use.site][use.slot]
+                    arguments[use.site][use.slot] = use.argument(params[name], old)
+        sites = {
+            name: dataclasses.replace(
+                site,
+                value=values.get(name, site.value),
+                arguments=None if site.arguments is None else arguments[name],
+            )
+            for name, site in self._first.sites.items()
+        }
+        return Run(sites, dict(params), self._first.plate_symbols)
 
     def modules(self) -> dict[str, Tensor]:
         """The torch modules' own parameters behind the parameters of that kind, by name."""
@@ -122,7 +156,7 @@ class Problem:
         :param weights: posterior weights of every factor with latents, as in `Evidence.weights`.
         """
         with torch.enable_grad():
-            run = self.run(params)
+            run = self.replayed(params) if self.recognised else self.run(params)
             factors = self.factors(run)
             total = torch.zeros((), dtype=torch.float64)
             for name, factor in factors.items():

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyro_em.model.recognise import VALUE, Use
@@ -81,22 +80,14 @@ class Sufficient:
 
     def put(self, theta: Tensor, uses: tuple[Use, ...]) -> None:
         """Write a parameter's new value into the arguments that take its entries, and into its own prior."""
-        flat = theta.detach().double().reshape(-1)
+        theta = theta.detach().double()
         for use in uses:
             if use.index is None:
                 continue
             self._changes[use.site] += 1
             if use.slot == VALUE:
-                self.sites[use.site] = dataclasses.replace(self.sites[use.site], value=theta.detach().double())
+                self.sites[use.site] = dataclasses.replace(self.sites[use.site], value=theta)
                 self._moments.pop(use.site, None)
                 continue
-            entries = flat[use.index.clamp(min=0)]
-            if use.exponential:
-                entries = torch.exp(use.power * entries)
-            elif use.power != 1:
-                entries = entries**use.power
-            if use.coefficient is not None:
-                entries = use.coefficient.double() * entries
             old = self.arguments[use.site][use.slot]
-            whole = entries.shape == old.shape and bool(use.whole)
-            self.arguments[use.site][use.slot] = entries if whole else torch.where(use.index >= 0, entries, old)
+            self.arguments[use.site][use.slot] = use.argument(theta, old)

@@ -123,9 +123,7 @@ def test_monotone_and_counted(name: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    "name", ["hmm", "hmm map-em", "left-right hmm", "lca map-em", "numeric m-step", "coupled"]
-)
+@pytest.mark.parametrize("name", ["hmm", "hmm map-em", "left-right hmm", "lca map-em", "numeric m-step", "coupled"])
 def test_limit_is_that_of_plain_em(name: str, method: str) -> None:
     case = CASES[name]()
     plain = case.fit(None, max_iter=1500, tol=1e-10)

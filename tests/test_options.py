@@ -10,7 +10,7 @@ import torch
 
 import pyro_em
 from pyro_em.errors import EMWarning, InputError
-from tests import classics, zoo
+from tests import classics, zoo, zoo_structured
 from tests.problems import BY_NAME
 
 NAN = float("nan")
@@ -88,7 +88,7 @@ DATA: list[tuple[Any, torch.Tensor, str]] = [
     (classics.poisson_mixture, _t([1.0, 2.5, 1.0]), "row 1.*support"),
     (classics.exponential_mixture, _t([[1.0, 2.0], [-1.0, 2.0]]), "row.*1.*support"),
     (zoo.zero_inflated_poisson, _t([1.0, NAN]), "row 1"),
-    (zoo.categorical_hmm, torch.tensor([[0, 1], [3, 0]]), "row 1.*support"),
+    (zoo_structured.categorical_hmm, torch.tensor([[0, 1], [3, 0]]), "row 1.*support"),
     (zoo.beta_mixture, _t([0.5, 1.5]), "row 1.*support"),
 ]
 

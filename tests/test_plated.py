@@ -20,18 +20,38 @@ from pyro_em.problem import Problem, bind
 from tests.problems import PROBLEMS
 from tests.problems import Problem as Case
 
-
 SERVED = [
     case
     for case in PROBLEMS
     if case.name
     in {
-        "gmm_full", "gmm_diagonal", "gmm_spherical", "gmm_isotropic", "gmm_tied", "gmm_scale_tril", "gmm_precision",
-        "shared_mean", "poisson_mixture", "item_plate", "latent_class_counts", "blood_group", "coins",
-        "exponential_mixture", "geometric_mixture", "lognormal_mixture", "multinomial_mixture",
-        "zero_inflated_poisson", "one_hot_mixture", "factorial", "dawid_skene", "module_mixture", "coins_map",
-        "gmm_map", "poisson_map", "latent_class_map",
-    }  # fmt: skip
+        "gmm_full",
+        "gmm_diagonal",
+        "gmm_spherical",
+        "gmm_isotropic",
+        "gmm_tied",
+        "gmm_scale_tril",
+        "gmm_precision",
+        "shared_mean",
+        "poisson_mixture",
+        "item_plate",
+        "latent_class_counts",
+        "blood_group",
+        "coins",
+        "exponential_mixture",
+        "geometric_mixture",
+        "lognormal_mixture",
+        "multinomial_mixture",
+        "zero_inflated_poisson",
+        "one_hot_mixture",
+        "factorial",
+        "dawid_skene",
+        "module_mixture",
+        "coins_map",
+        "gmm_map",
+        "poisson_map",
+        "latent_class_map",
+    }
 ]
 
 

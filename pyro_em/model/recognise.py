@@ -58,6 +58,20 @@ class Use:
         """Every entry of the argument is an entry of the parameter (no fixed parts)."""
         return self.index is not None and bool((self.index >= 0).all())
 
+    def argument(self, theta: Tensor, old: Tensor) -> Tensor:
+        """The argument at `theta`; fixed parts keep their `old` value."""
+        assert self.index is not None
+        entries = theta.reshape(-1)[self.index.clamp(min=0)]
+        if self.exponential:
+            entries = torch.exp(self.power * entries)
+        elif self.power != 1:
+            entries = entries**self.power
+        if self.coefficient is not None:
+            entries = self.coefficient.to(entries) * entries
+        if self.whole and entries.shape == old.shape:
+            return entries
+        return torch.where(self.index >= 0, entries, old)
+
     @property
     def gather(self) -> bool:
         """The argument is an entry of the parameter, unchanged."""

@@ -31,7 +31,7 @@ def relevance_of(run: Run, packed: Mapping[str, Tensor], symbol_sites: Mapping[s
             mask = None if site.mask is None else compat.pack(site.mask, site.symbols)
             relevant[name] = None if mask is None or bool(mask.all()) else mask
             continue
-        if site.symbol not in compat.dims_of(packed[name]):
+        if site.symbol is None or site.symbol not in compat.dims_of(packed[name]):
             relevant[name] = None  # a single state has no dim, so that its children cannot be seen
             continue
         flags: list[Tensor] | None = []

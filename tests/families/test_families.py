@@ -213,9 +213,7 @@ def test_log_prob_is_differentiable_in_its_arguments(name: str) -> None:
     names = [key for key in args if (cls, key) != (dist.Binomial, "total_count")]
     leaves = {key: args[key].clone().requires_grad_() for key in names}
     expected = torch.autograd.grad(law(cls, {**args, **leaves}).log_prob(value).sum(), list(leaves.values()))
-    actual = torch.autograd.grad(
-        FAMILIES[cls].log_prob({**args, **leaves}, value).sum(), list(leaves.values())
-    )
+    actual = torch.autograd.grad(FAMILIES[cls].log_prob({**args, **leaves}, value).sum(), list(leaves.values()))
     for key, mine, theirs in zip(names, actual, expected, strict=True):
         constraint = dist.constraints.real if cls is dist.Uniform else constraint_of(cls, args, key)
         own = chart(constraint, args[key])
@@ -232,9 +230,7 @@ def test_kernel_is_the_weighted_log_likelihood_up_to_a_constant(name: str, argum
     canonical = family.link(argument).to_canonical
     other = CASES[name][1]()[argument]
     actual = kernel.value(canonical(other)) - kernel.value(canonical(args[argument]))
-    expected = objective(family, weights, value, {**args, argument: other}) - objective(
-        family, weights, value, args
-    )
+    expected = objective(family, weights, value, {**args, argument: other}) - objective(family, weights, value, args)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -294,9 +290,7 @@ def test_value_kernel_is_the_density_up_to_a_constant(name: str) -> None:
     kernel = family.value_kernel(args)
     assert kernel is not None
     # Uniform: two points inside both cells' bounds.
-    first, second = (
-        (torch.full((CELLS,), v) for v in (2.2, 2.4)) if cls is dist.Uniform else draw(cls, args, 2)
-    )
+    first, second = (torch.full((CELLS,), v) for v in (2.2, 2.4)) if cls is dist.Uniform else draw(cls, args, 2)
     first, second = (v.expand(law(cls, args).shape()) for v in (first, second))
     actual = kernel.value(first) - kernel.value(second)
     expected = family.log_prob(args, first) - family.log_prob(args, second)

@@ -288,9 +288,7 @@ def test_quadratic_elementwise_plus_vector_is_a_vector() -> None:
 
 def test_quadratic_without_information_in_a_direction_stays_there() -> None:
     direction = torch.tensor([3.0, 4.0]) / 5
-    kernel = QuadraticKernel(
-        2 * direction, torch.outer(direction, direction), torch.tensor([1.0, 1.0]), vector=True
-    )
+    kernel = QuadraticKernel(2 * direction, torch.outer(direction, direction), torch.tensor([1.0, 1.0]), vector=True)
     torch.testing.assert_close(kernel.argmax(), torch.tensor([1.0, 1.0]) + 2 * direction)
 
 

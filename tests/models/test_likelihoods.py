@@ -48,9 +48,7 @@ def individuals(problem: Literal["abo", "linkage"]) -> Tensor:
 
 # Model, data, published maximum likelihood estimates, published log-likelihood and tolerance. Near a maximum
 # the rounding of printed estimates enters squared: the tolerance is a unit in the last printed digit.
-PUBLISHED: dict[
-    str, tuple[Callable[..., None], Callable[[], tuple[Tensor, ...]], dict[str, Any], float, float]
-] = {
+PUBLISHED: dict[str, tuple[Callable[..., None], Callable[[], tuple[Tensor, ...]], dict[str, Any], float, float]] = {
     # Benaglia et al. 2009, mixtools
     "waiting": (
         gmm.univariate,

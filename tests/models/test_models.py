@@ -127,9 +127,7 @@ def test_every_model_function_is_listed() -> None:
 @each_file
 def test_imports_are_pyro_torch_numpy_and_the_standard_library(file: str) -> None:
     tree = ast.parse((FOLDER / f"{file}.py").read_text())
-    in_load = {
-        node for f in tree.body if isinstance(f, ast.FunctionDef) and f.name == "load" for node in ast.walk(f)
-    }
+    in_load = {node for f in tree.body if isinstance(f, ast.FunctionDef) and f.name == "load" for node in ast.walk(f)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -139,9 +137,7 @@ def test_imports_are_pyro_torch_numpy_and_the_standard_library(file: str) -> Non
         else:
             continue
         # scikit-learn carries the digits: it may be imported where they are loaded, and nowhere else.
-        allowed = {"pyro", "torch", "numpy", *sys.stdlib_module_names} | (
-            {"sklearn"} if node in in_load else set()
-        )
+        allowed = {"pyro", "torch", "numpy", *sys.stdlib_module_names} | ({"sklearn"} if node in in_load else set())
         assert {name.split(".")[0] for name in names} <= allowed
 
 
