@@ -55,6 +55,11 @@ class Spread:
     high: float
     resolved: int
 
+    @property
+    def steady(self) -> bool:
+        """Whether the rounds agree within a factor of two; otherwise noise was measured, not the contenders."""
+        return self.resolved > 0 and self.high <= 2.0 * self.low
+
     @classmethod
     def of(cls, values: Sequence[float | None]) -> Spread:
         """Median, smallest and largest of the values that are not None."""

@@ -89,6 +89,9 @@ def shortfalls(record: Record) -> list[str]:
             asked = targets.get(peer)
             if not ratio.resolved:
                 found.append(f"{name}: no round resolved the time against {peer}.")
+            elif not ratio.steady:
+                spread = f"{ratio.low:.2f}× to {ratio.high:.2f}×"
+                found.append(f"{name}: the rounds against {peer} differ, {spread}: noise, no result.")
             elif asked is not None and ratio.median < asked:
                 found.append(f"{name}: {ratio.median:.2f}× {peer}, {asked:.2f}× was asked.")
             elif asked is None and ratio.median < 1:
@@ -213,6 +216,8 @@ def _gap(records: Sequence[Record]) -> str:
 def _verdict(ratio: Spread, asked: float | None) -> str:
     if not ratio.resolved:
         return "unresolved"
+    if not ratio.steady:
+        return "**unsteady**"
     met = "" if asked is None else "met" if ratio.median >= asked else "**missed**"
     return f"{met} (slower)".strip() if ratio.median < 1 else met
 

@@ -38,5 +38,5 @@ class Scale:
 
 
 def _counts(size: int, largest: int) -> tuple[int, int]:
-    """Enough updates that the smaller sizes pass a tenth of the rows that the largest passes."""
-    return 2, 2 + max(10, largest // size)
+    """Enough updates to outweigh the noise of the set-up, and at small sizes that of the clock."""
+    return 2, 2 + max(40, largest // size)

@@ -56,16 +56,16 @@ def _death_notices(tiny: bool) -> Problem:
 
 
 _ALL: tuple[Workload, ...] = (
-    _mixture("A1", 100_000, 10, 10, (2, 32), ((1, 6), 6.0), ((1, 4), 12.0)),
-    _mixture("A2", 1_000_000, 10, 8, (2, 22), ((1, 4), 6.0), ((1, 3), 12.0), peak_target=150_000_000),
-    _mixture("A3", 20_000, 50, 32, (2, 12), ((1, 4), 3.0), ((1, 4), None)),
-    _mixture("A4", 1_000_000, 20, 16, (2, 12), ((1, 4), 3.5), ((1, 2), 50.0), diagonal=True),
+    _mixture("A1", 100_000, 10, 10, (2, 102), ((1, 6), 6.0), ((1, 4), 12.0)),
+    _mixture("A2", 1_000_000, 10, 8, (2, 52), ((1, 4), 6.0), ((1, 3), 12.0), peak_target=150_000_000),
+    _mixture("A3", 20_000, 50, 32, (2, 42), ((1, 4), 3.0), ((1, 4), None)),
+    _mixture("A4", 1_000_000, 20, 16, (2, 42), ((1, 4), 3.5), ((1, 2), 50.0), diagonal=True),
     Paired(
         "D",
         "Latent classes, N=100,000 J=20 binary K=5",
         lambda tiny: problems.latent_classes(200, 4, 2) if tiny else problems.latent_classes(100_000, 20, 5),
         {
-            OURS: Entry(peers.ours_latent_classes, (2, 62)),
+            OURS: Entry(peers.ours_latent_classes, (2, 102)),
             "StepMix": Entry(peers.stepmix_latent_classes, (2, 12), 4.5),
             "pomegranate": Entry(peers.pomegranate_latent_classes, (1, 6), 10.0),
         },
@@ -94,9 +94,9 @@ _ALL: tuple[Workload, ...] = (
         "`fit` against its bare engine, full, N=100,000 K=10 D=10",
         lambda tiny: problems.mixture(200, 2, 3) if tiny else problems.mixture(100_000, 10, 10),
         {
-            OURS: Entry(peers.ours_mixture, (2, 32)),
-            "bare engine": Entry(peers.engine_mixture, (2, 32), 1 / 1.15),
-            "hand-written torch": Entry(peers.hand_written_mixture, (2, 32)),
+            OURS: Entry(peers.ours_mixture, (2, 102)),
+            "bare engine": Entry(peers.engine_mixture, (2, 102), 1 / 1.15),
+            "hand-written torch": Entry(peers.hand_written_mixture, (2, 102)),
         },
     ),
     Cold(

@@ -192,6 +192,16 @@ def test_losses_are_printed() -> None:
     assert report.limit_ratio(PAIRED) == pytest.approx(1.0 / 0.2)
 
 
+def test_rounds_that_differ_are_no_result() -> None:
+    """Ratios 3, 5 and 9 are above the 2 that was asked, and still prove nothing."""
+    peer = {**PAIRED["contenders"]["peer"], "seconds_per_update": [3.0, 5.0, 9.0]}
+    record = {**PAIRED, "contenders": {**PAIRED["contenders"], "peer": peer}}
+    text = report.table([record])
+    assert "**unsteady**" in text
+    assert "met" not in text
+    assert "- X: the rounds against peer differ, 3.00× to 9.00×: noise, no result." in text
+
+
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
     from benchmarks.draw import draw
 
