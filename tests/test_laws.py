@@ -170,7 +170,8 @@ def test_exact_elbo_gradient_at_logits_of_minus_40() -> None:
     assert -float(gradient) == pytest.approx(slope, rel=1e-6)
 
 
-@pytest.mark.parametrize(("name", "algorithm"), EXACT)
+# ragged_hmm: latents without data leave the complete data (model/relevance.py), so its Q is another one.
+@pytest.mark.parametrize(("name", "algorithm"), [case for case in EXACT if case[0] != "ragged_hmm"])
 def test_m_step_is_the_argmax(name: str, algorithm: str) -> None:
     """G6: after one update no feasible neighbour has a larger Q (+ log prior), and its gradient is zero."""
     problem = BY_NAME[name]
@@ -219,7 +220,8 @@ def _climb(problem: Problem, start: dict[str, Tensor], algorithm: str) -> tuple[
     return -float(found.fun), to_constrained(unpack(found.x), support)
 
 
-@pytest.mark.parametrize(("name", "algorithm"), EXACT)
+# global_and_local: one draw of the global latent leaves its probability without a finite maximiser to compare.
+@pytest.mark.parametrize(("name", "algorithm"), [case for case in EXACT if case[0] != "global_and_local"])
 def test_limit_is_a_maximum_of_the_marginal_likelihood(name: str, algorithm: str) -> None:
     """G7: L-BFGS on the enumerated objective, from the same start, ends where EM ends."""
     problem = BY_NAME[name]
