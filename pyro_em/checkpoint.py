@@ -180,7 +180,7 @@ def _result(header: dict[str, Any], payload: bytes) -> FitResult:
         warnings=_texts(header["warnings"]),
         restarts=tuple((_typed(value, float, int), _typed(end, str)) for value, end in header["restarts"]),
         seed=None if header["seed"] is None else _typed(header["seed"], int),
-        num_observations=_typed(header["num_observations"], int),
+        num_observations=_typed(header["num_observations"], float, int),
         num_parameters=_typed(header["num_parameters"], int),
         free=_texts(header["free"]),
         constraints={name: constraint_from_name(_typed(word, str)) for name, word in words.items()},

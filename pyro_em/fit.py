@@ -214,7 +214,7 @@ def _result(
         warnings=messages,
         restarts=tuple((run.last.objective, run.outcome.name) for run in runs),
         seed=seed,
-        num_observations=round(problem.graph.num_observations),
+        num_observations=problem.graph.num_observations,
         num_parameters=count_parameters(problem, m.free, params),
         problem=problem,
         free=m.free,

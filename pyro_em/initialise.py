@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.cluster.vq import ClusterError, kmeans2
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pyro_em.e_step.interpreted import expectation
@@ -23,7 +24,8 @@ from pyro_em.errors import DegenerateLikelihoodError, InputError
 from pyro_em.evidence.discrete import evaluate
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.compat import dims_of, with_dims
-from pyro_em.model.density import clean_value
+from pyro_em.model.density import clean_value, log_density, packed_log_density
+from pyro_em.model.packing import align
 from pyro_em.model.trace import Run
 from pyro_em.options import checked_init
 from pyro_em.problem import Problem
@@ -142,9 +144,34 @@ def _kmeans(problem: Problem, run: Run, rng: np.random.Generator) -> dict[str, T
         varying = spread > 0
         pooled = (pooled[:, varying] - pooled[:, varying].mean(0)) / spread[varying]
         labels = torch.as_tensor(_cluster(pooled, num_states, rng))
+        labels = _matched(labels, torch.cat([_possible(problem, run, name) for name in names]))
         for name, own in zip(names, torch.split(labels, [len(rows[n]) for n in names]), strict=True):
             made[name] = _one_hot_potential(problem, run, name, own, num_states)
     return made
+
+
+def _possible(problem: Problem, run: Run, name: str) -> Tensor:
+    """Which states the labels (and other structural zeros) of a latent's rows leave open, (rows, K)."""
+    symbol, plates = run.sites[name].symbol, _plate_order(run, name)
+    assert symbol is not None
+    sizes = [problem.graph.plate_sizes[d] for d in plates]
+    possible = torch.ones([*sizes, _num_states(run, name)], dtype=torch.bool)
+    for other in run.sites.values():
+        if other.observed and set(problem.graph.factors[other.name].dims) - set(plates) == {symbol}:
+            possible = possible & (align(packed_log_density(other), "".join(plates) + symbol) > -torch.inf)
+    return possible.reshape(-1, possible.shape[-1])
+
+
+def _matched(clusters: Tensor, possible: Tensor) -> Tensor:
+    """Clusters renumbered so that most rows of known state get its number."""
+    known = possible.sum(-1) == 1
+    states = possible.shape[-1]
+    if not bool(known.any()):
+        return clusters
+    votes = torch.zeros(states, states)
+    votes.index_put_((clusters[known], possible[known].long().argmax(-1)), torch.ones(()), accumulate=True)
+    _, number = linear_sum_assignment(votes.numpy(), maximize=True)
+    return torch.as_tensor(number)[clusters]
 
 
 def _varied(problem: Problem, run: Run) -> list[str]:
@@ -185,6 +212,8 @@ def _features(problem: Problem, run: Run, name: str) -> Tensor | None:
         factor = problem.graph.factors[other.name]
         if not other.observed or [d for d in factor.dims if d in problem.graph.symbol_sites] != [site.symbol]:
             continue
+        if bool((log_density(other) == -torch.inf).any()):
+            continue  # labels and other constraints are no measurements
         order = _plate_order(run, other.name)
         value, event = clean_value(other).double(), other.fn.event_dim
         value = value.expand((*other.fn.batch_shape, *value.shape[value.dim() - event :]))

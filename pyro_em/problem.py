@@ -133,7 +133,9 @@ class Problem:
                 )
         for term, component in zip(evidence.terms, self.graph.components, strict=True):
             if bool((term == -torch.inf).any()):
-                raise NonFiniteError(component.factors[-1], self._impossible(term, component.factors[-1]))
+                blocking = [n for n in component.factors if bool((factors[n] == -torch.inf).any())]
+                name = (blocking or component.factors)[-1]
+                raise NonFiniteError(name, self._impossible(term, name))
         for name in (*self.graph.constants, *self.graph.priors):
             if bool((factors[name] == -torch.inf).any()):
                 raise NonFiniteError(name, self._impossible(detached(factors[name]), name))
@@ -146,8 +148,8 @@ class Problem:
         where = f"in rows {shown}{' ...' if len(rows) > 5 else ''} of plate {plates}" if plates else ""
         return (
             f"Site '{name}': the data {where} have probability zero under the parameters (a probability or rate "
-            "that is exactly 0 meets an observation that needs it). Change the starting values or the structural "
-            "zeros, or check these rows."
+            "that is exactly 0 meets an observation that needs it, or labels contradict each other or leave no "
+            "state). Change the starting values or the structural zeros, or check these rows."
         )
 
     def expected_log_joint(self, params: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> tuple[Tensor, Run]:

@@ -57,13 +57,15 @@ class FitResult:
     warnings: tuple[str, ...] = ()
     restarts: tuple[tuple[float, str], ...] = ()
     seed: int | None = None
-    num_observations: int = 0
+    num_observations: float = 0
     num_parameters: int = 0
     problem: Problem | None = field(default=None, repr=False)
     free: tuple[str, ...] = field(default=(), repr=False)
     constraints: dict[str, Constraint] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        if float(self.num_observations).is_integer():  # always, unless rows have fractional weights
+            self.num_observations = int(self.num_observations)
         if self.problem is not None and not self.constraints:
             self.constraints = {name: record.constraint for name, record in self.problem.parameters.items()}
 

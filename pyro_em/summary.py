@@ -208,7 +208,7 @@ def _figures(known: Mapping[str, Any]) -> list[str]:
     if "gap" in numbers and abs(numbers["gap"]) <= 1e-12 * (1 + abs(float(known["elbo"]))):
         numbers["gap"] = 0.0  # rounding
     figures = [f"{label} {numbers[name]:.9g}" for name, label in labels.items() if name in numbers]
-    return ["  " + ", ".join(f"{int(n)} {what}" for n, what in counts), "  " + ", ".join(figures)]
+    return ["  " + ", ".join(f"{float(n):.9g} {what}" for n, what in counts), "  " + ", ".join(figures)]
 
 
 def _restarts(known: Mapping[str, Any]) -> list[str]:

@@ -29,6 +29,7 @@ from pyro_em.initialise import initial_starts
 from pyro_em.loop import Callback
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.compat import base_distribution
+from pyro_em.model.graph import independent_plates
 from pyro_em.model.plan import Plan, Row
 from pyro_em.model.resources import predicted_bytes
 from pyro_em.options import checked_init
@@ -104,7 +105,7 @@ def fit_svi(
         warnings=messages,
         restarts=tuple((run.objective, run.outcome.name) for run in runs),
         seed=seed,
-        num_observations=_num_observations(split) if problem is None else round(problem.graph.num_observations),
+        num_observations=_num_observations(split) if problem is None else problem.graph.num_observations,
         num_parameters=sum(free_dimension(records[n].constraint, best.params[n]) for n in free),
         problem=problem,
         free=free,
@@ -182,8 +183,9 @@ def _warnings_at_start(problem: Problem, start: Params) -> tuple[str, ...]:
 def _num_observations(split: Split) -> int:
     """Elements of the plates that all data share, as `FactorGraph.num_observations` counts them."""
     sites = [site for site in split.capture.sites.values() if site.observed]
-    plates = [{plate.name: plate.size for plate in site.plates} for site in sites]
-    return math.prod(plates[0][name] for name in set.intersection(*map(set, plates))) if plates else 1
+    size = {plate.name: plate.size for site in sites for plate in site.plates}
+    roots = [frozenset(plate.name for plate in site.plates) for site in sites]
+    return sum(math.prod(size[name] for name in plates) for plates in independent_plates(roots))
 
 
 def _explain(split: Split) -> Plan:

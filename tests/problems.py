@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests import classics, zoo, zoo_structured
+from tests import classics, problems_data, zoo, zoo_structured
 from tests.oracles import Enumeration, enumerate_model, log_prior
 
 
@@ -269,7 +269,7 @@ def _build() -> list[Problem]:
 default_dtype = torch.get_default_dtype()
 torch.set_default_dtype(torch.float64)  # the table is built on import, before any fixture runs
 try:
-    PROBLEMS = _build()
+    PROBLEMS = [*_build(), *problems_data.build(Problem)]
 finally:
     torch.set_default_dtype(default_dtype)
 BY_NAME = {problem.name: problem for problem in PROBLEMS}

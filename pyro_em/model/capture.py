@@ -21,6 +21,7 @@ from torch.distributions import constraints
 
 from pyro_em.errors import InputError
 from pyro_em.model import compat
+from pyro_em.model.labels import observe_labels
 from pyro_em.model.trace import Plate, combined_masks, quiet_store
 from pyro_em.types import Model
 
@@ -103,6 +104,8 @@ def _check_data(name: str, fn: Any, value: Tensor, mask: Any) -> None:
     """Raise on observations that are NaN, infinite or outside the support, naming site and rows."""
     if not isinstance(value, Tensor):
         raise InputError(f"Site '{name}': the observation is a {type(value).__name__}, not a torch tensor.")
+    if 0 in tuple(fn.event_shape):
+        return  # a `pyro.factor` has no value
     rows_of = value.dim() - fn.event_dim
     batch = torch.broadcast_shapes(value.shape[:rows_of], fn.batch_shape)
     rows = value.expand(batch + value.shape[rows_of:])
@@ -155,7 +158,8 @@ def capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capt
     observe = _Observe()
     # Arguments are validated in the enumerated run, where a table has K rows; here each drawn latent makes N.
     quiet = pyro.validation_enabled(False)
-    with quiet_store(), poutine.block(), compat.recording_arguments(), torch.no_grad(), quiet:
+    labels = compat.masked_observations(observe_labels)
+    with quiet_store(), poutine.block(), compat.recording_arguments(), labels, torch.no_grad(), quiet:
         try:
             trace: Any = poutine.trace(observe(model)).get_trace(*args, **kwargs)
         except ZeroDivisionError as error:

@@ -7,10 +7,11 @@ holds each to its contract, so that a new Pyro release breaks one file with a cl
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyro.distributions as dist
+import pyro.primitives
 import torch
 from pyro.distributions.distribution import COERCIONS
 from pyro.ops import packed
@@ -58,6 +59,26 @@ def recording_arguments() -> Iterator[None]:
         yield
     finally:
         COERCIONS.remove(_record_arguments)
+
+
+@contextlib.contextmanager
+def masked_observations(observe: Callable[..., Tensor | None]) -> Iterator[None]:
+    """Within this context `pyro.sample(name, fn, obs=, obs_mask=)` asks `observe(name, fn, obs, obs_mask)` first.
+
+    Pyro splits such a statement into two sites before any handler sees it; where `observe` returns None it
+    still does.
+    """
+    split = pyro.primitives._masked_observe
+
+    def either(name: str, fn: Any, obs: Tensor | None, obs_mask: Any, *args: Any, **kwargs: Any) -> Tensor:
+        value = observe(name, fn, obs, obs_mask, *args, **kwargs)
+        return split(name, fn, obs, obs_mask, *args, **kwargs) if value is None else value
+
+    pyro.primitives._masked_observe = either
+    try:
+        yield
+    finally:
+        pyro.primitives._masked_observe = split
 
 
 def base_distribution(fn: Any) -> Any:

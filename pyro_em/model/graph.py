@@ -10,7 +10,7 @@ component's factors do not all share.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,21 +67,45 @@ class FactorGraph:
     def num_observations(self) -> float:
         """N of the stopping rule and of BIC: elements of the data plates, or the sum of their weights.
 
-        (Integer weights are repeats, so that both must count alike.)
+        (Integer weights are repeats, so that both must count alike.) Data in plates side by side, such as the
+        labelled and the unlabelled rows, are counted plate by plate.
         """
+        total = sum(self._elements(plates) for plates in independent_plates(self._roots()))
+        return max(total, torch.finfo(torch.float64).tiny)
+
+    def _elements(self, plates: frozenset[str]) -> float:
         total = 1.0
-        for plate in self.data_plates:
+        for plate in sorted(plates):
             weight = self.plate_weights.get(plate)
             total *= self.plate_sizes[plate] if weight is None else float(weight.double().sum())
-        return max(total, torch.finfo(torch.float64).tiny)
+        return total
+
+    def _roots(self) -> list[frozenset[str]]:
+        return [c.root for c in self.components] + [self.factors[name].plates for name in self.constants]
 
     @property
     def data_plates(self) -> tuple[str, ...]:
         """Symbols of the plates over which log p(x) is a sum of independent terms, outermost first."""
-        roots = [component.root for component in self.components]
-        roots += [self.factors[name].plates for name in self.constants]
+        roots = self._roots()
         shared = frozenset.intersection(*roots) if roots else frozenset()
         return tuple(symbol for symbol in self.plate_names if symbol in shared)
+
+
+def independent_plates(roots: Sequence[frozenset[str]]) -> list[frozenset[str]]:
+    """Sets of plates over which log p(x) is a sum of independent terms: one set where all data share it.
+
+    :param roots: plates of every term; terms that share a plate are counted together, over their common ones.
+    """
+    if not roots or not all(roots):
+        return [frozenset()]  # some term couples everything: one observation
+    groups: list[tuple[frozenset[str], frozenset[str]]] = []  # (plates of any, plates of all)
+    for root in roots:
+        touched, common = root, root
+        for group in [g for g in groups if g[0] & root]:
+            groups.remove(group)
+            touched, common = touched | group[0], common & group[1]
+        groups.append((touched, common))
+    return [common for _, common in groups]
 
 
 def build_graph(

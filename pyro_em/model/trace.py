@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pyro_em.families import Family, family_of
 from pyro_em.model import compat
+from pyro_em.model.labels import observe_labels
 from pyro_em.types import Model
 
 
@@ -250,6 +251,7 @@ def run_model(
         if not live:
             stack.enter_context(poutine.block())
         stack.enter_context(compat.recording_arguments())
+        stack.enter_context(compat.masked_observations(observe_labels))
         stack.enter_context(substitute)
         if enumerated:
             stack.enter_context(compat.enumeration(max_plate_nesting))

@@ -169,3 +169,25 @@ def test_with_dims_and_detached_keep_the_symbols() -> None:
     assert compat.dims_of(free) == "ab"
     assert not free.requires_grad
     assert torch.equal(free, value)
+
+
+def test_masked_observations_ask_first_and_split_otherwise() -> None:
+    def model() -> Tensor:
+        known = torch.tensor([True, False])
+        return pyro.sample("x", dist.Normal(torch.zeros(2), 1.0), obs=torch.ones(2), obs_mask=known)
+
+    def observe(name: str, fn: Any, obs: Any, obs_mask: Any) -> Any:
+        asked.append((name, obs_mask.tolist()))
+        return answers.pop()
+
+    asked: list[Any] = []
+    answers = [None, torch.zeros(2)]
+    for sites in ([], ["x_observed", "x_unobserved", "x"]):
+        with compat.masked_observations(observe):
+            trace = poutine.trace(model).get_trace()
+        assert [n for n, site in trace.nodes.items() if site["type"] == "sample"] == sites
+    assert asked == [("x", [True, False])] * 2
+    before = pyro.primitives._masked_observe
+    with pytest.raises(RuntimeError), compat.masked_observations(observe):
+        raise RuntimeError
+    assert pyro.primitives._masked_observe is before

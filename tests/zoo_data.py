@@ -1,0 +1,70 @@
+"""Small models whose data are incomplete: labels known for some rows, states excluded. Plain Pyro, as in `zoo`.
+
+N rows, K = 3 classes of a normal mixture with a common scale; `known` (N,) says which labels are.
+"""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import torch
+from torch import Tensor
+
+from tests.classics import positive, simplex, uniform
+
+CLASSES = 3
+
+
+def _parameters() -> tuple[Tensor, Tensor, Tensor]:
+    w = pyro.param("w", uniform(CLASSES), constraint=simplex)
+    mu = pyro.param("mu", torch.tensor([-1.0, 0.5, 2.0]))
+    return w, mu, pyro.param("sd", torch.tensor(1.0), constraint=positive)
+
+
+def label_as_site(y: Tensor, labels: Tensor, known: Tensor) -> None:
+    """The label is a noiseless second observation of the class."""
+    w, mu, sd = _parameters()
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("y", dist.Normal(mu[z], sd), obs=y)
+        with poutine.mask(mask=known):
+            pyro.sample("label", dist.Categorical(logits=torch.eye(CLASSES).log()[z]), obs=labels)
+
+
+def label_as_mask(y: Tensor, labels: Tensor, known: Tensor) -> None:
+    """The class is observed where it is known."""
+    w, mu, sd = _parameters()
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(w), obs=labels, obs_mask=known)
+        pyro.sample("y", dist.Normal(mu[z], sd), obs=y)
+
+
+def label_as_plate(y: Tensor, labels: Tensor, known: Tensor) -> None:
+    """Labelled and unlabelled rows in plates of their own."""
+    w, mu, sd = _parameters()
+    with pyro.plate("labelled", int(known.sum())):
+        z = pyro.sample("z", dist.Categorical(w), obs=labels[known])
+        pyro.sample("y", dist.Normal(mu[z], sd), obs=y[known])
+    with pyro.plate("unlabelled", int((~known).sum())):
+        z = pyro.sample("hidden_z", dist.Categorical(w))
+        pyro.sample("other_y", dist.Normal(mu[z], sd), obs=y[~known])
+
+
+def allowed_by_factor(y: Tensor, allowed: Tensor) -> None:
+    """The class lies in the set `allowed` (N, K) of its row."""
+    w, mu, sd = _parameters()
+    with pyro.plate("rows", len(y)) as row:
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.factor("allowed", allowed.double().log()[row, z])
+        pyro.sample("y", dist.Normal(mu[z], sd), obs=y)
+
+
+def allowed_by_exclusion(y: Tensor, allowed: Tensor) -> None:
+    """The same: for every class that is not allowed, "it is not this one" was observed."""
+    w, mu, sd = _parameters()
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(w))
+        is_other = dist.Bernoulli(1 - torch.eye(CLASSES)[z])
+        pyro.sample("excluded", is_other.mask(~allowed).to_event(1), obs=torch.ones(allowed.shape))
+        pyro.sample("y", dist.Normal(mu[z], sd), obs=y)
