@@ -20,6 +20,7 @@ from pyro_em.errors import (
 )
 from pyro_em.fit import fit, plan
 from pyro_em.loop import Step
+from pyro_em.model.timeline import markov
 from pyro_em.posterior import Posterior
 from pyro_em.result import FitResult
 from pyro_em.stop import Outcome
@@ -48,6 +49,7 @@ __all__ = [
     "distributions",
     "fit",
     "load",
+    "markov",
     "plan",
     "settings",
 ]

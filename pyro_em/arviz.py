@@ -159,7 +159,7 @@ def _observed(problem: Problem) -> xarray.Dataset:
 def _latents(posterior: Posterior) -> xarray.Dataset:
     table, coords = {}, {}
     for name in posterior.latents:
-        site = posterior.problem.capture.sites[name]
+        site = posterior.problem.capture.sites[posterior.site(name)]
         probs = posterior.responsibilities(name)
         state = f"{name}_state"
         dims = _site_dims(name, site, probs.shape[:-1], posterior.latents, event_dim=0)

@@ -19,6 +19,7 @@ from pyro_em.evidence.ring import Elimination
 from pyro_em.model.compat import base_distribution, detached, dims_of, with_dims
 from pyro_em.model.graph import FactorGraph
 from pyro_em.model.packing import align
+from pyro_em.model.sequences import BySequence, Sequence, sequences
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.problem import Problem
 from pyro_em.types import Params
@@ -30,7 +31,9 @@ CHUNK_CELLS = 2**23  # cells of factor tables held at once while drawing
 class Posterior:
     """p(z | x, θ), exact. Made by `FitResult.posterior(*args)`.
 
-    Shapes: a latent in plates (N, ...) with K states has responsibilities (N, ..., K).
+    Shapes: a latent in plates (N, ...) with K states has responsibilities (N, ..., K). The steps of a
+    `pyro_em.markov` loop are one latent, named without the step, with time as its first plate: `z` for
+    f"z_{t}", responsibilities (T, N, ..., K); `z_17` is one step of it.
 
     Example::
 
@@ -47,24 +50,43 @@ class Posterior:
     def _e_step(self) -> tuple[Evidence, Run]:
         return self.problem.evidence(self.params)
 
+    @cached_property
+    def _sequences(self) -> dict[str, Sequence]:
+        return sequences(self.problem.graph)
+
     @property
     def latents(self) -> tuple[str, ...]:
-        """Names of the latents, in program order."""
-        return tuple(self.problem.graph.latents)
+        """Names of the latents, in program order; those of a loop over time as one."""
+        inside = {site: s.name for s in self._sequences.values() for site in (*s.heads, s.rest)}
+        return tuple(dict.fromkeys(inside.get(site, site) for site in self.problem.graph.latents))
 
     @property
     def log_evidence(self) -> float:
         """log p(x|θ), with weights and scales."""
         return float(self._e_step[0].log_likelihood)
 
-    def _site(self, site: str) -> SiteRecord:
-        if site not in self.problem.graph.latents:
-            known = ", ".join(self.latents) or "none"
-            raise InputError(f"The model has no latent '{site}'. Its latents: {known}.")
-        return self._e_step[1].sites[site]
+    def site(self, latent: str) -> str:
+        """Name of a latent's own site; of a loop over time, or of one of its steps, that of the later steps."""
+        if latent in self.problem.graph.latents:
+            return latent
+        for sequence in self._sequences.values():
+            if latent == sequence.name or sequence.step(latent) is not None:
+                return sequence.rest
+        known = ", ".join(self.latents) or "none"
+        raise InputError(f"The model has no latent '{latent}'. Its latents: {known}.")
+
+    def _site(self, latent: str) -> SiteRecord:
+        return self._e_step[1].sites[self.site(latent)]
 
     def responsibilities(self, site: str) -> Tensor:
         """Posterior probability of each state, shape plates + (K,)."""
+        if site in self._sequences:
+            sequence = self._sequences[site]
+            return sequence.joined({s: self.responsibilities(s) for s in (*sequence.heads, sequence.rest)})
+        for sequence in () if site in self.problem.graph.latents else self._sequences.values():
+            step = sequence.step(site)
+            if step is not None:
+                return self.responsibilities(sequence.rest)[step - len(sequence.heads)]
         record = self._site(site)
         weights = self._e_step[0].weights[site]
         symbol = record.symbol
@@ -108,7 +130,7 @@ class Posterior:
     def mode(self) -> dict[str, Tensor]:
         """Most probable joint configuration of all latents (values, by site)."""
         picked = self._pick("max", None)
-        return {site: self._value(site, index) for site, index in picked.items()}
+        return BySequence({site: self._value(site, index) for site, index in picked.items()}, self._sequences)
 
     def sample(self, num: int) -> dict[str, Tensor]:
         """`num` independent joint draws of all latents, shape (num,) + plates + event, by site."""
@@ -118,7 +140,8 @@ class Posterior:
         cells = sum(factors[n].numel() for c in self.problem.graph.components for n in c.factors)
         chunk = max(1, CHUNK_CELLS // max(1, cells))
         parts = [self._pick("sample", min(chunk, num - done)) for done in range(0, num, chunk)]
-        return {s: self._value(s, torch.cat([part[s] for part in parts])) for s in self.latents}
+        drawn = {s: self._value(s, torch.cat([part[s] for part in parts])) for s in self.problem.graph.latents}
+        return BySequence(drawn, self._sequences, lead=1)
 
     def entropy(self) -> float:
         """Entropy of the posterior in nats, weighted like the log-likelihood; latents without data left out."""
@@ -152,7 +175,7 @@ class Posterior:
             total = sum((contract(graph, c, leaves, elimination).sum() for c in graph.components), torch.zeros(()))
         found = torch.autograd.grad(total, list(leaves.values()))
         indicators = {name: with_dims(g, dims_of(leaves[name])) for name, g in zip(leaves, found, strict=True)}
-        return {site: self._state(site, indicators[site], run.sites[site], num) for site in self.latents}
+        return {site: self._state(site, indicators[site], run.sites[site], num) for site in graph.latents}
 
     def _state(self, site: str, indicator: Tensor, record: SiteRecord, num: int | None) -> Tensor:
         dims, symbol = dims_of(indicator), record.symbol

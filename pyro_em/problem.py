@@ -21,6 +21,7 @@ from pyro_em.errors import InputError, NonFiniteError, Refusal
 from pyro_em.evidence.discrete import Evidence, evaluate, weighted_sum
 from pyro_em.model.capture import Capture, ParameterRecord, capture
 from pyro_em.model.certify import certify_factors
+from pyro_em.model.certify_loops import certify_loops
 from pyro_em.model.compat import detached, dims_of, with_dims
 from pyro_em.model.density import factor_shape, packed_log_density
 from pyro_em.model.graph import FactorGraph, build_graph
@@ -54,7 +55,12 @@ class Problem:
     def run(self, params: Mapping[str, Tensor]) -> Run:
         with quiet_store(), pyro.validation_enabled(False):
             return run_model(
-                self.model, self.args, self.kwargs, params, max_plate_nesting=self.capture.max_plate_nesting
+                self.model,
+                self.args,
+                self.kwargs,
+                params,
+                max_plate_nesting=self.capture.max_plate_nesting,
+                loops=self.capture.loops,
             )
 
     @cached_property
@@ -224,12 +230,14 @@ def bind(
 
     def run(values: Params) -> Run:
         with torch.enable_grad(), quiet_store():
-            return run_model(model, args, kwargs, values, max_plate_nesting=seen.max_plate_nesting)
+            return run_model(model, args, kwargs, values, max_plate_nesting=seen.max_plate_nesting, loops=seen.loops)
 
     first = run(leaves)
     shapes = {name: _shape(site, seen) for name, site in first.sites.items()}
     graph = build_graph(first, shapes, priors, weights or {})
-    certify_factors(seen, first, graph, model, args, kwargs, {n: r.value for n, r in records.items()})
+    start = {n: r.value for n, r in records.items()}
+    certify_factors(seen, first, graph, model, args, kwargs, start)
+    certify_loops(first, graph, model, args, kwargs, start, seen.max_plate_nesting)
     with pyro.validation_enabled(False):
         second = run(others)
     uses = recognise(first, second, records, priors)

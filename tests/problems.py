@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests import classics, problems_data, zoo, zoo_structured
+from tests import classics, problems_data, zoo, zoo_structured, zoo_time
 from tests.oracles import Enumeration, enumerate_model, log_prior
 
 
@@ -102,7 +102,9 @@ def _build() -> list[Problem]:
     items = _t([[0.3, 0.25, 0.35, 0.3, 0.2], [0.6, 0.75, 0.7, 0.65, 0.8]])
     means3 = _t([[-1.0, 0.5], [1.0, 0.5], [0.2, -3.0]])
     eye3 = torch.eye(2).repeat(3, 1, 1)
-    c, z, s = classics, zoo, zoo_structured
+    c, z, s, time = classics, zoo, zoo_structured, zoo_time
+    ends = torch.arange(5).unsqueeze(-1) < torch.tensor([5, 4, 5, 1, 2, 5, 3, 5])
+    cube = _t([[[0.7, 0.3], [0.4, 0.6]], [[0.5, 0.5], [0.2, 0.8]]])
     return [
         Problem(
             "gmm_full",
@@ -226,6 +228,43 @@ def _build() -> list[Problem]:
             (series, torch.tensor([5, 4, 5, 1, 2, 5, 3, 5])),
             {"pi": pi, "A": A, "mu": _t([0.5, 2.0])},
             "sequences",
+        ),
+        Problem(
+            "timed_ragged",
+            time.ragged,
+            (series.mT, ends),
+            {"pi": pi, "A": A, "mu": _t([0.5, 2.0]), "sd": _t([1.2, 0.9])},
+            "sequences",
+        ),
+        Problem(
+            "timed_factorial",
+            time.factorial,
+            (series[:, :3].mT + _t([[0.0], [6.0], [6.0]]),),
+            {"A": A, "B": _t([[0.6, 0.4], [0.2, 0.8]]), "mu": _t([[0.0, 6.0], [3.0, 9.0]])},
+            "sequences",
+        ),
+        Problem(
+            "timed_second_order",
+            time.second_order,
+            (words[:, :4].mT,),
+            {"pi": pi, "A": A, "C": cube, "B": B},
+            "sequences",
+        ),
+        Problem(
+            "timed_switching",
+            time.switching,
+            (series[:, :4].mT, _t([[0.0], [1.0], [-1.0], [0.5]])),
+            {"stay": _t([-1.0, 1.0]), "mu": _t([0.5, 2.0])},
+            "sequences",
+            closed=False,
+        ),
+        Problem(
+            "timed_kinds_map",
+            time.kinds_of_chains,
+            (series[:, :3].mT,),
+            {"w": w, "mu": _t([0.5, 2.0])},
+            "sequences",
+            priors=True,
         ),
         Problem(
             "transformed",

@@ -283,7 +283,7 @@ def test_problems(problem: Any) -> None:
     weights = None if problem.weights is None else {problem.plate: problem.weights}
     bound = bind(problem.model, problem.args, {}, with_prior=problem.priors, weights=weights)
     m_step = MStep(bound, "auto", "em")
-    if set(m_step.free) == set(m_step.closed):
+    if set(m_step.free) == set(m_step.closed) and not bound.graph.loops:
         _agree(bound, problem.start())
     else:
         assert isinstance(choose_engine(bound, m_step), Interpreted)

@@ -78,6 +78,8 @@ class Grouped:
         graph = problem.graph
         if not graph.components:
             raise NotCompiled("the model has no latents")
+        if graph.loops:
+            raise NotCompiled("a pyro_em.markov loop")
         self.problem = problem
         self._opaque = [n for n, uses in problem.uses.items() if any(use.index is None for use in uses)]
         self._load(problem.start)

@@ -74,6 +74,8 @@ class Plated:
         graph = problem.graph
         if not graph.components:
             raise NotCompiled("the model has no latents")
+        if graph.loops:
+            raise NotCompiled("a pyro_em.markov loop")
         for name, uses in problem.uses.items():
             if any(use.index is None for use in uses):
                 raise NotCompiled(f"the arguments that '{name}' enters are not recognised")

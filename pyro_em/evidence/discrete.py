@@ -3,7 +3,7 @@
 With log-factors ℓ_f and log Z = log Σ_z exp Σ_f ℓ_f, the gradient ∂log Z/∂ℓ_f is the posterior weight of
 every configuration of factor f, pairwise and higher ones included: no forward-backward recursion is
 written for any model. Components are contracted by `pyro.ops.contract.contract_tensor_tree` over the
-ring of ring.py.
+ring of ring.py; loops over time whose steps were run together enter it as one factor each (timed.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from pyro_em import settings
 from pyro_em.errors import Refusal
 from pyro_em.evidence.ring import Elimination, LogDensityRing
+from pyro_em.evidence.timed import loop_factor
 from pyro_em.model.compat import detached, dims_of, with_dims
 from pyro_em.model.graph import Component, FactorGraph
 from pyro_em.model.packing import align
@@ -46,11 +47,18 @@ class Evidence:
 def contract(graph: FactorGraph, component: Component, factors: Packed, elimination: Elimination = "sum") -> Tensor:
     """Eliminate the latents of one component; the result is packed over its root plates."""
     tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-    for name in component.factors:
-        tree.setdefault(graph.factors[name].plates, []).append(factors[name])
     ring = LogDensityRing(elimination, names=graph.symbol_sites, max_bytes=settings.max_table_bytes)
+    chained: set[str] = set()
+    for loop in component.loops:
+        chained |= {*loop.heads, *loop.rest}
+        shared, term = loop_factor(graph, loop, factors, ring, component.symbols)
+        tree.setdefault(shared, []).append(term)
+    for name in component.factors:
+        if name not in chained:
+            tree.setdefault(graph.factors[name].plates, []).append(factors[name])
+    outside = component.symbols - {graph.factors[name].symbol for name in chained}
     try:
-        contracted = contract_tensor_tree(tree, set(component.symbols), ring=ring)
+        contracted = contract_tensor_tree(tree, set(outside), ring=ring)
     except NotImplementedError as error:
         plates = sorted({graph.plate_names[p] for name in component.factors for p in graph.factors[name].plates})
         raise Refusal(

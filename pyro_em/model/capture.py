@@ -8,6 +8,7 @@ predict the size of enumeration tables before any of them is made, and to check 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.distributions import constraints
 from pyro_em.errors import InputError
 from pyro_em.model import compat
 from pyro_em.model.labels import observe_labels
+from pyro_em.model.timeline import Loop, Unplanned, running
 from pyro_em.model.trace import Plate, combined_masks, quiet_store
 from pyro_em.types import Model
 
@@ -61,11 +63,15 @@ class PlainSite:
 
 @dataclass(frozen=True)
 class Capture:
-    """The model as written: parameters and sites in program order, and how deep its plates nest."""
+    """The model as written: parameters and sites in program order, how deep its plates nest, its loops over time.
+
+    Of a loop whose steps are run together (timeline.py) there are the first sites, and one for the others.
+    """
 
     parameters: dict[str, ParameterRecord]
     sites: dict[str, PlainSite]
     max_plate_nesting: int
+    loops: tuple[Loop, ...] = ()
 
 
 class _Observe(Messenger):
@@ -155,13 +161,22 @@ def capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capt
 
     Raises `InputError` for data that are NaN, infinite or outside of a site's support.
     """
+    try:
+        return _capture(model, args, kwargs, "unplanned", ())
+    except Unplanned:
+        shallow = _capture(model, args, kwargs, "shallow", ())
+        return _capture(model, args, kwargs, "together", shallow.loops)
+
+
+def _capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], kind: str, loops: Sequence[Loop]) -> Capture:
     observe = _Observe()
     # Arguments are validated in the enumerated run, where a table has K rows; here each drawn latent makes N.
     quiet = pyro.validation_enabled(False)
     labels = compat.masked_observations(observe_labels)
     with quiet_store(), poutine.block(), compat.recording_arguments(), labels, torch.no_grad(), quiet:
         try:
-            trace: Any = poutine.trace(observe(model)).get_trace(*args, **kwargs)
+            with running(kind, loops) as met:
+                trace: Any = poutine.trace(observe(model)).get_trace(*args, **kwargs)
         except ZeroDivisionError as error:
             if "size cannot be zero" not in str(error):
                 raise
@@ -200,4 +215,4 @@ def capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capt
         name: dataclasses.replace(record, constraint=declared.get(name, constraints.real))
         for name, record in observe.parameters.items()
     }
-    return Capture(parameters, sites, depth)
+    return Capture(parameters, sites, depth, tuple(met))

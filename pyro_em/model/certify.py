@@ -47,6 +47,7 @@ def certify_factors(
             {**params, **drawn},
             max_plate_nesting=capture.max_plate_nesting,
             enumerated=False,
+            loops=capture.loops,
         )
     plate = plate_to_cut(enumerated)
     enumerated, plain = first_rows(enumerated, plate), first_rows(plain, plate)

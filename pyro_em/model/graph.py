@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_em.errors import InputError, Refusal
 from pyro_em.model import compat
+from pyro_em.model.chained import ChainedLoop, chained_loops
 from pyro_em.model.packing import multiply
 from pyro_em.model.relevance import relevance_of
 from pyro_em.model.trace import Run, SiteRecord
@@ -41,12 +42,16 @@ class FactorInfo:
 
 @dataclass(frozen=True)
 class Component:
-    """Factors connected through latents; `root` are the plate symbols that all of them share."""
+    """Factors connected through latents; `root` are the plate symbols that all of them share.
+
+    `loops` are the loops over time whose steps are chained in it (as far as they are in this component).
+    """
 
     factors: tuple[str, ...]
     symbols: frozenset[str]
     root: frozenset[str]
     weight: Tensor | None
+    loops: tuple[ChainedLoop, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class FactorGraph:
     plate_sizes: dict[str, int]
     symbol_sites: dict[str, str]
     plate_weights: dict[str, Tensor]
+    loops: tuple[ChainedLoop, ...] = ()
 
     @property
     def num_observations(self) -> float:
@@ -125,7 +131,8 @@ def build_graph(
     plate_names = {symbol: name for name, symbol in run.plate_symbols.items()}
     plate_sizes = {run.plate_symbols[plate.name]: plate.size for site in run.sites.values() for plate in site.plates}
     weight_of = _plate_weights(weights, run, plate_sizes)
-    relevance = relevance_of(run, packed, symbol_sites)
+    loops = chained_loops(run, packed)
+    relevance = relevance_of(run, packed, symbol_sites, loops)
     enumerated = {name: set(compat.dims_of(packed[name])) & set(symbol_sites) for name in run.sites}
     priors = tuple(name for name in run.sites if name in parameters)
     for name in priors:
@@ -137,7 +144,7 @@ def build_graph(
                 "index it by the latent instead (loc[z]), or give the prior without the latent.",
             )
     names = [name for name in run.sites if name not in parameters]
-    components = _components(run, names, enumerated, weight_of)
+    components = _components(run, names, enumerated, weight_of, loops)
     inside = {name for component in components for name in component.factors}
     factors: dict[str, FactorInfo] = {}
     for name in run.sites:
@@ -156,6 +163,7 @@ def build_graph(
         plate_sizes=plate_sizes,
         symbol_sites=symbol_sites,
         plate_weights=weight_of,
+        loops=loops,
     )
 
 
@@ -206,7 +214,11 @@ def _count_weight(
 
 
 def _components(
-    run: Run, names: list[str], enumerated: Mapping[str, set[str]], weights: Mapping[str, Tensor]
+    run: Run,
+    names: list[str],
+    enumerated: Mapping[str, set[str]],
+    weights: Mapping[str, Tensor],
+    loops: tuple[ChainedLoop, ...],
 ) -> tuple[Component, ...]:
     groups: list[tuple[set[str], list[str]]] = []
     for name in names:
@@ -223,12 +235,18 @@ def _components(
         groups = [*rest, (symbols, members)]
     order = {name: i for i, name in enumerate(run.sites)}
     return tuple(
-        _component(run, tuple(sorted(members, key=order.__getitem__)), frozenset(symbols), weights)
+        _component(run, tuple(sorted(members, key=order.__getitem__)), frozenset(symbols), weights, loops)
         for symbols, members in sorted(groups, key=lambda group: min(order[m] for m in group[1]))
     )
 
 
-def _component(run: Run, members: tuple[str, ...], symbols: frozenset[str], weights: Mapping[str, Tensor]) -> Component:
+def _component(
+    run: Run,
+    members: tuple[str, ...],
+    symbols: frozenset[str],
+    weights: Mapping[str, Tensor],
+    loops: tuple[ChainedLoop, ...],
+) -> Component:
     root = frozenset.intersection(*(run.sites[name].plate_dims for name in members))
     weight: Tensor | None = None
     for symbol, own in weights.items():
@@ -264,4 +282,5 @@ def _component(run: Run, members: tuple[str, ...], symbols: frozenset[str], weig
     scale = scales[members[0]]
     if scale != 1.0:
         weight = multiply(weight, compat.with_dims(torch.tensor(scale), ""))
-    return Component(members, symbols, root, weight)
+    parts = (loop.part(members, symbols) for loop in loops)
+    return Component(members, symbols, root, weight, tuple(part for part in parts if part is not None))

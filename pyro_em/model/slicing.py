@@ -17,7 +17,7 @@ def first_rows(run: Run, plate: str | None) -> Run:
     """The run with one plate cut to its first `ROWS` elements (unchanged for `plate=None`)."""
     if plate is None:
         return run
-    return dataclasses.replace(run, sites={name: _cut(site, plate) for name, site in run.sites.items()})
+    return dataclasses.replace(run, sites={name: rows_of(site, plate, 0, ROWS) for name, site in run.sites.items()})
 
 
 def plate_to_cut(run: Run) -> str | None:
@@ -31,20 +31,22 @@ def plate_to_cut(run: Run) -> str | None:
     return name if sizes[name] > ROWS else None
 
 
-def _cut(site: SiteRecord, name: str) -> SiteRecord:
+def rows_of(site: SiteRecord, name: str, begin: int, count: int) -> SiteRecord:
+    """The site with one plate cut to `count` elements from `begin` (unchanged if it is not in the plate)."""
     plate = next((p for p in site.plates if p.name == name), None)
     if plate is None:
         return site
     assert site.family is not None and site.arguments is not None
     dim, elements = plate.dim, site.element_dims
+    count = min(count, plate.size - begin)
 
     def cut(x: Tensor, trailing: int) -> Tensor:
         """`trailing` dims stand right of the plate dims: elements of `.to_event` and event dims."""
         i = x.dim() - trailing + dim
-        return x if i < 0 or x.shape[i] == 1 else x.narrow(i, 0, ROWS)
+        return x if i < 0 or x.shape[i] == 1 else x.narrow(i, begin, count)
 
     shape = list(site.batch_shape)
-    shape[len(shape) + dim] = min(ROWS, shape[len(shape) + dim])
+    shape[len(shape) + dim] = min(count, shape[len(shape) + dim])
     arguments = {a: cut(v, elements + site.family.arguments[a]) for a, v in site.arguments.items()}
     return dataclasses.replace(
         site,
@@ -53,5 +55,5 @@ def _cut(site: SiteRecord, name: str) -> SiteRecord:
         mask=None if site.mask is None else cut(site.mask, 0),
         element_mask=None if site.element_mask is None else cut(site.element_mask, elements),
         batch_shape=tuple(shape),
-        plates=tuple(Plate(p.name, p.dim, ROWS if p.name == name else p.size) for p in site.plates),
+        plates=tuple(Plate(p.name, p.dim, count if p.name == name else p.size) for p in site.plates),
     )

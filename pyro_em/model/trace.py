@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from pyro_em.families import Family, family_of
 from pyro_em.model import compat
 from pyro_em.model.labels import observe_labels
+from pyro_em.model.timeline import Loop, running
 from pyro_em.types import Model
 
 
@@ -73,11 +74,12 @@ class SiteRecord:
 
 @dataclass(frozen=True)
 class Run:
-    """Sites in program order, and the leaves that were handed out as parameters."""
+    """Sites in program order, the leaves that were handed out as parameters, and the loops run together."""
 
     sites: dict[str, SiteRecord]
     leaves: dict[str, Tensor]
     plate_symbols: dict[str, str]
+    loops: tuple[Loop, ...] = ()
 
 
 class Substitute(Messenger):
@@ -239,12 +241,16 @@ def run_model(
     max_plate_nesting: int,
     enumerated: bool = True,
     live: bool = False,
+    loops: Sequence[Loop] = (),
+    chosen: bool = False,
 ) -> Run:
     """Run `model(*args, **kwargs)` with the parameters at `values` and return what its sites said.
 
     Gradients flow from the sites' arguments to `values` when those require them (and to the module's own
     parameters, see `Run.leaves`). With `live` the handlers around the call see the run, as a loss inside of
-    `SVI.step` needs; otherwise the run is hidden from them.
+    `SVI.step` needs; otherwise the run is hidden from them. Given the `loops` of the model (see timeline.py) these
+    run their later steps together, or, if `chosen`, at the few steps at which they are certified; without, each
+    step by itself.
     """
     substitute = Substitute(values)
     with contextlib.ExitStack() as stack:
@@ -256,6 +262,7 @@ def run_model(
         if enumerated:
             stack.enter_context(compat.enumeration(max_plate_nesting))
             model = poutine.infer_config(config_enumerate(model, default="parallel"), config_fn=_enumerate_discrete)
+        met = stack.enter_context(running("chosen" if chosen else "together", loops)) if loops else []
         trace: Any = compat.prune_and_symbolize(poutine.trace(model).get_trace(*args, **kwargs))
     sites = {name: _record(name, site) for name, site in trace.nodes.items() if site["type"] == "sample"}
-    return Run(sites, dict(substitute.leaves), compat.plate_symbols(trace))
+    return Run(sites, dict(substitute.leaves), compat.plate_symbols(trace), tuple(met))

@@ -1,0 +1,271 @@
+"""A loop over time that is run once for all of its steps: `for t in pyro_em.markov(T)`.
+
+A chain of order h looks h steps back, so its body means the same at every step t >= h up to the numbers it
+reads. It is run for t = 0, ..., h-1 as usual, and once more with t = (h, ..., T-1) as one index tensor, inside
+of a plate over these steps that lies left of all other plates. What the body carries over from step h-1 then
+plays the part of "the step before": an enumerated latent has one value per state, the same at all times.
+
+    factors with the plate's dim,  ℓ_t(z_{t-1}, z_t),   from one run; evidence/timed.py chains them.
+
+Under plain Pyro, and wherever this package runs a model forwards, it is `pyro.markov(range(T))`. Time is the
+first dim of what `t` indexes: `x[t]` for x of shape (T, plates..., event...). Not handled: loops inside of one
+another (write the inner one with `pyro.markov`), bodies that treat some steps differently than others, which
+`certify_loops` (certify.py) finds and refuses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_em.errors import InputError, Refusal
+
+_COMPARISONS = {
+    getattr(torch.Tensor, name) for name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
+} | {torch.Tensor.eq, torch.Tensor.ne, torch.Tensor.lt, torch.Tensor.le, torch.Tensor.gt, torch.Tensor.ge}
+SHORTEST = 2  # steps in the plate below which the loop is simply run
+
+
+class Steps(torch.Tensor):
+    """Several steps as one index; arithmetic with numbers gives steps again.
+
+    Comparing with a number gives a bool where all steps agree (`t == 0` is False for t = 1, 2, ...), and is
+    refused where they differ. In a name, f"z_{t}", it reads as a slice, "z_1:1000".
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        alone = all(isinstance(a, cls | int | float) for a in args)
+        if alone and func in _COMPARISONS:
+            if bool(result.all()) or not bool(result.any()):
+                return bool(result.all())
+            raise _uneven("compares the step with a number, with another answer at some steps than at others")
+        if alone and isinstance(result, Tensor) and result.dim() == 1 and not result.is_floating_point():
+            return result.as_subclass(cls)
+        return result
+
+    __hash__ = torch.Tensor.__hash__
+
+    def __format__(self, spec: str) -> str:
+        first, last = int(self[:1]), int(self[-1:])
+        return f"{first}:{last + 1}"
+
+    def __str__(self) -> str:
+        return format(self, "")
+
+    def __index__(self) -> int:
+        raise _uneven("uses the step as a Python integer")
+
+    def __iter__(self) -> Iterator[Any]:
+        raise _uneven("loops over the step")
+
+
+def _uneven(what: str) -> Refusal:
+    return Refusal(
+        "",
+        f"the body of a pyro_em.markov loop {what}; all steps after the first are run at once.",
+        "index tensors by the step, x[t], with time as their first dim, or write pyro.markov(range(T)), which runs "
+        "every step by itself.",
+    )
+
+
+@dataclass
+class Loop:
+    """One `markov` statement of a model, in the order of the run.
+
+    `depth` is the number of plate dims right of time; `names` are its sites, filled in as it is run.
+    """
+
+    ordinal: int
+    steps: int
+    history: int
+    depth: int = 0
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def plate(self) -> str:
+        """Name of the plate over the steps that are run at once."""
+        return f"markov_{self.ordinal}"
+
+    @property
+    def together(self) -> bool:
+        """Whether steps are run at once; a loop of few steps is simply run."""
+        return self.steps - self.history >= SHORTEST
+
+
+@dataclass(frozen=True)
+class Template:
+    """A site of a loop's body: `text` with {} for the step gives its name at each."""
+
+    text: str
+    first: int  # the number that the name has at the first step run together
+
+    @staticmethod
+    def of(name: str, loop: Loop) -> Template:
+        """The template of a site of the steps that are run together."""
+        found = re.findall(r"\d+:\d+", name)
+        spans = [s for s in found if int(s.split(":")[1]) - int(s.split(":")[0]) == loop.steps - loop.history]
+        if len(spans) != 1:
+            raise Refusal(
+                name,
+                "sites of a pyro_em.markov loop need the step in their name, once.",
+                'write pyro.sample(f"name_{t}", ...) with t the step that the loop gives.',
+            )
+        return Template(name.replace(spans[0], "{}"), int(spans[0].split(":")[0]))
+
+    @property
+    def stem(self) -> str:
+        """The name of the whole sequence: without the step, and without an underscore that led to it."""
+        return re.sub(r"[_\W]*\{\}", "", self.text) or self.text
+
+    def name(self, step: int, loop: Loop) -> str:
+        """Name of the site at one step, 0 <= step < steps."""
+        return self.text.format(self.first + step - loop.history)
+
+
+class _Mode:
+    """How the loops of one run are to be run: "shallow" (few steps), "together", or at `chosen` steps."""
+
+    def __init__(self, kind: str, loops: Sequence[Loop] = ()) -> None:
+        self.kind, self.planned = kind, tuple(loops)
+        self.seen: list[Loop] = []
+        self.open: Loop | None = None
+
+
+_active: list[_Mode] = []
+
+
+class Unplanned(Exception):
+    """A loop was met in a run that did not expect one."""
+
+
+def markov(steps: int | range, history: int = 1) -> Iterator[Any]:
+    """Loop over the steps of a Markov chain; a drop-in for `pyro.markov(range(T))` that needs no T-long trace.
+
+    The body sees t = 0, 1, ..., T-1. What it carries from step to step (the state `z`) makes the chain, exactly
+    as in `pyro.markov`. Index everything that varies with time by `t` on its **first** dim, put the step into
+    site names, f"z_{t}", and tell the first step apart by `t == 0` or by the carried variable being None. `fit` and
+    `plan` then run the body for the first `history` steps and once for all others together, so that a million
+    steps cost no more tracing than two. Everywhere else (plain Pyro, prior draws) each step is run by itself.
+
+    In `posterior(...)` the sites of a loop are one sequence, named without the step: `z` for f"z_{t}", of shape
+    (T,) + plates; `z_17` still names one step.
+
+    :param steps: the number of steps T, or range(T).
+    :param history: how many steps back the body looks (the order of the chain).
+    :raises InputError: if there is no step.
+
+    Example::
+
+        def model(x):                                            # x: (T,)
+            A = pyro.param("A", torch.full((2, 2), 0.5), constraint=constraints.simplex)
+            mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+            z = 0
+            for t in pyro_em.markov(len(x)):
+                z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+                pyro.sample(f"x_{t}", dist.Normal(mu[z], 1.0), obs=x[t])
+    """
+    if isinstance(steps, range):
+        if steps != range(len(steps)):
+            raise InputError(f"markov: {steps} does not count 0, 1, 2, ...; give the number of steps.")
+        steps = len(steps)
+    if steps < 1 or history < 1:
+        raise InputError(f"markov: a loop of {steps} steps with history {history}; both are at least 1.")
+    if not _active:
+        return iter(pyro.markov(range(steps), history=history))
+    return _planned(_active[-1], steps, history)
+
+
+def _planned(mode: _Mode, steps: int, history: int) -> Iterator[Any]:
+    if mode.kind == "unplanned":
+        raise Unplanned
+    if mode.open is not None:
+        raise Refusal(
+            mode.open.plate,
+            "a pyro_em.markov loop runs inside of another one.",
+            "write the inner loop with pyro.markov(range(n)).",
+        )
+    ordinal = len(mode.seen)
+    loop = Loop(ordinal, steps, history)
+    mode.seen.append(loop)
+    if mode.kind != "shallow":
+        if ordinal >= len(mode.planned) or (mode.planned[ordinal].steps, mode.planned[ordinal].history) != (
+            steps,
+            history,
+        ):
+            raise Refusal(
+                loop.plate,
+                "the loops of the model changed between two runs.",
+                "make the number of steps depend on the data only.",
+            )
+        loop.depth = mode.planned[ordinal].depth
+    mode.open = loop
+    try:
+        yield from _steps(mode, loop)
+    finally:
+        mode.open = None
+
+
+def _steps(mode: _Mode, loop: Loop) -> Iterator[Any]:
+    T, h = loop.steps, loop.history
+    if not loop.together or mode.kind == "shallow":
+        yield from pyro.markov(range(min(T, h + 1) if loop.together else T), history=h)
+    elif mode.kind == "chosen":
+        yield from pyro.markov(chosen_steps(loop), history=h)
+    else:
+        rest: Any = torch.arange(h, T).as_subclass(Steps)
+        for t in pyro.markov([*range(h), rest], history=h):
+            if t is rest:
+                with pyro.plate(loop.plate, T - h, dim=-1 - loop.depth):
+                    yield t
+            else:
+                yield t
+
+
+def chosen_steps(loop: Loop) -> list[int]:
+    """The steps at which a loop is certified: all that reach back over the first ones, the next, and the last."""
+    steps = list(range(min(loop.steps, 2 * loop.history + 1)))
+    return steps if steps[-1] == loop.steps - 1 else [*steps, loop.steps - 1]
+
+
+class _Names(Messenger):
+    """Note the sites of every loop, and how deep their plates nest."""
+
+    def __init__(self, mode: _Mode) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        loop = self.mode.open
+        if loop is None or pyro.poutine.util.site_is_subsample(msg):
+            return
+        loop.names.append(msg["name"])
+        if self.mode.kind == "shallow":
+            dims = [-f.dim for f in msg["cond_indep_stack"] if f.vectorized]
+            loop.depth = max([loop.depth, *dims])
+
+
+@contextlib.contextmanager
+def running(kind: str, loops: Sequence[Loop] = ()) -> Iterator[list[Loop]]:
+    """Within this context `markov` loops are run as told; gives the loops that were met.
+
+    :param kind: "unplanned" (raise `Unplanned` at the first), "shallow" (the first steps only), "together", or
+        "chosen" (at `chosen_steps`); the last two for the `loops` that a shallow run has found.
+    """
+    mode = _Mode(kind, loops)
+    _active.append(mode)
+    try:
+        with _Names(mode):
+            yield mode.seen
+    finally:
+        _active.remove(mode)
