@@ -61,7 +61,7 @@ class Ascent:
     optim: PyroOptim
     num_particles: int
 
-    def run(self, max_iter: int, callbacks: tuple[Callback, ...], tick: Callback) -> Run:
+    def run(self, max_iter: int, callbacks: tuple[Callback, ...], tick: tuple[Callback, ...]) -> Run:
         began, history, outcome, done = time.perf_counter(), History(), Outcome.steps_done, 0
         store = pyro.get_param_store()
         with store.scope(), poutine.block(), pyro.validation_enabled(False), warnings.catch_warnings():
@@ -78,7 +78,7 @@ class Ascent:
                     _record(history, objective, began)
                     params = self._current() if callbacks else {}
                     step = Step(done, params, objective, math.nan, math.nan)
-                    if any([callback(step) for callback in (tick, *callbacks)]):  # noqa: C419  (call them all)
+                    if any([callback(step) for callback in (*tick, *callbacks)]):  # noqa: C419  (call them all)
                         outcome = Outcome.interrupted
                         break
                 objective, log_prior = self._evaluate(svi, done)

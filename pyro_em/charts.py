@@ -154,7 +154,7 @@ class CholeskyChart(Chart):
 
     def _entries(self, matrix: Tensor) -> Tensor:
         rows, columns = self._indices()
-        return matrix[..., rows, columns]
+        return matrix.flatten(-2).index_select(-1, rows * self.shape[-1] + columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,8 +214,8 @@ def chart(constraint: Constraint, value: Tensor, fixed: Tensor | None = None) ->
     >>> c.size, c.from_free(torch.zeros(1))
     (1, tensor([0.5000, 0.0000, 0.5000]))
     """
-    constraint, value = _base(constraint), value.detach()
-    if constraint is constraints.real or isinstance(constraint, _BOUNDED):
+    constraint, value = base_constraint(constraint), value.detach()
+    if constraint is constraints.real or isinstance(constraint, BOUNDED):
         return _elementwise(constraint, value, fixed)
     if fixed is not None:
         raise InputError(
@@ -230,40 +230,39 @@ def chart(constraint: Constraint, value: Tensor, fixed: Tensor | None = None) ->
         return CholeskyChart(value.shape, value.device, unit=True)
     if constraint in (constraints.positive_definite, constraints.positive_semidefinite):
         return CovarianceChart(CholeskyChart(value.shape, value.device))
-    transform = _transform(constraint)
-    return TransformChart(transform, torch.Size(transform.inverse_shape(value.shape)))
+    return TransformChart(t := _transform(constraint), torch.Size(t.inverse_shape(value.shape)))
 
 
 def free_dimension(constraint: Constraint, value: Tensor) -> int:
-    """Number of free parameters of a value of this shape: K − 1 for a simplex row, D(D+1)/2 for a
-    covariance. Entries on the boundary count: the number belongs to the model, not to the estimate."""
-    constraint = _base(constraint)
-    if constraint is constraints.real or isinstance(constraint, _BOUNDED):
+    """K − 1 for a simplex row, D(D+1)/2 for a covariance. Entries on the boundary count: it is the model's number."""
+    constraint = base_constraint(constraint)
+    if constraint is constraints.real or isinstance(constraint, BOUNDED):
         return value.numel()
     if constraint is constraints.simplex:
         return value.shape[:-1].numel() * (value.shape[-1] - 1)
     return chart(constraint, value).size
 
 
-_BOUNDED = (
-    constraints.greater_than,
-    constraints.greater_than_eq,
-    constraints.less_than,
-    constraints.interval,
-    constraints.half_open_interval,
-)
+_NAMES = ("greater_than", "greater_than_eq", "less_than", "interval", "half_open_interval")
+BOUNDED = tuple(getattr(constraints, name) for name in _NAMES)
 
 
-def _base(constraint: Any) -> Any:
+def base_constraint(constraint: Any) -> Any:
     """The constraint below `independent`, which only says how many dims make one event."""
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
     return constraint
 
 
-def _elementwise(constraint: Any, value: Tensor, fixed: Tensor | None) -> ElementwiseChart:
+def bounds_of(constraint: Any, value: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Of every entry; None without one."""
     bounds = [getattr(constraint, name, None) for name in ("lower_bound", "upper_bound")]
     lower, upper = (None if b is None else torch.as_tensor(b).to(value).expand(value.shape) for b in bounds)
+    return lower, upper
+
+
+def _elementwise(constraint: Any, value: Tensor, fixed: Tensor | None) -> ElementwiseChart:
+    lower, upper = bounds_of(constraint, value)
     free, outside = value.isfinite(), value.isnan()
     if lower is not None:
         free, outside = free & (value > lower), outside | (value < lower)

@@ -13,7 +13,7 @@ import pyro
 from torch import Tensor
 
 from pyro_em.e_step.auto import choose_engine
-from pyro_em.e_step.base import Engine
+from pyro_em.e_step.base import Engine, Expectation
 from pyro_em.errors import InputError, MonotonicityError
 from pyro_em.loop import MONOTONE, Iterate, at, rounding
 from pyro_em.m_step.auto import MStep
@@ -38,6 +38,11 @@ class _Bound:
             return False
         pairs = [*zip(args, self.args, strict=True), *((kwargs[k], self.kwargs[k]) for k in kwargs)]
         return all(a is b for a, b in pairs)
+
+
+def _at(bound: _Bound, params: Params, iteration: int) -> tuple[Iterate, Expectation]:
+    expectation = bound.engine.e_step(params)
+    return at(bound.problem, params, expectation, iteration), expectation
 
 
 class EM:
@@ -104,19 +109,19 @@ class EM:
                 params[name] = store[name].detach().clone() if name in store else record.value
         return params
 
-    def _e_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Bound, Iterate]:
+    def _e_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Bound, Iterate, Expectation]:
         bound = self._bind(args, kwargs)
-        return bound, at(bound.problem, bound.engine, self._current(bound.problem), 0)
+        return bound, *_at(bound, self._current(bound.problem), 0)
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One EM iteration; returns the loss *before* the update, as `SVI.step` does.
 
         :raises MonotonicityError: if the update lowers the objective.
         """
-        bound, current = self._e_step(args, kwargs)
-        problem, engine, m_step = bound.problem, bound.engine, bound.m_step
-        params, _ = m_step.update(current.params, current.expectation)
-        following = at(problem, engine, params, 1)
+        bound, current, expectation = self._e_step(args, kwargs)
+        problem, m_step = bound.problem, bound.m_step
+        params, _ = m_step.update(current.params, expectation)
+        following, _ = _at(bound, params, 1)
         if following.objective < current.objective - MONOTONE * rounding(current):
             raise MonotonicityError(1, current.objective, following.objective)
         self._sampled = {n: params[n] for n, r in problem.parameters.items() if r.kind == "sample"}

@@ -13,10 +13,11 @@ from pyro_em.accelerate import choose_accelerator
 from pyro_em.checks import after_fit, at_start
 from pyro_em.e_step.auto import choose_engine, in_double, verified
 from pyro_em.e_step.base import Engine
-from pyro_em.errors import DegenerateLikelihoodError, EMWarning, InputError
+from pyro_em.errors import EMWarning, InputError
+from pyro_em.evaluator import Evaluator
 from pyro_em.explain import explain
 from pyro_em.initialise import initial_starts
-from pyro_em.loop import Callback, Ended, run_loop
+from pyro_em.loop import Callback, EMMap, Ended, drive, run_from
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.plan import Plan
 from pyro_em.options import check_algorithm, check_reserved, check_restarts, point_estimated
@@ -63,7 +64,8 @@ def fit(
     :param roles: `{"site": "parameter" | "latent"}`, overriding what `plan` shows.
     :param init: starting values by name (constrained), or "model", "random", "kmeans++".
     :param restarts: number of starts; the best is returned, all are reported in `result.restarts`. The
-        first start is `init` (or the model's own values), the others are drawn.
+        first start is `init` (or the model's own values), the others are drawn. Where the engine can, all starts
+        go through the data together, and those that have ended leave.
     :param seed: makes the fit reproducible bit for bit.
     :param max_iter: most parameter updates; with `tol=0` exactly that many are performed. An accelerated
         update is one accepted extrapolation, which costs several EM maps (`history["num_e_steps"]`).
@@ -100,7 +102,7 @@ def fit(
     check_restarts(restarts)
     check_reserved(e_step, missing)
     accelerator = choose_accelerator(accelerate)
-    rule = StoppingRule(max_iter, tol)
+    StoppingRule(max_iter, tol)  # checks them
     if algorithm == "svi":
         from pyro_em.svi import fit_svi
 
@@ -124,16 +126,16 @@ def fit(
         starts = list(initial_starts(problem, m, init, restarts, seed))
         if len(starts) == 1:  # one of several may be a saddle; the others are drawn
             at_start(problem, starts[0])
-        runs: list[Ended] = []
-        errors: list[BaseException] = []
+        together = len(starts) > 1 and hasattr(engine, "core")
+        evaluator = Evaluator(engine, m, len(starts) if together else 1)
         with progress_bar(progress, algorithm, max_iter) as tick:
-            for start in (in_double(engine, s) for s in starts):
-                ended = run_loop(problem, engine, m, start, rule, (*callbacks, tick), accelerator)
-                runs.append(ended)
-                if ended.error is not None and not isinstance(ended.error, DegenerateLikelihoodError):
-                    errors.append(ended.error)
-                    break
-                rule = StoppingRule(max_iter, tol)
+            shown = (*callbacks, *tick)
+            going = [
+                run_from(EMMap(problem, m), in_double(engine, s), StoppingRule(max_iter, tol), shown, accelerator, i)
+                for i, s in enumerate(starts)
+            ]
+            runs = drive(evaluator, going, together)
+        errors = [r.error for r in runs if r.error is not None and r.outcome is not Outcome.degenerate]
         alive = [r for r in runs if r.outcome is not Outcome.degenerate]
         best = max(alive or runs, key=lambda r: r.last.objective)
         after_fit(problem, best)

@@ -3,24 +3,28 @@
 A plain step is the EM map θ -> M(θ) followed by a check that the objective did not fall; an accelerator
 (accelerate/) puts several maps into one step. State (`Iterate`) is carried; `History` is recorded. Only θ
 goes round.
+
+A run is a generator: it *asks* for E-steps, and whoever drives it (`drive`) answers. So several starts advance
+together, and their E-steps are one pass over the data (evaluator.py).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
-from pyro_em.e_step.base import Engine, Expectation
 from pyro_em.errors import DegenerateLikelihoodError, MonotonicityError, NonFiniteError
+from pyro_em.evaluator import Evaluated, Evaluator, Mapped, Request
 from pyro_em.m_step.auto import MStep
 from pyro_em.problem import Problem
 from pyro_em.stop import Outcome, StoppingRule
 from pyro_em.types import Params
 
+EPS = {d: torch.finfo(d).eps for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 MONOTONE = 16.0  # eps·Σ|ll_n|: the largest drop that rounding explains (worst seen anywhere is 1.7)
 
 
@@ -29,7 +33,7 @@ class Iterate:
     """Carried from one iteration to the next: parameters and the E-step at them."""
 
     params: Params
-    expectation: Expectation
+    expectation: Evaluated
     objective: float
     iteration: int
 
@@ -51,13 +55,17 @@ class History:
 
 @dataclass(frozen=True)
 class Step:
-    """What a callback sees at each accepted iterate. Return True from the callback to stop the fit."""
+    """What a callback sees at each accepted iterate. Return True from the callback to stop the run.
+
+    `start` numbers the starts of a fit with restarts, which may advance together.
+    """
 
     iteration: int
     params: Params
     objective: float
     log_likelihood: float
     score: float
+    start: int = 0
 
 
 Callback = Callable[[Step], bool | None]
@@ -76,22 +84,24 @@ class Ended:
 
 def rounding(iterate: Iterate) -> float:
     """Σ|ll_n| in units of the last place of the parameters' precision."""
-    dtypes = {p.dtype for p in iterate.params.values()} or {torch.float64}
-    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    eps = max((EPS[p.dtype] for p in iterate.params.values()), default=EPS[torch.float64])
     return eps * (1.0 + iterate.expectation.magnitude + abs(iterate.objective))
 
 
-def at(problem: Problem, engine: Engine, params: Params, iteration: int) -> Iterate:
-    """E-step at `params`."""
-    expectation = engine.e_step(params)
+def at(problem: Problem, params: Params, expectation: Evaluated, iteration: int) -> Iterate:
+    """The iterate at which an E-step was made."""
     objective = expectation.log_likelihood + (expectation.log_prior if problem.with_prior else 0.0)
     return Iterate(params, expectation, objective, iteration)
+
+
+T = TypeVar("T")
+Steps = Generator[Request, Evaluated, T]  # asks for E-steps, gets them, and returns a T
 
 
 class Stepper(Protocol):
     """Anything that advances a fit by one update."""
 
-    def step(self, current: Iterate) -> Iterate:
+    def step(self, current: Iterate) -> Steps[Iterate]:
         """The next iterate, its objective not below that of `current` (up to rounding)."""
         ...
 
@@ -104,46 +114,56 @@ class EMMap:
     """
 
     problem: Problem
-    engine: Engine
     m_step: MStep
     num_e_steps: int = 0
     empty: set[str] = field(default_factory=set)
+    _magnitude: float = 0.0
 
-    def at(self, params: Params, iteration: int) -> Iterate:
+    def at(self, params: Params, iteration: int) -> Steps[Iterate]:
         """E-step at `params`; counted even if it fails."""
         self.num_e_steps += 1
-        return at(self.problem, self.engine, params, iteration)
+        expectation = yield Request(params, self._magnitude)
+        self._magnitude = expectation.magnitude
+        return at(self.problem, params, expectation, iteration)
+
+    def score(self, current: Iterate) -> float:
+        """max|∂ objective/∂u| over the parameters that move, not divided by N."""
+        known = current.expectation
+        return known.score if isinstance(known, Mapped) else self.m_step.score(current.params, known)
 
     def update(self, current: Iterate) -> Params:
         """M(θ), not evaluated. Spends the statistics of `current`: read its score before."""
-        params, info = self.m_step.update(current.params, current.expectation)
+        known = current.expectation
+        if isinstance(known, Mapped):
+            self.empty |= known.empty
+            return known.updated
+        params, info = self.m_step.update(current.params, known)
         self.empty |= set(info.empty)
         return params
 
-    def step(self, current: Iterate) -> Iterate:
+    def step(self, current: Iterate) -> Steps[Iterate]:
         """The plain EM step."""
-        return self.reached(self.update(current), current)
+        return (yield from self.reached(self.update(current), current))
 
-    def reached(self, params: Params, current: Iterate) -> Iterate:
+    def reached(self, params: Params, current: Iterate) -> Steps[Iterate]:
         """E-step at `params` = M(θ), one update after `current`.
 
         :raises MonotonicityError: if the objective fell.
         """
-        following = self.at(params, current.iteration + 1)
+        following = yield from self.at(params, current.iteration + 1)
         if following.objective < current.objective - MONOTONE * rounding(current):
             raise MonotonicityError(following.iteration, current.objective, following.objective)
         return following
 
 
-def run_loop(
-    problem: Problem,
-    engine: Engine,
-    m_step: MStep,
+def run_from(
+    em: EMMap,
     start: Params,
     rule: StoppingRule,
     callbacks: Iterable[Callback] = (),
     accelerator: Callable[[EMMap], Stepper] | None = None,
-) -> Ended:
+    number: int = 0,
+) -> Steps[Ended]:
     """Iterate from `start` until the rule, a callback, an error or Ctrl-C ends it.
 
     Errors after the first E-step do not lose the last complete iterate: they come back in `Ended.error`.
@@ -151,33 +171,70 @@ def run_loop(
     began = time.perf_counter()
     history = History()
     callbacks = tuple(callbacks)
-    em = EMMap(problem, engine, m_step)
     stepper: Stepper = em if accelerator is None else accelerator(em)
-    current = em.at(start, 0)
-    num_observations = problem.graph.num_observations
+    current = yield from em.at(start, 0)
+    num_observations = em.problem.graph.num_observations
     try:
         while True:
-            score = m_step.score(current.params, current.expectation) / num_observations
+            score = em.score(current) / num_observations
             _record(history, current, score, em.num_e_steps, began)
-            step = Step(
-                current.iteration,
-                current.params,
-                current.objective,
-                current.expectation.log_likelihood,
-                score,
-            )
-            answers = [callback(step) for callback in callbacks]  # all of them are called
-            if any(answers):
-                return Ended(current, Outcome.interrupted, history, tuple(sorted(em.empty)))
+            if callbacks:
+                likelihood = current.expectation.log_likelihood
+                step = Step(current.iteration, current.params, current.objective, likelihood, score, number)
+                answers = [callback(step) for callback in callbacks]  # all of them are called
+                if any(answers):
+                    return Ended(current, Outcome.interrupted, history, tuple(sorted(em.empty)))
             outcome = rule.outcome(current.iteration, score, current.objective, rounding(current))
             if outcome is not None:
                 return Ended(current, outcome, history, tuple(sorted(em.empty)))
-            current = stepper.step(current)
+            current = yield from stepper.step(current)
     except DegenerateLikelihoodError as error:
         error.iteration = current.iteration + 1
         return Ended(current, Outcome.degenerate, history, tuple(sorted(em.empty)), error)
     except (KeyboardInterrupt, NonFiniteError, MonotonicityError) as error:
         return Ended(current, Outcome.interrupted, history, tuple(sorted(em.empty)), error)
+
+
+def drive(evaluator: Evaluator, runs: Sequence[Steps[Ended]], together: bool) -> list[Ended]:
+    """Answer the runs' requests until all have ended; those after an error that is no collapse are not begun.
+
+    :param together: one E-step for all runs that go on, instead of one run after the other.
+    """
+    ended: list[Ended] = []
+    groups = [list(runs)] if together else [[run] for run in runs]
+    for group in groups:
+        ended += _drive(evaluator, group)
+        if any(e.error is not None and e.outcome is not Outcome.degenerate for e in ended):
+            break
+    return ended
+
+
+def _drive(evaluator: Evaluator, runs: Sequence[Steps[Ended]]) -> list[Ended]:
+    ended: dict[int, Ended] = {}
+    pending: dict[int, Request] = {}
+
+    def advance(i: int, answer: Evaluated | BaseException | None) -> None:
+        try:
+            if isinstance(answer, BaseException):
+                pending[i] = runs[i].throw(answer)
+            else:
+                pending[i] = runs[i].send(answer)  # type: ignore[arg-type]
+        except StopIteration as stop:
+            pending.pop(i, None)
+            ended[i] = stop.value
+
+    for i in range(len(runs)):
+        advance(i, None)
+    while pending:
+        going = list(pending)
+        answers: Sequence[Evaluated | BaseException]
+        try:
+            answers = evaluator([pending[i] for i in going])
+        except KeyboardInterrupt as error:
+            answers = [error for _ in going]
+        for i, answer in zip(going, answers, strict=True):
+            advance(i, answer)
+    return [ended[i] for i in range(len(runs))]
 
 
 def _record(history: History, current: Iterate, score: float, num_e_steps: int, began: float) -> None:

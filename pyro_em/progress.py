@@ -13,10 +13,13 @@ from pyro_em.loop import Callback, Step
 
 
 @contextlib.contextmanager
-def progress_bar(progress: bool | None, algorithm: str, max_iter: int) -> Iterator[Callback]:
-    """A callback that moves the bar; None shows it only where stderr is a terminal."""
+def progress_bar(progress: bool | None, algorithm: str, max_iter: int) -> Iterator[tuple[Callback, ...]]:
+    """The callback that moves the bar, or none; `progress=None` shows one where stderr is a terminal."""
     show = sys.stderr.isatty() if progress is None else progress
-    with tqdm(total=max_iter, desc=algorithm, disable=not show, leave=False) as bar:
+    if not show:
+        yield ()
+        return
+    with tqdm(total=max_iter, desc=algorithm, leave=False) as bar:
 
         def tick(step: Step) -> None:
             bar.n = step.iteration
@@ -24,4 +27,4 @@ def progress_bar(progress: bool | None, algorithm: str, max_iter: int) -> Iterat
             bar.set_postfix_str(f"objective {step.objective:.6g}{score}", refresh=False)
             bar.update(0)
 
-        yield tick
+        yield (tick,)

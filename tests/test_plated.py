@@ -112,7 +112,7 @@ def test_equal_rows_are_collapsed() -> None:
     x = torch.poisson(torch.full((2000,), 2.0))
     problem = bind(_counts, (x,), {}, with_prior=False)
     engine = Plated(problem)
-    assert engine.programs[0].features.num_rows == len(x.unique())
+    assert engine.programs[0].product.features.num_rows == len(x.unique())
     expected = Interpreted(problem).e_step(problem.start)
     assert engine.e_step(problem.start).log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-13)
 
@@ -138,7 +138,7 @@ def test_distant_narrow_components_keep_their_digits() -> None:
 def test_memory_is_bounded_by_the_chunk() -> None:
     x = torch.randn(400_000)
     engine = Plated(bind(_mixture, (x, torch.tensor([-1.0, 1.0])), {}, with_prior=False))
-    features = engine.programs[0].features
+    features = engine.programs[0].product.features
     assert features.whole is not None  # 3 features: small enough to keep
     assert features.chunk * features.num_features * 8 <= 4 * 2**20
 

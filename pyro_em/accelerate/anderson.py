@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.accelerate.base import Coordinates, evaluate
-from pyro_em.loop import EMMap, Iterate, rounding
+from pyro_em.loop import EMMap, Iterate, Steps, rounding
 
 ORDER = 10
 GROWTH = 1.2  # of the odds δ/(1 − δ) with each accepted proposal
@@ -37,7 +37,7 @@ class Anderson:
         self._points: list[tuple[Tensor, Tensor]] = []  # (u, M(u)), each (P,)
         self._accepted = 0  # s
 
-    def step(self, current: Iterate) -> Iterate:
+    def step(self, current: Iterate) -> Steps[Iterate]:
         """u' if its objective is not below that of u, else M(u)."""
         mapped = self.em.update(current)
         if self._coordinates is None or not self._coordinates.cover(mapped):
@@ -46,19 +46,21 @@ class Anderson:
         u, plain = coordinates.to_free(current.params), coordinates.to_free(mapped)
         self._points.append((u, plain))
         if len(self._points) == 1:
-            return self.em.reached(mapped, current)
+            return (yield from self.em.reached(mapped, current))
         extrapolated = self._mixed()
         order = min(ORDER, len(u))
         if len(self._points) > order:
             self._coordinates = None  # the next update starts afresh
         # M(u) − u is a direction of ascent.
         ascends = bool((extrapolated - u) @ (plain - u) > 0)
-        proposal = evaluate(self.em, coordinates, extrapolated, current.iteration + 1) if ascends else None
+        proposal = None
+        if ascends:
+            proposal = yield from evaluate(self.em, coordinates, extrapolated, current.iteration + 1)
         if proposal is not None and proposal.objective >= current.objective - rounding(current):
             self._accepted += 1
             return proposal
         self._accepted = max(self._accepted - order, -order)
-        return self.em.reached(mapped, current)
+        return (yield from self.em.reached(mapped, current))
 
     def _mixed(self) -> Tensor:
         """u' (P,); not finite if some point is not."""

@@ -16,7 +16,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_em.charts import Chart, chart
 from pyro_em.errors import DegenerateLikelihoodError, InputError, NonFiniteError
-from pyro_em.loop import EMMap, Iterate
+from pyro_em.loop import EMMap, Iterate, Steps
 from pyro_em.types import Params
 
 
@@ -58,7 +58,7 @@ class Coordinates:
         return all(torch.allclose(again[name], params[name], equal_nan=True) for name in self.charts)
 
 
-def evaluate(em: EMMap, coordinates: Coordinates, free: Tensor, iteration: int) -> Iterate | None:
+def evaluate(em: EMMap, coordinates: Coordinates, free: Tensor, iteration: int) -> Steps[Iterate | None]:
     """E-step at proposed coordinates (P,), or None if they are not usable.
 
     A proposal that rounds to the boundary is not: EM would never leave it.
@@ -69,6 +69,6 @@ def evaluate(em: EMMap, coordinates: Coordinates, free: Tensor, iteration: int) 
     if not bool(coordinates.to_free(params).isfinite().all()):
         return None
     try:
-        return em.at(params, iteration)
+        return (yield from em.at(params, iteration))
     except (InputError, NonFiniteError, DegenerateLikelihoodError, LinAlgError):
         return None

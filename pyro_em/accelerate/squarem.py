@@ -14,7 +14,7 @@ import math
 from dataclasses import replace
 
 from pyro_em.accelerate.base import Coordinates, evaluate
-from pyro_em.loop import EMMap, Iterate, rounding
+from pyro_em.loop import EMMap, Iterate, Steps, rounding
 
 PATIENCE = 8  # 3, 5 and 8 were compared: 8 loses little on ridges and nothing on flat likelihoods
 FACTOR = 4.0  # by which the bound moves, as in the R package
@@ -28,9 +28,9 @@ class Squarem:
         self._longest = math.inf
         self._refusals = 0
 
-    def step(self, current: Iterate) -> Iterate:
+    def step(self, current: Iterate) -> Steps[Iterate]:
         """u' if its objective is not below that of M(u), else M(M(u))."""
-        first = self.em.step(current)
+        first = yield from self.em.step(current)
         second = self.em.update(first)
         coordinates = Coordinates.around(self.em, second)
         u, once, twice = (coordinates.to_free(p) for p in (current.params, first.params, second))
@@ -41,7 +41,7 @@ class Squarem:
         # Not so where u' would lie before M(M(u)), and for 0/0 at a fixed point.
         if length > 1:
             extrapolated = u + 2 * length * r + length**2 * v
-            proposal = evaluate(self.em, coordinates, extrapolated, current.iteration + 1)
+            proposal = yield from evaluate(self.em, coordinates, extrapolated, current.iteration + 1)
             if proposal is not None and proposal.objective >= first.objective - rounding(first):
                 self._refusals = 0
                 self._longest = math.inf if wanted <= self._longest else FACTOR * self._longest
@@ -49,4 +49,5 @@ class Squarem:
             self._refusals += 1
             if self._refusals >= PATIENCE:
                 self._longest = max(length / FACTOR, FACTOR)
-        return replace(self.em.reached(second, first), iteration=current.iteration + 1)
+        reached = yield from self.em.reached(second, first)
+        return replace(reached, iteration=current.iteration + 1)

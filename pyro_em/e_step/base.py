@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -44,5 +44,49 @@ class Engine(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What the first stage of an E-step made of the parameters; only stages of one `kind` go together."""
+
+    tensors: tuple[Tensor, ...]
+    kind: Any
+
+
+class Staged(Engine, Protocol):
+    """An engine whose E-step is `after(params, core([before(params)])[0])`.
+
+    The first and the last stage are tensor operations on parameters and statistics alone, so that they can be
+    recorded (tape/); the one in the middle runs over the data, for several starts at once. `generation` changes
+    when the data are laid out anew: what was recorded before is void then.
+    """
+
+    generation: int
+
+    @property
+    def compact(self) -> bool:
+        """The stage in the middle is few operations, which can be recorded with the others."""
+        ...
+
+    def before(self, params: Params, magnitude: Tensor) -> Stage:
+        """`magnitude` () is Σ|ll_n| of the E-step before, zero for the first one."""
+        ...
+
+    def core(self, stages: Sequence[Stage]) -> list[tuple[Tensor, ...]]:
+        """One tuple of sums for each start."""
+        ...
+
+    def after(self, params: Params, sums: Sequence[Tensor]) -> tuple[Tensor, Sufficient]:
+        """(log p(x|θ), log p(θ), Σ|ll_n|) as one tensor (3,), and the statistics."""
+        ...
+
+    def expectation(self, params: Params, sums: Sequence[Tensor]) -> Expectation:
+        """`after` as an E-step."""
+        ...
+
+
 class NotCompiled(Exception):
     """This engine cannot run the model; the text is the reason."""
+
+
+class OtherLayout(Exception):
+    """The data have to be laid out in another way for these parameters; `Engine.e_step` does so."""

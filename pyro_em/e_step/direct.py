@@ -3,6 +3,9 @@
 η·x - ½xᵀPx - A cancels when a component lies many of its standard deviations from the centre of the data (or
 its covariance is nearly singular): the terms grow like that distance squared while their sum does not. Over
 many rows the rounding averages out; over few it would show as a falling log-likelihood.
+
+What depends on the parameters alone is prepared once an E-step: μ, F with FᵀF = Σ⁻¹, and log (2π)^{D/2}|Σ|^½, each
+over joint states J and positions.
 """
 
 from __future__ import annotations
@@ -16,35 +19,44 @@ from pyro_em.e_step.layout import SiteLayout
 from pyro_em.e_step.states import JointStates
 
 LOG_2PI = math.log(2 * math.pi)
+NUM_PREPARED = 3
 
 
-def centered_log_density(
-    layout: SiteLayout, arguments: dict[str, Tensor], states: JointStates, begin: int, end: int
-) -> Tensor:
-    """Σ over positions of log N(x_n; args_j) for rows begin..end, shape (J, end - begin)."""
-    block, center = layout.block, layout.center
-    raw = block.parts[0].raw
-    assert raw is not None
+def prepare(layout: SiteLayout, arguments: dict[str, Tensor], states: JointStates) -> tuple[Tensor, Tensor, Tensor]:
+    """Location (J, positions, width, 1), inverse factor (J, positions, width, width) and log normaliser.
+
+    A univariate site has no width, and 1/σ for a factor; the normaliser is (J, positions, 1).
+    """
     family = layout.site.family
     assert family is not None
-    shift = arguments["loc"] if center is None else arguments["loc"] - center
-    x = raw[:, begin:end].double()
+    shift = arguments["loc"] if layout.center is None else arguments["loc"] - layout.center
     if family.event_dim == 0:
         loc = layout.spread(shift, states, 0).unsqueeze(-1)
         scale = layout.spread(arguments["scale"], states, 0).unsqueeze(-1)
-        z = (x - loc) / scale
-        density = -0.5 * z * z - scale.log() - 0.5 * LOG_2PI
+        return loc, scale.reciprocal(), scale.log() + 0.5 * LOG_2PI
+    width = layout.block.parts[0].width
+    factor, half_log_det = _inverse_factor(arguments)
+    loc = layout.spread(shift, states, 1).unsqueeze(-1)
+    half = layout.spread(half_log_det, states, 0).unsqueeze(-1)
+    return loc, layout.spread(factor, states, 2), half + 0.5 * width * LOG_2PI
+
+
+def centered_log_density(layout: SiteLayout, prepared: tuple[Tensor, Tensor, Tensor], begin: int, end: int) -> Tensor:
+    """Σ over positions of log N(x_n; args_j) for rows begin..end, shape (J, end - begin)."""
+    block, (loc, factor, normalizer) = layout.block, prepared
+    raw = block.parts[0].raw
+    assert raw is not None and layout.site.family is not None
+    x = raw[:, begin:end].double()
+    if layout.site.family.event_dim == 0:
+        z = (x - loc) * factor
+        square = z * z
     else:
-        width = block.parts[0].width
-        loc = layout.spread(shift, states, 1).unsqueeze(-1)
-        factor, half_log_det = _inverse_factor(arguments)
-        factor = layout.spread(factor, states, 2)
-        z = factor @ (x.reshape(block.positions, width, -1) - loc)
-        half = layout.spread(half_log_det, states, 0).unsqueeze(-1)
-        density = -0.5 * (z * z).sum(-2) - half - 0.5 * width * LOG_2PI
+        z = factor @ (x.reshape(block.positions, block.parts[0].width, -1) - loc)
+        square = (z * z).sum(-2)
+    density = -0.5 * square - normalizer
     if block.flags is not None:
         density = torch.where(block.flags[:, begin:end].bool(), density, density.new_zeros(()))
-    return density.sum(1)
+    return density.sum(1) if block.positions > 1 else density.squeeze(1)
 
 
 def _inverse_factor(arguments: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -55,6 +67,6 @@ def _inverse_factor(arguments: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     lower = arguments.get("scale_tril")
     if lower is None:
         lower = torch.linalg.cholesky(arguments["covariance_matrix"])
-    identity = torch.eye(lower.shape[-1], dtype=lower.dtype).expand_as(lower)
+    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
     return inverse, lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)

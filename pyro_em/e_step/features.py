@@ -36,12 +36,14 @@ class Part:
 @dataclass(frozen=True)
 class Block:
     """All features of one site. `flags` (positions, N), if given, are 0/1 rows of masked data: every statistic
-    was multiplied by them, and they count the data in place of the ones."""
+    was multiplied by them, and they count the data in place of the ones. With `complement` the last entry of a
+    position's statistics is left out, as they sum to one (indicators of categories, x and 1 - x of a trial)."""
 
     positions: int
     parts: tuple[Part, ...]
     flags: Tensor | None
     codes: Tensor | None  # (q, N) integers that determine the column, for discrete data
+    complement: bool = False
 
     @property
     def num_features(self) -> int:
@@ -70,7 +72,7 @@ class Block:
         assert raw is not None
         x = raw[:, :end].reshape(self.positions, -1, end).transpose(1, 2).unsqueeze(0)
         if one_hot:
-            return x.argmax(-1)
+            return torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1).argmax(-1) if self.complement else x.argmax(-1)
         return x.double() if event_dim else x.squeeze(-1).double()
 
     def take(self, columns: Tensor) -> Block:
@@ -79,7 +81,7 @@ class Block:
             Part(p.kind, p.width, None if p.raw is None else p.raw[:, columns].contiguous()) for p in self.parts
         )
         flags = None if self.flags is None else self.flags[:, columns].contiguous()
-        return Block(self.positions, parts, flags, None)
+        return Block(self.positions, parts, flags, None, self.complement)
 
 
 def _outer(x: Tensor, out: Tensor, positions: int, width: int) -> None:

@@ -7,25 +7,26 @@ then elements) and rows (root plates). Both keep the dims in Pyro's order, so th
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from pyro_em.e_step.base import NotCompiled
-from pyro_em.e_step.features import Block, Part
-from pyro_em.e_step.natural import NATURAL, Coefficients, log_base_measure
+from pyro_em.e_step.base import NotCompiled, OtherLayout
+from pyro_em.e_step.features import Block
+from pyro_em.e_step.natural import Coefficients, log_base_measure
 from pyro_em.e_step.states import JointStates
-from pyro_em.families.base import OneHotStatistic
 from pyro_em.families.normal import LogNormalFamily, NormalFamily
 from pyro_em.families.trials import GeometricFamily
 from pyro_em.model import compat
-from pyro_em.model.density import clean_value
 from pyro_em.model.graph import Component, FactorGraph
 from pyro_em.model.packing import align
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.statistics import SiteMoments
+
+# An entry that is known as a difference has 13 digits if it is at least this share of its weight.
+CANCELLED = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,7 @@ class SiteLayout:
         """A packed tensor over root plates as one row per element, (N,)."""
         if not set(compat.dims_of(packed)) <= component.root:
             raise NotCompiled("weights that vary within a row")
-        order = _root_order(component, run, graph)
+        order = root_order(component, run, graph)
         sizes = [graph.plate_sizes[d] for d in order]
         return align(packed, "".join(order)).expand(sizes).reshape(-1)
 
@@ -81,7 +82,10 @@ class SiteLayout:
         return density.sum(1)
 
     def moments(self, totals: Tensor, states: JointStates) -> SiteMoments:
-        """Moments of the site in Pyro's dims from the sums (J, F)."""
+        """Moments of the site in Pyro's dims from the sums (J, F).
+
+        :raises OtherLayout: if an entry that was left out is too small to be known as a difference.
+        """
         positions, family = self.block.positions, self.site.family
         assert family is not None
         row, found = self.begin, []
@@ -95,11 +99,20 @@ class SiteLayout:
         else:
             weight = totals[:, row : row + positions]
         event = family.event_dim
+        if self.block.complement:
+            found = self._completed(found[0], weight)
         shaped = [self._in_place(weight, states)]
-        for own, part in zip(found, self.block.parts, strict=True):
-            vector = part.kind == "outer" or part.width > 1 or event > 0 or self._one_hot
+        for own in found:
+            vector = own.dim() > 3 or own.shape[-1] > 1 or event > 0 or self._one_hot
             shaped.append(self._in_place(own if vector else own.squeeze(-1), states))
         return SiteMoments(tuple(shaped), shaped[0].shape, self.center)
+
+    def _completed(self, own: Tensor, weight: Tensor) -> list[Tensor]:
+        """The statistics with the entry that was left out: the weight less all others."""
+        last = weight.unsqueeze(-1) - own.sum(-1, keepdim=True)
+        if bool((last < CANCELLED * weight.unsqueeze(-1)).any()):
+            raise OtherLayout
+        return [torch.cat([own, last], -1)] if self._one_hot else [own, last]
 
     @property
     def _one_hot(self) -> bool:
@@ -114,23 +127,39 @@ class SiteLayout:
 
 
 def _symmetric(upper: Tensor, width: int) -> Tensor:
+    return upper.index_select(-1, _places(width).to(upper.device)).unflatten(-1, (width, width))
+
+
+@lru_cache(maxsize=64)
+def _places(width: int) -> Tensor:
+    """Where each entry of a symmetric matrix stands among those on and above its diagonal, flattened."""
     i, j = torch.triu_indices(width, width)
-    full = upper.new_empty(*upper.shape[:-1], width, width)
-    full[..., i, j] = upper
-    full[..., j, i] = upper
-    return full
+    place = torch.empty(width, width, dtype=torch.long)
+    place[i, j] = place[j, i] = torch.arange(len(i))
+    return place.reshape(-1)
 
 
 def weights_of(coefficients: Coefficients, layout: SiteLayout, states: JointStates) -> tuple[Tensor, Tensor]:
-    """The site's columns of W, (J, num_features), and its part of the bias, (J,)."""
+    """The site's columns of W, (J, num_features), and its part of the bias, (J,).
+
+    :raises OtherLayout: if an entry that was left out has probability zero.
+    """
     etas, normalizer = coefficients
     columns = []
+    if layout.block.complement:
+        every = etas[0] if layout._one_hot else torch.stack(etas, -1)
+        last = every[..., -1]
+        if bool((last == -torch.inf).any()):
+            raise OtherLayout  # the difference to it would be infinite for all others
+        etas, normalizer = (every[..., :-1] - last.unsqueeze(-1),), normalizer - last
+        if not layout._one_hot:
+            etas = (etas[0].squeeze(-1),)
     for eta, part in zip(etas, layout.block.parts, strict=True):
         event = 2 if part.kind == "outer" else 1 if layout.site.family.event_dim or layout._one_hot else 0  # type: ignore[union-attr]
         own = layout.spread(eta, states, event)
         if part.kind == "outer":
-            i, j = torch.triu_indices(part.width, part.width)
-            own = own[..., i, j] * torch.where(i == j, 1.0, 2.0).to(own)
+            i, j = torch.triu_indices(part.width, part.width, device=own.device)
+            own = own.flatten(-2).index_select(-1, i * part.width + j) * torch.where(i == j, 1.0, 2.0).to(own)
         columns.append(own.reshape(states.num, -1))
     bias = -layout.spread(normalizer, states, 0)
     if layout.block.flags is not None:
@@ -139,128 +168,7 @@ def weights_of(coefficients: Coefficients, layout: SiteLayout, states: JointStat
     return torch.cat(columns, 1), bias.sum(1)
 
 
-def site_layouts(
-    component: Component, run: Run, graph: FactorGraph, states: JointStates
-) -> tuple[list[SiteLayout], list[Block], Tensor | None, int]:
-    """Layouts and blocks of the observed sites, the log base measure of every row, and the number of rows.
-
-    :raises NotCompiled: for a family without natural form, or arguments that vary along the rows.
-    """
-    root = _root_order(component, run, graph)
-    num_rows = math.prod(graph.plate_sizes[d] for d in root)
-    layouts, begin, base = [], 1, torch.zeros(num_rows, dtype=torch.float64)
-    for name in component.factors:
-        site = run.sites[name]
-        if site.enumerated:
-            _check_arguments(site, component)
-            continue
-        if type(site.family) not in NATURAL:
-            raise NotCompiled(f"the family of site '{name}' has no natural form here")
-        _check_arguments(site, component)
-        layout, own_base = _layout(site, begin, component, graph, root, num_rows)
-        layouts.append(layout)
-        begin += layout.block.num_features
-        if own_base is not None:
-            base += own_base
-    return layouts, [layout.block for layout in layouts], base, num_rows
-
-
-def _root_order(component: Component, run: Run, graph: FactorGraph) -> list[str]:
+def root_order(component: Component, run: Run, graph: FactorGraph) -> list[str]:
     """Root plates, outermost (leftmost dim) first."""
     dims = {site.symbols[p.dim]: p.dim for site in run.sites.values() for p in site.plates}
     return sorted(component.root, key=dims.__getitem__)
-
-
-def _check_arguments(site: SiteRecord, component: Component) -> None:
-    if site.family is None or site.arguments is None:
-        raise NotCompiled(f"site '{site.name}' hides its arguments")
-    for argument, value in site.arguments.items():
-        batch = value.shape[: value.dim() - site.family.arguments[argument]]
-        for plate in site.plates:
-            position = len(batch) - site.element_dims + plate.dim
-            if site.symbols[plate.dim] in component.root and position >= 0 and batch[position] > 1:
-                raise NotCompiled(f"argument '{argument}' of site '{site.name}' varies along plate '{plate.name}'")
-
-
-def _layout(
-    site: SiteRecord, begin: int, component: Component, graph: FactorGraph, root: list[str], num_rows: int
-) -> tuple[SiteLayout, Tensor | None]:
-    family = site.family
-    assert family is not None and site.arguments is not None
-    inner = tuple((p.dim, p.size) for p in site.plates if site.symbols[p.dim] not in component.root)
-    elements = tuple(site.fn.event_shape[: site.element_dims])
-    positions = math.prod(size for _, size in inner) * math.prod(elements)
-    at_root = [next(p.dim for p in site.plates if site.symbols[p.dim] == d) for d in root]
-    value = clean_value(site)
-
-    def rows(x: Tensor, event_dim: int) -> Tensor:
-        """(batch + event) -> (positions · width, N)."""
-        depth = max([0, *(-p.dim for p in site.plates)]) + len(elements)
-        lead = x.dim() - event_dim
-        x = x.reshape((1,) * max(0, depth - lead) + tuple(x.shape))
-        rank = x.dim() - event_dim
-        full = [1] * rank
-        for plate in site.plates:
-            full[rank - len(elements) + plate.dim] = plate.size
-        for i, size in enumerate(elements):
-            full[rank - len(elements) + i] = size
-        x = torch.broadcast_to(x, (*full, *x.shape[rank:]))
-        outer = [rank - len(elements) + d for d in at_root]
-        rest = [i for i in range(x.dim()) if i not in outer]
-        return x.permute(rest + outer).reshape(-1, num_rows)
-
-    mask = None
-    if site.mask is not None or site.element_mask is not None:
-        mask = torch.ones((), dtype=torch.bool)
-        if site.mask is not None:
-            mask = site.mask.reshape(site.mask.shape + (1,) * len(elements))
-        if site.element_mask is not None:
-            mask = mask & site.element_mask
-        mask = rows(mask, 0)
-    center = None
-    arguments = {**site.constants, **site.arguments}
-    if family.centered:
-        (location, *_) = family.statistics(value, arguments)
-        x = rows(location.dense(), family.event_dim)
-        mean = x.double().mean(1) if mask is None else _masked_mean(x, mask, positions)
-        shape = [dict(inner).get(d, 1) for d in range(-max([0, *(-d for d, _ in inner)]), 0)]
-        center = mean.reshape((*shape, *elements, *((-1,) if family.event_dim else ())))
-        wide = [dict(inner).get(d, 1) for d in range(-max([0, *(-p.dim for p in site.plates)]), 0)]
-        center_of_data = mean.reshape((*wide, *elements, *((-1,) if family.event_dim else ())))
-    else:
-        center_of_data = None
-    parts, codes = [], []
-    for statistic in family.statistics(value, arguments, center_of_data):
-        if isinstance(statistic, OneHotStatistic):
-            raw = rows(statistic.dense().to(torch.uint8), 1)
-            parts.append(Part("raw", statistic.size, _masked(raw, mask, statistic.size)))
-            codes.append(rows(statistic.index, 0))
-        elif len(statistic.factors) == 1:
-            (factor,) = statistic.factors
-            raw = rows(factor, statistic.factor_dim)
-            width = factor.shape[-1] if statistic.factor_dim else 1
-            parts.append(Part("raw", width, _masked(raw, mask, width)))
-            codes.append(raw)
-        else:
-            width = statistic.factors[0].shape[-1] if statistic.factor_dim else 1
-            parts.append(Part("square" if statistic.factor_dim == 0 else "outer", width, None))
-    flags = None if mask is None else mask.to(torch.uint8)
-    discrete = bool(getattr(site.fn.support, "is_discrete", False))
-    code = torch.cat([c.long() for c in codes] + ([] if flags is None else [flags.long()])) if discrete else None
-    base = log_base_measure(family, value, arguments)
-    if base is not None:
-        base = rows(base, 0)
-        base = (base if mask is None else torch.where(mask, base, base.new_zeros(()))).sum(0)
-    return SiteLayout(site, begin, inner, elements, Block(positions, tuple(parts), flags, code), center), base
-
-
-def _masked(raw: Tensor, mask: Tensor | None, width: int) -> Tensor:
-    if mask is None:
-        return raw.contiguous()
-    return torch.where(mask.repeat_interleave(width, 0), raw, raw.new_zeros(())).contiguous()
-
-
-def _masked_mean(x: Tensor, mask: Tensor, positions: int) -> Tensor:
-    keep = mask.repeat_interleave(len(x) // positions, 0)
-    total = torch.where(keep, x.double(), torch.zeros((), dtype=torch.float64)).sum(1)
-    return total / keep.sum(1).clamp(min=1)

@@ -1,13 +1,13 @@
 """Compiled E-step for latents that live in the data plate: mixtures, latent classes, factorial mixtures.
 
 If no argument varies along the data plate, log p(x_n, z=j) = Σ_f W_jf Φ_fn with Φ the sufficient statistics
-of the data and W the natural parameters of joint state j. One E-step is then, chunk by chunk,
-
-    L = W Φ,   R = softmax(L, over j),   S += (R·w) Φᵀ
-
-and S holds the moments of every site at once. The small dimension comes first, data are centred, rows that
-are equal (discrete data) are collapsed with their counts. Latents are summed out jointly, so that several of
+of the data and W the natural parameters of joint state j. One E-step is then two matrix products (product.py),
+and their result holds the moments of every site at once. The small dimension comes first, data are centred, rows
+that are equal (discrete data) are collapsed with their counts. Latents are summed out jointly, so that several of
 them in one plate (a factorial mixture) are one softmax over their joint states.
+
+An E-step has three stages, of which only the second touches the data: `before` (parameters -> W), `core`,
+`after` (sums -> statistics).
 
 Structural zeros: a log-probability of -inf enters the product as `IMPOSSIBLE`; a row whose best state is that
 low goes to the reference path, which names it.
@@ -18,54 +18,30 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pyro_em.e_step.base import Expectation, NotCompiled
-from pyro_em.e_step.collapse import collapse
-from pyro_em.e_step.direct import centered_log_density
-from pyro_em.e_step.features import Features
+from pyro_em.e_step import direct
+from pyro_em.e_step.base import Expectation, NotCompiled, OtherLayout, Stage
 from pyro_em.e_step.interpreted import expectation
-from pyro_em.e_step.layout import SiteLayout, site_layouts, weights_of
-from pyro_em.e_step.natural import NATURAL
-from pyro_em.e_step.states import JointStates, joint_states
+from pyro_em.e_step.product import Prepared, Sums
+from pyro_em.e_step.program import IMPOSSIBLE, compile_program
 from pyro_em.evidence.discrete import weighted_sum
+from pyro_em.families.base import AnyStatistic
 from pyro_em.model import compat
 from pyro_em.model.density import packed_log_density
-from pyro_em.model.graph import Component
 from pyro_em.problem import Problem
-from pyro_em.statistics import SiteMoments, argument_cells, site_center, site_moments, site_weight
+from pyro_em.statistics import SiteMoments, argument_cells, site_center, site_moments, site_statistics, site_weight
 from pyro_em.sufficient import Arguments, Sufficient, raw_arguments
 from pyro_em.types import Params
 
-IMPOSSIBLE = -1e30
-MAX_STATES = 1024  # joint states of the latents of one row
-
-
-@dataclass
-class _Program:
-    """One component: its joint states, its data as features, and where each site's moments lie."""
-
-    component: Component
-    states: JointStates
-    layouts: list[SiteLayout]
-    features: Features
-    row_weight: Tensor | None  # (rows,) weights x counts of collapsed rows
-    base: Tensor | None  # (rows,) log base measure
-    magnitude: float = 0.0  # Σ|ll_n| of the last E-step
-
-
-@dataclass(frozen=True)
-class _Sums:
-    log_likelihood: float
-    magnitude: float
-    totals: Tensor  # (J, F) sums of weighted responsibilities times features
-
 
 class Plated:
-    """The engine; made by `compile_plated`."""
+    """The engine; made by `compile_plated`.
+
+    `generation` counts how often the data were laid out: what was prepared for one layout fits no other.
+    """
 
     name = "plated"
     reason = "latents of the data plate: one matrix product on sufficient statistics per E-step"
@@ -83,71 +59,110 @@ class Plated:
             run = problem.run(problem.start)
         self.problem, self.run = problem, run
         self.start: Arguments = raw_arguments(run.sites)
-        self.programs = [self._compile(component) for component in graph.components]
+        self.generation = 0
+        self.programs = [compile_program(problem, run, component, complement=True) for component in graph.components]
         self.owner = {n: i for i, p in enumerate(self.programs) for n in p.component.factors}
         self._fixed: dict[str, SiteMoments] = {}
+        self._statistics: dict[str, tuple[AnyStatistic, ...]] = {}
+        self._magnitude = torch.zeros((), dtype=torch.float64)  # Σ|ll_n| of the last E-step
 
-    def _compile(self, component: Component) -> _Program:
-        run, graph = self.run, self.problem.graph
-        states = joint_states(component, run, MAX_STATES)
-        layouts, blocks, base, num_rows = site_layouts(component, run, graph, states)
-        weight = self._row_weight(component, num_rows)
-        blocks, weight, base, num_rows = collapse(blocks, weight, base, num_rows)
-        layouts = [dataclasses.replace(x, block=block) for x, block in zip(layouts, blocks, strict=True)]
-        return _Program(component, states, layouts, Features(blocks, num_rows), weight, base)
+    @property
+    def compact(self) -> bool:
+        """The data are one chunk."""
+        return all(p.product.num_chunks == 1 for p in self.programs)
 
-    def _row_weight(self, component: Component, num_rows: int) -> Tensor | None:
-        """Weights of the rows; rows whose latents are barren (all data masked) count nothing."""
-        graph, run = self.problem.graph, self.run
-        found = []
-        for name in component.factors:
-            if graph.factors[name].enumerated:
-                weight = graph.factors[name].weight
-                found.append(None if weight is None else SiteLayout.over_root(weight, component, run, graph))
-        first = found[0]
-        for other in found[1:]:
-            same = other is first or (other is not None and first is not None and torch.equal(other, first))
-            if not same:
-                raise NotCompiled("latents of one row are informed by different parts of the data")
-        return None if first is None else first.double().expand(num_rows).contiguous()
+    def _lay_out_everything(self) -> None:
+        self.generation += 1
+        self.programs = [
+            compile_program(self.problem, self.run, program.component, complement=False) for program in self.programs
+        ]
 
     def e_step(self, params: Params) -> Expectation:
         """Exact E-step at `params`."""
-        sufficient = self._arguments(params)
-        sums = [self._sums(program, sufficient.arguments) for program in self.programs]
-        if not all(math.isfinite(s.log_likelihood) for s in sums):
+        try:
+            (sums,) = self.core([self.before(params, self._magnitude)])
+            return self.expectation(params, sums)
+        except OtherLayout:
+            self._lay_out_everything()
+            return self.e_step(params)
+
+    def expectation(self, params: Params, sums: Sequence[Tensor]) -> Expectation:
+        """The E-step whose `core` gave `sums`."""
+        totals, sufficient = self.after(params, sums)
+        likelihood, prior, magnitude = totals.tolist()
+        if not math.isfinite(likelihood):
             evidence, run = self.problem.evidence(params)  # names the site and the rows
             return expectation(self.problem, run, evidence)
-        sufficient._moments_of = lambda name, arguments: self._moments(name, arguments, sums)
-        constants, size, prior = self._outside(sufficient)
+        self._magnitude = totals[2]
         return Expectation(
-            log_likelihood=sum(s.log_likelihood for s in sums) + constants,
+            log_likelihood=likelihood,
             log_prior=prior,
-            magnitude=sum(s.magnitude for s in sums) + size,
+            magnitude=magnitude,
             sufficient=sufficient,
             posterior=lambda: self.problem.evidence(params)[0].weights,
         )
 
+    def before(self, params: Params, magnitude: Tensor) -> Stage:
+        """W of every component. `magnitude` () is Σ|ll_n| near `params`, the rounding that is allowed.
+
+        :raises OtherLayout: where another layout of the data is needed, as `after` does.
+        """
+        arguments = self._arguments(params).arguments
+        prepared = [program.prepared(arguments, magnitude) for program in self.programs]
+        tensors = [x for p in prepared for x in (p.coefficients, *p.normal)]
+        return Stage(tuple(tensors), tuple(p.direct for p in prepared))
+
+    def core(self, stages: Sequence[Stage]) -> list[tuple[Tensor, ...]]:
+        """Sums over the data for every start; those that evaluate the same sites directly go together."""
+        found: dict[int, tuple[Tensor, ...]] = {}
+        for kind in dict.fromkeys(stage.kind for stage in stages):
+            members = [i for i, stage in enumerate(stages) if stage.kind == kind]
+            unpacked = [self._unpacked(stages[i]) for i in members]
+            sums = [
+                program.product.sums([own[place] for own in unpacked]) for place, program in enumerate(self.programs)
+            ]
+            for place, i in enumerate(members):
+                found[i] = tuple(x for own in sums for x in (own[place].totals, own[place].evidence))
+        return [found[i] for i in range(len(stages))]
+
+    @staticmethod
+    def _unpacked(stage: Stage) -> list[Prepared]:
+        tensors, found = iter(stage.tensors), []
+        for sites in stage.kind:
+            coefficients = next(tensors)
+            normal = tuple(next(tensors) for _ in range(direct.NUM_PREPARED * len(sites)))
+            found.append(Prepared(coefficients, sites, normal))
+        return found
+
+    def after(self, params: Params, sums: Sequence[Tensor]) -> tuple[Tensor, Sufficient]:
+        """log p(x|θ), log p(θ) and Σ|ll_n| as a tensor (3,), and the statistics behind them."""
+        own = [Sums(*pair) for pair in zip(sums[::2], sums[1::2], strict=True)]
+        sufficient = self._arguments(params)
+        known = {
+            layout.site.name: layout.moments(x.totals, program.states)
+            for program, x in zip(self.programs, own, strict=True)
+            for layout in program.layouts
+        }
+        sufficient._moments_of = lambda name, arguments: known.get(name) or self._moments(name, arguments, own)
+        evidence = torch.stack([x.evidence for x in own]).sum(0) if len(own) > 1 else own[0].evidence
+        likelihood, magnitude = evidence.unbind()
+        likelihood = torch.where(likelihood > 0.1 * IMPOSSIBLE, likelihood, -torch.inf)
+        constants, size, prior = self._outside(sufficient)
+        return torch.stack([likelihood + constants, prior, magnitude + size]), sufficient
+
     def spot_check(self, params: Params) -> tuple[float, float]:
         """Log-likelihood of the first rows (unweighted) by this engine, and by the families' own log-densities."""
-        sufficient = self._arguments(params)
-        found, reference = 0.0, 0.0
-        for program in self.programs:
-            w, direct = self._prepared(program, sufficient.arguments)
-            end = min(program.features.chunk, program.features.num_rows)
-            log_joint = w @ program.features.rows(0, end)
-            for layout in direct:
-                own = sufficient.arguments[layout.site.name]
-                log_joint += centered_log_density(layout, own, program.states, 0, end)
-            expected = w.new_zeros(program.states.num, end)
-            for name in program.component.factors:
-                if self.run.sites[name].enumerated:
-                    expected += self._latent_log_mass(name, program, sufficient.arguments[name]).unsqueeze(1)
-            for layout in program.layouts:
-                expected += layout.log_density(sufficient.arguments[layout.site.name], program.states, end)
-            found += float(log_joint.logsumexp(0).sum())
-            reference += float(expected.logsumexp(0).sum())
-        return found, reference
+        arguments = self._arguments(params).arguments
+        try:
+            stage = self.before(params, self._magnitude)
+        except OtherLayout:
+            self._lay_out_everything()
+            return self.spot_check(params)
+        pairs = [
+            program.spot_check(prepared, arguments)
+            for program, prepared in zip(self.programs, self._unpacked(stage), strict=True)
+        ]
+        return sum(found for found, _ in pairs), sum(reference for _, reference in pairs)
 
     def _arguments(self, params: Params) -> Sufficient:
         """Arguments of all sites at `params`."""
@@ -160,94 +175,18 @@ class Plated:
     def _never(self, name: str, arguments: dict[str, Tensor]) -> SiteMoments:
         raise AssertionError(f"moments of '{name}' were asked for before the E-step")
 
-    def _coefficients(self, program: _Program, arguments: Arguments, without: Sequence[SiteLayout]) -> Tensor:
-        """W (J, F): natural parameters of every joint state, the first column the bias; zeros for some sites."""
-        states, run = program.states, self.run
-        bias = torch.zeros(states.num, dtype=torch.float64)
-        columns = [bias]
-        for name in program.component.factors:
-            site = run.sites[name]
-            if site.enumerated:
-                bias = bias + self._latent_log_mass(name, program, arguments[name])
-        for layout in program.layouts:
-            site = layout.site
-            if layout in without:
-                columns.append(bias.new_zeros(states.num, layout.block.num_features))
-                continue
-            coefficients = NATURAL[type(site.family)](arguments[site.name], layout.center)  # type: ignore[index]
-            own, own_bias = weights_of(coefficients, layout, states)
-            columns.append(own)
-            bias = bias + own_bias
-        columns[0] = bias.unsqueeze(1)
-        w = torch.cat(columns, 1)
-        return torch.where(w == -torch.inf, torch.full((), IMPOSSIBLE, dtype=w.dtype), w)
-
-    def _latent_log_mass(self, name: str, program: _Program, arguments: dict[str, Tensor]) -> Tensor:
-        """log p(z | its parents) of one latent over all joint states, (J,)."""
-        site, states = self.run.sites[name], program.states
-        assert site.family is not None
-        value = site.fn.enumerate_support(expand=False) if site.value is None else site.value
-        log_mass = site.family.log_prob({**site.constants, **arguments}, value)
-        depth = -min(states.dims)
-        log_mass = log_mass.reshape((1,) * max(0, depth - log_mass.dim()) + tuple(log_mass.shape))
-        target = [1] * log_mass.dim()
-        for dim, size in zip(states.dims, states.sizes, strict=True):
-            target[dim] = size
-        return log_mass.expand(target).reshape(-1)
-
-    def _sums(self, program: _Program, arguments: Arguments) -> _Sums:
-        w, direct = self._prepared(program, arguments)
-        features, weight, base = program.features, program.row_weight, program.base
-        totals = torch.zeros(program.states.num, features.num_features, dtype=torch.float64)
-        likelihood, magnitude = 0.0, 0.0
-        for begin in range(0, features.num_rows, features.chunk):
-            end = min(begin + features.chunk, features.num_rows)
-            phi = features.rows(begin, end)
-            log_joint = w @ phi
-            for layout in direct:
-                log_joint += centered_log_density(layout, arguments[layout.site.name], program.states, begin, end)
-            r = torch.softmax(log_joint, 0)
-            # softmax leaves max R = exp(max L - lse), so that lse costs no second pass over exp.
-            lse = log_joint.amax(0).sub_(r.amax(0).log_())
-            if base is not None:
-                lse += base[begin:end]
-            if weight is not None:
-                own = weight[begin:end]
-                r *= own
-                lse = torch.where(own == 0, lse.new_zeros(()), lse * own)
-            likelihood += float(lse.sum())
-            magnitude += float(lse.abs().sum())
-            totals.addmm_(r, phi.mT)
-        program.magnitude = magnitude
-        if not likelihood > 0.1 * IMPOSSIBLE:
-            likelihood = -math.inf
-        return _Sums(likelihood, magnitude, totals)
-
-    def _prepared(self, program: _Program, arguments: Arguments) -> tuple[Tensor, list[SiteLayout]]:
-        """W, and the normal sites which it leaves out because rounding would show: they are evaluated directly.
-
-        The rounding of the product is about eps·sqrt(N)·max_j Σ_f |W_jf|·rms(Φ_f), against the eps·Σ|ll_n| that
-        a monotone objective may lose.
-        """
-        w = self._coefficients(program, arguments, ())
-        normal = [x for x in program.layouts if x.site.family is not None and x.site.family.centered]
-        if normal:
-            size = torch.where(w <= 0.1 * IMPOSSIBLE, torch.zeros_like(w), w).abs() @ program.features.rms
-            if float(size.max()) * math.sqrt(program.features.num_rows) > program.magnitude:
-                return self._coefficients(program, arguments, normal), normal
-        return w, []
-
-    def _moments(self, name: str, arguments: dict[str, Tensor], sums: list[_Sums]) -> SiteMoments:
+    def _moments(self, name: str, arguments: dict[str, Tensor], sums: list[Sums]) -> SiteMoments:
+        """Moments of a latent (the counts of its states), or of a site that no latent reaches."""
         if name not in self.owner:
             return self._moments_outside(name, arguments)
         program, totals = self.programs[self.owner[name]], sums[self.owner[name]].totals
-        for layout in program.layouts:
-            if layout.site.name == name:
-                return layout.moments(totals, program.states)
         states = program.states
         dims = dict(zip(states.dims, states.sizes, strict=True))
         weight = totals[:, 0].reshape([dims.get(d, 1) for d in range(min(states.dims), 0)])
-        return site_moments(self.run.sites[name], arguments, weight, None)
+        site = self.run.sites[name]
+        if name not in self._statistics:
+            self._statistics[name] = site_statistics(site, arguments, None)
+        return site_moments(site, arguments, weight, None, self._statistics[name])
 
     def _moments_outside(self, name: str, arguments: dict[str, Tensor]) -> SiteMoments:
         """Sites that no latent reaches have the same moments at every E-step."""
@@ -258,21 +197,20 @@ class Plated:
             self._fixed[name] = site_moments(site, arguments, weight, center)
         return self._fixed[name]
 
-    def _outside(self, sufficient: Sufficient) -> tuple[float, float, float]:
+    def _outside(self, sufficient: Sufficient) -> tuple[Tensor, Tensor, Tensor]:
         """Log-density of sites that no latent reaches, its magnitude, and the log prior."""
         graph = self.problem.graph
-        total, size, prior = 0.0, 0.0, 0.0
+        total, size, prior = torch.zeros(3, dtype=torch.float64).unbind()
         for name in (*graph.constants, *graph.priors):
             site = dataclasses.replace(sufficient.sites[name], arguments=sufficient.arguments[name])
             packed = packed_log_density(site)
-            own = float(weighted_sum(packed, graph.factors[name].weight))
+            weight = graph.factors[name].weight
+            own = weighted_sum(packed, weight)
             if name in graph.priors:
-                prior += own
+                prior = prior + own
             else:
-                total += own
-                size += float(
-                    weighted_sum(compat.with_dims(packed.abs(), compat.dims_of(packed)), graph.factors[name].weight)
-                )
+                total = total + own
+                size = size + weighted_sum(compat.with_dims(packed.abs(), compat.dims_of(packed)), weight)
         return total, size, prior
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.families.base import CHOLESKY, Arguments, Family, Moments, Statistic
-from pyro_em.families.numerics import floats, precision_matrix, real, symmetric
+from pyro_em.families.numerics import floats, precision_matrix, real
 from pyro_em.kernels import Kernel, PowerKernel, QuadraticKernel, WishartKernel
 
 _MATRICES = frozenset({"covariance_matrix", "scale_tril", "precision_matrix"})
@@ -51,9 +51,9 @@ class MultivariateNormalFamily(Family):
             return QuadraticKernel(linear, weight[..., None, None] * precision, origin, vector=True)
         if argument in _MATRICES:
             shift = _shift(args, moments, center)
-            # S₀ddᵀ/2 − S₁dᵀ, whose symmetric part is half of what is added to S₂.
+            # S₀ddᵀ/2 − S₁dᵀ, whose symmetric part is half of what is added to S₂; the sum is symmetric to the last bit.
             half = (weight[..., None] / 2 * shift - first)[..., :, None] * shift[..., None, :]
-            scatter = symmetric(second + half + half.mT)
+            scatter = second + (half + half.mT)
             return WishartKernel(weight / 2, scatter, inverse=argument == "precision_matrix")
         return None
 

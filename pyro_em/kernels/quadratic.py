@@ -55,6 +55,8 @@ class QuadraticKernel(Kernel):
         return value.sum(-1) if self.vector else value
 
     def gradient(self, theta: Tensor) -> Tensor:
+        if theta is self.origin:
+            return self.linear
         return self.linear - self._apply(theta - self.origin)
 
     def argmax(self) -> Tensor:

@@ -66,11 +66,10 @@ class WishartKernel(Kernel):
 
     def argmax(self) -> Tensor:
         twice = 2 * self.log_coefficient[..., None, None]
-        matrix = (self.matrix + self.matrix.mT) / 2
         if not self.inverse:
-            return matrix / twice
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        unbounded = torch.where(self.is_empty(), torch.nan, torch.inf).to(matrix)[..., None, None]
+            return self.matrix / twice
+        factor, failed = torch.linalg.cholesky_ex(self.matrix)
+        unbounded = torch.where(self.is_empty(), torch.nan, torch.inf).to(self.matrix)[..., None, None]
         bounded = (failed == 0)[..., None, None]
         safe = torch.where(bounded, factor, torch.eye(factor.shape[-1]).to(factor))
         return torch.where(bounded, twice * torch.cholesky_inverse(safe), unbounded)

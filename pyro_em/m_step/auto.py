@@ -13,22 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from pyro_em.charts import chart
 from pyro_em.e_step.base import Expectation
 from pyro_em.errors import InputError, Refusal
 from pyro_em.kernels import FlatKernel
 from pyro_em.m_step.closed import Combined, NotClosed, combine
-from pyro_em.m_step.degenerate import check_update
+from pyro_em.m_step.degenerate import check_update, spread_of
 from pyro_em.m_step.numeric import Block, ascend, ascend_with, maximise
 from pyro_em.model.compat import with_dims
 from pyro_em.model.recognise import VALUE, Use
 from pyro_em.model.trace import Run
 from pyro_em.problem import Problem
+from pyro_em.slopes import largest_slope
 from pyro_em.statistics import SiteMoments, argument_cells, site_center, site_moments, site_weight
 from pyro_em.sufficient import MomentsOf, Sufficient, raw_arguments
 from pyro_em.types import Params
@@ -69,6 +70,7 @@ class MStep:
         self.gradient = tuple(n for n in names if self.choices[n].route == "gradient")
         self._count = 0
         self._coupled = bool(self.numeric and self.closed)
+        self._spreads: dict[str, Tensor | None] = {}
 
     @property
     def free(self) -> tuple[str, ...]:
@@ -134,23 +136,51 @@ class MStep:
         moments = {site: sufficient.moments(site) for site in needed}
         return combine(uses, theta.detach().double(), sufficient.sites, moments, sufficient.arguments)
 
-    def _kernel_gradient(self, name: str, params: Params, sufficient: Sufficient) -> Tensor:
+    def _kernel_slope(self, name: str, params: Params, sufficient: Sufficient) -> Tensor:
         theta = params[name].detach().double()
         gradient = self._combine(name, theta, sufficient).gradient(theta)
-        return chart(self.problem.parameters[name].constraint, theta).pull_back(theta, gradient)
+        return largest_slope(self.problem.parameters[name].constraint, theta, gradient)
 
     def score(self, params: Params, expectation: Expectation) -> float:
         """max|∂ objective/∂u| over the parameters that move (Fisher's identity), not divided by N."""
-        largest = 0.0
-        for name in self.closed:
-            gradient = self._kernel_gradient(name, params, expectation.sufficient)
-            largest = max(largest, _largest(gradient))
+        largest = float(self.closed_score(params, expectation.sufficient))
         rest = (*self.numeric, *self.gradient)
         if rest:
             block = Block.of_q(self.problem, params, expectation.weights, rest)
             _, gradient, _ = block.gradient(block.free())
             largest = max(largest, _largest(gradient))
         return largest
+
+    def closed_score(self, params: Params, sufficient: Sufficient) -> Tensor:
+        """The part of `score` of the parameters in closed form, ()."""
+        slopes = [self._kernel_slope(name, params, sufficient) for name in self.closed]
+        return torch.stack(slopes).amax() if slopes else torch.zeros((), dtype=torch.float64)
+
+    def closed_update(self, params: Params, sufficient: Sufficient) -> tuple[Params, set[str]]:
+        """One round of conditional closed forms, and the parameters of which some entry saw no data."""
+        params, empty = dict(params), set()
+        for name in self.closed:
+            uses = sufficient.uses(name, self.uses[name])
+            theta = params[name].detach().double()
+            combined = self._combine(name, theta, sufficient)
+            if not isinstance(combined.kernel, FlatKernel) and bool(combined.kernel.is_empty().any()):
+                empty.add(name)
+            best = combined.argmax(theta)
+            best = check_update(self.problem, name, uses, combined, best, partial(self._spread, name, sufficient))
+            params[name] = best.to(params[name].dtype)
+            sufficient.put(params[name], uses)
+        return params, empty
+
+    def _spread(self, name: str, sufficient: Sufficient) -> Tensor | None:
+        """Variance of the data behind a parameter, at the first update: no more than a scale for what is tiny."""
+        if name not in self._spreads:
+            self._spreads[name] = spread_of(sufficient.uses(name, self.uses[name]), sufficient)
+        return self._spreads[name]
+
+    @property
+    def coupled(self) -> bool:
+        """One round of closed forms is not the joint argmax: rounds are repeated, under a certificate."""
+        return self._coupled
 
     def update(self, params: Params, expectation: Expectation) -> tuple[Params, MStepInfo]:
         """θ with Q at its maximum (at a higher value where the route is "gradient").
@@ -185,16 +215,8 @@ class MStep:
         return params, MStepInfo(rounds, certificate, tuple(sorted(empty)))
 
     def _round(self, params: Params, expectation: Expectation) -> tuple[Params, set[str]]:
-        params, empty, sufficient = dict(params), set(), expectation.sufficient
-        for name in self.closed:
-            theta = params[name].detach().double()
-            combined = self._combine(name, theta, sufficient)
-            if not isinstance(combined.kernel, FlatKernel) and bool(combined.kernel.is_empty().any()):
-                empty.add(name)
-            best = combined.argmax(theta)
-            best = check_update(self.problem, name, sufficient.uses(name, self.uses[name]), combined, best, sufficient)
-            params[name] = best.to(params[name].dtype)
-            sufficient.put(params[name], sufficient.uses(name, self.uses[name]))
+        sufficient = expectation.sufficient
+        params, empty = self.closed_update(params, sufficient)
         if self.numeric:
             block = Block.of_q(self.problem, params, expectation.weights, self.numeric)
             scale = self.problem.graph.num_observations
@@ -211,7 +233,7 @@ class MStep:
         )
 
     def _certificate(self, params: Params, expectation: Expectation, sufficient: Sufficient) -> float:
-        largest = max((_largest(self._kernel_gradient(n, params, sufficient)) for n in self.closed), default=0.0)
+        largest = max((float(self._kernel_slope(n, params, sufficient)) for n in self.closed), default=0.0)
         if self.numeric:
             block = Block.of_q(self.problem, params, expectation.weights, self.numeric)
             _, gradient, _ = block.gradient(block.free())

@@ -224,7 +224,7 @@ def _collect(piece: _Piece, use: Use, coordinate: Tensor) -> Kernel:
         if plan.identity:
             return coefficient.reshape((*lead, *tail))
         result = coefficient.new_zeros((entries.shape[0], *tail))
-        result.index_add_(0, plan.kept_rows, coefficient.reshape(-1, *tail)[plan.kept])
+        result.index_add_(0, plan.kept_rows, coefficient.reshape(-1, *tail).index_select(0, plan.kept))
         return result.reshape((*lead, *tail))
 
     at = coordinate.reshape(plan.rows.shape + event) if plan.identity else entries[plan.rows.clamp(min=0)]
@@ -244,7 +244,7 @@ class _ScatterPlan:
 def _scatter_plan(index: Tensor, event: torch.Size, event_dim: int, use: Use, count: int) -> _ScatterPlan:
     rows = _row_index(index, event, event_dim, use)
     flat = rows.reshape(-1)
-    kept = flat >= 0
+    kept = (flat >= 0).nonzero().squeeze(-1)
     identity = flat.numel() == count and torch.equal(flat, torch.arange(count))
     return _ScatterPlan(rows, kept, flat[kept], identity)
 

@@ -58,10 +58,17 @@ class Use:
         """Every entry of the argument is an entry of the parameter (no fixed parts)."""
         return self.index is not None and bool((self.index >= 0).all())
 
+    @cached_property
+    def in_order(self) -> bool:
+        """The argument takes the entries as they come: no gather is needed."""
+        assert self.index is not None
+        return torch.equal(self.index.reshape(-1), torch.arange(self.index.numel(), device=self.index.device))
+
     def argument(self, theta: Tensor, old: Tensor) -> Tensor:
         """The argument at `theta`; fixed parts keep their `old` value."""
         assert self.index is not None
-        entries = theta.reshape(-1)[self.index.clamp(min=0)]
+        in_order = self.in_order and theta.numel() == self.index.numel()
+        entries = theta.reshape(self.index.shape) if in_order else theta.reshape(-1)[self.index.clamp(min=0)]
         if self.exponential:
             entries = torch.exp(self.power * entries)
         elif self.power != 1:

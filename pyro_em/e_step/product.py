@@ -1,0 +1,122 @@
+"""The E-step of one component as two matrix products per chunk of rows, for one start or several at once.
+
+With Φ (F, n) the features of a chunk (features.py) and W (J, F) the natural parameters of the joint states,
+
+    L = W Φ,   R = softmax(L, over j),   S += (R·w) Φᵀ,   log p = Σ w · logsumexp(L, over j)
+
+W of several starts are stacked: the products are then wider, which is where a processor is at its best, and Φ is
+formed once for all of them. Memory is bounded by the chunk. J joint states, F features, n rows of a chunk, R starts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.e_step.direct import NUM_PREPARED, centered_log_density
+from pyro_em.e_step.features import Features
+from pyro_em.e_step.layout import SiteLayout
+
+CHUNK_CELLS = 2**19  # of L, in one start's W or several: what the processor's cache holds beside Φ
+
+
+Normal = tuple[Tensor, Tensor, Tensor]  # what direct.py prepares
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an E-step needs of the parameters: W, and of each site in `direct` what direct.py prepares."""
+
+    coefficients: Tensor  # (J, F)
+    direct: tuple[int, ...] = ()
+    normal: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sums:
+    """`totals` (J, F), sums of weighted responsibilities times features; `evidence` = (Σ w ll_n, Σ |w ll_n|)."""
+
+    totals: Tensor
+    evidence: Tensor
+
+
+@dataclass(frozen=True)
+class Product:
+    """The data of one component: features, and per row its weight and log base measure (or None)."""
+
+    features: Features
+    layouts: tuple[SiteLayout, ...]
+    weight: Tensor | None  # (N,)
+    base: Tensor | None  # (N,)
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of rows, for one start."""
+        return math.ceil(self.features.num_rows / self._chunk(1))
+
+    def sums(self, prepared: Sequence[Prepared]) -> list[Sums]:
+        """One `Sums` per start; all must evaluate the same sites directly."""
+        w, sites = self._stacked(prepared)
+        totals: Tensor | None = None
+        evidence: Tensor | None = None
+        num_rows, chunk = self.features.num_rows, self._chunk(len(w))
+        for begin in range(0, num_rows, chunk):
+            end = min(begin + chunk, num_rows)
+            phi = self.features.rows(begin, end)
+            log_joint = self._log_joint(w, sites, phi, begin, end)
+            r, found = self._responsibilities(log_joint, len(prepared), begin, end)
+            if totals is None or evidence is None:
+                totals, evidence = r @ phi.mT, found
+            else:
+                totals.addmm_(r, phi.mT)
+                evidence += found
+        assert totals is not None and evidence is not None
+        split = zip(totals.chunk(len(prepared)), evidence.unbind(0), strict=True)
+        return [Sums(own, found) for own, found in split]
+
+    def log_joint(self, prepared: Sequence[Prepared], begin: int, end: int) -> Tensor:
+        """log p(x_n, z = j) of some rows without their base measure, (R·J, n)."""
+        return self._log_joint(*self._stacked(prepared), self.features.rows(begin, end), begin, end)
+
+    def _stacked(self, prepared: Sequence[Prepared]) -> tuple[Tensor, list[tuple[SiteLayout, Normal]]]:
+        first = prepared[0]
+        w = first.coefficients if len(prepared) == 1 else torch.cat([p.coefficients for p in prepared])
+        return w, [(self.layouts[i], _stacked(prepared, place)) for place, i in enumerate(first.direct)]
+
+    @staticmethod
+    def _log_joint(w: Tensor, sites: list[tuple[SiteLayout, Normal]], phi: Tensor, begin: int, end: int) -> Tensor:
+        log_joint = w @ phi if w.shape[1] > 1 else w
+        for layout, own in sites:
+            log_joint = log_joint + centered_log_density(layout, own, begin, end)
+        return log_joint
+
+    def _responsibilities(self, log_joint: Tensor, starts: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Weighted responsibilities (R·J, n), and the evidence of the chunk (R, 2)."""
+        by_start = log_joint.unflatten(0, (starts, -1))
+        r = torch.softmax(by_start, 1)
+        # softmax leaves max R = exp(max L - lse), so that lse costs no second pass over exp.
+        lse = by_start.amax(1) - r.amax(1).log()
+        if self.base is not None:
+            lse = lse + self.base[begin:end]
+        if self.weight is not None:
+            own = self.weight[begin:end]
+            r = r * own
+            lse = torch.where(own == 0, lse.new_zeros(()), lse * own)
+        return r.flatten(0, 1), torch.stack([lse.sum(-1), lse.abs().sum(-1)], -1)
+
+    def _chunk(self, states: int) -> int:
+        """Rows of a chunk: those of the features, fewer for many states."""
+        fits = max(256, CHUNK_CELLS // states)
+        return min(self.features.chunk, fits)
+
+
+def _stacked(prepared: Sequence[Prepared], place: int) -> Normal:
+    """What direct.py prepared for one site, over the joint states of all starts."""
+    begin = place * NUM_PREPARED
+    parts = zip(*(p.normal[begin : begin + NUM_PREPARED] for p in prepared), strict=True)
+    loc, factor, normalizer = (part[0] if len(part) == 1 else torch.cat(part) for part in parts)
+    return loc, factor, normalizer

@@ -1,0 +1,6 @@
+"""Functions of tensors recorded once and replayed without Python between the calls."""
+
+from pyro_em.tape.record import NotRecorded
+from pyro_em.tape.replay import Deviation, Tape
+
+__all__ = ["Deviation", "NotRecorded", "Tape"]

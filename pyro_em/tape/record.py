@@ -1,0 +1,127 @@
+"""What a function of tensors does, as a list of operations: `record` runs it once and writes down every call.
+
+Only what depends on the inputs matters later; everything else is a constant. A value that leaves the tensors
+decides what the program does next: a Boolean (`if bool(bad.any())`) is noted as a *guard*, to be compared at
+every replay; any other number that is read, a random draw, or a shape that depends on the data is refused.
+
+Reads that bypass the dispatcher (`tolist`, `numpy`) are not seen here. Callers compare replays with the function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+aten = torch.ops.aten
+
+READ = aten._local_scalar_dense.default
+DYNAMIC_SHAPE = (aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default)
+
+
+class NotRecorded(Exception):
+    """The function does something that a list of tensor operations cannot repeat; the text says what."""
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """One call: `outputs` are its tensors; `guard` is the Boolean that it gave instead, if it did."""
+
+    call: Any  # torch._ops.OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[Tensor, ...]
+    single: bool
+    guard: bool | None = None
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return [x for x in tree_flatten((self.args, self.kwargs))[0] if isinstance(x, Tensor)]
+
+    @property
+    def is_view(self) -> bool:
+        """The output shares the first argument's memory and is not a changed argument itself."""
+        infos = [r.alias_info for r in self.call._schema.returns]
+        return bool(infos) and infos[0] is not None and not infos[0].is_write
+
+    @property
+    def written(self) -> list[Tensor]:
+        """Arguments that the call changes in place."""
+        found = []
+        for position, argument in enumerate(self.call._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = self.kwargs.get(argument.name)
+            if value is None and position < len(self.args):
+                value = self.args[position]
+            found += [x for x in tree_flatten(value)[0] if isinstance(x, Tensor)]
+        return found
+
+
+@dataclass
+class _Recorder(TorchDispatchMode):
+    operations: list[Operation] = field(default_factory=list)
+    dependent: set[int] = field(default_factory=set)  # storages that hold what follows from the inputs
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = call(*args, **kwargs)
+        own = Operation(call, tuple(args), kwargs, (), False)
+        depends = any(storage(x) in self.dependent for x in own.inputs)
+        outputs: tuple[Tensor, ...]
+        if isinstance(result, Tensor):
+            outputs, single, guard = (result,), True, None
+        elif isinstance(result, tuple | list):
+            outputs, single, guard = tuple(result), False, None
+        else:
+            outputs, single, guard = (), False, self._guard(call, result, depends)
+        if depends:
+            self._check(own)
+            self.dependent |= {storage(x) for x in (*outputs, *own.written)}
+        if torch.Tag.nondeterministic_seeded in call.tags:
+            raise NotRecorded(f"a random draw ({call})")
+        self.operations.append(Operation(call, tuple(args), kwargs, outputs, single, guard))
+        return result
+
+    @staticmethod
+    def _guard(call: Any, result: Any, depends: bool) -> bool | None:
+        if result is None or not depends:
+            return None
+        if not isinstance(result, bool):
+            raise NotRecorded(f"a number was read from a tensor ({call})")
+        return result
+
+    def _check(self, operation: Operation) -> None:
+        masks = [x for x in operation.inputs[1:] if x.dtype == torch.bool and storage(x) in self.dependent]
+        if operation.call in DYNAMIC_SHAPE or (operation.call is aten.index.Tensor and masks):
+            raise NotRecorded(f"a shape that depends on the data ({operation.call})")
+
+
+def storage(x: Tensor) -> int:
+    """A number for the memory that a tensor lives in, valid while the tensor does."""
+    return x.untyped_storage()._cdata
+
+
+def record(
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], most: int
+) -> tuple[list[Operation], list[Tensor]]:
+    """Operations of `function(*inputs)`, in order, and its outputs.
+
+    :param most: operations above which recording is not worth it.
+    :raises NotRecorded: see the module docstring. What the function itself raises passes through.
+    """
+    recorder = _Recorder()
+    recorder.dependent = {storage(x) for x in inputs}
+    with torch.no_grad(), recorder:
+        outputs = list(function(*inputs))
+    if len(recorder.operations) > most:
+        raise NotRecorded(f"{len(recorder.operations)} operations")
+    return recorder.operations, outputs

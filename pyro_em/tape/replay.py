@@ -1,0 +1,207 @@
+"""A simplified list of operations as one Python function over memory that is laid out once.
+
+Every value keeps its place from one replay to the next, so that views cost nothing and nothing is allocated but the
+outputs, which are copies. A tape is therefore not for two threads at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from pyro_em.tape.emit import BINARY, MOST_CELLS, WITH_OUT, numpy_call
+from pyro_em.tape.record import READ, NotRecorded, aten, record
+from pyro_em.tape.simplify import CHECK, Listing, Step, Variable, simplify
+
+MOST = 4000  # operations
+DTYPES = (torch.float64, torch.float32, torch.bool, torch.int64, torch.int32)  # that NumPy treats as torch does
+MOST_BYTES = 2**27  # of all values together
+
+
+class Deviation(Exception):
+    """A guard has another value than when the function was recorded: the replay is void."""
+
+
+class Tape:
+    """What a function of tensors does, replayed.
+
+    `function` maps tensors to a sequence of tensors, always with the same shapes. A replay gives exactly what the
+    function gives, or raises `Deviation` (or the error of a failed factorisation).
+
+    >>> tape = Tape(lambda x: [(x * 2).sum() + x.sum()], [torch.ones(3)])
+    >>> tape([torch.full((3,), 2.0)])
+    [tensor(18.)]
+    """
+
+    def __init__(self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> None:
+        """Record the function at `inputs`.
+
+        :raises NotRecorded: where it cannot be replayed (record.py).
+        """
+        own = [x.detach().clone(memory_format=torch.contiguous_format) for x in inputs]
+        operations, outputs = record(function, own, MOST)
+        values = [x.clone() for x in outputs]
+        self.listing = simplify(operations, own, outputs)
+        self._inputs, self._replay, self._outputs = _Writer(self.listing).function()
+        if not all(_same(a, b) for a, b in zip(self(own), values, strict=True)):
+            raise NotRecorded("a replay differs from the function")
+
+    def __call__(self, inputs: Sequence[Tensor | float]) -> list[Tensor]:
+        """Outputs of the function at `inputs` (without gradients), tensors with memory of their own."""
+        for place, x in zip(self._inputs, inputs, strict=True):
+            if isinstance(x, float):
+                place.fill_(x)
+            else:
+                place.copy_(x)
+        with np.errstate(all="ignore"):  # as torch does
+            self._replay()
+        return [x.clone(memory_format=torch.contiguous_format) for x in self._outputs]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+class _Writer:
+    """Lays out the memory, and writes the function line by line."""
+
+    def __init__(self, listing: Listing) -> None:
+        self.listing = listing
+        self.places: dict[Variable, Tensor] = {}
+        self.names: dict[str, Any] = {"Deviation": Deviation, "copyto": np.copyto}
+        self.known: dict[int, str] = {}
+        self.lines: list[str] = []
+        self.masks: dict[Variable, str] = {}  # any/all that only a guard reads: the expression itself
+        self.size = 0
+
+    def function(self) -> tuple[list[Tensor], Callable[[], None], list[Tensor]]:
+        """Memory of the inputs, the function, memory of the outputs."""
+        for variable in self.listing.inputs:
+            self._place(variable)
+        for step in self.listing.steps:
+            self._write(step)
+        if self.size > MOST_BYTES:
+            raise NotRecorded(f"{self.size / 2**20:.0f} MiB of values")
+        exec("\n    ".join(["def replay():", *(self.lines or ["pass"])]), self.names)  # of calls that torch reported
+        outputs = [self._tensor(x) for x in self.listing.outputs]
+        return [self.places[v] for v in self.listing.inputs], self.names["replay"], outputs
+
+    def _place(self, variable: Variable) -> Tensor:
+        example = self.listing.examples[variable]
+        place = torch.empty_strided(example.shape, example.stride(), dtype=example.dtype, device=example.device)
+        self.places[variable] = place
+        self.size += place.numel() * place.element_size()
+        return place
+
+    def _tensor(self, x: Any) -> Any:
+        return self.places[x] if isinstance(x, Variable) else x
+
+    def _name(self, x: Any) -> str:
+        if isinstance(x, bool | int | str) or x is None or x is ...:
+            return repr(x)
+        if isinstance(x, list | tuple):
+            inner = ", ".join(self._name(y) for y in x)
+            return f"[{inner}]" if isinstance(x, list) else f"({inner}{',' if len(x) == 1 else ''})"
+        if id(x) not in self.known:
+            self.known[id(x)] = f"x{len(self.known)}"
+            self.names[self.known[id(x)]] = x
+        return self.known[id(x)]
+
+    def _array(self, x: Any) -> Any:
+        """The same memory as a NumPy array, for a tensor or variable."""
+        if not isinstance(x, Variable | Tensor):
+            return x
+        tensor = self._tensor(x)
+        key = f"array of {self._name(tensor)}"
+        if key not in self.names:
+            self.names[key] = tensor.detach().numpy()
+        return self.names[key]
+
+    def _write(self, step: Step) -> None:
+        args, kwargs = tree_map(self._tensor, step.args), tree_map(self._tensor, step.kwargs)
+        if step.view:
+            made = step.call(*args, **kwargs)
+            for target, view in zip(step.targets, [made] if step.single else made, strict=True):
+                if target is not None:
+                    self.places[target] = view
+            return
+        if step.guard is not None:
+            self._write_guard(step, args, kwargs)
+            return
+        if step.call is CHECK and _on_cpu(args):
+            self.lines.append(f"if {self._name(self._array(step.args[0]))}.any(): raise Deviation")
+            return
+        if None in step.targets or not step.targets:
+            self.lines.append(self._call(step.call._op, args, kwargs))
+            return
+        places = [self._place(target) for target in step.targets if target is not None]
+        if self._write_numpy(step, places):
+            return
+        if step.call in WITH_OUT:
+            out = places[0] if step.single else tuple(places)
+            self.lines.append(self._call(WITH_OUT[step.call], args, {**kwargs, "out": out}))
+            return
+        self.lines.append(f"done = {self._call(step.call._op, args, kwargs)}")
+        for i, place in enumerate(places):
+            self.lines.append(f"{self._name(place)}.copy_(done{'' if step.single else f'[{i}]'})")
+
+    def _call(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+        words = [self._name(x) for x in args] + [f"{name}={self._name(x)}" for name, x in kwargs.items()]
+        return f"{self._name(function)}({', '.join(words)})"
+
+    def _write_guard(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if step.call is READ and _on_cpu(args):
+            done = f"{self._name(self._array(step.args[0]))}.item()"
+        else:
+            done = self._call(step.call._op, args, kwargs)
+        self.lines.append(f"if {done} is not {step.guard}: raise Deviation")
+
+    def _write_numpy(self, step: Step, places: list[Tensor]) -> bool:
+        flat = [x for a in step.args for x in (a if isinstance(a, list | tuple) else [a])]
+        values = [self._tensor(x) for x in flat if isinstance(x, Variable | Tensor)]
+        if not _on_cpu([*values, *places]) or max(x.numel() for x in (*values, *places)) > MOST_CELLS:
+            return False
+        if any(x.dtype not in DTYPES for x in (*values, *places)):
+            return False
+        out = self._array(places[0])
+        if step.call is aten.where.self:
+            mask, yes, no = (self._name(self._array(x)) for x in step.args)
+            self.lines += [f"copyto({self._name(out)}, {no})", f"copyto({self._name(out)}, {yes}, where={mask})"]
+            return True
+        if step.call in (aten.stack.default, aten.cat.default):
+            self._write_pieces(step, places[0])
+            return True
+        if step.call is aten.clone.default:
+            self.lines.append(f"copyto({self._name(out)}, {self._name(self._array(step.args[0]))})")
+            return True
+        found = numpy_call(step.call, step.args, step.kwargs)
+        if found is None:
+            return False
+        function, args = found
+        kind = self._array(next(x for x in step.args if isinstance(x, Variable | Tensor))).dtype
+        plain = step.call in BINARY or step.call is aten.clamp.default
+        if plain:  # a scalar of another type would be converted at every call
+            args = [np.asarray(x, kind) if isinstance(x, int | float) and kind.kind == "f" else x for x in args]
+        words = [out if x is ... else self._array(x) for x in args]
+        self.lines.append(self._call(function, words, {} if ... in args else {"out": out}))
+        return True
+
+    def _write_pieces(self, step: Step, place: Tensor) -> None:
+        """Stacked or concatenated values, each copied to its part of the result."""
+        parts, dim = step.args[0], step.args[1] if len(step.args) > 1 else 0
+        tensors = [self._tensor(x) for x in parts]
+        if step.call is aten.stack.default:
+            pieces = list(place.unbind(dim))
+        else:
+            pieces = list(place.split([x.shape[dim] for x in tensors], dim))
+        for piece, part in zip(pieces, parts, strict=True):
+            self.lines.append(f"copyto({self._name(self._array(piece))}, {self._name(self._array(part))})")
+
+
+def _on_cpu(values: Sequence[Any]) -> bool:
+    return all(x.device.type == "cpu" for x in values if isinstance(x, Tensor))

@@ -1,0 +1,102 @@
+"""Recorded functions (pyro_em/tape): a replay gives the same bits, or says that it does not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_em.tape import Deviation, NotRecorded, Tape
+
+Function = Callable[..., Sequence[Tensor]]
+
+
+def views(x: Tensor) -> list[Tensor]:
+    wide = x.unsqueeze(0).expand(2, 4, 3)
+    return [wide.reshape(8, 3).sum(0), x.mT, x[1:, :2].flatten() - x[0, 0], torch.stack(x.unbind(1)[:2]).mT]
+
+
+def in_place(x: Tensor) -> list[Tensor]:
+    total = torch.zeros(3)
+    total.add_(x.sum(0))
+    own = (x * x).sqrt()
+    own[1] = 7.0
+    own.mul_(2.0).clamp_(max=9.0)
+    return [total, own, own.detach()[0] + total]
+
+
+def algebra(x: Tensor) -> list[Tensor]:
+    square = x.mT @ x + torch.eye(3)
+    factor = torch.linalg.cholesky(square)
+    other = torch.linalg.cholesky(x.mT @ x + torch.eye(3))  # the same again, with another constant of the same value
+    return [factor, other.diagonal().log().sum(), torch.cholesky_inverse(factor), torch.softmax(x, 0).amax(0)]
+
+
+def branches(x: Tensor) -> list[Tensor]:
+    far = x > 1e3
+    near = torch.where(far, torch.zeros_like(x), x)
+    if bool(far.any()):
+        return [near]
+    return [near * 1.0 + 0.0, x.clamp(min=0.0), torch.where(x > 0, x.log(), 0.0 * x)]
+
+
+@pytest.mark.parametrize("function", [views, in_place, algebra, branches])
+def test_a_replay_gives_the_same_bits(function: Function) -> None:
+    tape = Tape(function, [torch.randn(4, 3)])
+    for _ in range(5):
+        x = torch.randn(4, 3)
+        for found, expected in zip(tape([x]), function(x), strict=True):
+            assert torch.equal(found.nan_to_num(1.5), expected.nan_to_num(1.5))
+
+
+def test_inputs_are_not_changed_and_outputs_are_not_shared() -> None:
+    tape = Tape(lambda x: [x, x * 2], [torch.ones(3)])
+    x = torch.randn(3)
+    kept, (same, twice) = x.clone(), tape([x])
+    same.zero_(), twice.zero_()
+    tape([torch.zeros(3)])
+    assert torch.equal(x, kept)
+    assert torch.equal(tape([x])[1], 2 * kept)
+
+
+def test_a_guard_that_fails_voids_the_replay() -> None:
+    tape = Tape(branches, [torch.ones(4, 3)])
+    with pytest.raises(Deviation):
+        tape([torch.full((4, 3), 1e4)])
+    assert torch.equal(tape([torch.ones(4, 3)])[0], torch.ones(4, 3))
+
+
+def test_a_factorisation_that_fails_voids_the_replay() -> None:
+    tape = Tape(lambda x: [torch.linalg.cholesky(x)], [torch.eye(3)])
+    with pytest.raises((Deviation, torch.linalg.LinAlgError)):
+        tape([-torch.eye(3)])
+
+
+def test_what_was_done_twice_is_done_once_and_what_a_guard_implies_not_at_all() -> None:
+    calls = [step.call for step in Tape(algebra, [torch.randn(4, 3)]).listing.steps]
+    assert calls.count(torch.ops.aten.linalg_cholesky_ex.default) == 1
+    calls = [step.call for step in Tape(branches, [torch.ones(4, 3)]).listing.steps]
+    assert calls.count(torch.ops.aten.where.self) == 1  # the one whose mask no guard knows
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (lambda x: [x * float(x.sum())], "a number was read"),
+        (lambda x: [x + torch.randn(3)], "a random draw"),
+        (lambda x: [x[x > 0]], "a shape that depends on the data"),
+        (lambda x: [(x > 0).nonzero()], "a shape that depends on the data"),
+        (lambda x: [sum((x * i for i in range(5000)), x)], "operations"),
+    ],
+)
+def test_what_cannot_be_replayed_is_refused(function: Function, why: str) -> None:
+    with pytest.raises(NotRecorded, match=why):
+        Tape(function, [torch.randn(3)])
+
+
+def test_a_read_that_is_not_seen_is_found_by_comparison() -> None:
+    """`tolist` goes past the dispatcher: the number stays what it was, and a second input shows it."""
+    tape = Tape(lambda x: [x * x.tolist()[0]], [torch.tensor([2.0])])
+    assert float(tape([torch.tensor([3.0])])[0]) == 6.0  # which is why evaluator.py compares
