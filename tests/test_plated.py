@@ -51,6 +51,7 @@ SERVED = [
         "gmm_map",
         "poisson_map",
         "latent_class_map",
+        "label_as_site",
     }
 ]
 
