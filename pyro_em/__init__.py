@@ -7,6 +7,7 @@ from pyro_em.em import EM
 from pyro_em.errors import (
     BoundaryEstimate,
     CheckpointError,
+    CollinearDesign,
     DegenerateLikelihoodError,
     EMWarning,
     InputError,
@@ -30,6 +31,7 @@ __all__ = [
     "EM",
     "BoundaryEstimate",
     "CheckpointError",
+    "CollinearDesign",
     "DegenerateLikelihoodError",
     "EMWarning",
     "ExactELBO",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 
 import torch
 
-from pyro_em.errors import BoundaryEstimate, SymmetricStart, UnidentifiedParameter
+from pyro_em.errors import BoundaryEstimate, CollinearDesign, SymmetricStart, UnidentifiedParameter
 from pyro_em.loop import Ended
 from pyro_em.model.trace import SiteRecord
 from pyro_em.problem import Problem
@@ -44,6 +45,18 @@ def _same_for_all_states(site: SiteRecord, symbol: str) -> bool:
         if not bool((value == value.narrow(position, 0, 1)).all()):
             return False
     return site.observed or site.enumerated
+
+
+def collinear(names: Collection[str]) -> None:
+    """Warn about parameters that the design of the data leaves open, whatever the posterior."""
+    if names:
+        warnings.warn(
+            f"The design is collinear: the data cannot tell entries of {', '.join(map(repr, sorted(names)))} apart, so "
+            "each solve takes the step of least length from the current values. Drop the redundant covariates, or put "
+            "a Normal prior on the coefficients and use algorithm='map-em'.",
+            CollinearDesign,
+            stacklevel=3,
+        )
 
 
 def after_fit(problem: Problem, ended: Ended) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pyro
 from torch import Tensor
 
+from pyro_em.checks import collinear
 from pyro_em.e_step.auto import choose_engine
 from pyro_em.e_step.base import Engine, Expectation
 from pyro_em.errors import InputError, MonotonicityError
@@ -96,6 +97,7 @@ class EM:
                 **self.options,
             )
             m_step = MStep(problem, self.m_step_option, self.algorithm, self.optim)
+            collinear(m_step.collinear)
         self._bound = _Bound(args, kwargs, problem, m_step, choose_engine(problem, m_step))
         return self._bound
 

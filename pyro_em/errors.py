@@ -90,3 +90,7 @@ class SymmetricStart(EMWarning):
 
 class UnidentifiedParameter(EMWarning):
     """No data (an empty component, an unvisited state) informs a parameter; it keeps its value."""
+
+
+class CollinearDesign(EMWarning):
+    """Covariates that the data cannot tell apart: their coefficients are not identified."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_em.accelerate import choose_accelerator
-from pyro_em.checks import after_fit, at_start
+from pyro_em.checks import after_fit, at_start, collinear
 from pyro_em.e_step.auto import choose_engine, in_double, verified
 from pyro_em.e_step.base import Engine
 from pyro_em.errors import EMWarning, InputError
@@ -122,6 +122,7 @@ def fit(
         warnings.simplefilter("always", EMWarning)
         problem = _bind(model, args, kwargs, algorithm, guide, roles, weights)
         m = MStep(problem, m_step, algorithm, optim)
+        collinear(m.collinear)
         engine = choose_engine(problem, m)
         starts = list(initial_starts(problem, m, init, restarts, seed))
         if len(starts) == 1:  # one of several may be a saddle; the others are drawn

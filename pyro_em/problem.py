@@ -66,8 +66,7 @@ class Problem:
     @cached_property
     def recognised(self) -> bool:
         """Every argument is known as a function of the parameters, so that the model need not run again."""
-        opaque = any(use.index is None for uses in self.uses.values() for use in uses)
-        return not opaque and all(record.kind != "module" for record in self.parameters.values())
+        return all(use.known for uses in self.uses.values() for use in uses)
 
     @cached_property
     def _first(self) -> Run:
@@ -82,6 +81,8 @@ class Problem:
             for use in uses:
                 if use.slot == VALUE:
                     values[use.site] = params[name]
+                elif use.predictor is not None:
+                    arguments[use.site][use.slot] = use.predictor.argument(params)
                 else:
                     old = arguments[use.site][use.slot]
                     arguments[use.site][use.slot] = use.argument(params[name], old)
@@ -240,7 +241,7 @@ def bind(
     certify_loops(first, graph, model, args, kwargs, start, seen.max_plate_nesting)
     with pyro.validation_enabled(False):
         second = run(others)
-    uses = recognise(first, second, records, priors)
+    uses = recognise(first, second, records, priors, (leaves, others))
     return Problem(model, args, kwargs, seen, assigned, graph, records, uses, with_prior)
 
 

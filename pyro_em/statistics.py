@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -28,11 +28,17 @@ from pyro_em.model.trace import SiteRecord
 
 @dataclass(frozen=True)
 class SiteMoments:
-    """`moments` = (S0, Σ w T_1, ...) with leading dims `cells` (broadcastable); `center` was subtracted."""
+    """`moments` = (S0, Σ w T_1, ...) with leading dims `cells` (broadcastable); `center` was subtracted.
+
+    Residual moments, of a location that varies from row to row, hold in `override` the arguments as seen from the
+    current location, and in `total` the moments of all data around one center.
+    """
 
     moments: tuple[Tensor, ...]
     cells: torch.Size
     center: Tensor | None
+    override: Mapping[str, Tensor] = field(default_factory=dict)
+    total: SiteMoments | None = None
 
 
 def site_weight(site: SiteRecord, info: FactorInfo, posterior: Tensor | None) -> Tensor:

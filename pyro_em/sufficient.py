@@ -48,6 +48,10 @@ class Sufficient:
         self._moments_of, self._grouped = moments_of, grouped
         self._moments: dict[str, SiteMoments] = {}
         self._changes = dict.fromkeys(sites, 0)
+        # Sites whose location the M-step keeps itself: a function that gives their residual moments.
+        self.locations: dict[str, Any] = {}
+        self.posterior: Callable[[], Mapping[str, Tensor]] | None = None  # posterior weights of every factor
+        self.weights: dict[str, Tensor] = {}  # made of these by the M-step, by site
         self.kernels: dict[str, Any] = {}  # the M-step's total kernels, with the version they were made for
 
     def uses(self, name: str, own: tuple[Use, ...]) -> tuple[Use, ...]:
@@ -60,6 +64,9 @@ class Sufficient:
 
     def moments(self, name: str) -> SiteMoments:
         """Moments of a site at the cells of its arguments."""
+        if name in self.locations:
+            residual: SiteMoments = self.locations[name].moments()
+            return residual
         if name not in self._moments:
             prior = name in self.problem.graph.priors
             found = self._prior_moments(name) if prior else self._moments_of(name, self.arguments[name])
@@ -70,7 +77,12 @@ class Sufficient:
         """Continue from another one's arguments and moments (after a numeric step moved the arguments)."""
         self.sites, self.arguments = other.sites, other.arguments
         self._moments_of, self._moments, self._grouped = other._moments_of, other._moments, other._grouped
+        self.locations, self.weights = other.locations, other.weights
         self._changes = dict.fromkeys(other.sites, 1 + max(self._changes.values(), default=0))
+
+    def touch(self, name: str) -> None:
+        """An argument of this site was changed."""
+        self._changes[name] += 1
 
     def _prior_moments(self, name: str) -> SiteMoments:
         """A parameter's own prior has one observation: the parameter's current value."""

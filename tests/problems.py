@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests import classics, problems_data, zoo, zoo_structured, zoo_time
+from tests import classics, problems_data, zoo, zoo_regression, zoo_structured, zoo_time
 from tests.oracles import Enumeration, enumerate_model, log_prior
 
 
@@ -197,7 +197,6 @@ def _build() -> list[Problem]:
             (pairs,),
             {"u": w, "v": _t([0.7, 0.3]), "base": _t(0.2), "effect": _t([2.0, 5.0]), "sd": _t(1.2)},
             "rows",
-            closed=False,
         ),
         Problem(
             "global_and_local",
@@ -308,7 +307,7 @@ def _build() -> list[Problem]:
 default_dtype = torch.get_default_dtype()
 torch.set_default_dtype(torch.float64)  # the table is built on import, before any fixture runs
 try:
-    PROBLEMS = [*_build(), *problems_data.build(Problem)]
+    PROBLEMS = [*_build(), *problems_data.build(Problem), *zoo_regression.problems(Problem, _t)]
 finally:
     torch.set_default_dtype(default_dtype)
 BY_NAME = {problem.name: problem for problem in PROBLEMS}

@@ -30,9 +30,9 @@ AGREEMENT = 1e-9  # relative difference of a compiled and the reference log-like
 
 def choose_engine(problem: Problem, m_step: MStep) -> Engine:
     """The first compiled engine that accepts the problem, else the interpreter with the reasons."""
-    uncompiled = [name for name in m_step.free if m_step.choices[name].route != "closed"]
-    if uncompiled:
-        return Interpreted(problem, f"'{uncompiled[0]}' has no closed-form M-step")
+    if not m_step.separate:
+        mixed = [n for n in m_step.free if any(use.index is None for use in problem.uses[n])]
+        return Interpreted(problem, f"'{(mixed or m_step.free)[0]}' has no closed form on sufficient statistics")
     reasons = []
     for compiler in COMPILERS:
         try:

@@ -18,6 +18,10 @@ from torch import Tensor
 
 from pyro_em.kernels.base import CoefficientMap, FlatKernel, IncompatibleKernels, Kernel
 
+# A direction counts as undetermined if its information, in units in which every entry alone has 1, is below this
+# times D: rounding in the sums leaves about eps there.
+RANK = 1e-14
+
 
 @dataclass(frozen=True, eq=False)
 class QuadraticKernel(Kernel):
@@ -120,6 +124,37 @@ class QuadraticKernel(Kernel):
 def _solve(precision: Tensor, linear: Tensor) -> Tensor:
     """Λ⁻¹h, shape U + (D,); the step of least length where Λ is singular."""
     factor, failed = torch.linalg.cholesky_ex(precision)
-    if not failed.any():
+    if not failed.any() and _well_conditioned(precision, factor):
         return torch.cholesky_solve(linear.unsqueeze(-1), factor).squeeze(-1)
-    return (torch.linalg.pinv(precision, hermitian=True) @ linear.unsqueeze(-1)).squeeze(-1)
+    values, vectors, scale = _spectrum(precision)
+    kept = values > RANK * values.shape[-1]
+    inverse = torch.where(kept, values, torch.ones_like(values)).reciprocal() * kept
+    step = (vectors @ (inverse.unsqueeze(-1) * (vectors.mT @ (linear / scale).unsqueeze(-1)))).squeeze(-1) / scale
+    # Of all solutions the one orthogonal to the null space, whose basis in the entries' own units is D⁻¹V.
+    null = torch.where(kept.unsqueeze(-2), 0.0, vectors / scale.unsqueeze(-1))
+    gram = null.mT @ null + torch.diag_embed(kept.to(null))
+    along = torch.linalg.solve(gram, null.mT @ step.unsqueeze(-1))
+    return step - (null @ along).squeeze(-1)
+
+
+def _well_conditioned(precision: Tensor, factor: Tensor) -> bool:
+    """The pivots of Λ, relative to its diagonal, are far from rounding."""
+    pivots = factor.diagonal(dim1=-2, dim2=-1) ** 2 / precision.diagonal(dim1=-2, dim2=-1)
+    return bool((pivots > RANK * pivots.shape[-1]).all())
+
+
+def null_directions(precision: Tensor) -> Tensor:
+    """Directions (D, r) about which Λ (D, D) says nothing."""
+    factor, failed = torch.linalg.cholesky_ex(precision)
+    if not failed.any() and _well_conditioned(precision, factor):
+        return precision.new_zeros(precision.shape[-1], 0)
+    values, vectors, scale = _spectrum(precision)
+    return vectors[:, values <= RANK * values.shape[-1]] / scale.unsqueeze(-1)
+
+
+def _spectrum(precision: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues and vectors of Λ in units in which its diagonal is 1, and these units."""
+    diagonal = precision.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).sqrt()
+    values, vectors = torch.linalg.eigh(precision / (scale.unsqueeze(-1) * scale.unsqueeze(-2)))
+    return values, vectors, scale

@@ -21,15 +21,15 @@ from torch import Tensor
 
 from pyro_em.e_step.base import Expectation
 from pyro_em.errors import InputError, Refusal
-from pyro_em.kernels import FlatKernel
-from pyro_em.m_step.closed import Combined, NotClosed, combine
-from pyro_em.m_step.degenerate import check_update, spread_of
+from pyro_em.m_step.closed import NotClosed
+from pyro_em.m_step.linear import linear_blocks
 from pyro_em.m_step.numeric import Block, ascend, ascend_with, maximise
+from pyro_em.m_step.separate import Separate
+from pyro_em.m_step.unit import Unit
 from pyro_em.model.compat import with_dims
-from pyro_em.model.recognise import VALUE, Use
 from pyro_em.model.trace import Run
+from pyro_em.model.use import Use
 from pyro_em.problem import Problem
-from pyro_em.slopes import largest_slope
 from pyro_em.statistics import SiteMoments, argument_cells, site_center, site_moments, site_weight
 from pyro_em.sufficient import MomentsOf, Sufficient, raw_arguments
 from pyro_em.types import Params
@@ -63,19 +63,26 @@ class MStep:
     def __init__(self, problem: Problem, option: Any, algorithm: str, optim: Any = None) -> None:
         self.problem, self.optim = problem, optim
         self.uses = {n: self._counted(n) for n in problem.parameters}
-        self.choices = self._choose(option, algorithm)
+        self.units: list[Unit] = []
+        self.collinear: set[str] = set()  # parameters that no data of this design can tell apart
+        self.choices = self._choose(*self._wanted(option, algorithm))
         names = list(self.choices)
-        self.closed = sorted((n for n in names if self.choices[n].route == "closed"), key=self._order)
+        self.units.sort(key=lambda unit: min(map(self._order, unit.names)))
+        self.closed = tuple(name for unit in self.units for name in unit.names)
         self.numeric = tuple(n for n in names if self.choices[n].route == "numeric")
         self.gradient = tuple(n for n in names if self.choices[n].route == "gradient")
         self._count = 0
         self._coupled = bool(self.numeric and self.closed)
-        self._spreads: dict[str, Tensor | None] = {}
 
     @property
     def free(self) -> tuple[str, ...]:
         """Names of the parameters that move."""
         return (*self.closed, *self.numeric, *self.gradient)
+
+    @property
+    def separate(self) -> bool:
+        """Every moving parameter has a closed form of its own, on the moments of its sites."""
+        return not (self.numeric or self.gradient) and all(isinstance(unit, Separate) for unit in self.units)
 
     def _counted(self, name: str) -> tuple[Use, ...]:
         """Uses that enter Q: without priors when they do not count."""
@@ -85,7 +92,8 @@ class MStep:
     def _order(self, name: str) -> int:
         return 0 if any(use.slot == "loc" for use in self.uses[name]) else 1
 
-    def _choose(self, option: Any, algorithm: str) -> dict[str, Choice]:
+    def _wanted(self, option: Any, algorithm: str) -> tuple[dict[str, str], str]:
+        """What the caller asks for some parameters, and for all others."""
         wanted: dict[str, str] = {}
         default = "gradient" if algorithm == "gem" and option == "auto" else option
         if isinstance(option, Mapping):
@@ -98,9 +106,25 @@ class MStep:
         for value in (default, *wanted.values()):
             if value not in valid:
                 raise InputError(f"m_step: '{value}' is none of {', '.join(valid)}.")
+        return wanted, default
+
+    def _choose(self, wanted: Mapping[str, str], default: str) -> dict[str, Choice]:
         with torch.no_grad():
-            uniform = _uniform(self.problem, self.problem.run(self.problem.start))
-        return {name: self._choice(name, wanted.get(name, default), uniform) for name in self.problem.parameters}
+            run = self.problem.run(self.problem.start)
+        uniform = _uniform(self.problem, run)
+        start = self.problem.start
+        options = {name: wanted.get(name, default) for name in self.problem.parameters}
+        exact = {n: self.uses[n] for n, own in options.items() if own in ("auto", "closed") and self.uses[n]}
+        choices: dict[str, Choice] = {}
+        for block in linear_blocks(self.problem, run, exact):
+            self.units.append(block)
+            open_ended = block.unidentified(block.precision(start, _opened(uniform)))
+            self.collinear |= open_ended
+            choices |= {name: Choice("closed", block.rule(name, run, open_ended)) for name in block.names}
+        for name, own in options.items():
+            if name not in choices:
+                choices[name] = self._choice(name, own, uniform.sufficient)
+        return {name: choices[name] for name in self.problem.parameters}
 
     def _choice(self, name: str, wanted: str, uniform: Sufficient) -> Choice:
         if wanted == "fixed":
@@ -109,8 +133,9 @@ class MStep:
             return Choice("unused", "nothing that counts depends on it; it keeps its value")
         if wanted == "gradient":
             return Choice("gradient", "gradient M-step, as told")
+        unit = Separate(self.problem, name, self.uses[name])
         try:
-            return Choice("closed", self._combine(name, self.problem.start[name], uniform).rule)
+            choice = Choice("closed", unit.combined(self.problem.start[name], uniform).rule)
         except NotClosed as error:
             if wanted == "closed":
                 raise Refusal(
@@ -119,31 +144,12 @@ class MStep:
                     "use m_step='auto', which maximises Q numerically for it.",
                 ) from error
             return Choice("numeric", str(error))
-
-    def _combine(self, name: str, theta: Tensor, sufficient: Sufficient) -> Combined:
-        """Total kernel of a parameter; the one made for the score serves the update if nothing changed since."""
-        version = sufficient.version(sufficient.uses(name, self.uses[name]))
-        known = sufficient.kernels.get(name)
-        if known is not None and known[0] == version:
-            return known[1]
-        combined = self._combined(name, theta, sufficient)
-        sufficient.kernels[name] = (version, combined)
-        return combined
-
-    def _combined(self, name: str, theta: Tensor, sufficient: Sufficient) -> Combined:
-        uses = sufficient.uses(name, self.uses[name])
-        needed = {u.site for u in uses if u.index is not None and u.slot != VALUE}
-        moments = {site: sufficient.moments(site) for site in needed}
-        return combine(uses, theta.detach().double(), sufficient.sites, moments, sufficient.arguments)
-
-    def _kernel_slope(self, name: str, params: Params, sufficient: Sufficient) -> Tensor:
-        theta = params[name].detach().double()
-        gradient = self._combine(name, theta, sufficient).gradient(theta)
-        return largest_slope(self.problem.parameters[name].constraint, theta, gradient)
+        self.units.append(unit)
+        return choice
 
     def score(self, params: Params, expectation: Expectation) -> float:
         """max|∂ objective/∂u| over the parameters that move (Fisher's identity), not divided by N."""
-        largest = float(self.closed_score(params, expectation.sufficient))
+        largest = float(self.closed_score(params, _opened(expectation)))
         rest = (*self.numeric, *self.gradient)
         if rest:
             block = Block.of_q(self.problem, params, expectation.weights, rest)
@@ -153,29 +159,16 @@ class MStep:
 
     def closed_score(self, params: Params, sufficient: Sufficient) -> Tensor:
         """The part of `score` of the parameters in closed form, ()."""
-        slopes = [self._kernel_slope(name, params, sufficient) for name in self.closed]
+        slopes = [unit.slope(params, sufficient) for unit in self.units]
         return torch.stack(slopes).amax() if slopes else torch.zeros((), dtype=torch.float64)
 
     def closed_update(self, params: Params, sufficient: Sufficient) -> tuple[Params, set[str]]:
         """One round of conditional closed forms, and the parameters of which some entry saw no data."""
-        params, empty = dict(params), set()
-        for name in self.closed:
-            uses = sufficient.uses(name, self.uses[name])
-            theta = params[name].detach().double()
-            combined = self._combine(name, theta, sufficient)
-            if not isinstance(combined.kernel, FlatKernel) and bool(combined.kernel.is_empty().any()):
-                empty.add(name)
-            best = combined.argmax(theta)
-            best = check_update(self.problem, name, uses, combined, best, partial(self._spread, name, sufficient))
-            params[name] = best.to(params[name].dtype)
-            sufficient.put(params[name], uses)
+        empty: set[str] = set()
+        for unit in self.units:
+            params, unseen = unit.update(params, sufficient)
+            empty |= unseen
         return params, empty
-
-    def _spread(self, name: str, sufficient: Sufficient) -> Tensor | None:
-        """Variance of the data behind a parameter, at the first update: no more than a scale for what is tiny."""
-        if name not in self._spreads:
-            self._spreads[name] = spread_of(sufficient.uses(name, self.uses[name]), sufficient)
-        return self._spreads[name]
 
     @property
     def coupled(self) -> bool:
@@ -187,7 +180,7 @@ class MStep:
 
         :raises DegenerateLikelihoodError: if a variance collapses.
         """
-        sufficient = expectation.sufficient
+        sufficient = _opened(expectation)
         self._count += 1
         check = self._coupled or self._count <= 3 or self._count % 10 == 0
         scale = self.problem.graph.num_observations
@@ -212,7 +205,7 @@ class MStep:
         if self.gradient:
             block = Block.of_q(self.problem, params, expectation.weights, self.gradient)
             params = ascend(block) if self.optim is None else ascend_with(block, self.optim)
-        return params, MStepInfo(rounds, certificate, tuple(sorted(empty)))
+        return params, MStepInfo(rounds, certificate, tuple(sorted(empty - self.collinear)))
 
     def _round(self, params: Params, expectation: Expectation) -> tuple[Params, set[str]]:
         sufficient = expectation.sufficient
@@ -228,17 +221,24 @@ class MStep:
     def _refreshed(self, params: Params, expectation: Expectation) -> Sufficient:
         with torch.no_grad():
             run = self.problem.run(params)
-        return Sufficient(
-            self.problem, run.sites, raw_arguments(run.sites), _moments(self.problem, run, expectation.weights)
-        )
+        moments_of = _moments(self.problem, run, expectation.weights)
+        fresh = Sufficient(self.problem, run.sites, raw_arguments(run.sites), moments_of)
+        fresh.posterior = expectation.sufficient.posterior
+        return fresh
 
     def _certificate(self, params: Params, expectation: Expectation, sufficient: Sufficient) -> float:
-        largest = max((float(self._kernel_slope(n, params, sufficient)) for n in self.closed), default=0.0)
+        largest = float(self.closed_score(params, sufficient))
         if self.numeric:
             block = Block.of_q(self.problem, params, expectation.weights, self.numeric)
             _, gradient, _ = block.gradient(block.free())
             largest = max(largest, _largest(gradient))
         return largest
+
+
+def _opened(expectation: Expectation) -> Sufficient:
+    """The statistics of an E-step, with the way to its posterior weights for the units that need them."""
+    expectation.sufficient.posterior = lambda: expectation.weights
+    return expectation.sufficient
 
 
 def _bound(params: Params) -> float:
@@ -257,7 +257,7 @@ def _moments(problem: Problem, run: Run, weights: Mapping[str, Tensor]) -> Momen
     return moments_of
 
 
-def _uniform(problem: Problem, run: Run) -> Sufficient:
+def _uniform(problem: Problem, run: Run) -> Expectation:
     """Statistics of the data without any latent: enough to see which rules apply, at the cost of one pass."""
     weights = {}
     for component in problem.graph.components:
@@ -265,7 +265,8 @@ def _uniform(problem: Problem, run: Run) -> Sufficient:
             site = run.sites[name]
             sizes = {site.symbols[plate.dim]: plate.size for plate in site.plates if plate.size > 1}
             weights[name] = with_dims(torch.ones(list(sizes.values())), "".join(sizes))
-    return Sufficient(problem, run.sites, raw_arguments(run.sites), _moments(problem, run, weights))
+    sufficient = Sufficient(problem, run.sites, raw_arguments(run.sites), _moments(problem, run, weights))
+    return Expectation(0.0, 0.0, 0.0, sufficient, lambda: weights)
 
 
 def _largest(x: Tensor) -> float:

@@ -153,6 +153,7 @@ def _piece(use: Use, site: SiteRecord, moments: Mapping[str, SiteMoments], argum
             raise NotClosed(f"the density of {type(family).__name__} at '{use.site}' has no kernel in its value")
         return _Piece(kernel, IDENTITY, index)
     own = moments[use.site]
+    everything |= own.override
     if family.arguments[use.slot] == 2 and _is_diagonal(index, arguments[use.slot]):
         kernel = family.diagonal_kernel(use.slot, own.moments, everything, own.center)
         if kernel is None:

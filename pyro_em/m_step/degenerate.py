@@ -71,6 +71,7 @@ def spread_of(uses: tuple[Use, ...], sufficient: Sufficient) -> Tensor | None:
         if use.slot == VALUE or family is None or not family.centered:
             continue
         own = sufficient.moments(use.site)
+        own = own.total or own
         if own.center is None:
             continue
         weight, second = own.moments[0], own.moments[2]

@@ -9,7 +9,8 @@ entry's number. One double-vjp per parameter gives all codes. An argument is
     power         ... and equals c·θ_i^r with c, r the same at a second point (gather: c = r = 1;
                   exposure·rate[z]: r = 1; var[z].sqrt(): r = 1/2);
     exponential   ... and equals c·exp(r·θ_i);
-    opaque        anything else (softmax of a parameter, a network, an affine predictor).
+    affine        a link of a linear predictor in several parameters jointly (affine.py);
+    opaque        anything else (a network, a product of parameters).
 
 A parameter-role sample site is also *used* by its own prior, as its value. A site whose distribution
 hides its arguments (an unknown family, a mixture, a flow) makes the parameters it depends on opaque.
@@ -19,70 +20,19 @@ What is opaque is maximised numerically, never guessed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyro_em.charts import chart
+from pyro_em.model.affine import Point, find_predictor
 from pyro_em.model.capture import ParameterRecord
 from pyro_em.model.density import log_density
 from pyro_em.model.trace import Run, SiteRecord
+from pyro_em.model.use import VALUE, Use
 
-VALUE = "value"  # the slot of a prior: the parameter is the value of the site, not an argument
-
-
-@dataclass(frozen=True)
-class Use:
-    """One use of a parameter by one argument of one site.
-
-    `index` (shape of the raw argument) numbers the entry of the flattened parameter, -1 for fixed
-    parts; the argument is `coefficient` * θ[index] ** `power` (or coefficient * exp(power * θ[index])
-    if `exponential`). None for `index` means opaque, with the `reason`.
-    """
-
-    parameter: str
-    site: str
-    slot: str
-    index: Tensor | None
-    coefficient: Tensor | None = None
-    power: float = 1.0
-    exponential: bool = False
-    reason: str = ""
-    plans: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # the M-step's, by shape
-
-    @cached_property
-    def whole(self) -> bool:
-        """Every entry of the argument is an entry of the parameter (no fixed parts)."""
-        return self.index is not None and bool((self.index >= 0).all())
-
-    @cached_property
-    def in_order(self) -> bool:
-        """The argument takes the entries as they come: no gather is needed."""
-        assert self.index is not None
-        return torch.equal(self.index.reshape(-1), torch.arange(self.index.numel(), device=self.index.device))
-
-    def argument(self, theta: Tensor, old: Tensor) -> Tensor:
-        """The argument at `theta`; fixed parts keep their `old` value."""
-        assert self.index is not None
-        in_order = self.in_order and theta.numel() == self.index.numel()
-        entries = theta.reshape(self.index.shape) if in_order else theta.reshape(-1)[self.index.clamp(min=0)]
-        if self.exponential:
-            entries = torch.exp(self.power * entries)
-        elif self.power != 1:
-            entries = entries**self.power
-        if self.coefficient is not None:
-            entries = self.coefficient.to(entries) * entries
-        if self.whole and entries.shape == old.shape:
-            return entries
-        return torch.where(self.index >= 0, entries, old)
-
-    @property
-    def gather(self) -> bool:
-        """The argument is an entry of the parameter, unchanged."""
-        return self.index is not None and self.coefficient is None and self.power == 1 and not self.exponential
+__all__ = ["VALUE", "Use", "recognise", "second_point", "tangents"]
 
 
 def tangents(outputs: list[Tensor], leaf: Tensor, directions: list[Tensor]) -> list[list[Tensor]]:
@@ -116,32 +66,67 @@ def second_point(record: ParameterRecord, generator: torch.Generator) -> Tensor:
 class _Slot:
     site: str
     argument: str
+    event_dim: int
     first: Tensor
     second: Tensor
 
 
 def recognise(
-    first: Run, second: Run, parameters: Mapping[str, ParameterRecord], priors: frozenset[str]
+    first: Run,
+    second: Run,
+    parameters: Mapping[str, ParameterRecord],
+    priors: frozenset[str],
+    values: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None,
 ) -> dict[str, tuple[Use, ...]]:
     """Uses of every parameter, from two runs at different feasible values (with gradients).
 
+    :param values: of the parameters in the two runs; by default those of the runs' leaves (a torch module's own
+        leaf no longer has them).
     :param priors: names of the parameters that are sample sites (their own prior uses their value).
     """
     generator = torch.Generator().manual_seed(0)
     slots = _slots(first, second)
     hidden = {name: site for name, site in first.sites.items() if site.family is None or site.arguments is None}
+    at, at2 = values or (first.leaves, second.leaves)
     found: dict[str, tuple[Use, ...]] = {}
     for name in parameters:
         leaf = first.leaves.get(name)
         if leaf is None:
             found[name] = ()
             continue
-        uses = _argument_uses(name, leaf, second.leaves[name], slots, generator)
+        uses = _argument_uses(name, (leaf, second.leaves[name]), (at[name], at2[name]), slots, generator)
         uses += _opaque_uses(name, leaf, first, hidden)
         if name in priors:
             uses.append(_value_use(name, first.sites[name], hidden))
         found[name] = tuple(uses)
+    for slot in slots:
+        _affine_uses(slot, found, (first.leaves, second.leaves), (at, at2), generator)
     return found
+
+
+def _affine_uses(
+    slot: _Slot,
+    found: dict[str, tuple[Use, ...]],
+    leaves: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    values: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    generator: torch.Generator,
+) -> None:
+    """Put a predictor in place of the uses of one argument, if it has one and some of them are opaque."""
+    own = {n: u for n, uses in found.items() for u in uses if (u.site, u.slot) == (slot.site, slot.argument)}
+    if all(use.index is not None for use in own.values()):
+        return
+    points = [
+        Point(argument, leaf, value)
+        for argument, leaf, value in zip((slot.first, slot.second), leaves, values, strict=True)
+    ]
+    predictor = find_predictor(slot.site, slot.argument, slot.event_dim, points[0], points[1], list(own), generator)
+    if predictor is None:
+        return
+    for name in predictor.parameters:
+        if predictor.offset is None and own[name].index is not None:
+            continue
+        use = Use(name, slot.site, slot.argument, None, reason="an affine predictor", predictor=predictor)
+        found[name] = tuple(use if u is own[name] else u for u in found[name])
 
 
 def _slots(first: Run, second: Run) -> list[_Slot]:
@@ -150,13 +135,21 @@ def _slots(first: Run, second: Run) -> list[_Slot]:
         for argument, value in (site.arguments or {}).items():
             other = (second.sites[name].arguments or {})[argument]
             if value.requires_grad:
-                slots.append(_Slot(name, argument, value, other))
+                assert site.family is not None
+                slots.append(_Slot(name, argument, site.family.arguments[argument], value, other))
     return slots
 
 
-def _argument_uses(name: str, leaf: Tensor, other: Tensor, slots: list[_Slot], generator: torch.Generator) -> list[Use]:
+def _argument_uses(
+    name: str,
+    leaves: tuple[Tensor, Tensor],
+    values: tuple[Tensor, Tensor],
+    slots: list[_Slot],
+    generator: torch.Generator,
+) -> list[Use]:
     if not slots:
         return []
+    leaf, other = leaves
     code = torch.arange(1, leaf.numel() + 1, dtype=leaf.dtype, device=leaf.device).reshape(leaf.shape)
     ones = torch.ones_like(leaf)
     draw = torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
@@ -166,19 +159,8 @@ def _argument_uses(name: str, leaf: Tensor, other: Tensor, slots: list[_Slot], g
     for i, slot in enumerate(slots):
         moved = bool((by_draw[i] != 0).any()) or bool((other_draw[i] != 0).any())
         if moved:
-            uses.append(
-                _classify(
-                    name,
-                    slot,
-                    leaf.detach(),
-                    other.detach(),
-                    by_code[i],
-                    by_one[i],
-                    by_draw[i],
-                    other_one[i],
-                    draw,
-                )
-            )
+            theta, theta2 = (value.detach() for value in values)
+            uses.append(_classify(name, slot, theta, theta2, by_code[i], by_one[i], by_draw[i], other_one[i], draw))
     return uses
 
 

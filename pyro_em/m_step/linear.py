@@ -1,0 +1,245 @@
+"""Affine locations: all parameters of a coupled block by one linear solve.
+
+For a block θ = (intercepts, slopes, ...) whose members enter normal locations affinely (model/affine.py), Q is
+quadratic: with g = ∂Q/∂θ and Λ = −∂²Q/∂θ², summed over sites and normal priors, the argmax is θ + Λ⁻¹g. Given
+the scales that is exact whatever their structure; scales follow at the new residuals (location.py). Intercept and
+slopes are different parameters of one block, so that no rounds of conditional updates are needed between them.
+
+If the design is rank deficient (collinear covariates, an empty component), the step is the one of least length,
+and directions without information stay where they are.
+
+Not handled: constrained parameters (a solve would leave their space), parameters that also enter elsewhere (a scale,
+another family); these are maximised numerically.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_em.design import Design
+from pyro_em.kernels import QuadraticKernel
+from pyro_em.kernels.quadratic import null_directions
+from pyro_em.m_step.location import Location, LocationSite, full_cells, other_cells, total_moments
+from pyro_em.m_step.unit import weight_of
+from pyro_em.model.affine import Term
+from pyro_em.model.trace import Run, SiteRecord
+from pyro_em.model.use import VALUE, Use
+from pyro_em.problem import Problem
+from pyro_em.sufficient import Sufficient
+from pyro_em.types import Params
+
+MAX_SIZE = 4000  # entries of a block; its matrix has the square
+
+
+def terms_of(uses: Sequence[Use]) -> list[Term]:
+    """All affine terms that these uses (of one argument) have, those of a predictor once."""
+    found: list[Term] = []
+    for use in uses:
+        if use.predictor is not None:
+            found += [term for term in use.predictor.terms if term.parameter == use.parameter]
+        else:
+            assert use.index is not None
+            one = torch.ones((), dtype=torch.float64)
+            found.append(Term(use.parameter, use.index, one if use.coefficient is None else use.coefficient.double()))
+    return found
+
+
+def is_linear(name: str, uses: Sequence[Use], problem: Problem, sites: Mapping[str, SiteRecord]) -> bool:
+    """Whether Q is quadratic in this parameter, jointly with others of its kind."""
+    constraint = problem.parameters[name].constraint
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint is constraints.real and all(_is_location(use, sites[use.site]) for use in uses)
+
+
+def _is_location(use: Use, site: SiteRecord) -> bool:
+    family = site.family
+    if family is None or site.arguments is None:
+        return False
+    everything = {**site.constants, **site.arguments}
+    if use.slot == VALUE:
+        return use.index is not None and isinstance(family.value_kernel(everything), QuadraticKernel)
+    if use.slot != "loc" or use.slot not in family.closed:
+        return False
+    if use.predictor is not None:
+        return use.predictor.link.name == "identity"
+    return use.index is not None and use.power == 1 and not use.exponential
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A block; made by `linear_blocks`. `starts` says where each parameter begins in the flattened block."""
+
+    problem: Problem
+    names: tuple[str, ...]
+    uses: Mapping[str, tuple[Use, ...]]
+    starts: Mapping[str, int]
+    size: int
+    sites: tuple[LocationSite, ...]
+
+    def gradient(self, params: Params, sufficient: Sufficient) -> Tensor:
+        """∂Q/∂θ, (P,)."""
+        locations = self._locations(params, sufficient)
+        total = torch.zeros(self.size, dtype=torch.float64)
+        for location in locations:
+            total += location.gradient()
+        for name, kernel in self._priors(sufficient):
+            theta = params[name].detach().double()
+            total[self._slice(name, theta)] += kernel.gradient(theta).expand(theta.shape).reshape(-1)
+        return total
+
+    def slope(self, params: Params, sufficient: Sufficient) -> Tensor:
+        """max|∂Q/∂θ|, ()."""
+        return self.gradient(params, sufficient).abs().amax()
+
+    def precision(self, params: Params, sufficient: Sufficient) -> Tensor:
+        """Λ = −∂²Q/∂θ², (P, P)."""
+        total = torch.zeros(self.size, self.size, dtype=torch.float64)
+        for location in self._locations(params, sufficient):
+            total += location.precision()
+        for name, kernel in self._priors(sufficient):
+            part = self._slice(name, params[name])
+            total[part, part] += _prior_precision(kernel, params[name])
+        return (total + total.mT) / 2
+
+    def update(self, params: Params, sufficient: Sufficient) -> tuple[Params, set[str]]:
+        """θ + Λ⁻¹g."""
+        gradient = self.gradient(params, sufficient)
+        precision = self.precision(params, sufficient)
+        kernel = QuadraticKernel(gradient, precision, torch.zeros_like(gradient), vector=True)
+        return self._moved(params, kernel.argmax(), sufficient), self.unidentified(precision)
+
+    def rule(self, name: str, run: Run, open_ended: set[str]) -> str:
+        """What the plan says of a member; `open_ended` are those that the design cannot tell apart."""
+        labels = []
+        for use in self.uses[name]:
+            family = type(run.sites[use.site].family).distribution.__name__  # type: ignore[union-attr]
+            labels.append(f"prior {family}" if use.slot == VALUE else f"{family}.{use.slot}")
+        others = [f"'{n}'" for n in self.names if n != name]
+        text = f"linear solve ({', '.join(dict.fromkeys(labels))})"
+        text += f", jointly with {', '.join(others)}" if others else ""
+        return text + ("; the design is collinear: step of least length" if name in open_ended else "")
+
+    def unidentified(self, precision: Tensor) -> set[str]:
+        """Parameters that take part in a direction without information."""
+        null = null_directions(precision)
+        if not null.shape[1]:
+            return set()
+        touched = (null / null.abs().amax(0)).abs().amax(1) > 1e-6
+        return {n for n in self.names if bool(touched[self._slice(n, self.problem.parameters[n].value)].any())}
+
+    def _slice(self, name: str, theta: Tensor) -> slice:
+        return slice(self.starts[name], self.starts[name] + theta.numel())
+
+    def _locations(self, params: Params, sufficient: Sufficient) -> list[Location]:
+        """Opened at the first question after an E-step."""
+        for own in self.sites:
+            if own.name not in sufficient.locations:
+                weight = weight_of(self.problem, own.name, sufficient)
+                sufficient.locations[own.name] = own.open(weight, sufficient, self.size)
+        return [sufficient.locations[own.name] for own in self.sites]
+
+    def _priors(self, sufficient: Sufficient) -> list[tuple[str, QuadraticKernel]]:
+        found = []
+        for name, uses in self.uses.items():
+            for use in uses:
+                if use.slot == VALUE:
+                    site = sufficient.sites[use.site]
+                    assert site.family is not None
+                    kernel = site.family.value_kernel({**site.constants, **sufficient.arguments[use.site]})
+                    assert isinstance(kernel, QuadraticKernel)
+                    found.append((name, kernel))
+        return found
+
+    def _moved(self, params: Params, step: Tensor, sufficient: Sufficient) -> Params:
+        moved = dict(params)
+        for name, uses in self.uses.items():
+            theta = params[name]
+            change = step[self._slice(name, theta)].reshape(theta.shape)
+            moved[name] = (theta.detach().double() + change).to(theta.dtype)
+            sufficient.put(moved[name], tuple(use for use in uses if use.slot == VALUE))
+        for own in self.sites:
+            location = sufficient.locations[own.name]
+            location.move(location.delta + step)
+        return moved
+
+
+def _prior_precision(kernel: QuadraticKernel, theta: Tensor) -> Tensor:
+    if not kernel.vector:
+        return torch.diag(kernel.precision.expand(theta.shape).reshape(-1))
+    width = theta.shape[-1]
+    blocks = kernel.precision.expand(*theta.shape[:-1], width, width).reshape(-1, width, width)
+    return torch.block_diag(*blocks)
+
+
+def linear_blocks(problem: Problem, run: Run, uses: Mapping[str, tuple[Use, ...]]) -> list[Linear]:
+    """Blocks among some parameters: those that share a location are solved together, if some argument mixes entries.
+
+    :param uses: of the parameters that may take part, as they count in Q.
+    """
+    names = [n for n, own in uses.items() if is_linear(n, own, problem, run.sites)]
+    blocks: list[set[str]] = []
+    for name in names:
+        touched = {use.site for use in uses[name] if use.slot != VALUE}
+        joined = {name}
+        rest: list[set[str]] = []
+        for block in blocks:
+            near = any(use.site in touched and use.slot != VALUE for other in block for use in uses[other])
+            joined, rest = (joined | block, rest) if near else (joined, [*rest, block])
+        blocks = [*rest, joined]
+    mixed = [b for b in blocks if any(use.predictor is not None for name in b for use in uses[name])]
+    found = [_block(problem, run, tuple(n for n in names if n in block), uses) for block in mixed]
+    return [block for block in found if block is not None]
+
+
+def _block(problem: Problem, run: Run, names: tuple[str, ...], uses: Mapping[str, tuple[Use, ...]]) -> Linear | None:
+    starts, size = {}, 0
+    for name in names:
+        starts[name] = size
+        size += problem.parameters[name].value.numel()
+    if size > MAX_SIZE:
+        return None
+    at: dict[str, list[Use]] = {}
+    for name in names:
+        for use in uses[name]:
+            if use.slot != VALUE:
+                at.setdefault(use.site, []).append(use)
+    sites = tuple(_location_site(run.sites[site], own, starts, size, problem.uses) for site, own in at.items())
+    return Linear(problem, names, {n: uses[n] for n in names}, starts, size, sites)
+
+
+def _location_site(
+    site: SiteRecord, own: Sequence[Use], starts: Mapping[str, int], size: int, uses: Mapping[str, tuple[Use, ...]]
+) -> LocationSite:
+    slot = own[0].slot
+    assert site.family is not None
+    vector = site.family.arguments[slot] == 1
+    cells, terms = full_cells(site), terms_of(own)
+    width = max(t.index.shape[-1] for t in terms) if vector else 1
+    width = max(width, (site.arguments or {})[slot].shape[-1]) if vector else 1
+    parts = [[_at(t, d) for t in terms] for d in range(width)] if vector else [terms]
+    designs = tuple(Design(part, starts, size, cells) for part in parts)
+    predictor = next((use.predictor for use in own if use.predictor is not None), None)
+    fixed = None if predictor is None else predictor.fixed
+    free = None if fixed is None else fixed.isnan().double()
+    others = other_cells(site, slot, len(cells))
+    varying = {d for design in designs for group in design.groups for d in group.dims}
+    elsewhere = [u for u in _others_uses(site.name, slot, uses) if u.index is None]
+    summed = not vector and not (others & varying) and not elsewhere
+    return LocationSite(site.name, slot, designs, vector, others if summed else None, free, total_moments(site, vector))
+
+
+def _others_uses(site: str, slot: str, uses: Mapping[str, tuple[Use, ...]]) -> list[Use]:
+    return [use for own in uses.values() for use in own if use.site == site and use.slot != slot]
+
+
+def _at(term: Term, d: int) -> Term:
+    """The term of one entry of a vector argument."""
+    index = term.index[..., min(d, term.index.shape[-1] - 1)]
+    coefficient = term.coefficient
+    return Term(term.parameter, index, coefficient[..., min(d, coefficient.shape[-1] - 1)])

@@ -1,0 +1,67 @@
+"""The closed-form update of one parameter: the argmax of the sum of the kernels of its uses (closed.py)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from pyro_em.kernels import FlatKernel
+from pyro_em.m_step.closed import Combined, combine
+from pyro_em.m_step.degenerate import check_update, spread_of
+from pyro_em.model.use import VALUE, Use
+from pyro_em.problem import Problem
+from pyro_em.slopes import largest_slope
+from pyro_em.sufficient import Sufficient
+from pyro_em.types import Params
+
+
+class Separate:
+    """One parameter; `uses` are those that count in Q."""
+
+    def __init__(self, problem: Problem, name: str, uses: tuple[Use, ...]) -> None:
+        self.problem, self.name, self.uses = problem, name, uses
+        self.names: tuple[str, ...] = (name,)
+        self._known = False
+        self._spread: Tensor | None = None
+
+    def combined(self, theta: Tensor, sufficient: Sufficient) -> Combined:
+        """Total kernel; the one made for the score serves the update if nothing changed since.
+
+        :raises NotClosed: with the reason.
+        """
+        uses = sufficient.uses(self.name, self.uses)
+        version = sufficient.version(uses)
+        known = sufficient.kernels.get(self.name)
+        if known is not None and known[0] == version:
+            found: Combined = known[1]
+            return found
+        needed = {u.site for u in uses if u.index is not None and u.slot != VALUE}
+        moments = {site: sufficient.moments(site) for site in needed}
+        total = combine(uses, theta.detach().double(), sufficient.sites, moments, sufficient.arguments)
+        sufficient.kernels[self.name] = (version, total)
+        return total
+
+    def slope(self, params: Params, sufficient: Sufficient) -> Tensor:
+        """max|∂Q/∂u|, ()."""
+        theta = params[self.name].detach().double()
+        gradient = self.combined(theta, sufficient).gradient(theta)
+        return largest_slope(self.problem.parameters[self.name].constraint, theta, gradient)
+
+    def update(self, params: Params, sufficient: Sufficient) -> tuple[Params, set[str]]:
+        """The argmax, at the nearest bound if the constraint has one."""
+        theta = params[self.name].detach().double()
+        combined = self.combined(theta, sufficient)
+        kernel, uses = combined.kernel, sufficient.uses(self.name, self.uses)
+        empty = not isinstance(kernel, FlatKernel) and bool(kernel.is_empty().any())
+        spread = partial(self._spread_of, sufficient)
+        best = check_update(self.problem, self.name, uses, combined, combined.argmax(theta), spread)
+        moved = {**params, self.name: best.to(params[self.name].dtype)}
+        sufficient.put(moved[self.name], uses)
+        return moved, {self.name} if empty else set()
+
+    def _spread_of(self, sufficient: Sufficient) -> Tensor | None:
+        """Variance of the data behind the parameter, at the first update: no more than a scale for what is tiny."""
+        if not self._known:
+            self._known, self._spread = True, spread_of(sufficient.uses(self.name, self.uses), sufficient)
+        return self._spread

@@ -1,0 +1,48 @@
+"""Units of the M-step: parameters that are updated together by one rule, given all others.
+
+    Separate   one parameter, the argmax of the sum of its kernels        (separate.py)
+    Linear     affine locations of a coupled block, one linear solve      (linear.py)
+
+A unit reads and rewrites the arguments of the E-step's `Sufficient`, so that the units after it see its update.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from pyro_em.problem import Problem
+from pyro_em.statistics import site_weight
+from pyro_em.sufficient import Sufficient
+from pyro_em.types import Params
+
+
+class Unit(Protocol):
+    """Parameters that are updated together."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its parameters."""
+        ...
+
+    def slope(self, params: Params, sufficient: Sufficient) -> Tensor:
+        """max|∂Q/∂u| over its parameters' free coordinates, ()."""
+        ...
+
+    def update(self, params: Params, sufficient: Sufficient) -> tuple[Params, set[str]]:
+        """Its parameters at the argmax of Q, and the names of those that (in part) no data inform.
+
+        :raises DegenerateLikelihoodError: if the maximum does not exist.
+        """
+        ...
+
+
+def weight_of(problem: Problem, name: str, sufficient: Sufficient) -> Tensor:
+    """Expected multiplicity of a site's data over its batch dims; a prior counts once."""
+    if name not in sufficient.weights:
+        info = problem.graph.factors[name]
+        assert sufficient.posterior is not None
+        posterior = None if name in problem.graph.priors else sufficient.posterior().get(name)
+        sufficient.weights[name] = site_weight(sufficient.sites[name], info, posterior)
+    return sufficient.weights[name]

@@ -1,0 +1,247 @@
+"""Affine predictors: arguments that are a link of offset + Σ_j c_j·θ[i_j], over several parameters jointly.
+
+    X @ w,   w[z] * x,   a[z] + X @ b[z],   nn.Linear,   einsum,   base + effect[0] * u + effect[1] * v
+    exp, sigmoid, softplus or softmax of any of these
+
+Whether an argument g(θ) is one is a question about η = link⁻¹(g): its tangents are the same at two feasible
+points, and η(θ₂) − η(θ₁) is what they predict. Its design is then read off from tangents along *coded*
+directions, as index codes are in recognise.py: where at most one entry of a slice of the parameter reaches a
+cell, the tangents along the slice of ones and of 1..P give the coefficient and the entry's number. Slices: the
+whole parameter, then along each of its dims, then single entries, so that w (K, p) in `(w[z] * x).sum(-1)` costs
+p slices, not K·p. A random tangent certifies the result.
+
+A design is kept in factored form: index and coefficient of a term lose every dim along which they are constant
+(index (K, 1), coefficient (1, N) above), and nothing of size N·P is formed.
+
+Not handled: designs that depend on other parameters (products of parameters), links that are not in `LINKS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.model.links import INNER, LINKS, PredictorLink
+
+MAX_SLICES = 4096  # tangents that are worth to be pushed for one parameter
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """c·θ[i] of one parameter; `index` (-1 for none) and `coefficient` broadcast against the argument."""
+
+    parameter: str
+    index: Tensor
+    coefficient: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Predictor:
+    """link⁻¹(argument) = offset + Σ terms. `offset` is None if it depends on parameters outside of the terms.
+
+    `fixed`, if given, holds the argument where no parameter reaches it (a structural zero may have no η), else NaN.
+    """
+
+    site: str
+    slot: str
+    link: PredictorLink
+    terms: tuple[Term, ...]
+    offset: Tensor | None
+    fixed: Tensor | None = None
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters of the terms, each once."""
+        return tuple(dict.fromkeys(term.parameter for term in self.terms))
+
+    def eta(self, params: Mapping[str, Tensor]) -> Tensor:
+        """Linear predictor, shape of the argument, differentiable in `params`."""
+        assert self.offset is not None
+        return linear_part(self.terms, params, self.offset)
+
+    def argument(self, params: Mapping[str, Tensor]) -> Tensor:
+        """The argument at `params`."""
+        found = self.link.forward(self.eta(params))
+        return found if self.fixed is None else torch.where(self.fixed.isnan(), found, self.fixed.to(found))
+
+    def inverse(self, argument: Tensor) -> Tensor:
+        """η at an argument; 0 where it is fixed."""
+        if self.fixed is None:
+            return self.link.inverse(argument)
+        free = self.fixed.isnan()
+        return torch.where(free, self.link.inverse(torch.where(free, argument, INNER)), 0.0)
+
+
+def linear_part(terms: Sequence[Term], params: Mapping[str, Tensor], start: Tensor) -> Tensor:
+    """start + Σ c·θ[i]."""
+    total = start
+    for term in terms:
+        theta = params[term.parameter].reshape(-1).to(total.dtype)
+        coefficient = torch.where(term.index >= 0, term.coefficient.to(total), torch.zeros((), dtype=total.dtype))
+        total = total + coefficient * theta[term.index.clamp(min=0)]
+    return total
+
+
+@dataclass(frozen=True)
+class Point:
+    """A raw argument in one run of the model, and the run's leaf and value of every parameter."""
+
+    argument: Tensor
+    leaves: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]
+
+
+def find_predictor(
+    site: str, slot: str, event_dim: int, first: Point, second: Point, moving: Sequence[str], generator: torch.Generator
+) -> Predictor | None:
+    """The predictor of one argument over those parameters in which it is affine, or None if there are none.
+
+    :param event_dim: event dims of the argument (a softmax needs one).
+    :param moving: parameters that reach the argument.
+    """
+    v1, v2 = first.argument.detach().double(), second.argument.detach().double()
+    tolerance = 1e-9 if first.argument.dtype == torch.float64 else 1e-4
+    pushes = {n: (_push(first.argument, first.leaves[n]), _push(second.argument, second.leaves[n])) for n in moving}
+    draws = {n: _draw(first.leaves[n], generator) for n in moving}
+    drawn = {n: tuple(push(draws[n]).double() for push in both) for n, both in pushes.items()}
+    still = torch.stack([tangent == 0 for both in drawn.values() for tangent in both]).all(0) & (event_dim == 0)
+    fixed = torch.where(still, v1, torch.nan) if bool(still.any()) else None
+    if fixed is not None:
+        v1, v2 = torch.where(still, INNER, v1), torch.where(still, INNER, v2)
+    for link in LINKS:
+        if not (link.reaches(v1, event_dim) and link.reaches(v2, event_dim)):
+            continue
+        names = [n for n in moving if _close(link.slope(v1, drawn[n][0]), link.slope(v2, drawn[n][1]), tolerance)]
+        terms: list[Term] = []
+        kept = []
+        for name in names:
+            found = _design(
+                name, first.leaves[name], pushes[name][0], v1, link, draws[name], drawn[name][0], tolerance, still
+            )
+            if found is not None:
+                kept.append(name)
+                terms += found
+        if not kept:
+            continue
+        start = {n: first.values[n].detach() for n in kept}
+        eta = link.inverse(v1)
+        offset = eta - linear_part(terms, start, torch.zeros_like(v1))
+        if fixed is not None:
+            offset = torch.where(still, torch.zeros_like(offset), offset)
+        if len(kept) < len(moving):
+            return Predictor(site, slot, link, tuple(terms), None, fixed)
+        rounding = 1e-4 * tolerance * float(eta.abs().max())
+        offset = torch.where(offset.abs() <= rounding, torch.zeros_like(offset), offset)
+        end = linear_part(terms, {n: second.values[n].detach() for n in kept}, offset)
+        if fixed is not None:
+            end = torch.where(still, link.inverse(v2), end)
+        if _close(link.inverse(v2), end, tolerance):
+            return Predictor(site, slot, link, tuple(terms), _compressed(offset, rounding), fixed)
+    return None
+
+
+def _draw(leaf: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    size = float(torch.maximum(a.abs().max(), b.abs().max())) if a.numel() else 0.0
+    return size < torch.inf and bool(((a - b).abs() <= tolerance * size).all())
+
+
+def _push(output: Tensor, leaf: Tensor) -> Callable[[Tensor], Tensor]:
+    """Directional derivative of one argument along directions of `leaf` (double vjp, see recognise.tangents)."""
+    cotangent = torch.zeros_like(output, requires_grad=True)
+    (pulled,) = torch.autograd.grad(output, leaf, cotangent, create_graph=True, allow_unused=True)
+
+    def push(direction: Tensor) -> Tensor:
+        if pulled is None or not pulled.requires_grad:
+            return torch.zeros_like(output).detach()
+        (found,) = torch.autograd.grad(pulled, cotangent, direction, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(output).detach() if found is None else found.detach()
+
+    return push
+
+
+def _slices(shape: torch.Size) -> Iterator[list[Tensor]]:
+    """0/1 masks that partition the parameter: all of it, slices along each dim, single entries."""
+    yield [torch.ones(shape)]
+    if len(shape) > 1:
+        for dim in reversed(range(len(shape))):
+            masks = []
+            for i in range(shape[dim]):
+                mask = torch.zeros(shape)
+                mask.select(dim, i).fill_(1)
+                masks.append(mask)
+            yield masks
+    numel = shape.numel()
+    if numel <= MAX_SLICES:
+        yield [row.reshape(shape) for row in torch.eye(numel)]
+
+
+def _design(
+    name: str,
+    leaf: Tensor,
+    push: Callable[[Tensor], Tensor],
+    value: Tensor,
+    link: PredictorLink,
+    draw: Tensor,
+    drawn: Tensor,
+    tolerance: float,
+    still: Tensor,
+) -> list[Term] | None:
+    code = torch.arange(1, leaf.numel() + 1, dtype=leaf.dtype).reshape(leaf.shape)
+    expected = link.slope(value, drawn)
+    # Dividing by the slope of a link leaves rounding where a tangent is 0 or constant.
+    rounding = 0.0 if link is LINKS[0] else 1e-3 * tolerance
+    for masks in _slices(leaf.shape):
+        if len(masks) > MAX_SLICES:
+            continue
+        terms: list[Term] = []
+        for mask in masks:
+            mask = mask.to(leaf)
+            one = link.slope(value, push(mask).double())
+            term = _term(name, one, link.slope(value, push(mask * code).double()), leaf.numel(), rounding, still)
+            if term is None:
+                break
+            if bool((term.index >= 0).any()):
+                terms.append(term)
+        else:
+            found = linear_part(terms, {name: draw}, torch.zeros_like(value))
+            if _close(torch.where(still, 0.0, found), expected, tolerance):
+                return terms
+    return None
+
+
+def _term(name: str, one: Tensor, code: Tensor, numel: int, rounding: float, still: Tensor) -> Term | None:
+    none = one.abs() <= rounding * one.abs().max()
+    ratio = torch.where(none, torch.zeros_like(one), code / torch.where(none, torch.ones_like(one), one))
+    index = ratio.round().long() - 1
+    if bool(((ratio - ratio.round()).abs() > 1e-3).any()) or bool((index >= numel).any()) or bool((index < -1).any()):
+        return None
+    for dim in range(index.dim()):
+        # An entry that is not used at a cell (a covariate of 0 there) is no reason to keep the dim.
+        low = torch.where(index < 0, numel, index).amin(dim, keepdim=True)
+        high = index.amax(dim, keepdim=True)
+        if bool(((low == high) | (high < 0)).all()):
+            index = high
+    coefficient = torch.where(none, torch.zeros_like(one), one)
+    return Term(name, index, _compressed(coefficient, rounding * float(one.abs().max()), (index < 0) | still))
+
+
+def _compressed(x: Tensor, limit: float, free: Tensor | None = None) -> Tensor:
+    """Without the dims along which it is constant, up to `limit`; where it is `free` its value does not matter."""
+    if free is not None and bool(free.any()):
+        free = free.expand(x.shape)
+        for dim in range(x.dim()):
+            filled = torch.where(free, -torch.inf, x).amax(dim, keepdim=True).expand_as(x)
+            x = torch.where(free & filled.isfinite(), filled, x)
+            free = free & ~filled.isfinite()
+    for dim in range(x.dim()):
+        first = x.narrow(dim, 0, 1)
+        if x.shape[dim] > 1 and bool(((x - first).abs() <= limit).all()):
+            x = first
+    return x
