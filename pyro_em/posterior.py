@@ -161,6 +161,8 @@ class Posterior:
     def _pick(self, elimination: Elimination, num: int | None) -> dict[str, Tensor]:
         """State numbers of one joint configuration (of `num` draws), shape (num,) + plates, by site."""
         graph, run = self.problem.graph, self._e_step[1]
+        if not graph.components:
+            return {}
         factors = self.problem.factors(run)
         if num is not None:
             graph = _with_draws(graph)

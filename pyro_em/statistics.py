@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pyro_em.families.base import AnyStatistic, OneHotStatistic, Statistic
+from pyro_em.families.base import AnyStatistic, OneHotStatistic
 from pyro_em.families.numerics import broadcast_shapes
 from pyro_em.model import compat
 from pyro_em.model.density import clean_value
@@ -68,10 +68,8 @@ def site_center(site: SiteRecord, cells: torch.Size) -> Tensor | None:
     """Mean of the data, constant within every cell: Σx² - (Σx)²/n would cancel at large offsets."""
     if site.family is None or not site.family.centered:
         return None
-    (location, *_) = site.family.statistics(clean_value(site), site.arguments or {})
-    assert isinstance(location, Statistic)
-    x = location.dense()
-    batch = x.dim() - site.family.event_dim
+    x = site.family.location(clean_value(site))
+    batch = x.dim() - (0 if site.family.latent_response else site.family.event_dim)
     keep = [
         i for i in range(batch) if i - batch >= -site.element_dims and i - batch >= -len(cells) and cells[i - batch] > 1
     ]
@@ -82,9 +80,16 @@ def site_center(site: SiteRecord, cells: torch.Size) -> Tensor | None:
 
 
 def site_statistics(site: SiteRecord, arguments: dict[str, Tensor], center: Tensor | None) -> tuple[AnyStatistic, ...]:
-    """Statistics of a site's value; of `arguments` only what does not move enters (sizes, total counts)."""
+    """Statistics of a site's value; of `arguments` only what does not move enters (sizes, total counts), unless the
+    response is latent."""
     assert site.family is not None
     return site.family.statistics(clean_value(site), {**site.constants, **arguments}, center)
+
+
+def complete_count(site: SiteRecord, arguments: dict[str, Tensor]) -> Tensor | float:
+    """Expected number of complete observations behind each one, which truncation makes more than one."""
+    assert site.family is not None
+    return site.family.complete_count({**site.constants, **arguments}) if site.family.latent_response else 1.0
 
 
 def site_moments(
@@ -103,6 +108,7 @@ def site_moments(
     value = clean_value(site)
     if statistics is None:
         statistics = site_statistics(site, arguments, center)
+        weight = weight * complete_count(site, arguments)
     batch = value.shape[: value.dim() - site.family.event_dim]
     moments = [reduce_to(weight, [], 0, cells, batch)]
     for statistic in statistics:

@@ -1,4 +1,4 @@
-"""The part of the problem table with weights, labels and constraints on rows."""
+"""The part of the problem table with weights, labels, constraints on rows, and responses seen only in part."""
 
 from __future__ import annotations
 
@@ -34,10 +34,54 @@ def allowed_rows() -> tuple[Tensor, Tensor]:
     return y, allowed
 
 
+def censored_rows() -> tuple[Tensor, float, Tensor]:
+    """50 rows of two normals, clamped at -1.5 from below and at a limit of their own from above."""
+    rng = np.random.default_rng(13)
+    y = rng.normal(np.repeat([-1.0, 3.0], 25), np.repeat([0.6, 0.8], 25))
+    upper = rng.uniform(2.5, 6.0, 50)
+    return _t(np.clip(y, -1.5, upper)), -1.5, _t(upper)
+
+
+def interval_rows() -> Tensor:
+    """40 durations: every third known exactly, others to the unit, some only from below."""
+    rng = np.random.default_rng(14)
+    y = rng.exponential(np.repeat([0.4, 3.0], 20))
+    low, high = np.floor(y), np.floor(y) + 1
+    exact = np.arange(40) % 3 == 0
+    high[y > 4] = np.inf
+    return _t(np.stack([np.where(exact, y, low), np.where(exact, y, high)], -1))
+
+
+def truncated_counts() -> Tensor:
+    """60 positive counts."""
+    rng = np.random.default_rng(15)
+    counts = rng.poisson(np.repeat([1.0, 6.0], 60))
+    return _t(counts[counts > 0][:60])
+
+
+def durations() -> tuple[Tensor, Tensor]:
+    """40 durations and their limits, infinite where the end was seen."""
+    rng = np.random.default_rng(16)
+    y, limit = 2.0 * rng.weibull(1.5, 40), rng.exponential(3.0, 40)
+    return _t(np.minimum(y, limit)), _t(np.where(y <= limit, np.inf, limit))
+
+
 def build(problem: Callable[..., Any]) -> list[Any]:
     start = {"w": _t([0.3, 0.3, 0.4]), "mu": _t([-1.0, 0.5, 2.0]), "sd": _t(1.2)}
     fractions = _t(np.random.default_rng(12).integers(0, 5, 30) / 2)
+    two = {"w": _t([0.4, 0.6])}
+    normals = {**two, "mu": _t([-0.5, 1.5]), "sd": _t([1.0, 0.9])}
+    z = zoo_data
     return [
         problem("label_as_site", zoo_data.label_as_site, labelled_rows(), start, "rows", weights=fractions),
         problem("allowed_states", zoo_data.allowed_by_factor, allowed_rows(), start, "rows"),
+        problem("censored_mixture", z.censored_mixture, censored_rows(), normals, "rows"),
+        problem("interval_mixture", z.interval_mixture, (interval_rows(),), {**two, "rate": _t([2.0, 0.5])}, "rows"),
+        problem(
+            "zero_truncated_mixture",
+            z.zero_truncated_mixture,
+            (truncated_counts(),),
+            {**two, "rate": _t([1.5, 5.0])},
+            "rows",
+        ),
     ]

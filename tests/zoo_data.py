@@ -1,6 +1,7 @@
-"""Small models whose data are incomplete: labels known for some rows, states excluded. Plain Pyro, as in `zoo`.
+"""Small models whose data are incomplete: labels known for some rows, states excluded, responses seen in part.
 
-N rows, K = 3 classes of a normal mixture with a common scale; `known` (N,) says which labels are.
+Labels: N rows, K = 3 classes of a normal mixture with a common scale; `known` (N,) says which labels are. Responses:
+mixtures of two components whose data are censored, known to an interval, or truncated.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
+from pyro_em.distributions import Censored, IntervalCensored, Truncated
 from tests.classics import positive, simplex, uniform
 
 CLASSES = 3
@@ -68,3 +70,43 @@ def allowed_by_exclusion(y: Tensor, allowed: Tensor) -> None:
         is_other = dist.Bernoulli(1 - torch.eye(CLASSES)[z])
         pyro.sample("excluded", is_other.mask(~allowed).to_event(1), obs=torch.ones(allowed.shape))
         pyro.sample("y", dist.Normal(mu[z], sd), obs=y)
+
+
+def _mixture(rows: int) -> tuple[pyro.plate, Tensor]:
+    return pyro.plate("rows", rows), pyro.param("w", uniform(2), constraint=simplex)
+
+
+def censored_mixture(y: Tensor, lower: float, upper: Tensor) -> None:
+    """A normal response clamped to limits, the upper one of each row its own."""
+    rows, w = _mixture(len(y))
+    mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+    sd = pyro.param("sd", torch.ones(2), constraint=positive)
+    with rows:
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("y", Censored(dist.Normal(mu[z], sd[z]), lower, upper), obs=y)
+
+
+def interval_mixture(intervals: Tensor) -> None:
+    """Exponential durations known to lie in intervals (N, 2)."""
+    rows, w = _mixture(len(intervals))
+    rate = pyro.param("rate", torch.tensor([0.5, 2.0]), constraint=positive)
+    with rows:
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("y", IntervalCensored(dist.Exponential(rate[z])), obs=intervals)
+
+
+def zero_truncated_mixture(counts: Tensor) -> None:
+    """Poisson counts of which zeros are never seen."""
+    rows, w = _mixture(len(counts))
+    rate = pyro.param("rate", torch.tensor([1.0, 4.0]), constraint=positive)
+    with rows:
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("y", Truncated(dist.Poisson(rate[z]), lower=1), obs=counts)
+
+
+def censored_weibull(y: Tensor, upper: Tensor) -> None:
+    """No latents and no closed form."""
+    scale = pyro.param("scale", torch.tensor(1.0), constraint=positive)
+    shape = pyro.param("shape", torch.tensor(1.0), constraint=positive)
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", Censored(dist.Weibull(scale, shape), upper=upper), obs=y)

@@ -111,9 +111,10 @@ class Grouped:
             if name not in self._centers:
                 center = site_center(group.record, argument_cells(group.record, arguments))
                 self._centers[name] = center
-                self._statistics[name] = site_statistics(group.record, arguments, center)
+                if group.record.family is None or not group.record.family.latent_response:
+                    self._statistics[name] = site_statistics(group.record, arguments, center)
             weight = _weight(group, posterior)
-            return site_moments(group.record, arguments, weight, self._centers[name], self._statistics[name])
+            return site_moments(group.record, arguments, weight, self._centers[name], self._statistics.get(name))
 
         sufficient = Sufficient(problem, program.sites, arguments, moments_of, program.counted)
         for name, theta in params.items():

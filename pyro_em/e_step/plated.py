@@ -189,9 +189,10 @@ class Plated:
         return site_moments(site, arguments, weight, None, self._statistics[name])
 
     def _moments_outside(self, name: str, arguments: dict[str, Tensor]) -> SiteMoments:
-        """Sites that no latent reaches have the same moments at every E-step."""
-        if name not in self._fixed:
-            site = self.run.sites[name]
+        """Sites that no latent reaches have the same moments at every E-step, unless their response is latent."""
+        site = self.run.sites[name]
+        assert site.family is not None
+        if name not in self._fixed or site.family.latent_response:
             weight = site_weight(site, self.problem.graph.factors[name], None)
             center = site_center(site, argument_cells(site, arguments))
             self._fixed[name] = site_moments(site, arguments, weight, center)

@@ -4,6 +4,9 @@
 its parameters are maximised numerically.
 """
 
+from typing import Any
+
+from pyro_em.distributions import Coarse
 from pyro_em.families.base import (
     CHOLESKY,
     IDENTITY,
@@ -17,9 +20,11 @@ from pyro_em.families.base import (
 )
 from pyro_em.families.categorical import CategoricalFamily, MultinomialFamily, OneHotCategoricalFamily
 from pyro_em.families.dirichlet import BetaFamily, DirichletFamily
+from pyro_em.families.moments import EXPECTED
 from pyro_em.families.multivariate_normal import MultivariateNormalFamily
 from pyro_em.families.normal import HalfNormalFamily, LogNormalFamily, NormalFamily
 from pyro_em.families.positive import ExponentialFamily, GammaFamily, InverseGammaFamily, PoissonFamily
+from pyro_em.families.response import ResponseFamily
 from pyro_em.families.trials import BernoulliFamily, BinomialFamily, GeometricFamily, NegativeBinomialFamily
 from pyro_em.families.uniform import UniformFamily
 from pyro_em.families.wishart import InverseWishartFamily, WishartFamily
@@ -64,6 +69,22 @@ def family_of(distribution: type) -> Family | None:
     return FAMILIES.get(distribution)
 
 
+_RESPONSES: dict[tuple[Family, type], ResponseFamily] = {}
+
+
+def family_for(distribution: Any) -> Family | None:
+    """The family of a distribution object: `family_of` its class, or that of a response seen only in part."""
+    if not isinstance(distribution, Coarse):
+        return family_of(type(distribution))
+    complete = family_of(type(distribution.base))
+    if complete is None or complete.name not in EXPECTED:
+        return None
+    key = (complete, type(distribution))
+    if key not in _RESPONSES:
+        _RESPONSES[key] = ResponseFamily(complete, type(distribution))
+    return _RESPONSES[key]
+
+
 __all__ = [
     "CHOLESKY",
     "FAMILIES",
@@ -75,5 +96,6 @@ __all__ = [
     "Link",
     "OneHotStatistic",
     "Statistic",
+    "family_for",
     "family_of",
 ]

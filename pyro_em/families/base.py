@@ -118,6 +118,23 @@ class Family(ABC):
     centered: ClassVar[bool] = False
     """Whether `statistics` and the kernels use a `center`; the first statistic is then the location."""
 
+    latent_response: ClassVar[bool] = False
+    """The value is seen only in part, so that `statistics` depend on the arguments that move (response.py)."""
+
+    @property
+    def name(self) -> str:
+        """As plans and messages call it."""
+        return self.distribution.__name__
+
+    def location(self, value: Tensor) -> Tensor:
+        """Of a `centered` family: where the data lie, in the coordinate of the first statistic."""
+        (first, *_) = self.statistics(value)
+        return first.dense()
+
+    def complete_count(self, args: Arguments) -> Tensor | float:
+        """Of a latent response: expected number of complete observations behind each one that was seen."""
+        return 1.0
+
     def log_prob(self, args: Arguments, value: Tensor) -> Tensor:
         """log density or mass at `value`, shape broadcast(U of args, U of value).
 

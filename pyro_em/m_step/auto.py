@@ -23,6 +23,7 @@ from pyro_em.errors import InputError, Refusal
 from pyro_em.m_step.closed import NotClosed
 from pyro_em.m_step.linear import linear_blocks
 from pyro_em.m_step.numeric import Block, ascend, ascend_with, maximise
+from pyro_em.m_step.responses import not_completed
 from pyro_em.m_step.separate import Separate
 from pyro_em.m_step.unit import Unit
 from pyro_em.model.compat import with_dims
@@ -123,6 +124,10 @@ class MStep:
         for name, own in options.items():
             if name not in choices:
                 choices[name] = self._choice(name, own, uniform.sufficient)
+        numeric = [name for name, choice in choices.items() if choice.route == "numeric"]
+        for unit, reason in not_completed(self.units, numeric, self.uses, run.sites):
+            self.units.remove(unit)
+            choices |= {name: Choice("numeric", reason) for name in unit.names}
         return {name: choices[name] for name in self.problem.parameters}
 
     def _choice(self, name: str, wanted: str, uniform: Sufficient) -> Choice:
@@ -152,8 +157,7 @@ class MStep:
         rest = (*self.numeric, *self.gradient)
         if rest:
             block = Block.of_q(self.problem, params, expectation.weights, rest)
-            _, gradient, _ = block.gradient(block.free())
-            largest = max(largest, _largest(gradient))
+            largest = max(largest, _largest(block.slope()))
         return largest
 
     def closed_score(self, params: Params, sufficient: Sufficient) -> Tensor:

@@ -129,7 +129,7 @@ def combine(
 
 
 def _label(use: Use, site: SiteRecord) -> str:
-    name = type(site.family).distribution.__name__ if site.family is not None else "?"
+    name = site.family.name if site.family is not None else "?"
     return f"prior {name}" if use.slot == VALUE else f"{name}.{use.slot}"
 
 

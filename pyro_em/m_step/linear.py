@@ -118,7 +118,7 @@ class Linear:
         """What the plan says of a member; `open_ended` are those that the design cannot tell apart."""
         labels = []
         for use in self.uses[name]:
-            family = type(run.sites[use.site].family).distribution.__name__  # type: ignore[union-attr]
+            family = run.sites[use.site].family.name  # type: ignore[union-attr]
             labels.append(f"prior {family}" if use.slot == VALUE else f"{family}.{use.slot}")
         others = [f"'{n}'" for n in self.names if n != name]
         text = f"linear solve ({', '.join(dict.fromkeys(labels))})"

@@ -28,7 +28,7 @@ from pyro_em.design import Column, Design, Piece
 from pyro_em.families import Statistic
 from pyro_em.model.density import clean_value
 from pyro_em.model.trace import SiteRecord
-from pyro_em.statistics import SiteMoments, argument_cells, site_moments, site_statistics
+from pyro_em.statistics import SiteMoments, argument_cells, complete_count, site_moments, site_statistics
 from pyro_em.sufficient import Sufficient
 
 LOST = 1e-5  # share of the residual sum of squares below which it is summed anew instead of updated
@@ -55,9 +55,12 @@ class Location(ABC):
     """A site's location near the parameters of one E-step; `move` follows the block."""
 
     def __init__(self, own: LocationSite, weight: Tensor, sufficient: Sufficient, size: int) -> None:
-        self.own, self.weight, self.sufficient = own, weight, sufficient
-        self.reached = weight if own.free is None else weight * own.free
+        self.own, self.sufficient = own, sufficient
         self.site: SiteRecord = sufficient.sites[own.name]
+        # A response seen only in part is completed at the arguments of the E-step, whatever moves since.
+        self._at = dict(sufficient.arguments[own.name])
+        self.weight = weight * complete_count(self.site, self._at)
+        self.reached = self.weight if own.free is None else self.weight * own.free
         self.delta = torch.zeros(size, dtype=torch.float64)
 
     @property
@@ -84,7 +87,7 @@ class Location(ABC):
     def _residuals_around(self, location: Tensor) -> tuple[Tensor, SiteMoments]:
         """y − location at the cells, and its moments at the cells of the other arguments."""
         others = self._others
-        statistics = site_statistics(self.site, self.sufficient.arguments[self.own.name], location)
+        statistics = site_statistics(self.site, self._at, location)
         moments = site_moments(self.site, others, self.weight, None, statistics)
         first = statistics[0]
         assert isinstance(first, Statistic)

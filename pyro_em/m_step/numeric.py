@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.charts import Chart, chart
+from pyro_em.errors import NonFiniteError
 from pyro_em.model.trace import Run
 from pyro_em.problem import Problem
 from pyro_em.types import Params
@@ -83,6 +84,23 @@ class Block:
                     parts[self.names.index(name)] = own.reshape(-1).double()
             total = torch.cat(parts)
         return q, total, leaves
+
+    def slope(self) -> Tensor:
+        """The gradient where the block stands.
+
+        :raises NonFiniteError: if it has a NaN: maxima pass over it, and a score of 0 is convergence.
+        """
+        _, gradient, _ = self.gradient(self.free())
+        for name, part in zip(self.names, torch.split(gradient, self.sizes), strict=True):
+            if bool(part.isnan().any()):
+                raise NonFiniteError(
+                    name,
+                    f"Parameter '{name}': the derivative of the log-density in it is NaN, though the log-density is "
+                    "finite. Some operation of the model has no derivative at these values (a power or root of 0, "
+                    "inf - inf in a branch of torch.where): change the start, or replace the argument before the "
+                    "operation.",
+                )
+        return gradient
 
     def hessian(self, u: Tensor) -> tuple[float, Tensor, Tensor]:
         q, gradient, leaves = self.gradient(u, create_graph=True)

@@ -20,6 +20,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_em.distributions import Coarse
 from pyro_em.errors import InputError
 from pyro_em.model import compat
 from pyro_em.model.labels import observe_labels
@@ -122,7 +123,8 @@ def _check_data(name: str, fn: Any, value: Tensor, mask: Any) -> None:
         keep = keep & over_batch.reshape(over_batch.shape + (1,) * fn.event_dim)
     if over_elements is not None:
         keep = keep & detach_provenance(over_elements)
-    finite = rows.isfinite() if rows.is_floating_point() else torch.ones_like(rows, dtype=torch.bool)
+    infinite_values = isinstance(compat.base_distribution(fn), Coarse) and compat.base_distribution(fn).infinite_values
+    finite = ~rows.isnan() if infinite_values or not rows.is_floating_point() else rows.isfinite()
     bad = (~finite & keep).reshape(*batch, -1).any(-1)
     if bool(bad.any()):
         raise InputError(

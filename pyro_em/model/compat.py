@@ -20,6 +20,8 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
+from pyro_em.distributions import Coarse
+
 Site = dict[str, Any]
 RawArguments = dict[str, Any]
 
@@ -89,8 +91,15 @@ def base_distribution(fn: Any) -> Any:
 
 
 def raw_arguments(fn: Any) -> RawArguments | None:
-    """Raw constructor arguments of a site's base distribution, or None if it was not recorded."""
-    return getattr(base_distribution(fn), _RAW, None)
+    """Raw constructor arguments of a site's base distribution, or None if it was not recorded.
+
+    Those of a response seen only in part are the complete response's and the limits.
+    """
+    raw: RawArguments | None = getattr(base_distribution(fn), _RAW, None)
+    if raw is None or not isinstance(base_distribution(fn), Coarse):
+        return raw
+    complete = raw_arguments(raw["base"])
+    return None if complete is None else {**complete, **{name: raw[name] for name in raw if name != "base"}}
 
 
 def prune_and_symbolize(trace: Trace) -> Trace:

@@ -48,8 +48,13 @@ def rows_of(site: SiteRecord, name: str, begin: int, count: int) -> SiteRecord:
     shape = list(site.batch_shape)
     shape[len(shape) + dim] = min(count, shape[len(shape) + dim])
     arguments = {a: cut(v, elements + site.family.arguments[a]) for a, v in site.arguments.items()}
+    constants = {
+        name: cut(v, elements) if isinstance(v, Tensor) and v.dim() > elements else v
+        for name, v in site.constants.items()
+    }
     return dataclasses.replace(
         site,
+        constants=constants,
         value=cut(site.value, site.fn.event_dim),
         arguments=arguments,
         mask=None if site.mask is None else cut(site.mask, 0),

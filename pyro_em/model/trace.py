@@ -24,7 +24,7 @@ from pyro.infer import config_enumerate
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_em.families import Family, family_of
+from pyro_em.families import Family, family_for
 from pyro_em.model import compat
 from pyro_em.model.labels import observe_labels
 from pyro_em.model.timeline import Loop, running
@@ -188,7 +188,7 @@ def _record(name: str, site: dict[str, Any]) -> SiteRecord:
     batch_mask = _unexpanded(batch_mask, plate_dims, 0)
     element_mask = _unexpanded(element_mask, plate_dims, element_dims)
     raw = compat.raw_arguments(fn)
-    family = family_of(type(base)) if raw is not None else None
+    family = family_for(base) if raw is not None else None
     arguments: dict[str, Tensor] | None = None
     constants: dict[str, Any] = {}
     if family is not None and raw is not None:

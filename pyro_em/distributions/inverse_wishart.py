@@ -1,4 +1,4 @@
-"""Distributions which Pyro does not have: the inverse Wishart.
+"""The inverse Wishart, which Pyro does not have.
 
     log p(Σ | ν, Ψ) = ½ν log|Ψ| − ½νD log 2 − log Γ_D(ν/2) − ½(ν+D+1) log|Σ| − ½ tr(Ψ Σ⁻¹)
 

@@ -1,0 +1,6 @@
+"""Distributions which Pyro does not have: the inverse Wishart, and responses seen only in part."""
+
+from pyro_em.distributions.coarse import Censored, Coarse, IntervalCensored, Truncated
+from pyro_em.distributions.inverse_wishart import InverseWishart
+
+__all__ = ["Censored", "Coarse", "IntervalCensored", "InverseWishart", "Truncated"]
