@@ -109,8 +109,8 @@ class SimplexChart(Chart):
         return logits.reshape(self.logits.shape).softmax(-1)
 
     def pull_back(self, value: Tensor, gradient: Tensor) -> Tensor:
-        # ∂p_j/∂u_k = p_j (1[j = k] − p_k); a zero entry does not move, whatever its gradient.
-        weighted = torch.where(value > 0, value * gradient, torch.zeros_like(value))
+        # ∂p_j/∂u_k = p_j (1[j = k] − p_k); an entry of 0, or whose logarithm's gradient overflows, does not move.
+        weighted = torch.where(value > 1e-300, value * gradient, torch.zeros_like(value))
         return (weighted - value * weighted.sum(-1, keepdim=True)).flatten()[self.index]
 
 

@@ -19,7 +19,7 @@ from torch.distributions import constraints, transform_to
 
 import pyro_em
 from pyro_em.e_step.auto import choose_engine
-from pyro_em.e_step.base import Expectation
+from pyro_em.e_step.base import Expectation, NotCompiled
 from pyro_em.e_step.grouped import Grouped, compile_grouped
 from pyro_em.e_step.interpreted import Interpreted
 from pyro_em.errors import NonFiniteError
@@ -283,7 +283,10 @@ def test_problems(problem: Any) -> None:
     weights = None if problem.weights is None else {problem.plate: problem.weights}
     bound = bind(problem.model, problem.args, {}, with_prior=problem.priors, weights=weights)
     m_step = MStep(bound, "auto", "em")
-    if set(m_step.free) == set(m_step.closed) and not bound.graph.loops:
+    if problem.name == "censored_mixture":
+        with pytest.raises(NotCompiled, match="constants of a shape of their own"):  # one limit per row
+            compile_grouped(bound)
+    elif set(m_step.free) == set(m_step.closed) and not bound.graph.loops:
         _agree(bound, problem.start())
     else:
         assert isinstance(choose_engine(bound, m_step), Interpreted)
