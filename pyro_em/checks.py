@@ -36,7 +36,7 @@ def at_start(problem: Problem, params: Params) -> None:
 def _same_for_all_states(site: SiteRecord, symbol: str) -> bool:
     """No argument of the site varies along the latent's dim (a site that hides its arguments may)."""
     dim = next(d for d, s in site.symbols.items() if s == symbol)
-    if site.family is None or site.arguments is None:
+    if site.family is None or site.arguments is None or site.family.integrates:
         return False
     for name, value in site.arguments.items():
         position = value.dim() - site.family.arguments[name] - site.element_dims + dim

@@ -22,6 +22,7 @@ from pyro_em.model.packing import align
 from pyro_em.model.sequences import BySequence, Sequence, sequences
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.problem import Problem
+from pyro_em.statistics import with_integrated
 from pyro_em.types import Params
 
 DRAWS = "⊗"  # symbol of the extra plate over draws
@@ -145,8 +146,9 @@ class Posterior:
 
     def entropy(self) -> float:
         """Entropy of the posterior in nats, weighted like the log-likelihood; latents without data left out."""
-        evidence, _ = self._e_step
-        q, _ = _without_prior(self.problem).expected_log_joint(self.params, evidence.weights)
+        evidence, run = self._e_step
+        weights = with_integrated(run, self.problem.graph, evidence.weights)
+        q, _ = _without_prior(self.problem).expected_log_joint(self.params, weights)
         return max(0.0, float(evidence.log_likelihood) - float(q.detach()))
 
     def pointwise(self) -> Tensor:

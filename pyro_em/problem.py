@@ -8,7 +8,7 @@ Every faster path is tested against this one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from pyro_em.errors import InputError, NonFiniteError, Refusal
 from pyro_em.evidence.discrete import Evidence, evaluate, weighted_sum
+from pyro_em.evidence.integrated import Integrated
+from pyro_em.families import Family
 from pyro_em.model.capture import Capture, ParameterRecord, capture
 from pyro_em.model.certify import certify_factors
 from pyro_em.model.certify_loops import certify_loops
@@ -68,6 +70,16 @@ class Problem:
         """Every argument is known as a function of the parameters, so that the model need not run again."""
         return all(use.known for uses in self.uses.values() for use in uses)
 
+    def family(self, site: str) -> Family | None:
+        """Family of a site, None where it is unknown."""
+        record = self._first.sites.get(site)
+        return None if record is None else record.family
+
+    @property
+    def sites(self) -> tuple[SiteRecord, ...]:
+        """Sites of a run at the start."""
+        return tuple(self._first.sites.values())
+
     @cached_property
     def _first(self) -> Run:
         with torch.no_grad():
@@ -105,11 +117,11 @@ class Problem:
             leaves = self.run(self.start).leaves
         return {name: leaves[name] for name in names if name in leaves}
 
-    def factors(self, run: Run) -> dict[str, Tensor]:
-        """Packed log-density of every site of a run, laid out as in the graph."""
-        found = {name: packed_log_density(site) for name, site in run.sites.items()}
-        if found.keys() != self.graph.factors.keys():
-            changed = sorted(found.keys() ^ self.graph.factors.keys())
+    def factors(self, run: Run, without: Collection[str] = ()) -> dict[str, Tensor]:
+        """Packed log-density of every site of a run (but of those `without`), laid out as in the graph."""
+        found = {name: packed_log_density(site) for name, site in run.sites.items() if name not in without}
+        if run.sites.keys() != self.graph.factors.keys():
+            changed = sorted(run.sites.keys() ^ self.graph.factors.keys())
             raise Refusal(
                 changed[0],
                 "the model's sites changed between two runs, so its structure depends on the parameters or on "
@@ -159,20 +171,28 @@ class Problem:
             "state). Change the starting values or the structural zeros, or check these rows."
         )
 
-    def expected_log_joint(self, params: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> tuple[Tensor, Run]:
+    def expected_log_joint(
+        self, params: Mapping[str, Tensor], weights: Mapping[str, Tensor | Integrated]
+    ) -> tuple[Tensor, Run]:
         """Q(θ) = E_q[log p(x,z|θ)] (+ log p(θ) if priors count), differentiable in `params`.
 
-        :param weights: posterior weights of every factor with latents, as in `Evidence.weights`.
+        :param weights: posterior weights of every factor with latents, as in `Evidence.weights`, or the posterior
+            of the latents inside of a site.
         """
         with torch.enable_grad():
             run = self.replayed(params) if self.recognised else self.run(params)
-            factors = self.factors(run)
+            inside = {name: own for name, own in weights.items() if isinstance(own, Integrated)}
+            factors = self.factors(run, without=inside)
             total = torch.zeros((), dtype=torch.float64)
             for name, factor in factors.items():
                 if name in self.graph.priors and not self.with_prior:
                     continue
-                weight = multiply(weights.get(name), self.graph.factors[name].weight)
+                posterior = weights.get(name)
+                assert not isinstance(posterior, Integrated)
+                weight = multiply(posterior, self.graph.factors[name].weight)
                 total = total + weighted_sum(factor, _onto(weight, dims_of(factor)))
+            for name, own in inside.items():
+                total = total + own.expected_log_density(run.sites[name])
         return total, run
 
     def objective(self, evidence: Evidence) -> float:

@@ -17,13 +17,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from pyro_em.evidence.integrated import Integrated, integrate, integrates
 from pyro_em.families.base import AnyStatistic, OneHotStatistic
 from pyro_em.families.numerics import broadcast_shapes
 from pyro_em.model import compat
 from pyro_em.model.density import clean_value
-from pyro_em.model.graph import FactorInfo
+from pyro_em.model.graph import FactorGraph, FactorInfo
 from pyro_em.model.packing import multiply
-from pyro_em.model.trace import SiteRecord
+from pyro_em.model.trace import Run, SiteRecord
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,37 @@ class SiteMoments:
     center: Tensor | None
     override: Mapping[str, Tensor] = field(default_factory=dict)
     total: SiteMoments | None = None
+
+
+Posteriors = Mapping[str, Tensor | Integrated]
+"""By site: posterior weights of its factor, or the moments of what is inside."""
+
+
+def with_integrated(run: Run, graph: FactorGraph, weights: Mapping[str, Tensor]) -> dict[str, Tensor | Integrated]:
+    """Posterior weights with the posteriors of sites that have latents inside put in."""
+    found: dict[str, Tensor | Integrated] = dict(weights)
+    for name, site in run.sites.items():
+        if integrates(site):
+            found[name] = integrate(site, site_weight(site, graph.factors[name], weights.get(name)))
+    return found
+
+
+def expected_moments(
+    site: SiteRecord,
+    info: FactorInfo,
+    posterior: Tensor | Integrated | None,
+    arguments: dict[str, Tensor],
+    center: Tensor | None = None,
+) -> SiteMoments:
+    """Moments of a site given its posterior weights, at the cells of its arguments."""
+    cells = argument_cells(site, arguments)
+    if integrates(site):
+        if not isinstance(posterior, Integrated):
+            posterior = integrate(site, site_weight(site, info, posterior))
+        return SiteMoments(posterior.moments, cells, None)
+    assert not isinstance(posterior, Integrated)
+    weight = site_weight(site, info, posterior)
+    return site_moments(site, arguments, weight, site_center(site, cells) if center is None else center)
 
 
 def site_weight(site: SiteRecord, info: FactorInfo, posterior: Tensor | None) -> Tensor:

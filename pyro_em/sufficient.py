@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_em.model.recognise import VALUE, Use
 from pyro_em.model.trace import SiteRecord
 from pyro_em.problem import Problem
-from pyro_em.statistics import SiteMoments, argument_cells, site_center, site_moments, site_weight
+from pyro_em.statistics import Posteriors, SiteMoments, argument_cells, site_center, site_moments, site_weight
 
 Arguments = dict[str, dict[str, Tensor]]
 MomentsOf = Callable[[str, dict[str, Tensor]], SiteMoments]
@@ -50,7 +50,7 @@ class Sufficient:
         self._changes = dict.fromkeys(sites, 0)
         # Sites whose location the M-step keeps itself: a function that gives their residual moments.
         self.locations: dict[str, Any] = {}
-        self.posterior: Callable[[], Mapping[str, Tensor]] | None = None  # posterior weights of every factor
+        self.posterior: Callable[[], Posteriors] | None = None  # posterior weights of every factor
         self.weights: dict[str, Tensor] = {}  # made of these by the M-step, by site
         self.kernels: dict[str, Any] = {}  # the M-step's total kernels, with the version they were made for
 

@@ -18,8 +18,9 @@ COMPAT = PACKAGE / "model" / "compat.py"
 MINI = PACKAGE / "mini.py"  # the idea on one page: it stands alone, so it has private names of its own
 
 LAYERS = """
-    types errors settings files version | constraint_names charts distributions kernels table tape | slopes families
-    model | store stop evidence | problem options | statistics posterior predict design | sufficient | e_step.base
+    types errors settings files version | constraint_names charts distributions kernels table tape state_space
+    slopes families | model | store stop evidence | problem options | statistics | posterior predict design
+    sufficient | e_step.base
     m_step | evaluator | loop explain information | pointwise e_step accelerate checks progress | initialise
     elbo result | em guides | ascent | svi | fit | summary plots checkpoint | arviz | __init__ | cli | __main__ | mini
 """

@@ -7,12 +7,14 @@ the reference and fails loudly if the two differ.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 
 from pyro_em.e_step.base import Engine, NotCompiled
 from pyro_em.e_step.grouped import compile_grouped
+from pyro_em.e_step.inside import compile_inside
 from pyro_em.e_step.interpreted import Interpreted
 from pyro_em.e_step.plated import Plated, compile_plated
 from pyro_em.errors import PyroEMError
@@ -30,6 +32,9 @@ AGREEMENT = 1e-9  # relative difference of a compiled and the reference log-like
 
 def choose_engine(problem: Problem, m_step: MStep) -> Engine:
     """The first compiled engine that accepts the problem, else the interpreter with the reasons."""
+    if m_step.all_closed and any(site.family is not None and site.family.integrates for site in problem.sites):
+        with contextlib.suppress(NotCompiled):
+            return compile_inside(problem)
     if not m_step.separate:
         mixed = [n for n in m_step.free if any(use.index is None for use in problem.uses[n])]
         return Interpreted(problem, f"'{(mixed or m_step.free)[0]}' has no closed form on sufficient statistics")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from pyro_em.statistics import Posteriors
 from pyro_em.sufficient import Sufficient
 from pyro_em.types import Params
 
@@ -25,11 +26,11 @@ class Expectation:
     log_prior: float
     magnitude: float
     sufficient: Sufficient
-    posterior: Callable[[], Mapping[str, Tensor]]
+    posterior: Callable[[], Posteriors]
 
     @cached_property
-    def weights(self) -> Mapping[str, Tensor]:
-        """Posterior weights of every factor, packed like the factor."""
+    def weights(self) -> Posteriors:
+        """Posterior weights of every factor, packed like the factor (or the posterior of what is inside of a site)."""
         return self.posterior()
 
 

@@ -8,7 +8,7 @@ from pyro_em.e_step.base import Expectation
 from pyro_em.evidence.discrete import Evidence
 from pyro_em.model.trace import Run
 from pyro_em.problem import Problem
-from pyro_em.statistics import SiteMoments, argument_cells, site_center, site_moments, site_weight
+from pyro_em.statistics import SiteMoments, argument_cells, expected_moments, site_center, with_integrated
 from pyro_em.sufficient import Sufficient, raw_arguments
 from pyro_em.types import Params
 
@@ -37,17 +37,18 @@ def expectation(
     """
     known = {} if centers is None else centers
 
+    weights = with_integrated(run, problem.graph, evidence.weights)
+
     def moments_of(name: str, arguments: dict[str, Tensor]) -> SiteMoments:
         site = run.sites[name]
         if name not in known:
             known[name] = site_center(site, argument_cells(site, arguments))
-        weight = site_weight(site, problem.graph.factors[name], evidence.weights.get(name))
-        return site_moments(site, arguments, weight, known[name])
+        return expected_moments(site, problem.graph.factors[name], weights.get(name), arguments, known[name])
 
     return Expectation(
         log_likelihood=float(evidence.log_likelihood),
         log_prior=float(evidence.log_prior),
         magnitude=evidence.magnitude,
         sufficient=Sufficient(problem, run.sites, raw_arguments(run.sites), moments_of),
-        posterior=lambda: evidence.weights,
+        posterior=lambda: weights,
     )

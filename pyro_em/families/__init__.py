@@ -25,6 +25,7 @@ from pyro_em.families.multivariate_normal import MultivariateNormalFamily
 from pyro_em.families.normal import HalfNormalFamily, LogNormalFamily, NormalFamily
 from pyro_em.families.positive import ExponentialFamily, GammaFamily, InverseGammaFamily, PoissonFamily
 from pyro_em.families.response import ResponseFamily
+from pyro_em.families.state_space import SITES, GaussianHMMFamily, LinearHMMFamily
 from pyro_em.families.trials import BernoulliFamily, BinomialFamily, GeometricFamily, NegativeBinomialFamily
 from pyro_em.families.uniform import UniformFamily
 from pyro_em.families.wishart import InverseWishartFamily, WishartFamily
@@ -50,10 +51,16 @@ _FAMILIES: tuple[Family, ...] = (
     UniformFamily(),
     InverseWishartFamily(),
     WishartFamily(),
+    GaussianHMMFamily(),
+    LinearHMMFamily(),
 )
 
 FAMILIES: dict[type, Family] = {family.distribution: family for family in _FAMILIES}
 """Every family by its Pyro distribution class."""
+
+
+LOCATIONS = frozenset({"loc", *GaussianHMMFamily.by_entries, *(f"{site}.loc" for site in SITES)})
+"""Arguments that say where a value lies: they are updated before the spread around it."""
 
 
 def family_of(distribution: type) -> Family | None:
@@ -89,6 +96,7 @@ __all__ = [
     "CHOLESKY",
     "FAMILIES",
     "IDENTITY",
+    "LOCATIONS",
     "LOGIT",
     "NORMALISED",
     "SOFTMAX",

@@ -115,6 +115,10 @@ class Family(ABC):
     """Arguments which have a `kernel`."""
     diagonal: ClassVar[frozenset[str]] = frozenset()
     """Matrix arguments which have a `diagonal_kernel`."""
+    by_entries: ClassVar[frozenset[str]] = frozenset()
+    """Matrix arguments whose kernel is quadratic in all their entries in a row, event shape (rows x columns,)."""
+    integrates: ClassVar[bool] = False
+    """Whether the distribution has latents inside, whose posterior `posterior_moments` gives."""
     centered: ClassVar[bool] = False
     """Whether `statistics` and the kernels use a `center`; the first statistic is then the location."""
 
@@ -146,6 +150,21 @@ class Family(ABC):
         result: Tensor = self.distribution(**kept, validate_args=False).log_prob(value)
         return result
 
+    def accepts(self, raw: Mapping[str, Any]) -> bool:
+        """Whether a distribution with these constructor arguments is of this family."""
+        return True
+
+    def posterior_moments(self, args: Arguments, value: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Log density (batch shape), and moments for the kernels of a family that `integrates`, given the value.
+
+        :param weight: of every batch element, float64; it multiplies the moments only.
+        """
+        raise NotImplementedError
+
+    def expected_log_density(self, args: Arguments, moments: Moments) -> Tensor:
+        """E log p(value, latents inside | args) under the posterior behind `moments`, a number."""
+        raise NotImplementedError
+
     def statistics(
         self, value: Tensor, args: Arguments | None = None, center: Tensor | None = None
     ) -> tuple[AnyStatistic, ...]:
@@ -166,6 +185,14 @@ class Family(ABC):
         broadcast against U. The kernel is in the argument's canonical coordinate (`link`).
         """
         return None
+
+    def couples(self, one: str, other: str) -> bool:
+        """Whether two arguments are parts of one location, so that `cross_precision` gives a block."""
+        return False
+
+    def cross_precision(self, one: str, other: str, moments: Moments, args: Arguments) -> Tensor:
+        """-∂²Q between the entries (matrices: in a row) of two arguments that couple, shape U + (entries, entries)."""
+        raise NotImplementedError
 
     def diagonal_kernel(
         self, argument: str, moments: Moments, args: Arguments, center: Tensor | None = None

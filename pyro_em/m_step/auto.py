@@ -20,17 +20,19 @@ from torch import Tensor
 
 from pyro_em.e_step.base import Expectation
 from pyro_em.errors import InputError, Refusal
+from pyro_em.families import LOCATIONS
 from pyro_em.m_step.closed import NotClosed
 from pyro_em.m_step.linear import linear_blocks
 from pyro_em.m_step.numeric import Block, ascend, ascend_with, maximise
 from pyro_em.m_step.responses import not_completed
 from pyro_em.m_step.separate import Separate
+from pyro_em.m_step.states import state_blocks
 from pyro_em.m_step.unit import Unit
 from pyro_em.model.compat import with_dims
 from pyro_em.model.trace import Run
 from pyro_em.model.use import Use
 from pyro_em.problem import Problem
-from pyro_em.statistics import SiteMoments, argument_cells, site_center, site_moments, site_weight
+from pyro_em.statistics import Posteriors, SiteMoments, expected_moments
 from pyro_em.sufficient import MomentsOf, Sufficient, raw_arguments
 from pyro_em.types import Params
 
@@ -80,9 +82,14 @@ class MStep:
         return (*self.closed, *self.numeric, *self.gradient)
 
     @property
+    def all_closed(self) -> bool:
+        """Every moving parameter has a closed form."""
+        return not (self.numeric or self.gradient)
+
+    @property
     def separate(self) -> bool:
         """Every moving parameter has a closed form of its own, on the moments of its sites."""
-        return not (self.numeric or self.gradient) and all(isinstance(unit, Separate) for unit in self.units)
+        return self.all_closed and all(isinstance(unit, Separate) for unit in self.units)
 
     def _counted(self, name: str) -> tuple[Use, ...]:
         """Uses that enter Q: without priors when they do not count."""
@@ -90,7 +97,7 @@ class MStep:
         return tuple(use for use in self.problem.uses[name] if use.site not in priors)
 
     def _order(self, name: str) -> int:
-        return 0 if any(use.slot == "loc" for use in self.uses[name]) else 1
+        return 0 if any(use.slot in LOCATIONS for use in self.uses[name]) else 1
 
     def _wanted(self, option: Any, algorithm: str) -> tuple[dict[str, str], str]:
         """What the caller asks for some parameters, and for all others."""
@@ -121,6 +128,9 @@ class MStep:
             open_ended = block.unidentified(block.precision(start, _opened(uniform)))
             self.collinear |= open_ended
             choices |= {name: Choice("closed", block.rule(name, run, open_ended)) for name in block.names}
+        for states in state_blocks(self.problem, run.sites, {n: own for n, own in exact.items() if n not in choices}):
+            self.units.append(states)
+            choices |= dict.fromkeys(states.names, Choice("closed", states.rule()))
         for name, own in options.items():
             if name not in choices:
                 choices[name] = self._choice(name, own, uniform.sufficient)
@@ -249,13 +259,11 @@ def _bound(params: Params) -> float:
     return CERTIFICATE if double else CERTIFICATE_FLOAT32
 
 
-def _moments(problem: Problem, run: Run, weights: Mapping[str, Tensor]) -> MomentsOf:
+def _moments(problem: Problem, run: Run, weights: Posteriors) -> MomentsOf:
     """Moments from posterior weights, at the arguments of a fresh run."""
 
     def moments_of(name: str, arguments: dict[str, Tensor]) -> SiteMoments:
-        site = run.sites[name]
-        weight = site_weight(site, problem.graph.factors[name], weights.get(name))
-        return site_moments(site, arguments, weight, site_center(site, argument_cells(site, arguments)))
+        return expected_moments(run.sites[name], problem.graph.factors[name], weights.get(name), arguments)
 
     return moments_of
 

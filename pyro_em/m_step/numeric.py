@@ -7,7 +7,7 @@ rounding). Large blocks: `torch.optim.LBFGS` with strong Wolfe line search. A gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from pyro_em.charts import Chart, chart
 from pyro_em.errors import NonFiniteError
 from pyro_em.model.trace import Run
 from pyro_em.problem import Problem
+from pyro_em.statistics import Posteriors
 from pyro_em.types import Params
 
 NEWTON_LIMIT = 120  # free coordinates; the Hessian costs one backward pass each
@@ -38,7 +39,7 @@ class Block:
     names: tuple[str, ...]
 
     @classmethod
-    def of_q(cls, problem: Problem, params: Params, weights: Mapping[str, Tensor], names: tuple[str, ...]) -> Block:
+    def of_q(cls, problem: Problem, params: Params, weights: Posteriors, names: tuple[str, ...]) -> Block:
         """The block of Q(θ) = E_q[log p(x,z|θ)] for given posterior weights."""
         return cls(problem, params, lambda values: problem.expected_log_joint(values, weights), names)
 

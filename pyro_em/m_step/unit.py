@@ -2,6 +2,7 @@
 
     Separate   one parameter, the argmax of the sum of its kernels        (separate.py)
     Linear     affine locations of a coupled block, one linear solve      (linear.py)
+    States     the same for sites with latents inside                     (states.py)
 
 A unit reads and rewrites the arguments of the E-step's `Sufficient`, so that the units after it see its update.
 """
@@ -12,6 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from pyro_em.evidence.integrated import Integrated
 from pyro_em.problem import Problem
 from pyro_em.statistics import site_weight
 from pyro_em.sufficient import Sufficient
@@ -44,5 +46,6 @@ def weight_of(problem: Problem, name: str, sufficient: Sufficient) -> Tensor:
         info = problem.graph.factors[name]
         assert sufficient.posterior is not None
         posterior = None if name in problem.graph.priors else sufficient.posterior().get(name)
+        assert not isinstance(posterior, Integrated)
         sufficient.weights[name] = site_weight(sufficient.sites[name], info, posterior)
     return sufficient.weights[name]

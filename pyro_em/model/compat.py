@@ -93,13 +93,25 @@ def base_distribution(fn: Any) -> Any:
 def raw_arguments(fn: Any) -> RawArguments | None:
     """Raw constructor arguments of a site's base distribution, or None if it was not recorded.
 
-    Those of a response seen only in part are the complete response's and the limits.
+    Those of a response seen only in part are the complete response's and the limits. Those of a distribution that
+    is an argument itself follow as "argument.name", with the dims that its `.to_event` declares.
     """
     raw: RawArguments | None = getattr(base_distribution(fn), _RAW, None)
-    if raw is None or not isinstance(base_distribution(fn), Coarse):
-        return raw
-    complete = raw_arguments(raw["base"])
-    return None if complete is None else {**complete, **{name: raw[name] for name in raw if name != "base"}}
+    if raw is None:
+        return None
+    if isinstance(base_distribution(fn), Coarse):
+        complete = raw_arguments(raw["base"])
+        return None if complete is None else {**complete, **{name: raw[name] for name in raw if name != "base"}}
+    found = dict(raw)
+    inside: dict[str, Any] = {n: v for n, v in raw.items() if isinstance(v, torch.distributions.Distribution)}
+    for name, inner in inside.items():
+        event = inner.event_shape[: inner.event_dim - base_distribution(inner).event_dim]
+        for own, value in (raw_arguments(inner) or {}).items():
+            if event and isinstance(value, int | float | Tensor):
+                value = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.get_default_dtype())
+                value = value.expand(torch.broadcast_shapes(value.shape, event))
+            found[f"{name}.{own}"] = value
+    return found
 
 
 def prune_and_symbolize(trace: Trace) -> Trace:

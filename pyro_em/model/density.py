@@ -8,12 +8,16 @@ distribution whose mask would destroy the sum to one.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from pyro_em.errors import Refusal
+from pyro_em.errors import NonFiniteError, Refusal
 from pyro_em.model import compat
 from pyro_em.model.trace import SiteRecord
+from pyro_em.state_space.steps import SingularInnovation
 
 
 def clean_value(site: SiteRecord) -> Tensor:
@@ -38,6 +42,19 @@ def clean_value(site: SiteRecord) -> Tensor:
     return torch.where(keep, rows, filler)
 
 
+@contextlib.contextmanager
+def naming_singular_steps(site: str) -> Iterator[None]:
+    """A step without a density, met inside of a site's distribution, as an error that names the site."""
+    try:
+        yield
+    except SingularInnovation as error:
+        raise NonFiniteError(
+            site,
+            f"Site '{site}': the covariance of its step {error.step} given the steps before is not positive definite, "
+            "so that it has no density: a noise scale has collapsed, or the start has zeros where noise is needed.",
+        ) from error
+
+
 def log_density(site: SiteRecord, *, masked: bool = True) -> Tensor:
     """Unscaled log-density of a site in Pyro's dim layout (batch shape of the site).
 
@@ -47,7 +64,8 @@ def log_density(site: SiteRecord, *, masked: bool = True) -> Tensor:
     if site.family is None or site.arguments is None:
         result = site.fn.log_prob(value)
     else:
-        result = site.family.log_prob({**site.constants, **site.arguments}, value)
+        with naming_singular_steps(site.name):
+            result = site.family.log_prob({**site.constants, **site.arguments}, value)
         if site.element_mask is not None:
             result = torch.where(site.element_mask, result, result.new_zeros(()))
         if site.element_dims:

@@ -189,6 +189,8 @@ def _record(name: str, site: dict[str, Any]) -> SiteRecord:
     element_mask = _unexpanded(element_mask, plate_dims, element_dims)
     raw = compat.raw_arguments(fn)
     family = family_for(base) if raw is not None else None
+    if family is not None and raw is not None and not family.accepts(raw):
+        family = None
     arguments: dict[str, Tensor] | None = None
     constants: dict[str, Any] = {}
     if family is not None and raw is not None:

@@ -1,0 +1,81 @@
+"""Models whose only latents are inside of observed sites: the model is not run again.
+
+    log p(x|θ) = Σ_sites log p(x_site | arguments_site(θ))
+
+Where every argument is recognised, new parameter values are written into the recorded arguments. A site with
+latents inside (`GaussianHMM`) gives its log-evidence and the moments for the M-step in one pass; what the data
+alone contribute at the other sites is computed by their families.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyro_em.e_step.base import Expectation, NotCompiled
+from pyro_em.evidence.discrete import weighted_sum
+from pyro_em.evidence.integrated import integrate, integrates
+from pyro_em.model.compat import dims_of, pack, with_dims
+from pyro_em.model.density import packed_log_density
+from pyro_em.problem import Problem
+from pyro_em.statistics import SiteMoments, argument_cells, expected_moments, site_center, site_weight
+from pyro_em.sufficient import Sufficient, raw_arguments
+from pyro_em.types import Params
+
+
+class Inside:
+    """The engine; made by `compile_inside`."""
+
+    name = "inside"
+    reason = "the latents are inside of the sites' distributions, their arguments recognised"
+
+    def __init__(self, problem: Problem) -> None:
+        if problem.graph.components:
+            raise NotCompiled("the model has latents of its own")
+        if not problem.recognised:
+            raise NotCompiled("an argument is not recognised")
+        self.problem = problem
+        sites = problem.replayed(problem.start).sites
+        self._weights = {n: site_weight(s, problem.graph.factors[n], None) for n, s in sites.items() if integrates(s)}
+        if not self._weights:
+            raise NotCompiled("no site has latents inside")
+        self._centers: dict[str, Tensor | None] = {}
+
+    def e_step(self, params: Params) -> Expectation:
+        """Exact E-step at `params`; raises `NonFiniteError` as `Problem.evidence` does."""
+        graph = self.problem.graph
+        with torch.no_grad():
+            run = self.problem.replayed(params)
+            inside = {name: integrate(run.sites[name], weight) for name, weight in self._weights.items()}
+            likelihood = prior = magnitude = 0.0
+            for name, site in run.sites.items():
+                terms = pack(inside[name].log_density, site.symbols) if name in inside else packed_log_density(site)
+                total = float(weighted_sum(terms, graph.factors[name].weight))
+                if name in graph.priors:
+                    prior += total
+                else:
+                    likelihood += total
+                    magnitude += float(weighted_sum(with_dims(terms.abs(), dims_of(terms)), graph.factors[name].weight))
+            if not (math.isfinite(likelihood) and math.isfinite(prior)):
+                self.problem.evidence(params)  # names the site and the rows
+
+        def moments_of(name: str, arguments: dict[str, Tensor]) -> SiteMoments:
+            site = run.sites[name]
+            if name not in self._centers:
+                self._centers[name] = None if name in inside else site_center(site, argument_cells(site, arguments))
+            return expected_moments(site, graph.factors[name], inside.get(name), arguments, self._centers[name])
+
+        return Expectation(
+            log_likelihood=likelihood,
+            log_prior=prior,
+            magnitude=magnitude,
+            sufficient=Sufficient(self.problem, run.sites, raw_arguments(run.sites), moments_of),
+            posterior=lambda: inside,
+        )
+
+
+def compile_inside(problem: Problem) -> Inside:
+    """:raises NotCompiled: if the model has other latents, or arguments that are not recognised."""
+    return Inside(problem)

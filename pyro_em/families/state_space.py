@@ -1,0 +1,224 @@
+"""Linear-Gaussian state-space models as one observed site: Pyro's `GaussianHMM` and `LinearHMM`.
+
+    z_0 ~ initial,   z_t = z_{t-1} F + transition noise,   y_t = z_t H + observation noise,   t = 1..T
+
+(row vectors, and the initial state comes before the first transition, as in Pyro). The states are latents
+inside of the distribution: `log_prob` integrates them out by a Kalman filter, `posterior_moments` gives the
+moments of three linear-Gaussian sites (initial, transition, observation), and the kernels are theirs. Arguments
+of the nested distributions are named "transition_dist.scale" and so on (compat.py).
+
+Arguments may have batch dims and, last of them, a time dim. Not handled: `LinearHMM` with noises other than
+Normal or MultivariateNormal, or with transformed observations (a family is then not found, and `log_prob`
+of Pyro itself raises).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_em.families.base import CHOLESKY, Arguments, Family, Moments
+from pyro_em.families.linear_gaussian import NOISE, PACKED, LinearSite, noise_covariance, pack, unpack
+from pyro_em.families.numerics import broadcast_shapes
+from pyro_em.kernels import Kernel, PowerKernel
+from pyro_em.state_space import kalman
+from pyro_em.state_space.linear_gaussian import Chain, LinearMoments, chain_moments
+from pyro_em.state_space.smoother import smooth
+from pyro_em.state_space.steady import steady_moments
+from pyro_em.state_space.steps import SingularInnovation
+
+SITES = {"initial_dist": None, "transition_dist": "transition_matrix", "observation_dist": "observation_matrix"}
+_NOISES = {f"{site}.{noise}": 1 if noise == "scale" else 2 for site in SITES for noise in NOISE}
+
+
+class GaussianHMMFamily(Family):
+    """Linear-Gaussian state-space model with everything Gaussian."""
+
+    distribution = dist.GaussianHMM
+    event_dim = 2
+    integrates = True
+    arguments: ClassVar = {
+        "transition_matrix": 2,
+        "observation_matrix": 2,
+        **{f"{site}.loc": 1 for site in SITES},
+        **_NOISES,
+    }
+    links: ClassVar = {f"{site}.scale_tril": CHOLESKY for site in SITES}
+    closed = frozenset(arguments)
+    diagonal = frozenset(name for name, dims in _NOISES.items() if dims == 2)
+    by_entries = frozenset({"transition_matrix", "observation_matrix"})
+
+    def accepts(self, raw: Mapping[str, Any]) -> bool:
+        return all(_is_gaussian(raw[name]) and f"{name}.loc" in raw for name in SITES)
+
+    def log_prob(self, args: Arguments, value: Tensor) -> Tensor:
+        chain, batch = _chain(args, value)
+        with _counting_from_the_first_observation():
+            return kalman.log_evidence(chain).reshape(batch).to(value.dtype)
+
+    def posterior_moments(self, args: Arguments, value: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        with _counting_from_the_first_observation():
+            return self._posterior_moments(args, value, weight)
+
+    def _posterior_moments(self, args: Arguments, value: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        chain, batch = _chain(args, value)
+        w = weight.double().expand(batch).reshape(-1)
+        everything = (chain.A, chain.b, chain.Q, chain.C, chain.d, chain.R)
+        if chain.time_invariant and all(x.shape[:2] == (1, 1) for x in everything) and len(chain.mean) == 1:
+            found = steady_moments(chain, w)
+        else:
+            found = chain_moments(chain, smooth(chain))
+            late = found.observation  # the state before the first transition is not observed
+            found = type(found)(
+                found.log_evidence,
+                _reduced(found.initial, w, len(chain.mean) * len(chain.covariance) > 1, False, batch),
+                _reduced(found.transition, w, *_varies(chain.A, chain.b, chain.Q), batch),
+                _reduced(
+                    LinearMoments(*(x[:, 1:] for x in vars(late).values())),
+                    w,
+                    *_varies(chain.C, chain.d, chain.R),
+                    batch,
+                ),
+            )
+        parts: list[Tensor] = []
+        initial = LinearMoments(*(_without_time(x, i) for i, x in enumerate(vars(found.initial).values())))
+        for name, moments in zip(SITES, (initial, found.transition, found.observation), strict=True):
+            parts += pack(moments, *_location(name, args))
+        return found.log_evidence.reshape(batch), tuple(parts)
+
+    def expected_log_density(self, args: Arguments, moments: Moments) -> Tensor:
+        total = [_site(name, args, moments).expected_log_density().sum() for name in SITES]
+        return torch.stack(total).sum()
+
+    def kernel(self, argument: str, moments: Moments, args: Arguments, center: Tensor | None = None) -> Kernel | None:
+        for name, matrix in SITES.items():
+            if argument == matrix:
+                return _site(name, args, moments).matrix_kernel(transposed=True)
+            if argument == f"{name}.loc":
+                return _site(name, args, moments).offset_kernel()
+            if argument.startswith(f"{name}."):
+                return _site(name, args, moments).noise_kernel(argument.removeprefix(f"{name}."))
+        return None
+
+    def couples(self, one: str, other: str) -> bool:
+        return any({one, other} <= {matrix, f"{name}.loc"} for name, matrix in SITES.items())
+
+    def cross_precision(self, one: str, other: str, moments: Moments, args: Arguments) -> Tensor:
+        name = next(name for name, matrix in SITES.items() if one in (matrix, f"{name}.loc"))
+        site = _site(name, args, moments)
+        if one == other:
+            kernel = site.offset_kernel() if one.endswith(".loc") else site.matrix_kernel(transposed=True)
+            return kernel.precision
+        cross = site.cross_precision(transposed=True)
+        return cross.mT if one.endswith(".loc") else cross
+
+    def diagonal_kernel(
+        self, argument: str, moments: Moments, args: Arguments, center: Tensor | None = None
+    ) -> PowerKernel | None:
+        name, _, noise = argument.partition(".")
+        return _site(name, args, moments).diagonal_noise_kernel(noise) if noise else None
+
+
+class LinearHMMFamily(GaussianHMMFamily):
+    """`LinearHMM` whose noises are all Gaussian: the same model, which Pyro itself can only reparametrise."""
+
+    distribution = dist.LinearHMM
+
+
+@contextlib.contextmanager
+def _counting_from_the_first_observation() -> Iterator[None]:
+    """Step 0 of a chain is the state before the first transition; to the user it is that of the first observation."""
+    try:
+        yield
+    except SingularInnovation as error:
+        raise SingularInnovation(error.step - 1) from error
+
+
+def _is_gaussian(distribution: Any) -> bool:
+    while isinstance(distribution, dist.Independent | dist.ExpandedDistribution):
+        distribution = distribution.base_dist
+    return type(distribution) in (dist.Normal, dist.MultivariateNormal)
+
+
+def _chain(args: Arguments, value: Tensor) -> tuple[Chain, torch.Size]:
+    """The chain of T + 1 states, S = batch in a row; its first step is not observed."""
+    raw = {n: a.double() for n, a in args.items() if n in GaussianHMMFamily.arguments and isinstance(a, Tensor)}
+    lead = {n: a.shape[: a.dim() - GaussianHMMFamily.arguments[n]] for n, a in raw.items()}
+    own = [s if n.startswith("initial_dist") else s[:-1] for n, s in lead.items()]
+    batch = broadcast_shapes(value.shape[:-2], *own)
+    T = value.shape[-2]
+
+    def flat(name: str, x: Tensor) -> Tensor:
+        """Batch dims in one (1 if there are none), time dim kept (1 if there is none)."""
+        event = x.shape[x.dim() - GaussianHMMFamily.arguments[name] :]
+        before = x.shape[: x.dim() - len(event)]
+        shape = before if name.startswith("initial_dist") else before[:-1]
+        time = () if name.startswith("initial_dist") else (before[-1:] or (1,))
+        if shape.numel() == 1:
+            return x.reshape(1, *time, *event)
+        return x.reshape(*shape, *time, *event).expand(*batch, *time, *event).reshape(-1, *time, *event)
+
+    flattened = {name: flat(name, x) for name, x in raw.items()}
+
+    def covariance(name: str) -> Tensor:
+        return noise_covariance({n: flattened[f"{name}.{n}"] for n in NOISE if f"{name}.{n}" in flattened})
+
+    def late(x: Tensor) -> Tensor:
+        """Arguments of y_1..y_T with one more in front for the step that is not observed."""
+        return x if x.shape[1] == 1 else torch.cat([x[:, :1], x], 1)
+
+    y = value.double().expand(*batch, *value.shape[-2:]).reshape(-1, T, value.shape[-1])
+    seen = torch.ones(1, T + 1, 1, dtype=torch.bool)
+    seen[:, 0] = False
+    return Chain(
+        flattened["initial_dist.loc"],
+        covariance("initial_dist"),
+        flattened["transition_matrix"].mT,
+        flattened["transition_dist.loc"],
+        covariance("transition_dist"),
+        late(flattened["observation_matrix"].mT),
+        late(flattened["observation_dist.loc"]),
+        late(covariance("observation_dist")),
+        torch.cat([torch.zeros_like(y[:, :1]), y], 1),
+        seen.expand(1, T + 1, y.shape[-1]),
+    ), batch
+
+
+def _varies(*arguments: Tensor) -> tuple[bool, bool]:
+    """Whether any of them differs between sequences, and between steps."""
+    return any(len(x) > 1 for x in arguments), any(x.shape[1] > 1 for x in arguments)
+
+
+def _reduced(own: LinearMoments, w: Tensor, by_sequence: bool, by_step: bool, batch: torch.Size) -> LinearMoments:
+    """Weighted moments, summed over sequences and steps unless the site's arguments differ along them."""
+
+    def of(x: Tensor) -> Tensor:
+        x = x * w.reshape(-1, *(1,) * (x.dim() - 1))
+        x = x if by_step else x.sum(1, keepdim=True)
+        return x.reshape(*batch, *x.shape[1:]) if by_sequence else x.sum(0, keepdim=True)
+
+    return LinearMoments(*(of(x.expand(len(w), *x.shape[1:])) for x in vars(own).values()))
+
+
+def _without_time(x: Tensor, which: int) -> Tensor:
+    """Moments of the initial state without their time dim, which stands before the event dims."""
+    events = (0, 1, 2, 2, 1, 2)[which]
+    return x.squeeze(-1 - events)
+
+
+def _location(name: str, args: Arguments) -> tuple[Tensor, Tensor]:
+    """M and o of a site in column convention (the initial state has no parents)."""
+    offset = args[f"{name}.loc"].double()
+    matrix = SITES[name]
+    return (offset.new_zeros(*offset.shape, 0) if matrix is None else args[matrix].double().mT), offset
+
+
+def _site(name: str, args: Arguments, moments: Moments) -> LinearSite:
+    place = list(SITES).index(name) * PACKED
+    noise = {n: args[f"{name}.{n}"].double() for n in NOISE if f"{name}.{n}" in args}
+    return unpack(moments[place : place + PACKED], *_location(name, args), noise)

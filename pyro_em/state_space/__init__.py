@@ -1,0 +1,1 @@
+"""Linear-Gaussian chains: filters, smoothers and their moments. Knows no model and no site."""
