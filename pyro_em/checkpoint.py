@@ -27,6 +27,7 @@ from pyro_em.constraint_names import constraint_from_name, constraint_name
 from pyro_em.errors import CheckpointError, EMWarning, InputError
 from pyro_em.files import read_regular, replacing
 from pyro_em.model.capture import capture
+from pyro_em.model.missing import complete_cases
 from pyro_em.model.plan import Plan, Row
 from pyro_em.problem import Problem, bind
 from pyro_em.result import FitResult
@@ -83,6 +84,7 @@ def load(
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{path}: the content is not that of a saved result ({error}).") from None
     if model is not None:
+        model = complete_cases(model, result.missing)
         _bind(result, path, model, args, dict(kwargs or {}), weights)
     return result
 
@@ -111,6 +113,7 @@ def _header(result: FitResult) -> dict[str, Any]:
         "warnings": result.warnings,
         "restarts": result.restarts,
         "seed": result.seed,
+        "missing": result.missing,
         "num_observations": result.num_observations,
         "num_parameters": result.num_parameters,
         "free": result.free,
@@ -180,6 +183,7 @@ def _result(header: dict[str, Any], payload: bytes) -> FitResult:
         warnings=_texts(header["warnings"]),
         restarts=tuple((_typed(value, float, int), _typed(end, str)) for value, end in header["restarts"]),
         seed=None if header["seed"] is None else _typed(header["seed"], int),
+        missing=None if header["missing"] is None else _typed(header["missing"], str),
         num_observations=_typed(header["num_observations"], float, int),
         num_parameters=_typed(header["num_parameters"], int),
         free=_texts(header["free"]),

@@ -7,8 +7,10 @@ from collections.abc import Collection
 
 import torch
 
+from pyro_em.distributions import IncompleteNormal
 from pyro_em.errors import BoundaryEstimate, CollinearDesign, SymmetricStart, UnidentifiedParameter
 from pyro_em.loop import Ended
+from pyro_em.model.compat import base_distribution
 from pyro_em.model.trace import SiteRecord
 from pyro_em.problem import Problem
 from pyro_em.types import Params
@@ -57,6 +59,25 @@ def collinear(names: Collection[str]) -> None:
             CollinearDesign,
             stacklevel=3,
         )
+
+
+def unobserved_cells(problem: Problem) -> None:
+    """Warn about cells of normal vectors that no row, or no two of which any row, shows."""
+    for name, site in problem.capture.sites.items():
+        if not isinstance(base_distribution(site.fn), IncompleteNormal):
+            continue
+        seen = (~site.value.isnan()).reshape(-1, site.value.shape[-1]).double()
+        together = seen.mT @ seen
+        pairs = (together == 0).triu().nonzero().tolist()
+        if pairs:
+            shown = ", ".join(f"{i}" if i == j else f"({i}, {j})" for i, j in pairs[:5])
+            warnings.warn(
+                f"Site '{name}': cells {shown}{' ...' if len(pairs) > 5 else ''} are never observed (a pair: never "
+                "together), so that the data do not identify their means or covariances; these depend on the start. "
+                "Leave the cells out, or put a prior on the parameters and use algorithm='map-em'.",
+                UnidentifiedParameter,
+                stacklevel=3,
+            )
 
 
 def after_fit(problem: Problem, ended: Ended) -> None:

@@ -123,6 +123,9 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--columns", metavar="A,B", help="columns to use (default: all), in this order")
     parser.add_argument("--algorithm", choices=ALGORITHMS, default="em", help="the inference (em)")
     parser.add_argument(
+        "--missing", choices=("nan",), help="empty cells, NA and NaN are missing at random (default: an error)"
+    )
+    parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="keyword argument of the model, repeatable"
     )
     parser.add_argument(
@@ -137,7 +140,7 @@ def _fit(options: argparse.Namespace) -> None:
     model, data, keywords = _model(options)
     result = pyro_em.fit(
         model, data, algorithm=options.algorithm, restarts=options.restarts, seed=options.seed, init=options.init,
-        max_iter=options.max_iter, tol=options.tol, **keywords,
+        max_iter=options.max_iter, tol=options.tol, missing=options.missing, **keywords,
     )  # fmt: skip
     tree = to_datatree(result) if options.output is not None else None
     if tree is not None:
@@ -157,7 +160,7 @@ def _fit(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     model, data, keywords = _model(options)
-    print(pyro_em.plan(model, data, algorithm=options.algorithm, **keywords))
+    print(pyro_em.plan(model, data, algorithm=options.algorithm, missing=options.missing, **keywords))
 
 
 def _summary(options: argparse.Namespace) -> None:
@@ -184,7 +187,7 @@ def _model(options: argparse.Namespace) -> tuple[Callable[..., Any], torch.Tenso
     """The model function, its data and its keyword arguments."""
     keywords = dict(_keyword(text) for text in options.set)
     columns = None if options.columns is None else options.columns.split(",")
-    data = read_table(options.data, columns).to(torch.get_default_dtype())
+    data = read_table(options.data, columns, missing=options.missing is not None).to(torch.get_default_dtype())
     return _load_function(options.model), data, keywords
 
 

@@ -18,6 +18,7 @@ from pyro_em.e_step.base import Engine, Expectation
 from pyro_em.errors import InputError, MonotonicityError
 from pyro_em.loop import MONOTONE, Iterate, at, rounding
 from pyro_em.m_step.auto import MStep
+from pyro_em.model.missing import complete_cases
 from pyro_em.options import EXACT, point_estimated
 from pyro_em.problem import Problem, bind
 from pyro_em.store import isolated_rng, write_params
@@ -53,7 +54,7 @@ class EM:
     :param loss: accepted for symmetry with SVI; EM's loss is the negative objective, so only None or an
         `ExactELBO` are meaningful.
     :param algorithm: "em", "map-em" or "gem".
-    :param options: `m_step`, `roles`, `weights`, as in `pyro_em.fit`.
+    :param options: `m_step`, `roles`, `weights`, `missing`, as in `pyro_em.fit`.
 
     Example::
 
@@ -77,7 +78,8 @@ class EM:
             raise InputError(f"EM: algorithm must be one of {', '.join(EXACT)}; use pyro.infer.SVI for svi.")
         if loss is not None and not isinstance(loss, ExactELBO):
             raise InputError("EM: its loss is the exact ELBO. Use pyro.infer.SVI for another loss.")
-        self.model, self.guide, self.optim, self.algorithm = model, guide, optim, algorithm
+        self.model, self.guide = complete_cases(model, options.pop("missing", None)), guide
+        self.optim, self.algorithm = optim, algorithm
         self.m_step_option = options.pop("m_step", "auto")
         self.options = options
         self._bound: _Bound | None = None

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_em.accelerate import choose_accelerator
-from pyro_em.checks import after_fit, at_start, collinear
+from pyro_em.checks import after_fit, at_start, collinear, unobserved_cells
 from pyro_em.e_step.auto import choose_engine, in_double, verified
 from pyro_em.e_step.base import Engine
 from pyro_em.errors import EMWarning, InputError
@@ -19,6 +19,7 @@ from pyro_em.explain import explain
 from pyro_em.initialise import initial_starts
 from pyro_em.loop import Callback, EMMap, Ended, drive, run_from
 from pyro_em.m_step.auto import MStep
+from pyro_em.model.missing import complete_cases
 from pyro_em.model.plan import Plan
 from pyro_em.options import check_algorithm, check_reserved, check_restarts, point_estimated
 from pyro_em.problem import Problem, bind
@@ -73,7 +74,11 @@ def fit(
     :param accelerate: None, "squarem" or "anderson": extrapolate the EM map. The objective still never falls,
         as an update that lowers it is replaced by the plain one. Worth it where EM creeps.
     :param e_step: "auto", exact or refused; nothing else is offered yet.
-    :param missing: None; missing cells are declared by `pyro.poutine.mask` around their site.
+    :param missing: "nan": NaN cells of observed sites are missing at random and integrated out exactly: single
+        cells of univariate sites (also inside of `.to_event`), any cells of MultivariateNormal vectors, whole events
+        of all other families (some cells of these are refused). A row without data adds 0 to the log-likelihood and
+        does not count in the M-step. None: NaN is an error, and missing data are declared by `pyro.poutine.mask`
+        around their site or by Pyro's `obs_mask`. `result.impute()` gives the missing values' posterior.
     :param m_step: "auto", "closed", "gradient", or a dict of these (or "fixed") by parameter.
     :param weights: `{"plate": (N,) tensor}`: multiply the log-evidence of the plate's elements.
     :param optim: for "svi" a Pyro or torch optimiser; for "gem" a function from parameters to a torch optimiser.
@@ -100,7 +105,8 @@ def fit(
     """
     check_algorithm(algorithm)
     check_restarts(restarts)
-    check_reserved(e_step, missing)
+    check_reserved(e_step)
+    model = complete_cases(model, missing)
     accelerator = choose_accelerator(accelerate)
     StoppingRule(max_iter, tol)  # checks them
     if algorithm == "svi":
@@ -117,10 +123,12 @@ def fit(
         return fit_svi(
             model, args, kwargs, guide=guide, init=init, restarts=restarts, seed=seed, max_iter=max_iter,
             optim=optim, num_particles=num_particles, callbacks=callbacks, progress=progress, roles=roles,
+            missing=missing,
         )  # fmt: skip
     with isolated_rng(seed), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", EMWarning)
         problem = _bind(model, args, kwargs, algorithm, guide, roles, weights)
+        unobserved_cells(problem)
         m = MStep(problem, m_step, algorithm, optim)
         collinear(m.collinear)
         engine = choose_engine(problem, m)
@@ -140,7 +148,7 @@ def fit(
         alive = [r for r in runs if r.outcome is not Outcome.degenerate]
         best = max(alive or runs, key=lambda r: r.last.objective)
         after_fit(problem, best)
-    result = _result(problem, engine, m, best, runs, algorithm, seed, tuple(str(w.message) for w in caught))
+    result = _result(problem, engine, m, best, runs, algorithm, seed, missing, tuple(str(w.message) for w in caught))
     for warning in caught:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if errors or not alive:
@@ -159,6 +167,7 @@ def plan(
     guide: Model | None = None,
     roles: Mapping[str, str] | None = None,
     m_step: Any = "auto",
+    missing: str | None = None,
     weights: Mapping[str, Tensor] | None = None,
     **kwargs: Any,
 ) -> Plan:
@@ -167,6 +176,7 @@ def plan(
     :raises Refusal, InputError, ResourceError: as `fit` would.
     """
     check_algorithm(algorithm)
+    model = complete_cases(model, missing)
     if algorithm == "svi":
         from pyro_em.svi import plan_svi
 
@@ -199,6 +209,7 @@ def _result(
     runs: list[Ended],
     algorithm: str,
     seed: int | None,
+    missing: str | None,
     messages: tuple[str, ...],
 ) -> FitResult:
     params = {n: v.detach().to(problem.parameters[n].value.dtype).clone() for n, v in best.last.params.items()}
@@ -217,6 +228,7 @@ def _result(
         warnings=messages,
         restarts=tuple((run.last.objective, run.outcome.name) for run in runs),
         seed=seed,
+        missing=missing,
         num_observations=problem.graph.num_observations,
         num_parameters=count_parameters(problem, m.free, params),
         problem=problem,

@@ -217,7 +217,8 @@ def _features(problem: Problem, run: Run, name: str) -> Tensor | None:
         order = _plate_order(run, other.name)
         value, event = clean_value(other).double(), other.fn.event_dim
         if other.family is not None and other.family.latent_response:
-            value, event = other.family.location(value), event - other.family.event_dim
+            value = other.family.location(value)
+            event += other.family.location_dim - other.family.event_dim
         value = value.expand((*other.fn.batch_shape, *value.shape[value.dim() - event :]))
         at = {d: value.dim() - event + plate.dim for d, plate in zip(order, other.plates, strict=True)}
         if not set(own) <= set(order):

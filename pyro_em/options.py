@@ -32,15 +32,10 @@ def check_restarts(restarts: int) -> None:
         raise InputError(f"restarts must be a positive integer, not {restarts!r}.")
 
 
-def check_reserved(e_step: Any, missing: Any) -> None:
+def check_reserved(e_step: Any) -> None:
     """Raise `InputError` for options that are part of the interface but not served yet."""
     if e_step != "auto":
         raise InputError(f"e_step={e_step!r} is not offered yet; 'auto' is the exact posterior or a refusal.")
-    if missing is not None:
-        raise InputError(
-            f"missing={missing!r} is not offered yet. Declare missing data by pyro.poutine.mask(mask=...) around "
-            "the site, true where the value is known."
-        )
 
 
 def checked_init(records: Mapping[str, ParameterRecord], init: Mapping[str, Any]) -> Params:

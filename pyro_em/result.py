@@ -18,6 +18,7 @@ from torch.distributions.constraints import Constraint
 
 from pyro_em.charts import free_dimension
 from pyro_em.errors import InputError
+from pyro_em.impute import Imputation, impute
 from pyro_em.information import Information, observed_information, standard_errors
 from pyro_em.model.plan import Plan
 from pyro_em.posterior import Posterior
@@ -41,7 +42,8 @@ class FitResult:
     where both are known, whatever the priors. `log_posterior` adds log p(params) in constrained space (no
     Jacobian), None without priors. `history` is a dict of equally long lists, one entry per E-step (under
     "svi" one per step and a last one for the returned parameters); its "objective" counts priors where the
-    algorithm does. `restarts` lists (objective, outcome) of every start, in order.
+    algorithm does. `restarts` lists (objective, outcome) of every start, in order. `missing` is the option of
+    the fit.
     """
 
     algorithm: str
@@ -57,6 +59,7 @@ class FitResult:
     warnings: tuple[str, ...] = ()
     restarts: tuple[tuple[float, str], ...] = ()
     seed: int | None = None
+    missing: str | None = None
     num_observations: float = 0
     num_parameters: int = 0
     problem: Problem | None = field(default=None, repr=False)
@@ -113,6 +116,19 @@ class FitResult:
         """Draws of every data and latent site from the model at `params`, shape (num_samples,) + site."""
         problem = self._bound(args, kwargs)
         return predictive(problem, self.params, num_samples, seed)
+
+    def impute(self, *args: Any, **kwargs: Any) -> dict[str, Imputation]:
+        """Posterior of missing values at `params`, by site: `.mean`, `.variance`, `.sd`, `.sample(num)`.
+
+        Cells count as missing where a site is masked (NaN under missing="nan", `obs_mask`, `poutine.mask`). For
+        new data, or (without arguments) the fitted ones; sites without missing cells are left out.
+
+        Example::
+
+            filled = result.impute()["x"]
+            filled.mean[filled.missing], filled.sd[filled.missing]
+        """
+        return impute(self._bound(args, kwargs), self.params)
 
     def information(self) -> Information:
         """Observed information of the exact log-evidence (of the log posterior under map-em)."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.evidence.integrated import Integrated, integrate, integrates
-from pyro_em.families.base import AnyStatistic, OneHotStatistic
+from pyro_em.families.base import AnyStatistic, IndexedStatistic, OneHotStatistic, SumStatistic
 from pyro_em.families.numerics import broadcast_shapes
 from pyro_em.model import compat
 from pyro_em.model.density import clean_value
@@ -101,7 +101,7 @@ def site_center(site: SiteRecord, cells: torch.Size) -> Tensor | None:
     if site.family is None or not site.family.centered:
         return None
     x = site.family.location(clean_value(site))
-    batch = x.dim() - (0 if site.family.latent_response else site.family.event_dim)
+    batch = x.dim() - site.family.location_dim
     keep = [
         i for i in range(batch) if i - batch >= -site.element_dims and i - batch >= -len(cells) and cells[i - batch] > 1
     ]
@@ -143,12 +143,40 @@ def site_moments(
         weight = weight * complete_count(site, arguments)
     batch = value.shape[: value.dim() - site.family.event_dim]
     moments = [reduce_to(weight, [], 0, cells, batch)]
-    for statistic in statistics:
-        if isinstance(statistic, OneHotStatistic):
-            moments.append(reduce_to(weight, [statistic.dense()], 1, cells, batch))
-        else:
-            moments.append(reduce_to(weight, list(statistic.factors), statistic.factor_dim, cells, batch))
+    moments += [_reduce(weight, statistic, cells, batch) for statistic in statistics]
     return SiteMoments(tuple(moments), cells, center)
+
+
+def _reduce(weight: Tensor, statistic: AnyStatistic, cells: torch.Size, batch: torch.Size) -> Tensor:
+    if isinstance(statistic, SumStatistic):
+        first, *rest = (_reduce(weight, term, cells, batch) for term in statistic.terms)
+        return sum(rest, first)
+    if isinstance(statistic, IndexedStatistic):
+        return _reduce_indexed(weight, statistic, cells, batch)
+    if isinstance(statistic, OneHotStatistic):
+        return reduce_to(weight, [statistic.dense()], 1, cells, batch)
+    return reduce_to(weight, list(statistic.factors), statistic.factor_dim, cells, batch)
+
+
+def _reduce_indexed(weight: Tensor, statistic: IndexedStatistic, cells: torch.Size, batch: torch.Size) -> Tensor:
+    """Weights are first summed over the rows of one number, which share their entry of the table."""
+    index, table = statistic.index, statistic.table
+    groups = table.shape[table.dim() - statistic.event_dim - 1]
+    rank = max(index.dim(), weight.dim(), len(cells), len(batch))
+    rows = [i for i in range(rank) if i - rank >= -index.dim() and index.shape[i - rank] > 1]
+    kept = (1,) * (rank - len(cells)) + tuple(cells)
+    if any(kept[i] > 1 for i in rows):
+        return reduce_to(weight, [statistic.dense()], statistic.event_dim, cells, batch)
+    weight = weight.reshape((1,) * (rank - weight.dim()) + tuple(weight.shape))
+    full = [index.shape[i - rank] if i in rows else n for i, n in enumerate(weight.shape)]
+    others = [i for i in range(rank) if i not in rows]
+    flat = weight.expand(full).permute(*others, *rows).reshape(*(full[i] for i in others), -1)
+    summed = flat.new_zeros(*flat.shape[:-1], groups).index_add_(-1, index.reshape(-1), flat)
+    lead = [1 if i in rows else full[i] for i in range(rank)]
+    outer = [1 if i in rows or i - rank < -len(batch) else batch[i - rank] for i in range(rank)]
+    summed = summed.reshape(*lead, groups)
+    found = reduce_to(summed, [table], statistic.event_dim, torch.Size((*kept, 1)), torch.Size((*outer, groups)))
+    return found.squeeze(rank)
 
 
 def reduce_to(

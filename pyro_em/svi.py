@@ -55,6 +55,7 @@ def fit_svi(
     callbacks: Iterable[Callback],
     progress: bool | None,
     roles: Mapping[str, str] | None,
+    missing: str | None = None,
 ) -> FitResult:
     """`max_iter` steps of SVI from each start; the start with the best final ELBO is returned.
 
@@ -105,6 +106,7 @@ def fit_svi(
         warnings=messages,
         restarts=tuple((run.objective, run.outcome.name) for run in runs),
         seed=seed,
+        missing=missing,
         num_observations=_num_observations(split) if problem is None else problem.graph.num_observations,
         num_parameters=sum(free_dimension(records[n].constraint, best.params[n]) for n in free),
         problem=problem,

@@ -1,7 +1,7 @@
 """Numbers from a CSV file: a header, then one row a line, every cell of the chosen columns a number.
 
-Nothing is guessed: no missing-value codes, no categories, no dates. A cell that is not a finite number is an
-error that says where it is.
+Nothing is guessed: no categories, no dates. A cell that is not a finite number is an error that says where it is,
+unless missing cells are announced: then an empty cell, NA and NaN are NaN.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from torch import Tensor
 
 from pyro_em.errors import InputError
 
+MISSING = frozenset({"", "NA", "NAN"})
 
-def read_table(path: str | Path, columns: Sequence[str] | None = None) -> Tensor:
+
+def read_table(path: str | Path, columns: Sequence[str] | None = None, *, missing: bool = False) -> Tensor:
     """Columns of a CSV file in float64: (N, number of columns), or (N,) for a single one.
 
     :param columns: names from the header, in the order wanted; all by default.
+    :param missing: whether cells may be missing.
     :raises InputError: naming file, row and column of what is wrong. Rows count from 1 below the header.
     :raises OSError: if the file cannot be read.
     """
@@ -41,7 +44,7 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None) -> Tensor
     for number, line in enumerate(lines[1:], start=1):
         if len(line) != len(header):
             raise InputError(f"{path}, row {number}: {len(line)} cells, but the header has {len(header)}.")
-        rows.append([_cell(path, number, header[i], line[i]) for i in picked])
+        rows.append([_cell(path, number, header[i], line[i], missing) for i in picked])
     table = torch.tensor(rows, dtype=torch.float64)
     return table.squeeze(1) if table.shape[1] == 1 else table
 
@@ -60,11 +63,15 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _cell(path: str | Path, row: int, column: str, text: str) -> float:
+def _cell(path: str | Path, row: int, column: str, text: str, missing: bool) -> float:
+    gone = text.strip().upper() in MISSING
+    if gone and missing:
+        return math.nan
     value = float(text) if _is_number(text) else math.nan
     if not math.isfinite(value):
         raise InputError(
-            f"{path}, row {row}, column '{column}': {text[:40]!r} is not a finite number. Correct the cell, or choose "
-            "other columns with --columns."
+            f"{path}, row {row}, column '{column}': {text[:40]!r} is not a finite number. Correct the cell"
+            + (", say --missing nan" if gone else "")
+            + ", or choose other columns with --columns."
         )
     return value

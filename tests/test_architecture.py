@@ -20,7 +20,7 @@ MINI = PACKAGE / "mini.py"  # the idea on one page: it stands alone, so it has p
 LAYERS = """
     types errors settings files version | constraint_names charts distributions kernels table tape state_space
     slopes families | model | store stop evidence | problem options | statistics | posterior predict design
-    sufficient | e_step.base
+    sufficient impute | e_step.base
     m_step | evaluator | loop explain information | pointwise e_step accelerate checks progress | initialise
     elbo result | em guides | ascent | svi | fit | summary plots checkpoint | arviz | __init__ | cli | __main__ | mini
 """

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pyro_em
-from models import gmm
+from models import gmm, mvn_missing
 from pyro_em.cli import main
 from pyro_em.table import read_table
 
@@ -49,6 +49,20 @@ def test_summary_of_a_fit_without_standard_errors(tmp_path: Path, capsys: Captur
     printed = capsys.readouterr().out
     assert main(["summary", str(tmp_path / "fit.nc")]) == 0
     assert capsys.readouterr().out == printed and "ELBO" in printed
+
+
+def test_missing_cells_are_announced(tmp_path: Path, capsys: Capture) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("a,b\n1,2\n,4\nNA,1\n3,NaN\n2,2.5\n0,1\n")
+    call = [f"{ROOT / 'models' / 'mvn_missing.py'}:model", "--data", str(table)]
+    assert main(["fit", *call]) == 2
+    assert "row 2, column 'a': ''" in (line := error_line(capsys)) and "--missing nan" in line
+    assert main(["fit", *call, "--missing", "nan", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    result = pyro_em.fit(mvn_missing.model, read_table(table, missing=True), missing="nan", seed=0)
+    assert found["log_likelihood"] == result.log_likelihood
+    assert main(["plan", *call, "--missing", "nan"]) == 0
+    assert "weighted scatter matrix" in capsys.readouterr().out
 
 
 def test_json_is_one_object(capsys: Capture) -> None:

@@ -14,7 +14,7 @@ from functools import cache
 import pytest
 import torch
 
-from tests import published_data, published_discrete, published_gaussian
+from tests import published_data, published_discrete, published_gaussian, published_missing
 from tests.published import CASES, Found
 
 REFERENCE = {case["id"]: case for case in json.loads((CASES / "reference_fits.json").read_text())}
@@ -38,7 +38,7 @@ ELSEWHERE = {
 }
 
 
-MODULES = (published_gaussian, published_discrete, published_data)
+MODULES = (published_gaussian, published_discrete, published_data, published_missing)
 FITS: dict[str, Callable[[], Found]] = {
     name: next(getattr(module, name) for module in MODULES if hasattr(module, name)) for name in REFERENCE
 }

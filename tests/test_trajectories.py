@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import pyro_em
-from tests import classics
+from tests import classics, zoo_missing
 from tests.published import CASES, read
 
 TRAJECTORIES: dict[str, Any] = json.loads((CASES / "trajectories.json").read_text())
@@ -120,12 +120,18 @@ def _cases() -> dict[str, Case]:
         return {"p": row["p"]}
 
     m = classics
+
+    def normal(name: str) -> Case:
+        rows = [[math.nan if cell is None else cell for cell in row] for row in _data(name)]
+        return Case(name, zoo_missing.normal, (torch.tensor(rows),), options={"missing": "nan"})
+
     cases = [
         Case("C01_linkage", m.linkage, (cells,), options={"weights": {"cells": linkage}}, constant=coefficient),
         Case("C02_ABO", m.blood_group, (cells,), _alleles, _alleles_back, {"weights": {"people": groups}}),
         Case("C03_coins", m.coins, (heads,), coin),
         Case("C04_coins_MAP", m.coins_map, (heads,), coin, options={"algorithm": "map-em"}),
         Case("C05_london_times", m.poisson_mixture, (days,), options=day_counts),
+        normal("C06_murray_saddle"),
         Case("C08_icecream", m.icecream_hmm, (cones,), _stopping, _stopping_back),
         Case("C09_quakes2", m.poisson_hmm, (quakes,)),
         Case("C10_stouffer_toby", m.latent_class, (toby,), options=toby_counts),
@@ -151,6 +157,7 @@ def _cases() -> dict[str, Case]:
             _stopping_back,
             {"weights": {"sequences": sequence_weights}},
         ),
+        normal("C24_johnson_wichern"),
     ]
     return {case.name: case for case in cases}
 

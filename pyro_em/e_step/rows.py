@@ -12,7 +12,7 @@ from pyro_em.e_step.features import Block, Part
 from pyro_em.e_step.layout import SiteLayout, root_order
 from pyro_em.e_step.natural import NATURAL, log_base_measure
 from pyro_em.e_step.states import JointStates
-from pyro_em.families.base import OneHotStatistic
+from pyro_em.families.base import OneHotStatistic, Statistic
 from pyro_em.families.trials import BernoulliFamily
 from pyro_em.model.density import clean_value
 from pyro_em.model.graph import Component, FactorGraph
@@ -109,7 +109,9 @@ def _layout(
             raw = (index.unsqueeze(1) == states.unsqueeze(-1)).to(torch.uint8).reshape(-1, num_rows)
             parts.append(Part("raw", width, _masked(raw, mask, width)))
             codes.append(index)
-        elif len(statistic.factors) == 1:
+            continue
+        assert isinstance(statistic, Statistic)  # a latent response has no natural form here
+        if len(statistic.factors) == 1:
             (factor,) = statistic.factors
             raw = rows(factor, statistic.factor_dim)
             width = factor.shape[-1] if statistic.factor_dim else 1

@@ -20,6 +20,7 @@ from pyro_em.families.base import (
 )
 from pyro_em.families.categorical import CategoricalFamily, MultinomialFamily, OneHotCategoricalFamily
 from pyro_em.families.dirichlet import BetaFamily, DirichletFamily
+from pyro_em.families.incomplete_normal import IncompleteNormalFamily
 from pyro_em.families.moments import EXPECTED
 from pyro_em.families.multivariate_normal import MultivariateNormalFamily
 from pyro_em.families.normal import HalfNormalFamily, LogNormalFamily, NormalFamily
@@ -46,6 +47,7 @@ _FAMILIES: tuple[Family, ...] = (
     LogNormalFamily(),
     HalfNormalFamily(),
     MultivariateNormalFamily(),
+    IncompleteNormalFamily(),
     BetaFamily(),
     DirichletFamily(),
     UniformFamily(),

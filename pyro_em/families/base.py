@@ -73,7 +73,42 @@ class OneHotStatistic:
         return one_hot(self.index, self.size).double()
 
 
-AnyStatistic = Statistic | OneHotStatistic
+@dataclass(frozen=True, eq=False)
+class IndexedStatistic:
+    """Rows of a `table`, shape V + (G,) + event, picked by an integer `index` of shape U.
+
+    V has size 1 (or nothing) along the dims along which the index varies: all rows of one number share the entry.
+    """
+
+    index: Tensor
+    table: Tensor
+    event_dim: int
+
+    def dense(self) -> Tensor:
+        rows = len(self.table.shape) - self.event_dim - 1
+        cells = torch.broadcast_shapes(self.index.shape, self.table.shape[:rows])
+        event = self.table.shape[rows + 1 :]
+        index = self.index.expand(cells).reshape(*cells, 1, *(1,) * self.event_dim).expand(*cells, 1, *event)
+        table = self.table.expand(*cells, *self.table.shape[rows:])
+        return table.gather(len(cells), index).squeeze(len(cells))
+
+
+@dataclass(frozen=True, eq=False)
+class SumStatistic:
+    """The sum of several statistics of one event shape, reduced one by one."""
+
+    terms: tuple[Statistic | IndexedStatistic, ...]
+
+    @property
+    def event_dim(self) -> int:
+        return self.terms[0].event_dim
+
+    def dense(self) -> Tensor:
+        first, *rest = (term.dense() for term in self.terms)
+        return sum(rest, first)
+
+
+AnyStatistic = Statistic | OneHotStatistic | IndexedStatistic | SumStatistic
 
 
 @dataclass(frozen=True)
@@ -121,7 +156,6 @@ class Family(ABC):
     """Whether the distribution has latents inside, whose posterior `posterior_moments` gives."""
     centered: ClassVar[bool] = False
     """Whether `statistics` and the kernels use a `center`; the first statistic is then the location."""
-
     latent_response: ClassVar[bool] = False
     """The value is seen only in part, so that `statistics` depend on the arguments that move (response.py)."""
 
@@ -129,6 +163,11 @@ class Family(ABC):
     def name(self) -> str:
         """As plans and messages call it."""
         return self.distribution.__name__
+
+    @property
+    def location_dim(self) -> int:
+        """Event dims of `location`."""
+        return self.event_dim
 
     def location(self, value: Tensor) -> Tensor:
         """Of a `centered` family: where the data lie, in the coordinate of the first statistic."""

@@ -18,7 +18,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_em.families.base import CHOLESKY, Arguments, Family, Moments, Statistic
+from pyro_em.families.base import CHOLESKY, AnyStatistic, Arguments, Family, Moments, Statistic
 from pyro_em.families.numerics import floats, precision_matrix, real
 from pyro_em.kernels import Kernel, PowerKernel, QuadraticKernel, WishartKernel
 
@@ -38,7 +38,7 @@ class MultivariateNormalFamily(Family):
 
     def statistics(
         self, value: Tensor, args: Arguments | None = None, center: Tensor | None = None
-    ) -> tuple[Statistic, ...]:
+    ) -> tuple[AnyStatistic, ...]:
         shifted = real(value) if center is None else real(value) - center
         return Statistic((shifted,), factor_dim=1), Statistic((shifted, shifted), factor_dim=1)
 

@@ -83,6 +83,16 @@ def precision_matrix(args: Mapping[str, Any]) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(args["covariance_matrix"]))
 
 
+def covariance_matrix(args: Mapping[str, Any]) -> Tensor:
+    """Σ from whichever of the three matrix arguments was given."""
+    if "covariance_matrix" in args:
+        covariance: Tensor = args["covariance_matrix"]
+        return covariance
+    if "scale_tril" in args:
+        return args["scale_tril"] @ args["scale_tril"].mT
+    return torch.cholesky_inverse(torch.linalg.cholesky(args["precision_matrix"]))
+
+
 def log_det(matrix: Tensor) -> Tensor:
     """log|matrix| of a positive definite matrix, shape U."""
     return 2 * torch.linalg.cholesky(matrix).diagonal(dim1=-2, dim2=-1).log().sum(-1)

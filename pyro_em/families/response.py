@@ -61,6 +61,10 @@ class ResponseFamily(Family):
         law: Coarse = make(base, *limits, validate_args=False)
         return law.log_prob(value)
 
+    @property
+    def location_dim(self) -> int:
+        return self.complete.location_dim
+
     def location(self, value: Tensor) -> Tensor:
         """Where the observation lies: a limit, or the middle of an interval."""
         if self.coarse is not IntervalCensored:

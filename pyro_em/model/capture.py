@@ -20,12 +20,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em.distributions import Coarse
+from pyro_em.distributions import Coarse, IncompleteNormal
 from pyro_em.errors import InputError
 from pyro_em.model import compat
-from pyro_em.model.labels import observe_labels
+from pyro_em.model.missing import INCOMPLETE, check_unread
 from pyro_em.model.timeline import Loop, Unplanned, running
-from pyro_em.model.trace import Plate, combined_masks, quiet_store
+from pyro_em.model.trace import OBSERVE, Plate, combined_masks, quiet_store
 from pyro_em.types import Model
 
 
@@ -82,6 +82,7 @@ class _Observe(Messenger):
         super().__init__()
         self.parameters: dict[str, ParameterRecord] = {}
         self.upstream: dict[str, frozenset[str]] = {}
+        self.incomplete: frozenset[str] = frozenset()
 
     def _pyro_post_param(self, msg: Any) -> None:
         name = msg["name"]
@@ -103,7 +104,10 @@ class _Observe(Messenger):
         if not inputs:
             upstream = upstream | get_provenance(msg["fn"].log_prob(value))
         self.upstream[name] = upstream - {name}
-        if not msg["is_observed"]:
+        check_unread(name, self.upstream[name], self.incomplete)
+        if INCOMPLETE in msg["infer"]:
+            self.incomplete |= {name}
+        if not msg["is_observed"] or name in self.incomplete:
             msg["value"] = track_provenance(value, frozenset({name}))
 
 
@@ -123,13 +127,17 @@ def _check_data(name: str, fn: Any, value: Tensor, mask: Any) -> None:
         keep = keep & over_batch.reshape(over_batch.shape + (1,) * fn.event_dim)
     if over_elements is not None:
         keep = keep & detach_provenance(over_elements)
-    infinite_values = isinstance(compat.base_distribution(fn), Coarse) and compat.base_distribution(fn).infinite_values
+    base = compat.base_distribution(fn)
+    infinite_values = isinstance(base, Coarse) and base.infinite_values
     finite = ~rows.isnan() if infinite_values or not rows.is_floating_point() else rows.isfinite()
+    if isinstance(base, IncompleteNormal):
+        finite = finite | rows.isnan()
     bad = (~finite & keep).reshape(*batch, -1).any(-1)
     if bool(bad.any()):
         raise InputError(
             f"Site '{name}': the observation in row {_first(bad)} is NaN or infinite. Correct it, or declare it "
-            "missing: wrap the site in pyro.poutine.mask(mask=...), true where the value is known."
+            "missing: missing='nan' for all NaN observations, or pyro.poutine.mask(mask=...) around the site, true "
+            "where the value is known."
         )
     support = _plain_support(fn)
     if support is None:
@@ -142,6 +150,11 @@ def _check_data(name: str, fn: Any, value: Tensor, mask: Any) -> None:
             f"{type(compat.base_distribution(fn)).__name__}, {support}. Check the coding of the data "
             "(categories count from 0, counts are non-negative integers)."
         )
+
+
+def _as_given(value: Tensor, gone: Tensor | None) -> Tensor:
+    """The value with NaN where it is missing (masked cells hold some other value)."""
+    return value if gone is None else torch.where(gone, torch.nan, value)
 
 
 def _plain_support(fn: Any) -> Any:
@@ -174,7 +187,7 @@ def _capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], kind: 
     observe = _Observe()
     # Arguments are validated in the enumerated run, where a table has K rows; here each drawn latent makes N.
     quiet = pyro.validation_enabled(False)
-    labels = compat.masked_observations(observe_labels)
+    labels = compat.masked_observations(OBSERVE)
     with quiet_store(), poutine.block(), compat.recording_arguments(), labels, torch.no_grad(), quiet:
         try:
             with running(kind, loops) as met:
@@ -202,7 +215,7 @@ def _capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], kind: 
         sites[name] = PlainSite(
             name=name,
             fn=fn,
-            value=detach_provenance(site["value"]),
+            value=_as_given(detach_provenance(site["value"]), site["infer"].get(INCOMPLETE)),
             observed=site["is_observed"],
             discrete=bool(getattr(support, "is_discrete", False)),
             enumerable=bool(getattr(fn, "has_enumerate_support", False)),

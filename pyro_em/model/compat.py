@@ -90,6 +90,35 @@ def base_distribution(fn: Any) -> Any:
     return fn
 
 
+def _rewrapped(fn: Any, change: Callable[[Any], Any]) -> Any:
+    """The same wrappers around a changed base distribution."""
+    if isinstance(fn, dist.Independent):
+        return dist.Independent(_rewrapped(fn.base_dist, change), fn.reinterpreted_batch_ndims)
+    if isinstance(fn, dist.MaskedDistribution):
+        return dist.MaskedDistribution(_rewrapped(fn.base_dist, change), fn._mask)
+    if isinstance(fn, dist.ExpandedDistribution):
+        return dist.ExpandedDistribution(_rewrapped(fn.base_dist, change), fn.batch_shape)
+    return change(fn)
+
+
+def mask_elements(fn: Any, keep: Tensor) -> Any:
+    """The distribution with single elements of its `.to_event` dims masked, true where they count."""
+    return _rewrapped(fn, lambda base: base.mask(keep))
+
+
+def replace_base(fn: Any, cls: Any) -> Any:
+    """The distribution with its base made anew as a `cls`, a class that takes the same arguments."""
+
+    def change(base: Any) -> Any:
+        raw = getattr(base, _RAW, None)
+        if raw is None:
+            given = {name: base.__dict__[name] for name in base.arg_constraints if name in base.__dict__}
+            raw = given
+        return cls(**raw, validate_args=base._validate_args).expand(base.batch_shape)
+
+    return _rewrapped(fn, change)
+
+
 def raw_arguments(fn: Any) -> RawArguments | None:
     """Raw constructor arguments of a site's base distribution, or None if it was not recorded.
 

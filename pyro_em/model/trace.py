@@ -27,6 +27,7 @@ from torch import Tensor
 from pyro_em.families import Family, family_for
 from pyro_em.model import compat
 from pyro_em.model.labels import observe_labels
+from pyro_em.model.missing import first_of, observe_where
 from pyro_em.model.timeline import Loop, running
 from pyro_em.types import Model
 
@@ -223,6 +224,9 @@ def _record(name: str, site: dict[str, Any]) -> SiteRecord:
     )
 
 
+# What becomes of `pyro.sample(..., obs=, obs_mask=)`.
+OBSERVE = first_of(observe_labels, observe_where)
+
 # Pyro's handler stack and param store are global: runs of several threads take turns.
 LOCK = threading.RLock()
 
@@ -259,7 +263,7 @@ def run_model(
         if not live:
             stack.enter_context(poutine.block())
         stack.enter_context(compat.recording_arguments())
-        stack.enter_context(compat.masked_observations(observe_labels))
+        stack.enter_context(compat.masked_observations(OBSERVE))
         stack.enter_context(substitute)
         if enumerated:
             stack.enter_context(compat.enumeration(max_plate_nesting))

@@ -1,0 +1,184 @@
+"""Missing values of observed sites given everything that was observed, at fitted parameters.
+
+    E[x_m | x_o, θ] = Σ_z p(z | x_o, θ) E[x_m | z, x_o],      and the variance by the law of total variance
+
+over the latents z. Cells are missing where a site is masked: NaN under missing="nan", `obs_mask`, `poutine.mask`.
+Draws are joint: the latents first, then the cells given them. They hold the parameters fixed; for multiple
+imputation draw the parameters, too (`result.covariance()`).
+
+Shapes: those of the site's value, its plates included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_em.distributions import IncompleteNormal
+from pyro_em.distributions.incomplete import completed
+from pyro_em.errors import InputError
+from pyro_em.model.compat import base_distribution, unpack
+from pyro_em.model.trace import SiteRecord, run_model
+from pyro_em.posterior import Posterior
+from pyro_em.problem import Problem
+from pyro_em.store import isolated_rng
+from pyro_em.types import Params
+
+
+@dataclass(frozen=True)
+class Imputation:
+    """What the data say about the missing cells of one site.
+
+    `missing` marks them; `mean` has the observed values and the expected missing ones; `variance` is 0 where observed.
+    For a site with finitely many values `probabilities`, with one more dim, is the distribution of every cell, and
+    `mean` that of the values' numbers (None and plain for all other sites).
+    """
+
+    missing: Tensor
+    mean: Tensor
+    variance: Tensor
+    probabilities: Tensor | None = None
+    _draw: Callable[[int, int | None], Tensor] = dataclasses.field(default=lambda *_: torch.empty(0), repr=False)
+
+    @property
+    def sd(self) -> Tensor:
+        """Posterior standard deviation, 0 where observed."""
+        return self.variance.sqrt()
+
+    def sample(self, num: int = 1, seed: int | None = 0) -> Tensor:
+        """Completed data, shape (num,) + site: missing cells drawn jointly given the observed ones."""
+        if num < 1:
+            raise InputError(f"sample: num must be at least 1, not {num}.")
+        return self._draw(num, seed)
+
+
+def impute(problem: Problem, params: Params) -> dict[str, Imputation]:
+    """An `Imputation` for every site that has missing cells, by name."""
+    posterior = Posterior(problem, params)
+    evidence, run = posterior._e_step
+    found = {}
+    with torch.no_grad():
+        for name, site in run.sites.items():
+            missing = _missing(site) if site.observed else None
+            if missing is None or not bool(missing.any()) or 0 in missing.shape:
+                continue
+            weights = evidence.weights.get(name)
+            own = None if weights is None else unpack(weights, site.symbols)
+            found[name] = _imputed(name, site, own, missing, posterior)
+    return found
+
+
+def _missing(site: SiteRecord) -> Tensor:
+    """Cells without an observation, in the full shape of the site over its plates."""
+    elements, event = site.element_dims, site.fn.event_dim
+    gone = site.value.isnan() if site.value.is_floating_point() else torch.zeros(site.value.shape, dtype=torch.bool)
+    base_event = event - elements
+    if site.mask is not None:
+        gone = gone | ~site.mask.reshape(site.mask.shape + (1,) * event)
+    if site.element_mask is not None:
+        gone = gone | ~site.element_mask.reshape(site.element_mask.shape + (1,) * base_event)
+    depth = max([0, *(-plate.dim for plate in site.plates)])
+    sizes = {plate.dim: plate.size for plate in site.plates}
+    shape = (*(sizes.get(d, 1) for d in range(-depth, 0)), *site.fn.event_shape)
+    gone = gone.expand(torch.broadcast_shapes(gone.shape, shape))
+    return gone.reshape(-1, *gone.shape[gone.dim() - len(shape) :]).any(0)  # masks may keep dims of latents
+
+
+def _imputed(name: str, site: SiteRecord, weights: Tensor | None, missing: Tensor, posterior: Posterior) -> Imputation:
+    base, value = base_distribution(site.fn), site.value
+    base_event = site.fn.event_dim - site.element_dims
+    probabilities = None
+
+    def averaged(x: Tensor, event_dim: int) -> Tensor:
+        """Σ over the latents' states; the dims left of the site's own are theirs."""
+        if weights is not None:
+            x = weights.reshape(weights.shape + (1,) * (site.element_dims + event_dim)).to(x) * x
+        lead = x.dim() - event_dim - (missing.dim() - base_event)
+        return x.sum(tuple(range(lead))) if lead > 0 else x
+
+    if isinstance(base, IncompleteNormal):
+        whole = completed(site.value, base.loc, base._unbroadcasted_covariance)
+        mean, variance = whole.mean, _variances(whole.covariance, whole.pattern)
+    elif base.has_enumerate_support and base_event == 0:
+        support = base.enumerate_support(expand=False)
+        log_mass = base.log_prob(support.reshape(-1, *(1,) * len(base.batch_shape)))
+        probabilities = averaged(log_mass.exp().movedim(0, -1), 1)
+        states = support.reshape(-1).to(probabilities)
+        first = (probabilities * states).sum(-1)
+        second = (probabilities * states * states).sum(-1)
+        probabilities = probabilities.expand(*missing.shape, len(states))
+        mean, variance = first, second - first * first
+        return _assembled(name, missing, value, mean, variance, probabilities, posterior)
+    else:
+        mean, variance = base.mean, base.variance
+    first, second = averaged(mean, base_event), averaged(variance + mean * mean, base_event)
+    return _assembled(name, missing, value, first, second - first * first, probabilities, posterior)
+
+
+def _variances(covariance: Tensor, pattern: Tensor) -> Tensor:
+    diagonal = covariance.diagonal(dim1=-2, dim2=-1)  # batch' + (G, D)
+    cells = torch.broadcast_shapes(diagonal.shape[:-2], pattern.shape)
+    index = pattern.expand(cells)[..., None, None].expand(*cells, 1, diagonal.shape[-1])
+    return diagonal.expand(*cells, *diagonal.shape[-2:]).gather(len(cells), index).squeeze(len(cells))
+
+
+def _assembled(
+    name: str,
+    missing: Tensor,
+    value: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    probabilities: Tensor | None,
+    posterior: Posterior,
+) -> Imputation:
+    value = value.to(mean)
+    zero = torch.zeros((), dtype=mean.dtype)
+    return Imputation(
+        missing=missing,
+        mean=torch.where(missing, mean, value),
+        variance=torch.where(missing, variance.clamp(min=0), zero),
+        probabilities=probabilities,
+        _draw=lambda num, seed: _draws(name, missing, posterior, num, seed),
+    )
+
+
+def _draws(name: str, missing: Tensor, posterior: Posterior, num: int, seed: int | None) -> Tensor:
+    problem = posterior.problem
+
+    def site_given(latents: Params) -> SiteRecord:
+        run = run_model(
+            problem.model,
+            problem.args,
+            problem.kwargs,
+            {**posterior.params, **latents},
+            max_plate_nesting=problem.capture.max_plate_nesting,
+            enumerated=False,
+        )
+        return run.sites[name]
+
+    with isolated_rng(seed), pyro.validation_enabled(False):
+        latents = posterior.sample(num) if posterior.latents else {}
+        shapes = {n: problem.capture.sites[n].value.shape for n in latents}
+        with torch.no_grad():
+            if not latents:
+                return _drawn(site_given({}), missing, num)
+            each = ({n: draws[i].reshape(shapes[n]) for n, draws in latents.items()} for i in range(num))
+            return torch.cat([_drawn(site_given(values), missing, 1) for values in each])
+
+
+def _drawn(site: SiteRecord, missing: Tensor, num: int) -> Tensor:
+    """Completed data given the latents, shape (num,) + site."""
+    base = base_distribution(site.fn)
+    draw: Tensor = base.sample((num,))
+    if isinstance(base, IncompleteNormal):
+        # The error of predicting a complete draw from its own observed cells is what a draw given them deviates by.
+        covariance = base._unbroadcasted_covariance
+        seen = torch.where(site.value.isnan(), torch.nan, draw)
+        error = draw - completed(seen, base.loc, covariance).mean
+        draw = completed(site.value, base.loc, covariance).mean + error
+    return torch.where(missing, draw, site.value)
