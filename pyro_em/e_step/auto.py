@@ -17,6 +17,7 @@ from pyro_em.e_step.grouped import compile_grouped
 from pyro_em.e_step.inside import compile_inside
 from pyro_em.e_step.interpreted import Interpreted
 from pyro_em.e_step.plated import Plated, compile_plated
+from pyro_em.e_step.scanned import Scanned, compile_scanned
 from pyro_em.errors import PyroEMError
 from pyro_em.loop import Iterate
 from pyro_em.m_step.auto import MStep
@@ -25,7 +26,7 @@ from pyro_em.problem import Problem
 from pyro_em.types import Params
 
 Compiler = Callable[[Problem], Engine]
-COMPILERS: tuple[Compiler, ...] = (compile_plated, compile_grouped)
+COMPILERS: tuple[Compiler, ...] = (compile_plated, compile_scanned, compile_grouped)
 LARGE = 2**26  # bytes of reference tables above which a compiled engine is spot-checked
 AGREEMENT = 1e-9  # relative difference of a compiled and the reference log-likelihood
 
@@ -61,7 +62,7 @@ def verified(problem: Problem, engine: Engine, last: Iterate) -> tuple[float, fl
     rounded = any(v.dtype != torch.float64 for v in last.params.values())
     expectation = engine.e_step(last.params) if rounded else last.expectation
     tolerance = 1e3 * torch.finfo(torch.float32).eps if rounded else AGREEMENT
-    if isinstance(engine, Plated) and predicted_bytes(problem.capture) > LARGE:
+    if isinstance(engine, Plated | Scanned) and predicted_bytes(problem.capture) > LARGE:
         found, reference = engine.spot_check(last.params)
         _compare(found, reference, tolerance * (1 + abs(reference)))
         return expectation.log_likelihood, expectation.log_prior

@@ -119,8 +119,8 @@ def _columns(matrix: Tensor, vector: Tensor) -> Tensor:
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
-def _tree(emission: Tensor, table: Tensor) -> _Messages:
-    steps = table * emission[1:].unsqueeze(-2)  # (T-1, B, K, K)
+def _products(steps: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Levels of products of neighbouring matrices, and the scales that they were divided by."""
     levels, scales = [steps], []
     while len(levels[-1]) > 1:
         nodes = levels[-1]
@@ -130,15 +130,38 @@ def _tree(emission: Tensor, table: Tensor) -> _Messages:
         product = nodes[0::2] @ nodes[1::2]
         scales.append(product.amax((-2, -1), keepdim=True))
         levels.append(product / scales[-1])
-    alpha = emission[:1]  # at the start of every node of a level
-    beta = torch.ones_like(alpha)  # at the end of every node
-    total = (_rows(alpha, levels[-1]) * beta).sum(-1)
+    return levels, scales
+
+
+def _descend(levels: list[Tensor], alpha: Tensor, beta: Tensor, count: int, rescale: bool) -> tuple[Tensor, Tensor]:
+    """α at the start and β at the end of each of the `count` matrices, from those of their whole product."""
     for nodes in reversed(levels[:-1]):
         alpha, beta = alpha[: len(nodes) // 2], beta[: len(nodes) // 2]  # without what only filled up
         middle = _rows(alpha, nodes[0::2]), _columns(nodes[1::2], beta)
+        if rescale:
+            middle = middle[0] / middle[0].sum(-1, keepdim=True), middle[1] / middle[1].sum(-1, keepdim=True)
         alpha = torch.stack([alpha, middle[0]], 1).flatten(0, 1)
         beta = torch.stack([middle[1], beta], 1).flatten(0, 1)
-    alpha, beta = alpha[: len(steps)], beta[: len(steps)]
+    return alpha[:count], beta[:count]
+
+
+def entering(initial: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors that enter each of a sequence of transfer matrices from both sides, (J, B, K) each, up to scale.
+
+    :param initial: row vector before the first matrix, (B, K); after the last one there are ones.
+    :param matrices: (J, B, K, K).
+    """
+    levels, _ = _products(matrices)
+    return _descend(levels, initial.unsqueeze(0), torch.ones_like(initial).unsqueeze(0), len(matrices), True)
+
+
+def _tree(emission: Tensor, table: Tensor) -> _Messages:
+    steps = table * emission[1:].unsqueeze(-2)  # (T-1, B, K, K)
+    levels, scales = _products(steps)
+    alpha = emission[:1]  # at the start of every node of a level
+    beta = torch.ones_like(alpha)  # at the end of every node
+    total = (_rows(alpha, levels[-1]) * beta).sum(-1)
+    alpha, beta = _descend(levels, alpha, beta, len(steps), False)
     joint = _rows(alpha, steps) * beta
     norm = joint.sum(-1, keepdim=True)
     start = alpha[:1] * _columns(steps[:1], beta[:1]) / norm[:1]
