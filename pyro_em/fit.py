@@ -148,7 +148,9 @@ def fit(
         alive = [r for r in runs if r.outcome is not Outcome.degenerate]
         best = max(alive or runs, key=lambda r: r.last.objective)
         after_fit(problem, best)
-    result = _result(problem, engine, m, best, runs, algorithm, seed, missing, tuple(str(w.message) for w in caught))
+        result = _result(
+            problem, engine, m, best, runs, algorithm, seed, missing, tuple(str(w.message) for w in caught)
+        )
     for warning in caught:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if errors or not alive:

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from pyro_em.evidence.integrated import Integrated, integrate, integrates
 from pyro_em.families.base import AnyStatistic, IndexedStatistic, OneHotStatistic, SumStatistic
-from pyro_em.families.numerics import broadcast_shapes
 from pyro_em.model import compat
 from pyro_em.model.density import clean_value
 from pyro_em.model.graph import FactorGraph, FactorInfo
 from pyro_em.model.packing import multiply
 from pyro_em.model.trace import Run, SiteRecord
+from pyro_em.shapes import broadcast_shapes
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 from pyro_em.model.capture import ParameterRecord
+from pyro_em.model.compat import quick_shapes
 from pyro_em.model.trace import LOCK
 
 
@@ -25,7 +26,7 @@ def isolated_rng(seed: int | None) -> Iterator[None]:
 
     Without a seed it follows from torch's current state (`torch.manual_seed`), which is not advanced.
     """
-    with LOCK:  # the random state is global too
+    with LOCK, quick_shapes():  # the random state is global too
         before = get_rng_state()
         if seed is None:
             current = torch.Generator()

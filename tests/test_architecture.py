@@ -18,7 +18,7 @@ COMPAT = PACKAGE / "model" / "compat.py"
 MINI = PACKAGE / "mini.py"  # the idea on one page: it stands alone, so it has private names of its own
 
 LAYERS = """
-    types errors settings files version | constraint_names charts distributions kernels table tape state_space
+    types errors settings files shapes version | constraint_names charts distributions kernels table tape state_space
     slopes families | model | store stop evidence | problem options | statistics | posterior predict design
     sufficient impute | e_step.base
     m_step | evaluator | loop explain information | pointwise e_step accelerate checks progress | initialise

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributions import Chi2
 from torch.distributions.utils import lazy_property
 
+from pyro_em.shapes import broadcast_shapes
+
 
 class InverseWishart(TorchDistribution):
     """Distribution of a (D, D) covariance matrix, conjugate to a MultivariateNormal's.
@@ -40,7 +42,7 @@ class InverseWishart(TorchDistribution):
                 "shape (..., D, D)."
             )
         df = torch.as_tensor(df, dtype=scale_matrix.dtype, device=scale_matrix.device)
-        batch_shape = torch.broadcast_shapes(df.shape, scale_matrix.shape[:-2])
+        batch_shape = broadcast_shapes(df.shape, scale_matrix.shape[:-2])
         event_shape = scale_matrix.shape[-2:]
         self.df = df.expand(batch_shape)
         self.scale_matrix = scale_matrix.expand(batch_shape + event_shape)

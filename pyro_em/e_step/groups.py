@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from pyro_em.e_step.base import NotCompiled
-from pyro_em.families.numerics import broadcast_shapes
 from pyro_em.model.density import clean_value
 from pyro_em.model.graph import FactorInfo
 from pyro_em.model.packing import align
 from pyro_em.model.recognise import Use
 from pyro_em.model.trace import SiteRecord
+from pyro_em.shapes import broadcast_shapes
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,8 @@ def site_layouts(
     """
     root = root_order(component, run, graph)
     num_rows = math.prod(graph.plate_sizes[d] for d in root)
-    layouts, begin, base = [], 1, torch.zeros(num_rows, dtype=torch.float64)
+    layouts, begin = [], 1
+    base: Tensor | None = None
     for name in component.factors:
         site = run.sites[name]
         if site.enumerated:
@@ -42,7 +43,7 @@ def site_layouts(
         layouts.append(layout)
         begin += layout.block.num_features
         if own_base is not None:
-            base += own_base
+            base = own_base if base is None else base + own_base
     return layouts, [layout.block for layout in layouts], base, num_rows
 
 
@@ -117,8 +118,10 @@ def _layout(
             width = factor.shape[-1] if statistic.factor_dim else 1
             if family.centered:
                 mean = raw.double().mean(1) if mask is None else _masked_mean(raw, mask, positions)
-                # `rows` may have given a view of the data, which are the user's.
-                raw = raw - mean.to(raw).unsqueeze(1)
+                # `rows` may have given a view of the data, which are the user's; a copy is one too many to make.
+                own = raw.untyped_storage().data_ptr() != factor.untyped_storage().data_ptr()
+                shift = mean.to(raw).unsqueeze(1)
+                raw = raw.sub_(shift) if own and raw.is_contiguous() else raw - shift
                 shape = [dict(inner).get(d, 1) for d in range(-max([0, *(-d for d, _ in inner)]), 0)]
                 center = mean.to(raw).double().reshape((*shape, *elements, *((-1,) if family.event_dim else ())))
             parts.append(Part("raw", width, _masked(raw, mask, width)))

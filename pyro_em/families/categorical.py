@@ -22,8 +22,9 @@ from pyro_em.families.base import (
     OneHotStatistic,
     Statistic,
 )
-from pyro_em.families.numerics import broadcast_shapes, floats, real, weighted, weighted_log
+from pyro_em.families.numerics import floats, real, weighted, weighted_log
 from pyro_em.kernels import SimplexKernel
+from pyro_em.shapes import broadcast_shapes
 
 
 class SimplexFamily(Family):

@@ -7,7 +7,6 @@ log 0 by 0, which is NaN. Every guard below therefore also feeds the logarithm a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,19 +23,6 @@ def floats(*values: Any) -> tuple[Tensor, ...]:
     for kind in kinds[1:]:
         dtype = torch.promote_types(dtype, kind)
     return tuple(torch.as_tensor(v, dtype=dtype) for v in values)
-
-
-@lru_cache(maxsize=1024)
-def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
-    """`torch.broadcast_shapes`, which takes longer than the arithmetic of a small site and imports sympy."""
-    rank = max(map(len, shapes), default=0)
-    sizes = []
-    for dim in range(-rank, 0):
-        larger = {shape[dim] for shape in shapes if len(shape) >= -dim and shape[dim] != 1}
-        if len(larger) > 1:
-            raise ValueError(f"Shapes {', '.join(str(tuple(shape)) for shape in shapes)} do not broadcast.")
-        sizes.append(larger.pop() if larger else 1)
-    return torch.Size(sizes)
 
 
 def real(value: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from pyro_em.families.base import CHOLESKY, Arguments, Family, Moments
 from pyro_em.families.linear_gaussian import NOISE, PACKED, LinearSite, noise_covariance, pack, unpack
-from pyro_em.families.numerics import broadcast_shapes
 from pyro_em.kernels import Kernel, PowerKernel
+from pyro_em.shapes import broadcast_shapes
 from pyro_em.state_space import kalman
 from pyro_em.state_space.linear_gaussian import Chain, LinearMoments, chain_moments
 from pyro_em.state_space.smoother import smooth

@@ -18,6 +18,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from pyro_em.shapes import broadcast_shapes
+
 CoefficientMap = Callable[[Tensor, int], Tensor]
 
 
@@ -99,7 +101,7 @@ class Kernel(ABC):
         pairs = list(zip(self.coefficients, self.event_dims, strict=True))
         shapes = [c.shape[: c.dim() - ndim] for c, ndim in pairs]
         # torch.broadcast_shapes takes longer than the arithmetic of a small kernel.
-        cells = shapes[0] if all(s == shapes[0] for s in shapes) else torch.broadcast_shapes(*shapes)
+        cells = shapes[0] if all(s == shapes[0] for s in shapes) else broadcast_shapes(*shapes)
         return self.from_coefficients(
             [function(c.expand(cells + c.shape[c.dim() - ndim :]), ndim) for c, ndim in pairs]
         )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.kernels.base import CoefficientMap, FlatKernel, IncompatibleKernels, Kernel
+from pyro_em.shapes import broadcast_shapes
 
 # A direction counts as undetermined if its information, in units in which every entry alone has 1, is below this
 # times D: rounding in the sums leaves about eps there.
@@ -95,7 +96,7 @@ class QuadraticKernel(Kernel):
         """An elementwise kernel as one on vectors of `size` entries, with diagonal Λ."""
         if self.vector:
             return self
-        cells = torch.broadcast_shapes(self.linear.shape, self.precision.shape, (size,))
+        cells = broadcast_shapes(self.linear.shape, self.precision.shape, (size,))
         precision = torch.diag_embed(self.precision.expand(cells))
         return type(self)(self.linear.expand(cells), precision, self.origin, vector=True)
 
@@ -117,7 +118,7 @@ class QuadraticKernel(Kernel):
         if not self.vector:
             return self.precision * shift
         if shift.shape[-1:] != self.precision.shape[-1:]:
-            shift = shift.expand(torch.broadcast_shapes(shift.shape, self.precision.shape[-1:]))
+            shift = shift.expand(broadcast_shapes(shift.shape, self.precision.shape[-1:]))
         return (self.precision @ shift.unsqueeze(-1)).squeeze(-1)
 
 

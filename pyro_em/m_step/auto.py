@@ -29,6 +29,7 @@ from pyro_em.m_step.separate import Separate
 from pyro_em.m_step.states import state_blocks
 from pyro_em.m_step.unit import Unit
 from pyro_em.model.compat import with_dims
+from pyro_em.model.slicing import rows_like_others
 from pyro_em.model.trace import Run
 from pyro_em.model.use import Use
 from pyro_em.problem import Problem
@@ -118,7 +119,8 @@ class MStep:
     def _choose(self, wanted: Mapping[str, str], default: str) -> dict[str, Choice]:
         with torch.no_grad():
             run = self.problem.run(self.problem.start)
-        uniform = _uniform(self.problem, run)
+        unweighted = all(info.weight is None for info in self.problem.graph.factors.values())
+        uniform = _uniform(self.problem, rows_like_others(run) if unweighted else run)
         start = self.problem.start
         options = {name: wanted.get(name, default) for name in self.problem.parameters}
         exact = {n: self.uses[n] for n, own in options.items() if own in ("auto", "closed") and self.uses[n]}

@@ -8,6 +8,7 @@ predict the size of enumeration tables before any of them is made, and to check 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,10 @@ from pyro_em.model import compat
 from pyro_em.model.missing import INCOMPLETE, check_unread
 from pyro_em.model.timeline import Loop, Unplanned, running
 from pyro_em.model.trace import OBSERVE, Plate, combined_masks, quiet_store
+from pyro_em.shapes import broadcast_shapes
 from pyro_em.types import Model
+
+MANY = 2**14  # elements of plates above which a latent is drawn once for all
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,18 @@ class _Observe(Messenger):
         if self.parameters[name].kind == "param":
             msg["value"] = track_provenance(value, frozenset({name}))
 
+    def _pyro_sample(self, msg: Any) -> None:
+        """In large plates a discrete latent is one draw for all elements: a million of them would index a million
+        covariance matrices. The run asks what depends on what; that the model treats elements alike is certified
+        elsewhere (certify.py)."""
+        if msg["done"] or msg["is_observed"] or not getattr(msg["fn"], "has_enumerate_support", False):
+            return
+        if math.prod(f.size for f in msg["cond_indep_stack"] if f.vectorized) > MANY:
+            states = msg["fn"].enumerate_support(expand=False)
+            event = states.shape[states.dim() - msg["fn"].event_dim :]
+            msg["value"] = states.reshape(len(states), *event)[int(torch.randint(len(states), ()))]
+            msg["done"] = True
+
     def _pyro_post_sample(self, msg: Any) -> None:
         if poutine.util.site_is_subsample(msg) or not hasattr(msg["fn"], "log_prob"):
             return
@@ -117,8 +133,12 @@ def _check_data(name: str, fn: Any, value: Tensor, mask: Any) -> None:
         raise InputError(f"Site '{name}': the observation is a {type(value).__name__}, not a torch tensor.")
     if 0 in tuple(fn.event_shape):
         return  # a `pyro.factor` has no value
+    support = _plain_support(fn)
+    real = support is constraints.real or getattr(support, "base_constraint", None) is constraints.real
+    if real and value.is_floating_point() and bool(value.sum().isfinite()):
+        return  # a sum of finite numbers; nothing of the size of the data was made to see it
     rows_of = value.dim() - fn.event_dim
-    batch = torch.broadcast_shapes(value.shape[:rows_of], fn.batch_shape)
+    batch = broadcast_shapes(value.shape[:rows_of], fn.batch_shape)
     rows = value.expand(batch + value.shape[rows_of:])
     over_batch, over_elements = combined_masks(fn, detach_provenance(mask))
     keep = torch.ones(rows.shape, dtype=torch.bool, device=value.device)
@@ -139,7 +159,6 @@ def _check_data(name: str, fn: Any, value: Tensor, mask: Any) -> None:
             "missing: missing='nan' for all NaN observations, or pyro.poutine.mask(mask=...) around the site, true "
             "where the value is known."
         )
-    support = _plain_support(fn)
     if support is None:
         return
     inside = detach_provenance(support.check(rows))

@@ -21,8 +21,9 @@ from pyro_em.model.capture import Capture
 from pyro_em.model.density import log_density, packed_log_density
 from pyro_em.model.graph import FactorGraph
 from pyro_em.model.packing import align
-from pyro_em.model.slicing import first_rows, plate_to_cut
-from pyro_em.model.trace import Run, quiet_store, run_model
+from pyro_em.model.slicing import ROWS, first_rows, plate_to_cut
+from pyro_em.model.trace import FirstElements, Run, quiet_store, run_model
+from pyro_em.shapes import broadcast_shapes
 from pyro_em.types import Model
 
 
@@ -38,19 +39,27 @@ def certify_factors(
     """Raise `Refusal` naming the first site whose factor does not match the plain model."""
     if not graph.latents:
         return
-    drawn = {name: capture.sites[name].value for name in graph.latents}
-    with torch.no_grad(), quiet_store(), pyro.validation_enabled(False):
-        plain = run_model(
-            model,
-            args,
-            kwargs,
-            {**params, **drawn},
-            max_plate_nesting=capture.max_plate_nesting,
-            enumerated=False,
-            loops=capture.loops,
-        )
     plate = plate_to_cut(enumerated)
-    enumerated, plain = first_rows(enumerated, plate), first_rows(plain, plate)
+
+    def drawn(first: FirstElements | None) -> Run:
+        with torch.no_grad(), quiet_store(), pyro.validation_enabled(False):
+            return run_model(
+                model,
+                args,
+                kwargs,
+                params,
+                max_plate_nesting=capture.max_plate_nesting,
+                enumerated=False,
+                loops=capture.loops,
+                first=first,
+            )
+
+    try:
+        # Drawn latents give every row arguments of its own: N covariance matrices, if they are not kept from it.
+        plain = drawn(None if plate is None else FirstElements(plate, ROWS))
+    except (ValueError, RuntimeError):  # something else has the size of the plate
+        plain = first_rows(drawn(None), plate)
+    enumerated = first_rows(enumerated, plate)
     states = {name: _state_index(enumerated, plain, name) for name in graph.latents}
     for name, site in enumerated.sites.items():
         if name not in plain.sites:
@@ -99,7 +108,7 @@ def _lookup(factor: Tensor, states: Mapping[str, Tensor], graph: FactorGraph) ->
         plates = "".join(dict.fromkeys([d for d in dims if d != symbol] + list(compat.dims_of(index))))
         wide = align(factor, plates + symbol)
         picked = align(index, plates).unsqueeze(-1)
-        shape = torch.broadcast_shapes(wide.shape[:-1], picked.shape[:-1])
+        shape = broadcast_shapes(wide.shape[:-1], picked.shape[:-1])
         taken = wide.expand(*shape, wide.shape[-1]).gather(-1, picked.expand(*shape, 1)).squeeze(-1)
         factor = compat.with_dims(taken, plates)
     return factor

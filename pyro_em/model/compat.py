@@ -21,10 +21,12 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_em.distributions import Coarse
+from pyro_em.shapes import broadcast_shapes
 
 Site = dict[str, Any]
 RawArguments = dict[str, Any]
 
+_TORCH_BROADCAST_SHAPES = torch.broadcast_shapes
 _RAW = "_pyro_em_raw"
 _WRAPPERS = (dist.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
 
@@ -46,6 +48,29 @@ def _record_arguments(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     bound = cls.__signature__.bind(*args, **kwargs).arguments
     raw = {name: value for name, value in bound.items() if name != "validate_args" and value is not None}
     return _remember(distribution, raw)
+
+
+def _broadcast_shapes(*shapes: Any) -> torch.Size:
+    """`torch.broadcast_shapes` for plain integers; what it would refuse, it refuses itself."""
+    try:
+        return broadcast_shapes(*(torch.Size((s,) if isinstance(s, int) else s) for s in shapes))
+    except ValueError:
+        return _TORCH_BROADCAST_SHAPES(*shapes)
+
+
+@contextlib.contextmanager
+def quick_shapes() -> Iterator[None]:
+    """Within this context `torch.broadcast_shapes`, which MultivariateNormal calls, knows integers only.
+
+    torch's own goes through symbolic shapes: it takes longer than the arithmetic of a small site, and a third of a
+    second to import at its first call. Both give the same (tests/model/test_compat.py).
+    """
+    before = torch.broadcast_shapes
+    torch.broadcast_shapes = _broadcast_shapes
+    try:
+        yield
+    finally:
+        torch.broadcast_shapes = before
 
 
 @contextlib.contextmanager

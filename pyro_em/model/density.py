@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_em.errors import NonFiniteError, Refusal
 from pyro_em.model import compat
 from pyro_em.model.trace import SiteRecord
+from pyro_em.shapes import broadcast_shapes
 from pyro_em.state_space.steps import SingularInnovation
 
 
@@ -33,7 +34,7 @@ def clean_value(site: SiteRecord) -> Tensor:
     if site.element_mask is not None:
         base_event = site.fn.event_dim - site.element_dims
         keep = keep & site.element_mask.reshape(site.element_mask.shape + (1,) * base_event)
-    keep = keep.expand(torch.broadcast_shapes(keep.shape, value.shape))
+    keep = keep.expand(broadcast_shapes(keep.shape, value.shape))
     if bool(keep.all()):
         return value
     kept = keep.reshape((*keep.shape[: keep.dim() - site.fn.event_dim], -1)).all(-1)
@@ -69,9 +70,9 @@ def log_density(site: SiteRecord, *, masked: bool = True) -> Tensor:
         if site.element_mask is not None:
             result = torch.where(site.element_mask, result, result.new_zeros(()))
         if site.element_dims:
-            shape = torch.broadcast_shapes(result.shape, site.fn.event_shape[: site.element_dims])
+            shape = broadcast_shapes(result.shape, site.fn.event_shape[: site.element_dims])
             result = result.expand(shape).sum(tuple(range(-site.element_dims, 0)))
-        result = result.expand(torch.broadcast_shapes(result.shape, site.batch_shape))
+        result = result.expand(broadcast_shapes(result.shape, site.batch_shape))
     if masked and site.mask is not None and not site.enumerated:
         result = torch.where(site.mask, result, result.new_zeros(()))
     return result
@@ -88,7 +89,7 @@ def packed_log_density(site: SiteRecord) -> Tensor:
 def factor_shape(site: SiteRecord) -> Tensor:
     """A packed tensor of the shape of the site's log-density, without the work and memory of it."""
     batch = site.value.shape[: site.value.dim() - site.fn.event_dim]
-    return _pack(torch.zeros(()).expand(torch.broadcast_shapes(batch, site.batch_shape)), site)
+    return _pack(torch.zeros(()).expand(broadcast_shapes(batch, site.batch_shape)), site)
 
 
 def _pack(density: Tensor, site: SiteRecord) -> Tensor:

@@ -42,13 +42,16 @@ def tangents(outputs: list[Tensor], leaf: Tensor, directions: list[Tensor]) -> l
     own vjp is the Jacobian-vector product.
     """
     cotangents = [torch.zeros_like(o, requires_grad=True) for o in outputs]
-    (pulled,) = torch.autograd.grad(outputs, leaf, cotangents, create_graph=True, allow_unused=True)
     zeros = [torch.zeros_like(o) for o in outputs]
+    # Inner products, as `grad_outputs` would have torch import its symbolic shapes: a third of a second.
+    total = torch.stack([(o * c).sum() for o, c in zip(outputs, cotangents, strict=True)]).sum()
+    (pulled,) = torch.autograd.grad(total, leaf, create_graph=True, allow_unused=True)
     if pulled is None or not pulled.requires_grad:
         return [zeros for _ in directions]
     found = []
     for direction in directions:
-        pushed = torch.autograd.grad(pulled, cotangents, direction, retain_graph=True, allow_unused=True)
+        along = (pulled * direction).sum()
+        pushed = torch.autograd.grad(along, cotangents, retain_graph=True, allow_unused=True)
         found.append([z if p is None else p.detach() for p, z in zip(pushed, zeros, strict=True)])
     return found
 

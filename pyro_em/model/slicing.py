@@ -20,6 +20,25 @@ def first_rows(run: Run, plate: str | None) -> Run:
     return dataclasses.replace(run, sites={name: rows_of(site, plate, 0, ROWS) for name, site in run.sites.items()})
 
 
+def rows_like_others(run: Run) -> Run:
+    """The run cut to its first rows if it is large, and no argument varies along the plate; else as it is."""
+    plate = plate_to_cut(run)
+    if plate is None or any(_varies(site, plate) for site in run.sites.values()):
+        return run
+    return first_rows(run, plate)
+
+
+def _varies(site: SiteRecord, name: str) -> bool:
+    plate = next((p for p in site.plates if p.name == name), None)
+    if plate is None or site.family is None:
+        return False
+    for argument, value in (site.arguments or {}).items():
+        position = value.dim() - site.family.arguments[argument] - site.element_dims + plate.dim
+        if position >= 0 and value.shape[position] > 1:
+            return True
+    return False
+
+
 def plate_to_cut(run: Run) -> str | None:
     """The largest plate of a run that is too large to be checked whole; None if it is small or cannot be cut."""
     cells = sum(math.prod(site.batch_shape) for site in run.sites.values())

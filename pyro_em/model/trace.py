@@ -227,6 +227,34 @@ def _record(name: str, site: dict[str, Any]) -> SiteRecord:
 # What becomes of `pyro.sample(..., obs=, obs_mask=)`.
 OBSERVE = first_of(observe_labels, observe_where)
 
+
+class FirstElements(Messenger):
+    """Cut a plate to its first elements, with the data and masks in it: for models that do not write rows in full.
+
+    Whatever else has the size of the plate (covariates in an argument) then does not fit, and the run fails.
+    """
+
+    def __init__(self, plate: str, count: int) -> None:
+        super().__init__()
+        self.plate, self.count = plate, count
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if poutine.util.site_is_subsample(msg):
+            if msg["name"] == self.plate and msg["value"] is None:
+                msg["value"] = torch.arange(self.count)
+            return
+        frame = next((f for f in msg["cond_indep_stack"] if f.name == self.plate and f.vectorized), None)
+        if frame is None:
+            return
+        if msg["is_observed"]:
+            msg["value"] = self._cut(msg["value"], frame.dim - msg["fn"].event_dim)
+        if isinstance(msg["mask"], Tensor):
+            msg["mask"] = self._cut(msg["mask"], frame.dim)
+
+    def _cut(self, x: Tensor, dim: int) -> Tensor:
+        return x if x.dim() < -dim or x.shape[dim] <= self.count else x.narrow(dim, 0, self.count)
+
+
 # Pyro's handler stack and param store are global: runs of several threads take turns.
 LOCK = threading.RLock()
 
@@ -249,6 +277,7 @@ def run_model(
     live: bool = False,
     loops: Sequence[Loop] = (),
     chosen: bool = False,
+    first: FirstElements | None = None,
 ) -> Run:
     """Run `model(*args, **kwargs)` with the parameters at `values` and return what its sites said.
 
@@ -256,7 +285,7 @@ def run_model(
     parameters, see `Run.leaves`). With `live` the handlers around the call see the run, as a loss inside of
     `SVI.step` needs; otherwise the run is hidden from them. Given the `loops` of the model (see timeline.py) these
     run their later steps together, or, if `chosen`, at the few steps at which they are certified; without, each
-    step by itself.
+    step by itself. `first` cuts a plate.
     """
     substitute = Substitute(values)
     with contextlib.ExitStack() as stack:
@@ -265,6 +294,8 @@ def run_model(
         stack.enter_context(compat.recording_arguments())
         stack.enter_context(compat.masked_observations(OBSERVE))
         stack.enter_context(substitute)
+        if first is not None:
+            stack.enter_context(first)
         if enumerated:
             stack.enter_context(compat.enumeration(max_plate_nesting))
             model = poutine.infer_config(config_enumerate(model, default="parallel"), config_fn=_enumerate_discrete)

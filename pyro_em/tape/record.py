@@ -9,19 +9,30 @@ Reads that bypass the dispatcher (`tolist`, `numpy`) are not seen here. Callers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 aten = torch.ops.aten
 
 READ = aten._local_scalar_dense.default
 DYNAMIC_SHAPE = (aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default)
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Tensors among arguments, and within lists of them."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
 
 
 class NotRecorded(Exception):
@@ -39,17 +50,17 @@ class Operation:
     single: bool
     guard: bool | None = None
 
-    @property
+    @cached_property
     def inputs(self) -> list[Tensor]:
-        return [x for x in tree_flatten((self.args, self.kwargs))[0] if isinstance(x, Tensor)]
+        return [*_tensors(self.args), *_tensors(self.kwargs.values())]
 
-    @property
+    @cached_property
     def is_view(self) -> bool:
         """The output shares the first argument's memory and is not a changed argument itself."""
         infos = [r.alias_info for r in self.call._schema.returns]
         return bool(infos) and infos[0] is not None and not infos[0].is_write
 
-    @property
+    @cached_property
     def written(self) -> list[Tensor]:
         """Arguments that the call changes in place."""
         found = []
@@ -59,7 +70,7 @@ class Operation:
             value = self.kwargs.get(argument.name)
             if value is None and position < len(self.args):
                 value = self.args[position]
-            found += [x for x in tree_flatten(value)[0] if isinstance(x, Tensor)]
+            found += _tensors([value])
         return found
 
 
@@ -70,6 +81,11 @@ class _Recorder(TorchDispatchMode):
 
     def __post_init__(self) -> None:
         super().__init__()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch.compile is not in play here, and to say so to it would import it: a second of start-up."""
+        return False
 
     def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -191,3 +191,22 @@ def test_masked_observations_ask_first_and_split_otherwise() -> None:
     with pytest.raises(RuntimeError), compat.masked_observations(observe):
         raise RuntimeError
     assert pyro.primitives._masked_observe is before
+
+
+@pytest.mark.parametrize(
+    "shapes", [((2, 1), (3,)), ((), (4, 1, 2), (1, 5, 1)), (3, (2, 1)), ((2,), (3,)), ((2, 3), (2,))]
+)
+def test_quick_shapes_are_torchs(shapes: tuple[tuple[int, ...], ...]) -> None:
+    before = torch.broadcast_shapes
+
+    def outcome() -> object:
+        try:
+            return torch.broadcast_shapes(*shapes)
+        except RuntimeError as error:
+            return type(error)
+
+    expected = outcome()
+    with compat.quick_shapes():
+        assert torch.broadcast_shapes is not before
+        assert outcome() == expected
+    assert torch.broadcast_shapes is before
