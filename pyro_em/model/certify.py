@@ -19,10 +19,11 @@ from pyro_em.errors import Refusal
 from pyro_em.model import compat
 from pyro_em.model.capture import Capture
 from pyro_em.model.density import log_density, packed_log_density
+from pyro_em.model.first import FirstElements
 from pyro_em.model.graph import FactorGraph
 from pyro_em.model.packing import align
 from pyro_em.model.slicing import ROWS, first_rows, plate_to_cut
-from pyro_em.model.trace import FirstElements, Run, quiet_store, run_model
+from pyro_em.model.trace import Run, quiet_store, run_model
 from pyro_em.shapes import broadcast_shapes
 from pyro_em.types import Model
 
