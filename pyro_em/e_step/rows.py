@@ -118,10 +118,8 @@ def _layout(
             width = factor.shape[-1] if statistic.factor_dim else 1
             if family.centered:
                 mean = raw.double().mean(1) if mask is None else _masked_mean(raw, mask, positions)
-                # `rows` may have given a view of the data, which are the user's; a copy is one too many to make.
-                own = raw.untyped_storage().data_ptr() != factor.untyped_storage().data_ptr()
-                shift = mean.to(raw).unsqueeze(1)
-                raw = raw.sub_(shift) if own and raw.is_contiguous() else raw - shift
+                # Into memory of its own, feature-major: `rows` may have given a view of the user's data.
+                raw = torch.sub(raw, mean.to(raw).unsqueeze(1), out=raw.new_empty(raw.shape))
                 shape = [dict(inner).get(d, 1) for d in range(-max([0, *(-d for d, _ in inner)]), 0)]
                 center = mean.to(raw).double().reshape((*shape, *elements, *((-1,) if family.event_dim else ())))
             parts.append(Part("raw", width, _masked(raw, mask, width)))
