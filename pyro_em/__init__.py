@@ -16,6 +16,7 @@ from pyro_em.errors import (
     PyroEMError,
     Refusal,
     ResourceError,
+    SeparatedData,
     SymmetricStart,
     UnidentifiedParameter,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "PyroEMError",
     "Refusal",
     "ResourceError",
+    "SeparatedData",
     "Step",
     "SymmetricStart",
     "UnidentifiedParameter",

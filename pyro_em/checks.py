@@ -8,7 +8,7 @@ from collections.abc import Collection
 import torch
 
 from pyro_em.distributions import IncompleteNormal
-from pyro_em.errors import BoundaryEstimate, CollinearDesign, SymmetricStart, UnidentifiedParameter
+from pyro_em.errors import BoundaryEstimate, CollinearDesign, SeparatedData, SymmetricStart, UnidentifiedParameter
 from pyro_em.loop import Ended
 from pyro_em.model.compat import base_distribution
 from pyro_em.model.trace import SiteRecord
@@ -78,6 +78,19 @@ def unobserved_cells(problem: Problem) -> None:
                 UnidentifiedParameter,
                 stacklevel=3,
             )
+
+
+def separated(names: Collection[str]) -> None:
+    """Warn about coefficients whose maximum-likelihood value is infinite."""
+    if names:
+        warnings.warn(
+            f"The likelihood has no maximum in {', '.join(map(repr, sorted(names)))}: covariates predict some outcomes "
+            "perfectly (complete or quasi-complete separation, or a class without events), so that coefficients grow "
+            "without bound. The values returned are where the gain fell below the tolerance. Drop the covariate, or "
+            "put a Normal prior on the coefficients and use algorithm='map-em'.",
+            SeparatedData,
+            stacklevel=3,
+        )
 
 
 def after_fit(problem: Problem, ended: Ended) -> None:

@@ -173,16 +173,17 @@ class Design:
         names = string.ascii_lowercase[:rank]
         terms, tensors, present = [], [], set()
         for extra, x in operands:
-            x = x.reshape(x.shape[: len(extra)] + (1,) * (rank + len(extra) - x.dim()) + x.shape[len(extra) :])
+            cells = x.shape[len(extra) :][-rank:] if rank else ()  # any dims before these have size 1
+            x = x.reshape((*x.shape[: len(extra)], *(1,) * (rank - len(cells)), *cells))
             own = [i for i in range(rank) if x.shape[len(extra) + i] > 1]
             present |= set(own)
             terms.append(extra + "".join(names[i] for i in own))
-            tensors.append(x.reshape(*x.shape[: len(extra)], *(x.shape[len(extra) + i] for i in own)))
+            tensors.append(x.reshape((*x.shape[: len(extra)], *(x.shape[len(extra) + i] for i in own))))
         out = [i for i in range(rank) if i in keep and i in present]
         result = torch.einsum(",".join(terms) + "->" + lead + "".join(names[i] for i in out), *tensors)
         repeats = math.prod(self.cells[i] for i in range(rank) if i not in keep and i not in present)
         shape = [self.cells[i] if i in out else 1 for i in range(rank)]
-        return (result * repeats if repeats != 1 else result).reshape(*result.shape[: len(lead)], *shape)
+        return (result * repeats if repeats != 1 else result).reshape((*result.shape[: len(lead)], *shape))
 
     def _products(self, weight: Tensor, group: Group, dims: frozenset[int]) -> Tensor | None:
         """Gram matrices of one group for every cell of `dims`, its coefficients being the same in all of them."""
@@ -232,6 +233,8 @@ def gram_matrices(weight: Tensor, x: Tensor) -> Tensor:
 def _groups(terms: Sequence[Term], starts: Mapping[str, int], size: int, rank: int) -> list[Group]:
     placed = []
     for term in terms:
+        if not bool((term.index >= 0).any()):
+            continue
         index = torch.where(term.index >= 0, term.index + starts[term.parameter], size)
         placed.append((_padded(index, rank), _padded(term.coefficient, rank)))
     kinds: dict[tuple[frozenset[int], frozenset[int]], list[tuple[Tensor, Tensor]]] = {}

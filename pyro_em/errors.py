@@ -94,3 +94,7 @@ class UnidentifiedParameter(EMWarning):
 
 class CollinearDesign(EMWarning):
     """Covariates that the data cannot tell apart: their coefficients are not identified."""
+
+
+class SeparatedData(EMWarning):
+    """A likelihood that rises for ever as coefficients grow: its maximum is at infinity."""

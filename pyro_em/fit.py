@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from pyro_em.accelerate import choose_accelerator
-from pyro_em.checks import after_fit, at_start, collinear, unobserved_cells
+from pyro_em.checks import after_fit, at_start, collinear, separated, unobserved_cells
 from pyro_em.e_step.auto import choose_engine, in_double, verified
-from pyro_em.e_step.base import Engine
+from pyro_em.e_step.base import Engine, Expectation
 from pyro_em.errors import EMWarning, InputError
 from pyro_em.evaluator import Evaluator
 from pyro_em.explain import explain
@@ -148,6 +148,8 @@ def fit(
         alive = [r for r in runs if r.outcome is not Outcome.degenerate]
         best = max(alive or runs, key=lambda r: r.last.objective)
         after_fit(problem, best)
+        if alive and not errors and isinstance(best.last.expectation, Expectation):
+            separated(m.diverging(best.last.params, best.last.expectation))
         result = _result(
             problem, engine, m, best, runs, algorithm, seed, missing, tuple(str(w.message) for w in caught)
         )

@@ -79,6 +79,57 @@ def ridge_regressions(X: Tensor, y: Tensor, K: int = 2) -> None:
         pyro.sample("y", dist.Normal(a[z] + sign * (X @ b), s[z]), obs=y)
 
 
+def poisson_regressions(X: Tensor, counts: Tensor, exposure: Tensor, K: int = 2) -> None:
+    """Counts with known exposure, a Normal prior on the coefficients."""
+    rows, w = _rows(len(counts), K)
+    with pyro.plate("components", K, dim=-2), pyro.plate("covariates", X.shape[-1], dim=-1):
+        b = pyro.sample("b", dist.Normal(0.0, 2.0))
+    with rows:
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("count", dist.Poisson(exposure * torch.exp((X * b[z]).sum(-1))), obs=counts)
+
+
+def experts(X: Tensor, y: Tensor, K: int = 2) -> None:
+    """Mixture of experts: the first class is the reference of the gate."""
+    gate = pyro.param("gate", torch.zeros(X.shape[-1], K - 1))
+    b = pyro.param("b", torch.arange(K * X.shape[-1]).reshape(K, -1) * 0.2)
+    s = pyro.param("s", torch.ones(K), constraint=positive)
+    logits = torch.cat([torch.zeros(len(y), 1), X @ gate], -1)
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(logits=logits))
+        pyro.sample("y", dist.Normal((X * b[z]).sum(-1), s[z]), obs=y)
+
+
+def zero_inflated_regression(X: Tensor, counts: Tensor) -> None:
+    """Covariates of the zeros and of the counts."""
+    zero = pyro.param("zero", torch.zeros(X.shape[-1]))
+    b = pyro.param("b", torch.zeros(X.shape[-1]))
+    with pyro.plate("rows", len(counts)):
+        z = pyro.sample("z", dist.Bernoulli(logits=X @ zero))
+        pyro.sample("count", dist.Poisson(torch.where(z == 1, 0.0, torch.exp(X @ b))), obs=counts)
+
+
+def negative_binomial_regressions(X: Tensor, counts: Tensor, K: int = 2) -> None:
+    """Dispersion of each class, slopes in common: total count and logits are moved together."""
+    rows, w = _rows(len(counts), K)
+    r = pyro.param("r", torch.ones(K), constraint=positive)
+    a = pyro.param("a", torch.arange(K) * 1.0)
+    b = pyro.param("b", torch.zeros(X.shape[-1]))
+    with rows:
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("count", dist.NegativeBinomial(r[z], logits=a[z] + X @ b), obs=counts)
+
+
+def gamma_free(y: Tensor, K: int = 2) -> None:
+    """Shape and rate free: the rate alone would have a closed form."""
+    rows, w = _rows(len(y), K)
+    shape = pyro.param("shape", torch.ones(K), constraint=positive)
+    rate = pyro.param("rate", torch.ones(K), constraint=positive)
+    with rows:
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("y", dist.Gamma(shape[z], rate[z]), obs=y)
+
+
 def problems(make: Callable[..., Any], t: Callable[[Any], Tensor]) -> list[Any]:
     """Rows of the table; `make` is `tests.problems.Problem`, `t` makes a float64 tensor."""
     rng = np.random.default_rng(11)
@@ -95,10 +146,16 @@ def problems(make: Callable[..., Any], t: Callable[[Any], Tensor]) -> list[Any]:
     positive_y = t(np.exp(eta + 0.3 * rng.normal(size=N)))
     Y = t(np.stack([eta, -eta], -1) + 0.4 * rng.normal(size=(N, 2)))
     B = np.stack([np.c_[levels, slopes], -np.c_[levels, slopes]], -1)
-    X, X1 = t(X), t(X1)
     w, a, s = t([0.45, 0.55]), t([0.2, 2.0]), t([0.8, 1.1])
     b = t([[0.5, 0.0], [-0.5, 0.3]])
     weights = t(rng.integers(0, 4, N))
+    exposure = rng.uniform(0.5, 3.0, N)
+    signal = np.array([0.2, 2.0])[kind] + X1 @ np.array([0.0, 0.5, -0.3])
+    counts, exposure = t(rng.poisson(exposure * np.exp(signal))), t(exposure)
+    inflated = t(rng.poisson(2.0 * np.exp(0.4 * X1[:, 1])) * (rng.random(N) < 0.7))
+    dispersed = t(rng.negative_binomial(np.array([1, 5])[kind], np.array([0.35, 0.1])[kind]))
+    gammas = t(rng.gamma(np.array([2.0, 6.0])[kind], np.array([0.3, 1.5])[kind]))
+    X, X1 = t(X), t(X1)
     return [
         make("regressions", regressions, (X, y), {"w": w, "a": a, "b": b, "s": s}, "rows"),
         make("weighted_regressions", regressions, (X, y), {"w": w, "a": a, "b": b, "s": s}, "rows", weights=weights),
@@ -126,4 +183,35 @@ def problems(make: Callable[..., Any], t: Callable[[Any], Tensor]) -> list[Any]:
             priors=True,
             weights=weights,
         ),
+        make(
+            "poisson_regressions",
+            poisson_regressions,
+            (X1, counts, exposure),
+            {"w": w, "b": t([[0.0, 0.2, 0.0], [1.5, 0.2, 0.0]])},
+            "rows",
+            priors=True,
+        ),
+        make(
+            "experts",
+            experts,
+            (X1, y),
+            {"gate": t([[0.1], [0.2], [-0.1]]), "b": t([[0.2, 0.6, 0.0], [2.0, -0.8, 0.4]]), "s": s},
+            "rows",
+            weights=weights,
+        ),
+        make(
+            "zero_inflated_regression",
+            zero_inflated_regression,
+            (X1, inflated),
+            {"zero": t([-0.5, 0.0, 0.0]), "b": t([0.5, 0.1, 0.0])},
+            "rows",
+        ),
+        make(
+            "negative_binomial_regressions",
+            negative_binomial_regressions,
+            (X, dispersed),
+            {"w": w, "r": t([1.5, 4.0]), "a": t([0.5, 2.2]), "b": t([0.1, 0.0])},
+            "rows",
+        ),
+        make("gamma_free", gamma_free, (gammas,), {"w": w, "shape": t([1.5, 5.0]), "rate": t([2.0, 0.6])}, "rows"),
     ]

@@ -38,7 +38,7 @@ def choose_engine(problem: Problem, m_step: MStep) -> Engine:
             return compile_inside(problem)
     if not m_step.separate:
         mixed = [n for n in m_step.free if any(use.index is None for use in problem.uses[n])]
-        return Interpreted(problem, f"'{(mixed or m_step.free)[0]}' has no closed form on sufficient statistics")
+        return Interpreted(problem, f"'{(mixed or m_step.free)[0]}' has no closed-form M-step on moments of its own")
     reasons = []
     for compiler in COMPILERS:
         try:

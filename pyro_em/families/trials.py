@@ -101,7 +101,8 @@ class NegativeBinomialFamily(TrialsFamily):
     arguments: ClassVar = {"total_count": 0, "probs": 0, "logits": 0}
 
     def trials(self, value: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
-        return value, _total_count(value, args).expand_as(value)
+        successes, failures = torch.broadcast_tensors(value, _total_count(value, args))
+        return successes, failures
 
     def log_base(self, value: Tensor, args: Arguments) -> Tensor:
         total = _total_count(value, args)

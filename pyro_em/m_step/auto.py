@@ -11,44 +11,24 @@ identity), which is what the stopping rule reads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_em.e_step.base import Expectation
-from pyro_em.errors import InputError, Refusal
 from pyro_em.families import LOCATIONS
-from pyro_em.m_step.closed import NotClosed
-from pyro_em.m_step.linear import linear_blocks
+from pyro_em.m_step.choose import certificate_bound, choose, moments_by_weight, opened, options_of
+from pyro_em.m_step.newton import Newton
 from pyro_em.m_step.numeric import Block, ascend, ascend_with, maximise
-from pyro_em.m_step.responses import not_completed
 from pyro_em.m_step.separate import Separate
-from pyro_em.m_step.states import state_blocks
-from pyro_em.m_step.unit import Unit
-from pyro_em.model.compat import with_dims
-from pyro_em.model.slicing import rows_like_others
-from pyro_em.model.trace import Run
 from pyro_em.model.use import Use
 from pyro_em.problem import Problem
-from pyro_em.statistics import Posteriors, SiteMoments, expected_moments
-from pyro_em.sufficient import MomentsOf, Sufficient, raw_arguments
+from pyro_em.sufficient import Sufficient, raw_arguments
 from pyro_em.types import Params
 
-Route = Literal["closed", "numeric", "gradient", "fixed", "unused"]
-# Bounds on max|∂Q/∂u| / N after an update; parameters kept in float32 are rounded, and Q is flat to their rounding.
-CERTIFICATE, CERTIFICATE_FLOAT32 = 1e-10, 1e-4
 MAX_ROUNDS = 30
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How one parameter is updated, and why."""
-
-    route: Route
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -66,11 +46,10 @@ class MStep:
     def __init__(self, problem: Problem, option: Any, algorithm: str, optim: Any = None) -> None:
         self.problem, self.optim = problem, optim
         self.uses = {n: self._counted(n) for n in problem.parameters}
-        self.units: list[Unit] = []
-        self.collinear: set[str] = set()  # parameters that no data of this design can tell apart
-        self.choices = self._choose(*self._wanted(option, algorithm))
+        found = choose(problem, self.uses, options_of(problem, option, algorithm))
+        self.choices, self.collinear = found.choices, found.collinear
+        self.units = sorted(found.units, key=lambda unit: min(map(self._order, unit.names)))
         names = list(self.choices)
-        self.units.sort(key=lambda unit: min(map(self._order, unit.names)))
         self.closed = tuple(name for unit in self.units for name in unit.names)
         self.numeric = tuple(n for n in names if self.choices[n].route == "numeric")
         self.gradient = tuple(n for n in names if self.choices[n].route == "gradient")
@@ -85,7 +64,7 @@ class MStep:
     @property
     def all_closed(self) -> bool:
         """Every moving parameter has a closed form."""
-        return not (self.numeric or self.gradient)
+        return not (self.numeric or self.gradient or any(isinstance(unit, Newton) for unit in self.units))
 
     @property
     def separate(self) -> bool:
@@ -100,72 +79,9 @@ class MStep:
     def _order(self, name: str) -> int:
         return 0 if any(use.slot in LOCATIONS for use in self.uses[name]) else 1
 
-    def _wanted(self, option: Any, algorithm: str) -> tuple[dict[str, str], str]:
-        """What the caller asks for some parameters, and for all others."""
-        wanted: dict[str, str] = {}
-        default = "gradient" if algorithm == "gem" and option == "auto" else option
-        if isinstance(option, Mapping):
-            unknown = [name for name in option if name not in self.problem.parameters]
-            if unknown:
-                known = ", ".join(self.problem.parameters)
-                raise InputError(f"m_step: the model has no parameter '{unknown[0]}'. Its parameters: {known}.")
-            wanted, default = dict(option), "gradient" if algorithm == "gem" else "auto"
-        valid = ("auto", "closed", "gradient", "fixed")
-        for value in (default, *wanted.values()):
-            if value not in valid:
-                raise InputError(f"m_step: '{value}' is none of {', '.join(valid)}.")
-        return wanted, default
-
-    def _choose(self, wanted: Mapping[str, str], default: str) -> dict[str, Choice]:
-        with torch.no_grad():
-            run = self.problem.run(self.problem.start)
-        unweighted = all(info.weight is None for info in self.problem.graph.factors.values())
-        uniform = _uniform(self.problem, rows_like_others(run) if unweighted else run)
-        start = self.problem.start
-        options = {name: wanted.get(name, default) for name in self.problem.parameters}
-        exact = {n: self.uses[n] for n, own in options.items() if own in ("auto", "closed") and self.uses[n]}
-        choices: dict[str, Choice] = {}
-        for block in linear_blocks(self.problem, run, exact):
-            self.units.append(block)
-            open_ended = block.unidentified(block.precision(start, _opened(uniform)))
-            self.collinear |= open_ended
-            choices |= {name: Choice("closed", block.rule(name, run, open_ended)) for name in block.names}
-        for states in state_blocks(self.problem, run.sites, {n: own for n, own in exact.items() if n not in choices}):
-            self.units.append(states)
-            choices |= dict.fromkeys(states.names, Choice("closed", states.rule()))
-        for name, own in options.items():
-            if name not in choices:
-                choices[name] = self._choice(name, own, uniform.sufficient)
-        numeric = [name for name, choice in choices.items() if choice.route == "numeric"]
-        for unit, reason in not_completed(self.units, numeric, self.uses, run.sites):
-            self.units.remove(unit)
-            choices |= {name: Choice("numeric", reason) for name in unit.names}
-        return {name: choices[name] for name in self.problem.parameters}
-
-    def _choice(self, name: str, wanted: str, uniform: Sufficient) -> Choice:
-        if wanted == "fixed":
-            return Choice("fixed", "as told")
-        if not self.uses[name]:
-            return Choice("unused", "nothing that counts depends on it; it keeps its value")
-        if wanted == "gradient":
-            return Choice("gradient", "gradient M-step, as told")
-        unit = Separate(self.problem, name, self.uses[name])
-        try:
-            choice = Choice("closed", unit.combined(self.problem.start[name], uniform).rule)
-        except NotClosed as error:
-            if wanted == "closed":
-                raise Refusal(
-                    self.uses[name][0].site,
-                    f"parameter '{name}' has no closed-form M-step: {error}.",
-                    "use m_step='auto', which maximises Q numerically for it.",
-                ) from error
-            return Choice("numeric", str(error))
-        self.units.append(unit)
-        return choice
-
     def score(self, params: Params, expectation: Expectation) -> float:
         """max|∂ objective/∂u| over the parameters that move (Fisher's identity), not divided by N."""
-        largest = float(self.closed_score(params, _opened(expectation)))
+        largest = float(self.closed_score(params, opened(expectation)))
         rest = (*self.numeric, *self.gradient)
         if rest:
             block = Block.of_q(self.problem, params, expectation.weights, rest)
@@ -185,6 +101,14 @@ class MStep:
             empty |= unseen
         return params, empty
 
+    def diverging(self, params: Params, expectation: Expectation) -> set[str]:
+        """Parameters whose maximum is at infinity, as far as an iterate near convergence tells."""
+        blocks = [unit for unit in self.units if isinstance(unit, Newton)]
+        found: set[str] = set()
+        for block in blocks:
+            found |= block.diverging(params, opened(expectation))
+        return found
+
     @property
     def coupled(self) -> bool:
         """One round of closed forms is not the joint argmax: rounds are repeated, under a certificate."""
@@ -195,11 +119,11 @@ class MStep:
 
         :raises DegenerateLikelihoodError: if a variance collapses.
         """
-        sufficient = _opened(expectation)
+        sufficient = opened(expectation)
         self._count += 1
         check = self._coupled or self._count <= 3 or self._count % 10 == 0
         scale = self.problem.graph.num_observations
-        bound = _bound(params)
+        bound = certificate_bound(params)
         certificate, empty = None, set()
         rounds = 0
         while rounds < MAX_ROUNDS:
@@ -228,7 +152,7 @@ class MStep:
         if self.numeric:
             block = Block.of_q(self.problem, params, expectation.weights, self.numeric)
             scale = self.problem.graph.num_observations
-            params = maximise(block, tolerance=0.1 * _bound(params) * scale)
+            params = maximise(block, tolerance=0.1 * certificate_bound(params) * scale)
             if self.closed:
                 sufficient.take(self._refreshed(params, expectation))
         return params, empty
@@ -236,7 +160,7 @@ class MStep:
     def _refreshed(self, params: Params, expectation: Expectation) -> Sufficient:
         with torch.no_grad():
             run = self.problem.run(params)
-        moments_of = _moments(self.problem, run, expectation.weights)
+        moments_of = moments_by_weight(self.problem, run, expectation.weights)
         fresh = Sufficient(self.problem, run.sites, raw_arguments(run.sites), moments_of)
         fresh.posterior = expectation.sufficient.posterior
         return fresh
@@ -248,38 +172,6 @@ class MStep:
             _, gradient, _ = block.gradient(block.free())
             largest = max(largest, _largest(gradient))
         return largest
-
-
-def _opened(expectation: Expectation) -> Sufficient:
-    """The statistics of an E-step, with the way to its posterior weights for the units that need them."""
-    expectation.sufficient.posterior = lambda: expectation.weights
-    return expectation.sufficient
-
-
-def _bound(params: Params) -> float:
-    double = all(value.dtype == torch.float64 for value in params.values())
-    return CERTIFICATE if double else CERTIFICATE_FLOAT32
-
-
-def _moments(problem: Problem, run: Run, weights: Posteriors) -> MomentsOf:
-    """Moments from posterior weights, at the arguments of a fresh run."""
-
-    def moments_of(name: str, arguments: dict[str, Tensor]) -> SiteMoments:
-        return expected_moments(run.sites[name], problem.graph.factors[name], weights.get(name), arguments)
-
-    return moments_of
-
-
-def _uniform(problem: Problem, run: Run) -> Expectation:
-    """Statistics of the data without any latent: enough to see which rules apply, at the cost of one pass."""
-    weights = {}
-    for component in problem.graph.components:
-        for name in component.factors:
-            site = run.sites[name]
-            sizes = {site.symbols[plate.dim]: plate.size for plate in site.plates if plate.size > 1}
-            weights[name] = with_dims(torch.ones(list(sizes.values())), "".join(sizes))
-    sufficient = Sufficient(problem, run.sites, raw_arguments(run.sites), _moments(problem, run, weights))
-    return Expectation(0.0, 0.0, 0.0, sufficient, lambda: weights)
 
 
 def _largest(x: Tensor) -> float:

@@ -24,9 +24,16 @@ from torch.distributions import constraints
 from pyro_em.design import Design
 from pyro_em.kernels import QuadraticKernel
 from pyro_em.kernels.quadratic import null_directions
-from pyro_em.m_step.location import Location, LocationSite, full_cells, other_cells, total_moments
-from pyro_em.m_step.unit import weight_of
-from pyro_em.model.affine import Term
+from pyro_em.m_step.location import (
+    Location,
+    LocationSite,
+    at_entry,
+    full_cells,
+    other_cells,
+    terms_of,
+    total_moments,
+)
+from pyro_em.m_step.unit import connected, weight_of
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.model.use import VALUE, Use
 from pyro_em.problem import Problem
@@ -34,19 +41,6 @@ from pyro_em.sufficient import Sufficient
 from pyro_em.types import Params
 
 MAX_SIZE = 4000  # entries of a block; its matrix has the square
-
-
-def terms_of(uses: Sequence[Use]) -> list[Term]:
-    """All affine terms that these uses (of one argument) have, those of a predictor once."""
-    found: list[Term] = []
-    for use in uses:
-        if use.predictor is not None:
-            found += [term for term in use.predictor.terms if term.parameter == use.parameter]
-        else:
-            assert use.index is not None
-            one = torch.ones((), dtype=torch.float64)
-            found.append(Term(use.parameter, use.index, one if use.coefficient is None else use.coefficient.double()))
-    return found
 
 
 def is_linear(name: str, uses: Sequence[Use], problem: Problem, sites: Mapping[str, SiteRecord]) -> bool:
@@ -104,7 +98,7 @@ class Linear:
             total += location.precision()
         for name, kernel in self._priors(sufficient):
             part = self._slice(name, params[name])
-            total[part, part] += _prior_precision(kernel, params[name])
+            total[part, part] += prior_precision(kernel, params[name])
         return (total + total.mT) / 2
 
     def update(self, params: Params, sufficient: Sufficient) -> tuple[Params, set[str]]:
@@ -169,7 +163,8 @@ class Linear:
         return moved
 
 
-def _prior_precision(kernel: QuadraticKernel, theta: Tensor) -> Tensor:
+def prior_precision(kernel: QuadraticKernel, theta: Tensor) -> Tensor:
+    """Λ of a normal prior over the entries of θ."""
     if not kernel.vector:
         return torch.diag(kernel.precision.expand(theta.shape).reshape(-1))
     width = theta.shape[-1]
@@ -183,17 +178,10 @@ def linear_blocks(problem: Problem, run: Run, uses: Mapping[str, tuple[Use, ...]
     :param uses: of the parameters that may take part, as they count in Q.
     """
     names = [n for n, own in uses.items() if is_linear(n, own, problem, run.sites)]
-    blocks: list[set[str]] = []
-    for name in names:
-        touched = {use.site for use in uses[name] if use.slot != VALUE}
-        joined = {name}
-        rest: list[set[str]] = []
-        for block in blocks:
-            near = any(use.site in touched and use.slot != VALUE for other in block for use in uses[other])
-            joined, rest = (joined | block, rest) if near else (joined, [*rest, block])
-        blocks = [*rest, joined]
+    sites = {n: {use.site for use in uses[n] if use.slot != VALUE} for n in names}
+    blocks = connected(names, sites)
     mixed = [b for b in blocks if any(use.predictor is not None for name in b for use in uses[name])]
-    found = [_block(problem, run, tuple(n for n in names if n in block), uses) for block in mixed]
+    found = [_block(problem, run, block, uses) for block in mixed]
     return [block for block in found if block is not None]
 
 
@@ -222,7 +210,7 @@ def _location_site(
     cells, terms = full_cells(site), terms_of(own)
     width = max(t.index.shape[-1] for t in terms) if vector else 1
     width = max(width, (site.arguments or {})[slot].shape[-1]) if vector else 1
-    parts = [[_at(t, d) for t in terms] for d in range(width)] if vector else [terms]
+    parts = [[at_entry(t, d) for t in terms] for d in range(width)] if vector else [terms]
     designs = tuple(Design(part, starts, size, cells) for part in parts)
     predictor = next((use.predictor for use in own if use.predictor is not None), None)
     fixed = None if predictor is None else predictor.fixed
@@ -236,10 +224,3 @@ def _location_site(
 
 def _others_uses(site: str, slot: str, uses: Mapping[str, tuple[Use, ...]]) -> list[Use]:
     return [use for own in uses.values() for use in own if use.site == site and use.slot != slot]
-
-
-def _at(term: Term, d: int) -> Term:
-    """The term of one entry of a vector argument."""
-    index = term.index[..., min(d, term.index.shape[-1] - 1)]
-    coefficient = term.coefficient
-    return Term(term.parameter, index, coefficient[..., min(d, coefficient.shape[-1] - 1)])

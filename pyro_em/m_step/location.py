@@ -26,8 +26,10 @@ from torch import Tensor
 
 from pyro_em.design import Column, Design, Piece
 from pyro_em.families import Statistic
+from pyro_em.model.affine import Term
 from pyro_em.model.density import clean_value
 from pyro_em.model.trace import SiteRecord
+from pyro_em.model.use import Use
 from pyro_em.statistics import SiteMoments, argument_cells, complete_count, site_moments, site_statistics
 from pyro_em.sufficient import Sufficient
 
@@ -220,3 +222,23 @@ def full_cells(site: SiteRecord) -> torch.Size:
     own = value.shape[: value.dim() - event]
     elements = site.fn.event_shape[: site.element_dims]
     return torch.broadcast_shapes(own, (*site.batch_shape, *elements))
+
+
+def terms_of(uses: Sequence[Use]) -> list[Term]:
+    """All affine terms that these uses (of one argument) have, those of a predictor once."""
+    found: list[Term] = []
+    for use in uses:
+        if use.predictor is not None:
+            found += [term for term in use.predictor.terms if term.parameter == use.parameter]
+        else:
+            assert use.index is not None
+            one = torch.ones((), dtype=torch.float64)
+            found.append(Term(use.parameter, use.index, one if use.coefficient is None else use.coefficient.double()))
+    return found
+
+
+def at_entry(term: Term, d: int) -> Term:
+    """The term of one entry of a vector argument."""
+    index = term.index[..., min(d, term.index.shape[-1] - 1)]
+    coefficient = term.coefficient
+    return Term(term.parameter, index, coefficient[..., min(d, coefficient.shape[-1] - 1)])

@@ -23,7 +23,7 @@ from torch.distributions import constraints
 
 from pyro_em.families import LOCATIONS, Family
 from pyro_em.kernels import QuadraticKernel
-from pyro_em.m_step.linear import terms_of
+from pyro_em.m_step.location import terms_of
 from pyro_em.model.trace import SiteRecord
 from pyro_em.model.use import VALUE, Use
 from pyro_em.problem import Problem

@@ -3,12 +3,14 @@
     Separate   one parameter, the argmax of the sum of its kernels        (separate.py)
     Linear     affine locations of a coupled block, one linear solve      (linear.py)
     States     the same for sites with latents inside                     (states.py)
+    Newton     generalised linear sites and concentrations                (newton.py)
 
 A unit reads and rewrites the arguments of the E-step's `Sufficient`, so that the units after it see its update.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -49,3 +51,17 @@ def weight_of(problem: Problem, name: str, sufficient: Sufficient) -> Tensor:
         assert not isinstance(posterior, Integrated)
         sufficient.weights[name] = site_weight(sufficient.sites[name], info, posterior)
     return sufficient.weights[name]
+
+
+def connected(names: Sequence[str], touched: Mapping[str, set[str]]) -> list[tuple[str, ...]]:
+    """Groups of names that share something they touch, directly or through others; order is kept."""
+    groups: list[tuple[set[str], set[str]]] = []
+    for name in names:
+        joined, things, rest = {name}, set(touched[name]), []
+        for group in groups:
+            if group[1] & touched[name]:
+                joined, things = joined | group[0], things | group[1]
+            else:
+                rest.append(group)
+        groups = [*rest, (joined, things)]
+    return [tuple(name for name in names if name in group) for group, _ in groups]

@@ -1,0 +1,177 @@
+"""Which parameter is served by which rule: an ordered choice, made once from the structure and explained by the plan.
+
+1. linear solve     affine locations of normal sites, with all that share them
+2. closed form      the sum of the kernels of its uses has an argmax
+3. Newton           everything else behind linear predictors or taken entry by entry, with the closed forms of the
+                    same density (the rate of a Gamma whose concentration is free: rounds would be slow)
+4. numeric          what is opaque: networks, products of parameters, unknown families
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pyro_em.e_step.base import Expectation
+from pyro_em.errors import InputError, Refusal
+from pyro_em.m_step.closed import NotClosed
+from pyro_em.m_step.linear import linear_blocks
+from pyro_em.m_step.newton import Newton, is_newton, newton_blocks
+from pyro_em.m_step.responses import not_completed
+from pyro_em.m_step.separate import Separate
+from pyro_em.m_step.states import state_blocks
+from pyro_em.m_step.unit import Unit
+from pyro_em.model.compat import with_dims
+from pyro_em.model.slicing import rows_like_others
+from pyro_em.model.trace import Run
+from pyro_em.model.use import VALUE, Use
+from pyro_em.problem import Problem
+from pyro_em.statistics import Posteriors, SiteMoments, expected_moments
+from pyro_em.sufficient import MomentsOf, Sufficient, raw_arguments
+from pyro_em.types import Params
+
+Route = Literal["closed", "newton", "numeric", "gradient", "fixed", "unused"]
+Uses = Mapping[str, tuple[Use, ...]]
+# Bounds on max|∂Q/∂u| / N after an update; parameters kept in float32 are rounded, and Q is flat to their rounding.
+CERTIFICATE, CERTIFICATE_FLOAT32 = 1e-10, 1e-4
+OPTIONS = ("auto", "closed", "gradient", "fixed")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one parameter is updated, and why."""
+
+    route: Route
+    reason: str
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The choice for every parameter, the units that it needs, and parameters that the design cannot tell apart."""
+
+    choices: dict[str, Choice]
+    units: list[Unit]
+    collinear: set[str]
+
+
+def options_of(problem: Problem, option: Any, algorithm: str) -> dict[str, str]:
+    """What the caller asks for each parameter.
+
+    :raises InputError: for an unknown parameter or option.
+    """
+    wanted: dict[str, str] = {}
+    default = "gradient" if algorithm == "gem" and option == "auto" else option
+    if isinstance(option, Mapping):
+        unknown = [name for name in option if name not in problem.parameters]
+        if unknown:
+            known = ", ".join(problem.parameters)
+            raise InputError(f"m_step: the model has no parameter '{unknown[0]}'. Its parameters: {known}.")
+        wanted, default = dict(option), "gradient" if algorithm == "gem" else "auto"
+    for value in (default, *wanted.values()):
+        if value not in OPTIONS:
+            raise InputError(f"m_step: '{value}' is none of {', '.join(OPTIONS)}.")
+    return {name: wanted.get(name, default) for name in problem.parameters}
+
+
+def choose(problem: Problem, uses: Uses, options: Mapping[str, str]) -> Choices:
+    """The rules of all parameters.
+
+    :param uses: those that count in Q.
+    :raises Refusal: if a closed form is asked for where there is none.
+    """
+    with torch.no_grad():
+        run = problem.run(problem.start)
+    unweighted = all(info.weight is None for info in problem.graph.factors.values())
+    uniform = opened(_uniform(problem, rows_like_others(run) if unweighted else run))
+    choices = {n: _told(uses[n], own) for n, own in options.items() if own in ("fixed", "gradient") or not uses[n]}
+    units: list[Unit] = []
+    collinear: set[str] = set()
+    for linear in linear_blocks(problem, run, {n: uses[n] for n in options if n not in choices}):
+        unidentified = linear.unidentified(linear.precision(problem.start, uniform))
+        collinear |= unidentified
+        units.append(linear)
+        choices |= {name: Choice("closed", linear.rule(name, run, unidentified)) for name in linear.names}
+    for states in state_blocks(problem, run.sites, {n: uses[n] for n in options if n not in choices}):
+        units.append(states)
+        choices |= dict.fromkeys(states.names, Choice("closed", states.rule()))
+    closed: dict[str, tuple[Separate, Choice]] = {}
+    rest: dict[str, Choice] = {}
+    for name in [n for n in options if n not in choices]:
+        unit = Separate(problem, name, uses[name])
+        try:
+            closed[name] = unit, Choice("closed", unit.combined(problem.start[name], uniform).rule)
+        except NotClosed as error:
+            if options[name] == "closed":
+                raise Refusal(
+                    uses[name][0].site,
+                    f"parameter '{name}' has no closed-form M-step: {error}.",
+                    "use m_step='auto', which maximises Q numerically for it.",
+                ) from error
+            rest[name] = Choice("numeric", str(error))
+    movable = [n for n in closed if options[n] == "auto"]
+    for newton in _newton(problem, run, uses, list(rest), movable):
+        units.append(newton)
+        choices |= {name: Choice("newton", newton.rule(name, run)) for name in newton.names}
+    for name, (unit, choice) in closed.items():
+        if name not in choices:
+            units.append(unit)
+            choices[name] = choice
+    choices = {name: choices.get(name) or rest[name] for name in options}
+    numeric = [name for name, choice in choices.items() if choice.route == "numeric"]
+    for left, reason in not_completed(units, numeric, uses, run.sites):
+        units.remove(left)
+        choices |= {name: Choice("numeric", reason) for name in left.names}
+    return Choices(choices, units, collinear)
+
+
+def _told(uses: tuple[Use, ...], option: str) -> Choice:
+    if option == "fixed":
+        return Choice("fixed", "as told")
+    if not uses:
+        return Choice("unused", "nothing that counts depends on it; it keeps its value")
+    return Choice("gradient", "gradient M-step, as told")
+
+
+def _newton(problem: Problem, run: Run, uses: Uses, rest: list[str], closed: list[str]) -> list[Newton]:
+    served = {n for n in rest if is_newton(uses[n], run)}
+    sites = {use.site for n in served for use in uses[n] if use.slot != VALUE}
+    served |= {n for n in closed if any(use.site in sites for use in uses[n]) and is_newton(uses[n], run)}
+    tolerance = 0.1 * certificate_bound(problem.start) * problem.graph.num_observations
+    return newton_blocks(problem, run, {n: uses[n] for n in problem.parameters if n in served}, tolerance)
+
+
+def opened(expectation: Expectation) -> Sufficient:
+    """The statistics of an E-step, with the way to its posterior weights for the units that need them."""
+    expectation.sufficient.posterior = lambda: expectation.weights
+    return expectation.sufficient
+
+
+def certificate_bound(params: Params) -> float:
+    """Bound on the certificate."""
+    double = all(value.dtype == torch.float64 for value in params.values())
+    return CERTIFICATE if double else CERTIFICATE_FLOAT32
+
+
+def moments_by_weight(problem: Problem, run: Run, weights: Posteriors) -> MomentsOf:
+    """Moments from posterior weights, at the arguments of a fresh run."""
+
+    def moments_of(name: str, arguments: dict[str, Tensor]) -> SiteMoments:
+        return expected_moments(run.sites[name], problem.graph.factors[name], weights.get(name), arguments)
+
+    return moments_of
+
+
+def _uniform(problem: Problem, run: Run) -> Expectation:
+    """Statistics of the data without any latent: enough to see which rules apply, at the cost of one pass."""
+    weights = {}
+    for component in problem.graph.components:
+        for name in component.factors:
+            site = run.sites[name]
+            sizes = {site.symbols[plate.dim]: plate.size for plate in site.plates if plate.size > 1}
+            weights[name] = with_dims(torch.ones(list(sizes.values())), "".join(sizes))
+    sufficient = Sufficient(problem, run.sites, raw_arguments(run.sites), moments_by_weight(problem, run, weights))
+    return Expectation(0.0, 0.0, 0.0, sufficient, lambda: weights)

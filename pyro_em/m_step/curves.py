@@ -1,0 +1,126 @@
+"""Q as a function of one linear predictor η, cell by cell: value, slope Q'(η) and curvature −Q''(η).
+
+    kernel                        link                     value                       curvature
+    A log t − B₊ t^q − B₋ t^−q    t = exp η                A η − B₊ e^qη − B₋ e^−qη    q² (B₊ e^qη + B₋ e^−qη)
+    A log p + B log(1 − p)        p = 1/(1 + e^−η)         A log p + B log(1 − p)      (A + B) p (1 − p)
+    Σ_k A_k log p_k               p = softmax η            Σ_k A_k log p_k             (Σ A) (diag p − p pᵀ)
+    h·(μ−o) − ½ Λ (μ−o)²          μ = η                    itself                      Λ
+
+Poisson, Exponential, Gamma rates and Normal scales behind exp, trials behind a logit, categories behind a softmax: all
+concave, so that Newton's method with backtracking finds the argmax. Any other pair of kernel and link is
+differentiated automatically. Kernels are the compressed data (kernels/): sums over everything that does not tell
+the cells of the argument apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from pyro_em.families.base import IDENTITY, LOGIT, NORMALISED, SOFTMAX, Link
+from pyro_em.kernels import BetaKernel, Kernel, PowerKernel, QuadraticKernel, SimplexKernel
+
+Derivatives = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """`value` (cells) and `derivatives` (slope, curvature) as functions of η.
+
+    Slope and curvature are over the cells; of a vector η they are (cells, D) and (cells, D, D).
+    """
+
+    value: Callable[[Tensor], Tensor]
+    derivatives: Callable[[Tensor], Derivatives]
+
+
+def curve_of(kernel: Kernel, link: str, canonical: Link, forward: Callable[[Tensor], Tensor]) -> Curve:
+    """The curve of a kernel behind a link.
+
+    :param link: name of the predictor's link (model/links.py), "" for any other function.
+    :param canonical: the coordinate of the argument in which the kernel lives.
+    :param forward: argument as a function of η.
+    """
+    if isinstance(kernel, PowerKernel) and link == "exp":
+        return _exponential(kernel)
+    if isinstance(kernel, BetaKernel) and (link, canonical) in (("identity", LOGIT), ("sigmoid", IDENTITY)):
+        return _logistic(kernel)
+    if isinstance(kernel, SimplexKernel) and (link, canonical) in (("identity", SOFTMAX), ("softmax", NORMALISED)):
+        return _categorical(kernel)
+    if isinstance(kernel, QuadraticKernel) and link == "identity" and not kernel.vector:
+        return Curve(kernel.value, lambda eta: (kernel.gradient(eta), kernel.precision.expand(eta.shape)))
+    return _automatic(lambda eta: kernel.value(canonical.to_canonical(forward(eta))))
+
+
+def _exponential(kernel: PowerKernel) -> Curve:
+    a, up, down, q = kernel.log_coefficient, kernel.rising, kernel.falling, kernel.exponent
+    flat = not bool(down.any())
+
+    def powers(eta: Tensor) -> tuple[Tensor, Tensor | float]:
+        size = torch.exp(eta if q == 1 else q * eta)
+        return up * size, 0.0 if flat else down / size
+
+    def value(eta: Tensor) -> Tensor:
+        rises, falls = powers(eta)
+        return a * eta - rises - falls
+
+    def derivatives(eta: Tensor) -> Derivatives:
+        rises, falls = powers(eta)
+        return a - q * (rises - falls), q * q * (rises + falls)
+
+    return Curve(value, derivatives)
+
+
+def _logistic(kernel: BetaKernel) -> Curve:
+    a, b = kernel.successes, kernel.failures
+
+    def derivatives(eta: Tensor) -> Derivatives:
+        p, rest = torch.sigmoid(eta), torch.sigmoid(-eta)
+        return a * rest - b * p, (a + b) * p * rest
+
+    return Curve(lambda eta: a * logsigmoid(eta) + b * logsigmoid(-eta), derivatives)
+
+
+def _categorical(kernel: SimplexKernel) -> Curve:
+    counts = kernel.counts
+    total = counts.sum(-1, keepdim=True)
+
+    def derivatives(eta: Tensor) -> Derivatives:
+        p = torch.softmax(eta, -1)
+        outer = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+        return counts - total * p, total.unsqueeze(-1) * outer
+
+    return Curve(lambda eta: (counts * torch.log_softmax(eta, -1)).sum(-1), derivatives)
+
+
+def _automatic(function: Callable[[Tensor], Tensor]) -> Curve:
+    """Elementwise: the derivative of a sum over cells is that of every cell."""
+
+    def derivatives(eta: Tensor) -> Derivatives:
+        slope, curvature = cellwise_derivatives(lambda etas: function(etas[0]), [eta])
+        return slope[0], curvature[0][0]
+
+    return Curve(function, derivatives)
+
+
+def cellwise_derivatives(
+    function: Callable[[list[Tensor]], Tensor], etas: list[Tensor]
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Slopes and curvatures (minus second derivatives) of a function that acts on every cell by itself."""
+    leaves = [eta.detach().clone().requires_grad_(True) for eta in etas]
+    with torch.enable_grad():
+        total = function(leaves).sum()
+        slopes = torch.autograd.grad(total, leaves, create_graph=True)
+        rows = []
+        for slope in slopes:
+            found = (
+                torch.autograd.grad(slope.sum(), leaves, retain_graph=True, allow_unused=True)
+                if slope.requires_grad
+                else [None] * len(leaves)
+            )
+            rows.append([torch.zeros_like(e) if f is None else -f for e, f in zip(leaves, found, strict=True)])
+    return [slope.detach() for slope in slopes], rows

@@ -1,0 +1,170 @@
+"""Generalised linear sites: Newton's method (IRLS) on compressed work, to the argmax of Q.
+
+For parameters that enter their sites through a link of a linear predictor (model/affine.py) or entry by entry, Q has
+the gradient and Hessian of predictors.py. Newton steps with backtracking (objective.py) start from the current
+parameters, so that near convergence of EM one or two suffice.
+
+Where the maximum lies at infinity (complete separation in a logistic regression, a class without events in a Poisson
+one) the gradient vanishes along a direction in which η keeps growing: the steps end there, with finite parameters,
+and `diverging` names them.
+
+Not handled: opaque arguments, vector arguments other than categories; these are maximised by numeric.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.charts import base_constraint, chart
+from pyro_em.kernels import FlatKernel, Kernel, QuadraticKernel
+from pyro_em.m_step.objective import Objective, Prior, ascent
+from pyro_em.m_step.predictors import PredictorSite, is_behind_predictor, predictor_site
+from pyro_em.m_step.unit import connected
+from pyro_em.model.trace import Run
+from pyro_em.model.use import VALUE, Use
+from pyro_em.problem import Problem
+from pyro_em.sufficient import Sufficient
+from pyro_em.types import Params
+
+MAX_SIZE = 1500  # entries of a block
+
+
+@dataclass(frozen=True)
+class Newton:
+    """A block; made by `newton_blocks`. `tolerance` bounds max|∂Q/∂u| at the end."""
+
+    problem: Problem
+    names: tuple[str, ...]
+    uses: Mapping[str, tuple[Use, ...]]
+    starts: Mapping[str, int]
+    size: int
+    sites: tuple[PredictorSite, ...]
+    tolerance: float
+
+    def slope(self, params: Params, sufficient: Sufficient) -> Tensor:
+        """max|∂Q/∂u|, ()."""
+        q = self._open(params, sufficient)
+        return q.pulled(q.gradient(torch.zeros(self.size, dtype=torch.float64))).abs().amax()
+
+    def update(self, params: Params, sufficient: Sufficient) -> tuple[Params, set[str]]:
+        """The argmax of Q."""
+        q = self._open(params, sufficient)
+        u = q.maximised(self.tolerance)
+        theta = q.theta(u)
+        moved = dict(params)
+        for name, uses in self.uses.items():
+            own = theta[self._slice(name, params[name])].reshape(params[name].shape)
+            moved[name] = own.to(params[name].dtype)
+            sufficient.put(moved[name], tuple(use for use in uses if use.index is not None))
+        delta = theta - q.start
+        for opened in q.sites:
+            arguments = sufficient.arguments[opened.own.name]
+            for slot, eta in zip(opened.own.slots, opened.etas(delta), strict=True):
+                if slot.use.predictor is not None:
+                    arguments[slot.name] = slot.forward(arguments[slot.name])(eta)
+            sufficient.touch(opened.own.name)
+        return moved, set()
+
+    def rule(self, name: str, run: Run) -> str:
+        """What the plan says of a member."""
+        labels = []
+        for use in self.uses[name]:
+            family = run.sites[use.site].family.name  # type: ignore[union-attr]
+            link = "" if use.predictor is None else f" behind {use.predictor.link.name}"
+            labels.append(f"prior {family}" if use.slot == VALUE else f"{family}.{use.slot}{link}")
+        others = [f"'{n}'" for n in self.names if n != name]
+        text = f"Newton ({', '.join(dict.fromkeys(labels))})"
+        return text + (f", jointly with {', '.join(others)}" if others else "")
+
+    def diverging(self, params: Params, sufficient: Sufficient) -> set[str]:
+        """Parameters that would move on, by much in η, though Q has nothing to gain: the maximum is at infinity."""
+        q = self._open(params, sufficient)
+        zero = torch.zeros(self.size, dtype=torch.float64)
+        gradient, hessian = q.derivatives(zero)
+        if float(gradient.abs().max()) > 1e5 * self.tolerance or any(c.size != v.numel() for c, v in q.charts):
+            return set()
+        step = ascent(gradient, hessian)
+        found = set()
+        for opened in q.sites:
+            for slot in opened.own.slots:
+                if float(slot.change(step).abs().max()) > 0.1:
+                    found |= {n for n, uses in self.uses.items() if any(u.site == opened.own.name for u in uses)}
+        return found
+
+    def _slice(self, name: str, value: Tensor) -> slice:
+        return slice(self.starts[name], self.starts[name] + value.numel())
+
+    def _open(self, params: Params, sufficient: Sufficient) -> Objective:
+        start = torch.cat([params[n].detach().double().reshape(-1) for n in self.names])
+        sites = [site.open(self.problem, start, sufficient) for site in self.sites]
+        charts = []
+        for name in self.names:
+            value = params[name].detach().double()
+            charts.append((chart(self.problem.parameters[name].constraint, value), value))
+        priors = [
+            Prior(self._slice(name, params[name]), use, sufficient, params[name].shape)
+            for name, uses in self.uses.items()
+            for use in uses
+            if use.slot == VALUE
+        ]
+        real = all(_is_real(self.problem, name) for name in self.names)
+        return Objective(start, sites, charts, priors, real)
+
+
+def _is_real(problem: Problem, name: str) -> bool:
+    return base_constraint(problem.parameters[name].constraint) is torch.distributions.constraints.real
+
+
+def is_newton(uses: tuple[Use, ...], run: Run) -> bool:
+    """Whether every use of a parameter is behind a predictor, or is a prior with a kernel."""
+    return all(_has_kernel(u, run) if u.slot == VALUE else is_behind_predictor(u, run.sites[u.site]) for u in uses)
+
+
+def _has_kernel(use: Use, run: Run) -> bool:
+    site = run.sites[use.site]
+    if use.index is None or site.family is None or site.arguments is None:
+        return False
+    kernel: Kernel | None = site.family.value_kernel({**site.constants, **site.arguments})
+    if kernel is None or isinstance(kernel, FlatKernel):
+        return False
+    return kernel.event_dim == 0 or isinstance(kernel, QuadraticKernel)
+
+
+def newton_blocks(problem: Problem, run: Run, uses: Mapping[str, tuple[Use, ...]], tolerance: float) -> list[Newton]:
+    """Blocks among some parameters: those that share a site move together.
+
+    :param uses: of the parameters that may take part, as they count in Q.
+    """
+    at: dict[tuple[str, str], set[str | int]] = {}
+    for name, own in uses.items():
+        for use in own:
+            if use.slot != VALUE:
+                at.setdefault((use.site, use.slot), set()).add(name if use.predictor is None else id(use.predictor))
+    # One argument that takes entries of several parameters has no common link.
+    mixed = {key for key, kinds in at.items() if len(kinds) > 1}
+    names = [n for n, own in uses.items() if is_newton(own, run) and not any((u.site, u.slot) in mixed for u in own)]
+    sites = {n: {use.site for use in uses[n] if use.slot != VALUE} for n in names}
+    found = [_block(problem, run, block, uses, tolerance) for block in connected(names, sites)]
+    return [block for block in found if block is not None]
+
+
+def _block(
+    problem: Problem, run: Run, names: tuple[str, ...], uses: Mapping[str, tuple[Use, ...]], tolerance: float
+) -> Newton | None:
+    starts, size = {}, 0
+    for name in names:
+        starts[name] = size
+        size += problem.parameters[name].value.numel()
+    if size > MAX_SIZE:
+        return None
+    at: dict[str, dict[str, list[Use]]] = {}
+    for name in names:
+        for use in uses[name]:
+            if use.slot != VALUE:
+                at.setdefault(use.site, {}).setdefault(use.slot, []).append(use)
+    sites = tuple(predictor_site(run.sites[site], own, starts, size) for site, own in at.items())
+    return Newton(problem, names, {n: uses[n] for n in names}, starts, size, sites, tolerance)

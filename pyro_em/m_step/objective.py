@@ -1,0 +1,155 @@
+"""Q of a block as a function of its parameters, and its maximum by Newton's method with backtracking.
+
+Constrained parameters move in their charts' free coordinates u:
+
+    ∂²Q/∂u² = Jᵀ (∂²Q/∂θ²) J + Σ_i (∂Q/∂θ_i) ∂²θ_i/∂u²,       J = ∂θ/∂u
+
+A step is accepted when Q rises by a share of what its slope promises (up to the rounding of Q): none lowers it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.charts import Chart
+from pyro_em.kernels import QuadraticKernel
+from pyro_em.m_step.curves import cellwise_derivatives
+from pyro_em.m_step.linear import prior_precision
+from pyro_em.m_step.predictors import OpenSite
+from pyro_em.model.use import Use
+from pyro_em.sufficient import Sufficient
+
+MAX_STEPS = 60
+EPS = torch.finfo(torch.float64).eps
+
+
+class Prior:
+    """log p(θ) of one parameter, given the arguments of its prior."""
+
+    def __init__(self, part: slice, use: Use, sufficient: Sufficient, shape: torch.Size) -> None:
+        site = sufficient.sites[use.site]
+        assert site.family is not None
+        kernel = site.family.value_kernel({**site.constants, **sufficient.arguments[use.site]})
+        assert kernel is not None
+        self.part, self.kernel, self.shape = part, kernel, shape
+
+    def value(self, theta: Tensor) -> Tensor:
+        own = theta[self.part].reshape(self.shape)
+        return self.kernel.value(own).expand(self.shape[: len(self.shape) - self.kernel.event_dim]).sum()
+
+    def derivatives(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        own = theta[self.part].reshape(self.shape)
+        if isinstance(self.kernel, QuadraticKernel):
+            return self.kernel.gradient(own).expand(self.shape).reshape(-1), prior_precision(self.kernel, own)
+        slopes, curvatures = cellwise_derivatives(lambda etas: self.kernel.value(etas[0]), [own])
+        return slopes[0].reshape(-1), torch.diag(curvatures[0][0].reshape(-1))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Q around the current place `start` (P,) of a block; functions of δ = θ − start, or of free coordinates u."""
+
+    start: Tensor
+    sites: list[OpenSite]
+    charts: list[tuple[Chart, Tensor]]
+    priors: list[Prior]
+    real: bool  # u = θ
+
+    def theta(self, u: Tensor) -> Tensor:
+        if self.real:
+            return u
+        parts = torch.split(u, [own.size for own, _ in self.charts])
+        return torch.cat([own.from_free(part).reshape(-1) for (own, _), part in zip(self.charts, parts, strict=True)])
+
+    def free(self) -> Tensor:
+        return self.start if self.real else torch.cat([own.to_free(value) for own, value in self.charts])
+
+    def pulled(self, gradient: Tensor) -> Tensor:
+        """∂Q/∂u at the start."""
+        if self.real:
+            return gradient
+        parts = torch.split(gradient, [value.numel() for _, value in self.charts])
+        pairs = zip(self.charts, parts, strict=True)
+        return torch.cat([own.pull_back(value, part.reshape(value.shape)) for (own, value), part in pairs])
+
+    def value(self, u: Tensor) -> float:
+        theta = self.theta(u)
+        total = sum((float(site.value(theta - self.start)) for site in self.sites), 0.0)
+        return total + sum(float(prior.value(theta)) for prior in self.priors)
+
+    def gradient(self, delta: Tensor) -> Tensor:
+        total = torch.zeros_like(self.start)
+        for site in self.sites:
+            total += site.gradient(delta)
+        for prior in self.priors:
+            total[prior.part] += prior.derivatives(self.start + delta)[0]
+        return total
+
+    def derivatives(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        gradient = torch.zeros_like(self.start)
+        hessian = torch.zeros(len(gradient), len(gradient), dtype=torch.float64)
+        for site in self.sites:
+            own, curvature = site.derivatives(delta)
+            gradient += own
+            hessian += curvature
+        for prior in self.priors:
+            own, curvature = prior.derivatives(self.start + delta)
+            gradient[prior.part] += own
+            hessian[prior.part, prior.part] += curvature
+        return gradient, hessian
+
+    def in_free(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """∂Q/∂u and −∂²Q/∂u²."""
+        theta = self.theta(u)
+        gradient, hessian = self.derivatives(theta - self.start)
+        if self.real:
+            return gradient, hessian
+
+        def model(v: Tensor) -> Tensor:
+            change = self.theta(v) - theta
+            return gradient @ change - change @ hessian @ change / 2
+
+        with torch.enable_grad():
+            leaf = u.detach().requires_grad_(True)
+            (slope,) = torch.autograd.grad(model(leaf), leaf)
+            second: Tensor = torch.autograd.functional.hessian(model, u.detach())
+        return slope, -second
+
+    def maximised(self, tolerance: float) -> Tensor:
+        """Newton's method with backtracking, in free coordinates."""
+        u = self.free()
+        before = self.value(u)
+        gradient, hessian = self.in_free(u)
+        for _ in range(MAX_STEPS):
+            if not bool(gradient.isfinite().all()) or float(gradient.abs().max()) <= tolerance:
+                break
+            step = ascent(gradient, hessian)
+            gain, length = float(gradient @ step), 1.0
+            slack = 16 * EPS * abs(before)  # Q is known to its rounding
+            while length > 1e-12:
+                value = self.value(u + length * step)
+                if value >= before + 1e-4 * length * gain - slack:
+                    break
+                length /= 2
+            else:
+                break
+            moved = u + length * step
+            after, curvature = self.in_free(moved)
+            if gain <= slack and float(after.abs().max()) >= float(gradient.abs().max()):
+                break
+            u, before, gradient, hessian = moved, value, after, curvature
+        return u
+
+
+def ascent(gradient: Tensor, hessian: Tensor) -> Tensor:
+    """H⁻¹g; where H is not positive definite, of its absolute eigenvalues (of least length where it is singular)."""
+    hessian = (hessian + hessian.mT) / 2
+    _, failed = torch.linalg.cholesky_ex(hessian)
+    if failed:
+        values, vectors = torch.linalg.eigh(hessian)
+        if float(values[0]) < -1e-12 * float(values.abs().max()):
+            hessian = vectors @ (values.abs().unsqueeze(-1) * vectors.mT)
+    return QuadraticKernel(gradient, hessian, torch.zeros_like(gradient), vector=True).argmax()

@@ -1,0 +1,257 @@
+"""Sites behind linear predictors, as a Newton step sees them: Q, its gradient and curvature in a block θ.
+
+Every argument that the block enters is a function of η = A θ (design.py), so that with Q's slopes s_a and curvatures
+c_ab in the predictors of one site
+
+    ∂Q/∂θ = Σ_a A_aᵀ s_a,        −∂²Q/∂θ² = Σ_ab A_aᵀ diag(c_ab) A_b
+
+and a step costs one pass over the cells and Gram matrices, without running the model. One argument with a kernel works
+on its compressed data (curves.py); several arguments of one site, and those without a kernel (concentrations, total
+counts), on the family's log-density.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.design import Design
+from pyro_em.families import SOFTMAX
+from pyro_em.families.base import NORMALISED
+from pyro_em.m_step.curves import Curve, cellwise_derivatives, curve_of
+from pyro_em.m_step.location import at_entry, full_cells, terms_of
+from pyro_em.m_step.unit import weight_of
+from pyro_em.model.affine import Term
+from pyro_em.model.density import clean_value
+from pyro_em.model.trace import SiteRecord
+from pyro_em.model.use import Use
+from pyro_em.problem import Problem
+from pyro_em.statistics import argument_cells
+from pyro_em.sufficient import Sufficient
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One argument of a site behind η: `designs` one, or one per entry of a vector."""
+
+    name: str
+    use: Use
+    vector: bool
+    designs: tuple[Design, ...]
+
+    @property
+    def link(self) -> str:
+        """Name of the predictor's link; "" for a power or the like of one entry."""
+        if self.use.predictor is not None:
+            return self.use.predictor.link.name
+        return "identity" if self.use.gather else ""
+
+    def free(self) -> Tensor | None:
+        """Where a parameter reaches the argument, None for everywhere."""
+        if self.use.predictor is not None:
+            return None if self.use.predictor.fixed is None else self.use.predictor.fixed.isnan()
+        assert self.use.index is not None
+        return None if self.use.whole else self.use.index >= 0
+
+    def forward(self, old: Tensor) -> Callable[[Tensor], Tensor]:
+        """Argument as a function of η; fixed parts keep their `old` value."""
+        use, free = self.use, self.free()
+
+        def forward(eta: Tensor) -> Tensor:
+            if use.predictor is not None:
+                found = use.predictor.link.forward(eta)
+            else:
+                found = torch.exp(use.power * eta) if use.exponential else eta if use.power == 1 else eta**use.power
+                found = found if use.coefficient is None else use.coefficient.to(found) * found
+            return found if free is None else torch.where(free, found, old)
+
+        return forward
+
+    def eta(self, argument: Tensor, theta: Tensor) -> Tensor:
+        """η at the block's current place, where the argument is `argument`; 1 in fixed parts."""
+        if self.use.predictor is not None:
+            return self.use.predictor.inverse(argument)
+        eta = self.designs[0].predict(theta)
+        free = self.free()
+        return eta if free is None else torch.where(free, eta, 1.0)
+
+    def change(self, delta: Tensor) -> Tensor:
+        """Change of η when the block moves by δ."""
+        parts = [design.predict(delta) for design in self.designs]
+        change = torch.stack(torch.broadcast_tensors(*parts), -1) if self.vector else parts[0]
+        free = self.free()
+        return change if free is None else torch.where(free, change, 0.0)
+
+    def pull(self, slope: Tensor) -> Tensor:
+        """Aᵀ slope."""
+        if not self.vector:
+            return self.designs[0].pull(self._reached(slope))
+        return torch.stack([design.pull(slope[..., d]) for d, design in enumerate(self.designs)]).sum(0)
+
+    def gram(self, curvature: Tensor, other: Slot) -> Tensor:
+        """Aᵀ diag(c) B, B the design of `other`."""
+        if not self.vector:
+            first, second = self.designs[0], other.designs[0]
+            curvature = other._reached(self._reached(curvature))
+            if other is self:
+                return first.scatter(first.gram(curvature))
+            return first.scatter(first.gram(curvature, other=second), symmetric=False)
+        total = torch.zeros(self.designs[0].size, self.designs[0].size, dtype=torch.float64)
+        for d, first in enumerate(self.designs):
+            total += first.scatter(first.gram(curvature[..., d, d]))
+            for e, second in enumerate(self.designs[:d]):
+                cross = first.scatter(first.gram(curvature[..., d, e], other=second), symmetric=False)
+                total += cross + cross.mT
+        return total
+
+    def _reached(self, x: Tensor) -> Tensor:
+        free = self.free()
+        return x if free is None else torch.where(free, x, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class PredictorSite:
+    """A site and those of its arguments that the block enters; `compressed` if one argument has a kernel."""
+
+    name: str
+    slots: tuple[Slot, ...]
+    compressed: bool
+
+    def open(self, problem: Problem, theta: Tensor, sufficient: Sufficient) -> OpenSite:
+        """The site at the block's current place θ and the current other arguments."""
+        site, arguments = sufficient.sites[self.name], sufficient.arguments[self.name]
+        etas = [slot.eta(arguments[slot.name], theta) for slot in self.slots]
+        if self.compressed:
+            return _Compressed(self, etas, _curve(self.slots[0], site, sufficient))
+        weight = weight_of(problem, self.name, sufficient)
+        return _Whole(self, etas, site, dict(arguments), weight)
+
+
+class OpenSite:
+    """Q of one site as a function of a move δ of the block."""
+
+    def __init__(self, own: PredictorSite, etas: Sequence[Tensor]) -> None:
+        self.own, self.start = own, list(etas)
+
+    def etas(self, delta: Tensor) -> list[Tensor]:
+        """Predictors after a move."""
+        return [eta + slot.change(delta) for eta, slot in zip(self.start, self.own.slots, strict=True)]
+
+    def value(self, delta: Tensor) -> Tensor:
+        """Q up to a constant, ()."""
+        raise NotImplementedError
+
+    def _cellwise(self, etas: list[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
+        raise NotImplementedError
+
+    def derivatives(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """∂Q/∂θ (P,) and −∂²Q/∂θ² (P, P)."""
+        slots = self.own.slots
+        slopes, curvatures = self._cellwise(self.etas(delta))
+        gradient = torch.stack([slot.pull(slope) for slot, slope in zip(slots, slopes, strict=True)]).sum(0)
+        hessian = torch.zeros(len(gradient), len(gradient), dtype=torch.float64)
+        for i, slot in enumerate(slots):
+            hessian += slot.gram(curvatures[i][i], slot)
+            for j in range(i):
+                cross = slot.gram(curvatures[i][j], slots[j])
+                hessian += cross + cross.mT
+        return gradient, hessian
+
+    def gradient(self, delta: Tensor) -> Tensor:
+        """∂Q/∂θ (P,)."""
+        slopes, _ = self._cellwise(self.etas(delta))
+        return torch.stack([s.pull(slope) for s, slope in zip(self.own.slots, slopes, strict=True)]).sum(0)
+
+
+class _Compressed(OpenSite):
+    """One argument, on its kernel's coefficients."""
+
+    def __init__(self, own: PredictorSite, etas: Sequence[Tensor], curve: Curve) -> None:
+        super().__init__(own, etas)
+        self.curve = curve
+        self.cells = own.slots[0].designs[0].cells
+
+    def value(self, delta: Tensor) -> Tensor:
+        (slot,) = self.own.slots
+        value = self.curve.value(self.etas(delta)[0])
+        value = slot._reached(value)
+        return value.expand(torch.broadcast_shapes(value.shape, self.cells)).sum()
+
+    def _cellwise(self, etas: list[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
+        slope, curvature = self.curve.derivatives(etas[0])
+        return [slope], [[curvature]]
+
+
+class _Whole(OpenSite):
+    """Any arguments, on the family's log-density at every cell of the data."""
+
+    def __init__(
+        self, own: PredictorSite, etas: Sequence[Tensor], site: SiteRecord, arguments: dict[str, Tensor], weight: Tensor
+    ) -> None:
+        super().__init__(own, etas)
+        self.site, self.arguments = site, arguments
+        self.cells = own.slots[0].designs[0].cells
+        self.weight = weight.expand(self.cells)
+        self.data = clean_value(site)
+        self.forwards = [slot.forward(arguments[slot.name]) for slot in own.slots]
+
+    def _density(self, etas: list[Tensor]) -> Tensor:
+        moved = {s.name: f(eta) for s, f, eta in zip(self.own.slots, self.forwards, etas, strict=True)}
+        assert self.site.family is not None
+        density = self.site.family.log_prob({**self.site.constants, **self.arguments, **moved}, self.data)
+        return torch.where(self.weight == 0, 0.0, density.expand(self.cells) * self.weight)
+
+    def value(self, delta: Tensor) -> Tensor:
+        return self._density(self.etas(delta)).sum()
+
+    def _cellwise(self, etas: list[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
+        return cellwise_derivatives(self._density, [eta.expand(self.cells) for eta in etas])
+
+
+def _curve(slot: Slot, site: SiteRecord, sufficient: Sufficient) -> Curve:
+    family, own = site.family, sufficient.moments(site.name)
+    assert family is not None
+    arguments = sufficient.arguments[site.name]
+    kernel = family.kernel(slot.name, own.moments, {**site.constants, **arguments, **own.override}, own.center)
+    assert kernel is not None
+    return curve_of(kernel, slot.link, family.link(slot.name), slot.forward(arguments[slot.name]))
+
+
+def is_behind_predictor(use: Use, site: SiteRecord) -> bool:
+    """Whether this use of a parameter is one that a `PredictorSite` serves."""
+    family = site.family
+    if family is None or site.arguments is None or family.integrates or family.latent_response:
+        return False
+    if family.arguments[use.slot] == 0:
+        return use.index is not None or use.predictor is not None
+    canonical, predictor = family.link(use.slot), use.predictor
+    if predictor is None or use.slot not in family.closed:
+        return False
+    return (predictor.link.name, canonical) in (("identity", SOFTMAX), ("softmax", NORMALISED))
+
+
+def predictor_site(
+    site: SiteRecord, own: Mapping[str, Sequence[Use]], starts: Mapping[str, int], size: int
+) -> PredictorSite:
+    """A site with the block's uses of each of its arguments."""
+    family = site.family
+    assert family is not None and site.arguments is not None
+    (first, *rest) = own
+    compressed = not rest and first in family.closed
+    cells = argument_cells(site, dict(site.arguments)) if compressed else full_cells(site)
+    slots = []
+    for name, uses in own.items():
+        vector = family.arguments[name] == 1
+        terms = terms_of(uses) if uses[0].predictor is not None else [_entry(uses[0])]
+        parts = [[at_entry(t, d) for t in terms] for d in range(site.arguments[name].shape[-1])] if vector else [terms]
+        slots.append(Slot(name, uses[0], vector, tuple(Design(part, starts, size, cells) for part in parts)))
+    return PredictorSite(site.name, tuple(slots), compressed)
+
+
+def _entry(use: Use) -> Term:
+    """One entry as a predictor of its own."""
+    assert use.index is not None
+    return Term(use.parameter, use.index, torch.ones((), dtype=torch.float64))
