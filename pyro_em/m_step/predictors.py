@@ -29,6 +29,7 @@ from pyro_em.model.density import clean_value
 from pyro_em.model.trace import SiteRecord
 from pyro_em.model.use import Use
 from pyro_em.problem import Problem
+from pyro_em.shapes import broadcast_shapes
 from pyro_em.statistics import argument_cells
 from pyro_em.sufficient import Sufficient
 
@@ -178,7 +179,7 @@ class _Compressed(OpenSite):
         (slot,) = self.own.slots
         value = self.curve.value(self.etas(delta)[0])
         value = slot._reached(value)
-        return value.expand(torch.broadcast_shapes(value.shape, self.cells)).sum()
+        return value.expand(broadcast_shapes(value.shape, self.cells)).sum()
 
     def _cellwise(self, etas: list[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
         slope, curvature = self.curve.derivatives(etas[0])
