@@ -22,6 +22,13 @@ def explain(problem: Problem, m_step: MStep, engine: Engine, algorithm: str) -> 
         plates = ", ".join(f"{plate.name}={plate.size}" for plate in site.plates)
         if role.role == "data":
             e_rows.append(Row(name, "data", "observed", family + (f" in plates {plates}" if plates else "")))
+        elif role.role == "latent" and not site.enumerable:
+            assert problem.continuous is not None
+            number = problem.continuous.set_of(name)
+            assert number is not None
+            own = problem.continuous.routes[number]
+            reason = f"{family}" + (f" in plates {plates}" if plates else "") + f", {own.reason}, {own.cost}"
+            e_rows.append(Row(name, "latent", own.name, f"{reason}; {role.reason}"))
         elif role.role == "latent":
             elements = math.prod(plate.size for plate in site.plates)
             reason = f"{family}, {site.num_states} states x {elements} elements; {role.reason}"
@@ -37,7 +44,7 @@ def explain(problem: Problem, m_step: MStep, engine: Engine, algorithm: str) -> 
         m_rows.append(Row(name, kind, choice.route, choice.reason))
     for component in graph.components:
         shared = [graph.plate_names[d] for d in component.root]
-        latents = [graph.symbol_sites[s] for s in component.symbols]
+        latents = [graph.symbol_sites[s] for s in component.symbols if s in graph.symbol_sites]
         if len(latents) > 1 and len(latents) <= 6:
             notes.append(
                 f"latents {', '.join(repr(x) for x in sorted(latents))} are summed out jointly"

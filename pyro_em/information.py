@@ -53,9 +53,8 @@ class Information:
 def log_objective(problem: Problem, params: Params) -> tuple[Tensor, Run]:
     """log p(x|θ) (+ log p(θ) if priors count), twice differentiable in `params`, and the run behind it."""
     with torch.enable_grad():
-        run = problem.run(params)
-        factors = problem.factors(run)
-        graph = problem.graph
+        factors, run = problem.integrated_factors(params)
+        graph = problem.reduced_graph
         total = torch.zeros((), dtype=torch.float64)
         for component in graph.components:
             total = total + weighted_sum(contract(graph, component, factors), component.weight)

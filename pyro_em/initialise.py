@@ -19,6 +19,7 @@ from scipy.cluster.vq import ClusterError, kmeans2
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from pyro_em.charts import chart
 from pyro_em.e_step.interpreted import expectation
 from pyro_em.errors import DegenerateLikelihoodError, InputError
 from pyro_em.evidence.discrete import evaluate
@@ -33,6 +34,7 @@ from pyro_em.types import Params
 
 SOFTEN = 0.9  # share of each row that k-means assigns to its own cluster
 TRIES = 20
+JITTER = 0.5  # of a start of a model with continuous latents, in free coordinates
 
 
 def initial_params(problem: Problem, m_step: MStep, strategy: str, rng: np.random.Generator) -> Params:
@@ -48,7 +50,8 @@ def initial_params(problem: Problem, m_step: MStep, strategy: str, rng: np.rando
     last: DegenerateLikelihoodError | None = None
     for _ in range(TRIES):
         try:
-            return _from_potentials(problem, m_step, potentials, rng)
+            make = _from_potentials if problem.continuous is None else _with_continuous
+            return make(problem, m_step, potentials, rng)
         except DegenerateLikelihoodError as error:
             last = error  # an unlucky draw put one component on a single point
     assert last is not None
@@ -106,6 +109,22 @@ def _from_potentials(problem: Problem, m_step: MStep, potentials: Potentials, rn
     evidence = evaluate(problem.graph, fake)
     if not bool(torch.isfinite(evidence.log_likelihood)):
         evidence, _ = problem.evidence(start)
+    params, _ = m_step.update(start, expectation(problem, run, evidence))
+    return params
+
+
+def _with_continuous(problem: Problem, m_step: MStep, potentials: Potentials, rng: np.random.Generator) -> Params:
+    """One M-step from the posterior at the model's start, its free coordinates moved unless k-means made it.
+
+    Continuous latents have no responsibilities to draw; what tells starts apart is where their parameters stand.
+    """
+    start = dict(problem.start)
+    for name in m_step.free:
+        own = chart(problem.parameters[name].constraint, start[name])
+        u = own.to_free(start[name])
+        noise = torch.as_tensor(rng.normal(size=tuple(u.shape))).to(u)
+        start[name] = own.from_free(u + JITTER * (1 + u.abs()) * noise).to(start[name].dtype).detach()
+    evidence, run = problem.evidence(start)
     params, _ = m_step.update(start, expectation(problem, run, evidence))
     return params
 

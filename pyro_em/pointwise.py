@@ -18,8 +18,8 @@ from torch import Tensor
 
 from pyro_em.evidence.discrete import Evidence, contract
 from pyro_em.information import Information
-from pyro_em.posterior import pointwise
 from pyro_em.problem import Problem
+from pyro_em.terms import pointwise
 from pyro_em.types import Params
 
 CHUNK_CELLS = 2**22  # cells of factor tables held at once
@@ -74,6 +74,9 @@ def _pointwise(problem: Problem, params: Params) -> Tensor:
     sites = {name: params[name] for name, record in problem.parameters.items() if record.kind == "sample"}
     others = {name: value for name, value in params.items() if name not in sites}
     moved = dataclasses.replace(problem, model=_Moved(sites)(problem.model))
+    if problem.continuous is not None:
+        evidence, run = problem.evidence({**problem.start, **params})
+        return pointwise(problem, evidence, run)
     run = moved.run({**problem.start, **others})
     factors = problem.factors(run)
     terms = tuple(contract(problem.graph, component, factors) for component in problem.graph.components)

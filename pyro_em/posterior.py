@@ -1,12 +1,14 @@
-"""The exact posterior of the discrete latents at given parameters.
+"""The exact posterior of the latents at given parameters.
 
-All readings come from one contraction (evidence/): marginals from the gradient of log Z, the joint mode
-from the gradient of the max-plus evidence, draws from a sampled back-trace.
+All readings of discrete latents come from one contraction (evidence/): marginals from the gradient of log Z, the
+joint mode from the gradient of the max-plus evidence, draws from a sampled back-trace. Continuous latents have the
+posterior of their route, given the states of the discrete ones (mixed.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import cached_property
 
 import pyro.distributions as dist
@@ -15,14 +17,18 @@ from torch import Tensor
 
 from pyro_em.errors import InputError
 from pyro_em.evidence.discrete import Evidence, contract
+from pyro_em.evidence.elimination import SetPosterior
+from pyro_em.evidence.mixed import Mixed
 from pyro_em.evidence.ring import Elimination
-from pyro_em.model.compat import base_distribution, detached, dims_of, with_dims
+from pyro_em.latents import integral
+from pyro_em.model.compat import base_distribution, dims_of, with_dims
 from pyro_em.model.graph import FactorGraph
 from pyro_em.model.packing import align
 from pyro_em.model.sequences import BySequence, Sequence, sequences
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.problem import Problem
 from pyro_em.statistics import with_integrated
+from pyro_em.terms import pointwise
 from pyro_em.types import Params
 
 DRAWS = "⊗"  # symbol of the extra plate over draws
@@ -59,7 +65,24 @@ class Posterior:
     def latents(self) -> tuple[str, ...]:
         """Names of the latents, in program order; those of a loop over time as one."""
         inside = {site: s.name for s in self._sequences.values() for site in (*s.heads, s.rest)}
-        return tuple(dict.fromkeys(inside.get(site, site) for site in self.problem.graph.latents))
+        return tuple(dict.fromkeys(inside.get(site, site) for site in self._order))
+
+    @property
+    def _order(self) -> list[str]:
+        """Sites of the latents in program order."""
+        graph, continuous = self.problem.graph, self.problem.continuous
+        if continuous is None:
+            return list(graph.latents)
+        return [name for name in self.problem.capture.sites if name in graph.latents or name in continuous.names]
+
+    def _mixed(self, site: str) -> Mixed | None:
+        """The posterior of a continuous latent, None for a discrete one."""
+        continuous = self.problem.continuous
+        number = None if continuous is None else continuous.set_of(site)
+        if continuous is None or number is None:
+            return None
+        evidence, run = self._e_step
+        return Mixed(self.problem.graph, continuous, number, evidence, run)
 
     @property
     def log_evidence(self) -> float:
@@ -102,8 +125,13 @@ class Posterior:
         """Marginal posterior of one latent, with the plates as batch shape.
 
         Bernoulli, Categorical and OneHotCategorical latents keep their family; any other finite latent
-        gives a Categorical over its states (a Binomial over the counts 0..n).
+        gives a Categorical over its states (a Binomial over the counts 0..n). A continuous latent keeps the family
+        of its route (Normal, MultivariateNormal, Gamma, ...), or a mixture of these over the states of the discrete
+        latents it depends on.
         """
+        mixed = self._mixed(site)
+        if mixed is not None:
+            return mixed.marginal(site)
         probs = self.responsibilities(site)
         family = type(base_distribution(self._site(site).fn))
         if family is dist.Bernoulli:
@@ -120,10 +148,16 @@ class Posterior:
 
     def mean(self, site: str) -> Tensor:
         """Posterior mean of the latent's value, shape plates + event."""
+        mixed = self._mixed(site)
+        if mixed is not None:
+            return mixed.mean(site)
         return torch.tensordot(self.responsibilities(site), self._support(site), dims=1)
 
     def variance(self, site: str) -> Tensor:
         """Posterior variance of the latent's value, shape plates + event."""
+        mixed = self._mixed(site)
+        if mixed is not None:
+            return mixed.variance(site)
         support, probs = self._support(site), self.responsibilities(site)
         second = torch.tensordot(probs, support**2, dims=1)
         return (second - torch.tensordot(probs, support, dims=1) ** 2).clamp(min=0)
@@ -131,25 +165,32 @@ class Posterior:
     def mode(self) -> dict[str, Tensor]:
         """Most probable joint configuration of all latents (values, by site)."""
         picked = self._pick("max", None)
-        return BySequence({site: self._value(site, index) for site, index in picked.items()}, self._sequences)
+        return BySequence(self._in_order(picked, lambda q: q.mode(), draws=False), self._sequences)
 
     def sample(self, num: int) -> dict[str, Tensor]:
         """`num` independent joint draws of all latents, shape (num,) + plates + event, by site."""
         if num < 1:
             raise InputError(f"sample: num must be at least 1, not {num}.")
-        factors = self.problem.factors(self._e_step[1])
-        cells = sum(factors[n].numel() for c in self.problem.graph.components for n in c.factors)
+        factors = self._factors("sample")
+        cells = sum(factors[n].numel() for c in self.problem.reduced_graph.components for n in c.factors)
         chunk = max(1, CHUNK_CELLS // max(1, cells))
-        parts = [self._pick("sample", min(chunk, num - done)) for done in range(0, num, chunk)]
-        drawn = {s: self._value(s, torch.cat([part[s] for part in parts])) for s in self.problem.graph.latents}
+        sizes = [min(chunk, num - done) for done in range(0, num, chunk)]
+        parts = [self._pick("sample", size) for size in sizes]
+        picked = {s: torch.cat([part[s] for part in parts]) for s in self.problem.graph.latents}
+        drawn = self._in_order(picked, lambda q: q.sample(num), draws=True)
         return BySequence(drawn, self._sequences, lead=1)
 
     def entropy(self) -> float:
-        """Entropy of the posterior in nats, weighted like the log-likelihood; latents without data left out."""
+        """Entropy of the posterior in nats, weighted like the log-likelihood; latents without data left out.
+
+        (Differential entropy, which may be negative, where latents are continuous.)
+        """
         evidence, run = self._e_step
-        weights = with_integrated(run, self.problem.graph, evidence.weights)
-        q, _ = _without_prior(self.problem).expected_log_joint(self.params, weights)
-        return max(0.0, float(evidence.log_likelihood) - float(q.detach()))
+        problem = dataclasses.replace(self.problem, with_prior=False)
+        problem = problem.at_atoms({name: atoms for part in evidence.parts for name, atoms in part.atoms.items()})
+        q, _ = problem.expected_log_joint(self.params, with_integrated(run, problem.graph, evidence.weights))
+        entropy = float(evidence.log_likelihood) - float(q.detach())
+        return entropy if evidence.parts else max(0.0, entropy)
 
     def pointwise(self) -> Tensor:
         """log p(x_n|θ) for every element of the data plates, unweighted; shape of the data plates."""
@@ -160,12 +201,40 @@ class Posterior:
         values = fn.enumerate_support(expand=False)
         return values.reshape(values.shape[0], *fn.event_shape)[index]
 
+    def _in_order(
+        self, picked: dict[str, Tensor], read: Callable[[SetPosterior], dict[str, Tensor]], *, draws: bool
+    ) -> dict[str, Tensor]:
+        """Values of all latents in program order, the continuous ones given the picked states of the others."""
+        found = {site: self._value(site, index) for site, index in picked.items()}
+        for part in self._e_step[0].parts:
+            for site, value in read(part.posterior).items():
+                mixed = self._mixed(site)
+                assert mixed is not None
+                found[site] = mixed.given(site, value, picked, draws=draws)
+        return {site: found[site] for site in self._order}
+
+    def _factors(self, elimination: Elimination) -> dict[str, Tensor]:
+        """Log-factors of the discrete latents; continuous ones are integrated out, or at their best for "max"."""
+        evidence, run = self._e_step
+        factors = self.problem.factors(run)
+        continuous = self.problem.continuous
+        if continuous is None:
+            return factors
+        for latents, part in zip(continuous.sets, evidence.parts, strict=True):
+            factor = part.log_evidence
+            if elimination == "max":
+                peak = part.log_peak
+                dims = "".join(dict.fromkeys(dims_of(factor) + dims_of(peak)))
+                factor = with_dims(align(factor, dims) + align(peak, dims), dims)
+            factors[integral(latents)] = factor
+        return factors
+
     def _pick(self, elimination: Elimination, num: int | None) -> dict[str, Tensor]:
         """State numbers of one joint configuration (of `num` draws), shape (num,) + plates, by site."""
-        graph, run = self.problem.graph, self._e_step[1]
-        if not graph.components:
+        graph, run = self.problem.reduced_graph, self._e_step[1]
+        if not graph.latents or not graph.components:
             return {}
-        factors = self.problem.factors(run)
+        factors = self._factors(elimination)
         if num is not None:
             graph = _with_draws(graph)
         leaves: dict[str, Tensor] = {}
@@ -209,26 +278,3 @@ def _with_draws(graph: FactorGraph) -> FactorGraph:
     return dataclasses.replace(
         graph, factors=factors, components=components, plate_names={**graph.plate_names, DRAWS: "draws"}
     )
-
-
-def _without_prior(problem: Problem) -> Problem:
-    return dataclasses.replace(problem, with_prior=False)
-
-
-def pointwise(problem: Problem, evidence: Evidence, run: Run) -> Tensor:
-    """log p(x_n|θ) over the data plates: every term summed over all other plates, unweighted."""
-    graph = problem.graph
-    factors = problem.factors(run)
-    dims = "".join(sorted(graph.data_plates, key=lambda d: _plate_dim(run, graph.plate_names[d])))
-    parts = [*evidence.terms, *(detached(factors[name]) for name in graph.constants)]
-    total = torch.zeros([graph.plate_sizes[d] for d in dims], dtype=torch.float64)
-    for part in parts:
-        gone = [i for i, d in enumerate(dims_of(part)) if d not in dims]
-        kept = "".join(d for d in dims_of(part) if d in dims)
-        own = with_dims(part.double().sum(gone) if gone else part.double(), kept)
-        total = total + align(own, dims)
-    return total
-
-
-def _plate_dim(run: Run, name: str) -> int:
-    return next(plate.dim for site in run.sites.values() for plate in site.plates if plate.name == name)

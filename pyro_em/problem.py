@@ -17,17 +17,21 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_em.errors import InputError, NonFiniteError, Refusal
+from pyro_em import latents
+from pyro_em.errors import InputError, Refusal
 from pyro_em.evidence.discrete import Evidence, evaluate, weighted_sum
+from pyro_em.evidence.elimination import Continuous
+from pyro_em.evidence.finite import check_finite
 from pyro_em.evidence.integrated import Integrated
 from pyro_em.families import Family
+from pyro_em.model.atoms import AtomRuns
 from pyro_em.model.capture import Capture, ParameterRecord, capture
 from pyro_em.model.certify import certify_factors
 from pyro_em.model.certify_loops import certify_loops
-from pyro_em.model.compat import detached, dims_of, with_dims
+from pyro_em.model.compat import dims_of
 from pyro_em.model.density import factor_shape, packed_log_density
 from pyro_em.model.graph import FactorGraph, build_graph
-from pyro_em.model.packing import multiply
+from pyro_em.model.packing import multiply, onto
 from pyro_em.model.recognise import VALUE, Use, recognise, second_point
 from pyro_em.model.resources import check_enumeration
 from pyro_em.model.roles import RoleOf, assign_roles
@@ -48,6 +52,7 @@ class Problem:
     parameters: dict[str, ParameterRecord]
     uses: dict[str, tuple[Use, ...]]
     with_prior: bool
+    continuous: Continuous | None = None
 
     @property
     def start(self) -> Params:
@@ -55,6 +60,9 @@ class Problem:
         return {name: record.value for name, record in self.parameters.items()}
 
     def run(self, params: Mapping[str, Tensor]) -> Run:
+        """The model at `params`; continuous latents stand at their current atoms."""
+        if self.continuous is not None:
+            return self.continuous.runs.several(dict(params), self.continuous.values)
         with quiet_store(), pyro.validation_enabled(False):
             return run_model(
                 self.model,
@@ -64,6 +72,17 @@ class Problem:
                 max_plate_nesting=self.capture.max_plate_nesting,
                 loops=self.capture.loops,
             )
+
+    def at_atoms(self, values: Mapping[str, Tensor]) -> Problem:
+        """The same problem with its continuous latents at other atoms."""
+        if self.continuous is None:
+            return self
+        return dataclasses.replace(self, continuous=dataclasses.replace(self.continuous, values=values))
+
+    @cached_property
+    def reduced_graph(self) -> FactorGraph:
+        """The factor graph with the continuous latents integrated out."""
+        return self.graph if self.continuous is None else latents.reduced_graph(self.graph, self.continuous)
 
     @cached_property
     def recognised(self) -> bool:
@@ -135,41 +154,21 @@ class Problem:
 
         :raises NonFiniteError: if a log-density is NaN, or an observation has density zero.
         """
+        if self.continuous is not None:
+            return latents.integrate(self.continuous, self.graph, self.reduced_graph, self.factors, dict(params))
         with torch.no_grad():
             run = self.run(params)
             factors = self.factors(run)
-        return self.checked(evaluate(self.graph, factors), factors), run
+        return check_finite(self.graph, evaluate(self.graph, factors), factors), run
 
-    def checked(self, evidence: Evidence, factors: Mapping[str, Tensor]) -> Evidence:
-        if bool(evidence.log_likelihood.isfinite()) and bool(evidence.log_prior.isfinite()):
-            return evidence
-        for name, factor in factors.items():
-            if bool(factor.isnan().any()) or bool((factor == torch.inf).any()):
-                raise NonFiniteError(
-                    name,
-                    f"Site '{name}': its log-density is NaN or +infinite. A parameter has left its space, a "
-                    "component has collapsed, or the data are not finite.",
-                )
-        for term, component in zip(evidence.terms, self.graph.components, strict=True):
-            if bool((term == -torch.inf).any()):
-                blocking = [n for n in component.factors if bool((factors[n] == -torch.inf).any())]
-                name = (blocking or component.factors)[-1]
-                raise NonFiniteError(name, self._impossible(term, name))
-        for name in (*self.graph.constants, *self.graph.priors):
-            if bool((factors[name] == -torch.inf).any()):
-                raise NonFiniteError(name, self._impossible(detached(factors[name]), name))
-        raise NonFiniteError("", "The log-likelihood is not finite, though every factor is.")
-
-    def _impossible(self, term: Tensor, name: str) -> str:
-        rows = (term == -torch.inf).nonzero().tolist()
-        plates = [self.graph.plate_names[d] for d in dims_of(term)]
-        shown = ", ".join(str(row[0]) if len(row) == 1 else str(tuple(row)) for row in rows[:5])
-        where = f"in rows {shown}{' ...' if len(rows) > 5 else ''} of plate {plates}" if plates else ""
-        return (
-            f"Site '{name}': the data {where} have probability zero under the parameters (a probability or rate "
-            "that is exactly 0 meets an observation that needs it, or labels contradict each other or leave no "
-            "state). Change the starting values or the structural zeros, or check these rows."
-        )
+    def integrated_factors(self, params: Params) -> tuple[dict[str, Tensor], Run]:
+        """Factors of `reduced_graph`, differentiable in `params`, and a run of the model."""
+        run = self.run(params)
+        factors = self.factors(run)
+        if self.continuous is None:
+            return factors, run
+        parts = self.continuous.eliminate(dict(params), differentiable=True)
+        return latents.reduced_factors(self.continuous, factors, parts), run
 
     def expected_log_joint(
         self, params: Mapping[str, Tensor], weights: Mapping[str, Tensor | Integrated]
@@ -190,7 +189,7 @@ class Problem:
                 posterior = weights.get(name)
                 assert not isinstance(posterior, Integrated)
                 weight = multiply(posterior, self.graph.factors[name].weight)
-                total = total + weighted_sum(factor, _onto(weight, dims_of(factor)))
+                total = total + weighted_sum(factor, onto(weight, dims_of(factor)))
             for name, own in inside.items():
                 total = total + own.expected_log_density(run.sites[name])
         return total, run
@@ -199,15 +198,6 @@ class Problem:
         """What the algorithm climbs: log p(x|θ), plus log p(θ) if priors count."""
         total = evidence.log_likelihood + (evidence.log_prior if self.with_prior else 0.0)
         return float(total)
-
-
-def _onto(weight: Tensor | None, dims: str) -> Tensor | None:
-    """Sum a packed weight over dims that the factor does not have (it is constant along them)."""
-    if weight is None:
-        return None
-    own = dims_of(weight)
-    gone = [i for i, d in enumerate(own) if d not in dims]
-    return with_dims(weight.sum(gone), "".join(d for d in own if d in dims)) if gone else weight
 
 
 def bind(
@@ -228,9 +218,10 @@ def bind(
     """
     seen = capture(model, args, kwargs)
     assigned = assign_roles(seen, roles, deltas)
-    for name, role in assigned.items():
-        if role.role == "latent" and not seen.sites[name].enumerable:
-            raise _refuse_latent(name, role, seen)
+    latent = tuple(n for n, role in assigned.items() if role.role == "latent" and not seen.sites[n].enumerable)
+    latents.check_kinds(seen, latent)
+    if latent:  # their atoms take one more dim left of the plates
+        seen = dataclasses.replace(seen, max_plate_nesting=seen.max_plate_nesting + 1, loops=())
     check_enumeration(seen)
     records = dict(seen.parameters)
     for name, role in assigned.items():
@@ -248,21 +239,42 @@ def bind(
     generator = torch.Generator().manual_seed(0)
     leaves = {name: _leaf(record.value) for name, record in records.items()}
     others = {name: _leaf(second_point(record, generator)) for name, record in records.items()}
+    drawn = latents.draw(seen, latent, 1)
 
     def run(values: Params) -> Run:
         with torch.enable_grad(), quiet_store():
-            return run_model(model, args, kwargs, values, max_plate_nesting=seen.max_plate_nesting, loops=seen.loops)
+            return run_model(
+                model,
+                args,
+                kwargs,
+                {**values, **drawn},
+                max_plate_nesting=seen.max_plate_nesting,
+                loops=seen.loops,
+                integrated=latent,
+            )
 
     first = run(leaves)
-    shapes = {name: _shape(site, seen) for name, site in first.sites.items()}
-    graph = build_graph(first, shapes, priors, weights or {})
     start = {n: r.value for n, r in records.items()}
-    certify_factors(seen, first, graph, model, args, kwargs, start)
+    elsewhere = {n: v.detach() for n, v in others.items()}
+    continuous, seen_at = None, first
+    if latent:
+        runs = AtomRuns(model, args, kwargs, -seen.max_plate_nesting, {n: seen.sites[n].shapes for n in latent})
+        continuous = latents.bind_continuous(seen, latent, runs, (start, elsewhere))
+        with torch.no_grad():
+            seen_at = continuous.runs.several(start, continuous.values)
+    shapes = {name: _shape(site, seen) for name, site in seen_at.sites.items()}
+    atoms = {} if continuous is None else {s.symbol: s.names[0] for s in continuous.sets}
+    graph = build_graph(seen_at, shapes, priors, weights or {}, atoms)
+    if continuous is not None:
+        graph = latents.rerooted(graph, continuous)
+    certify_factors(seen, first, graph, model, args, kwargs, {**start, **drawn})
     certify_loops(first, graph, model, args, kwargs, start, seen.max_plate_nesting)
     with pyro.validation_enabled(False):
         second = run(others)
     uses = recognise(first, second, records, priors, (leaves, others))
-    return Problem(model, args, kwargs, seen, assigned, graph, records, uses, with_prior)
+    if continuous is not None:
+        uses = latents.without_latents(uses, continuous.runs, (start, elsewhere), latents.draw(seen, latent, 2))
+    return Problem(model, args, kwargs, seen, assigned, graph, records, uses, with_prior, continuous)
 
 
 def _shape(site: SiteRecord, seen: Capture) -> Tensor:
@@ -277,22 +289,3 @@ def _shape(site: SiteRecord, seen: Capture) -> Tensor:
 
 def _leaf(value: Tensor) -> Tensor:
     return value.detach().clone().requires_grad_(True)
-
-
-def _refuse_latent(name: str, role: RoleOf, seen: Capture) -> Refusal:
-    site = seen.sites[name]
-    family = type(site.fn).__name__
-    if site.discrete:
-        return Refusal(
-            name,
-            f"an unobserved {family} has infinitely many states, which exact enumeration cannot sum.",
-            "truncate it (a Categorical over 0..M), or use algorithm='svi' with a guide for it.",
-        )
-    remedy = "use algorithm='svi' with a guide for it"
-    if role.override:
-        remedy += f"; {role.override}"
-    return Refusal(
-        name,
-        f"a continuous latent ({family}; {role.reason}) is not integrated exactly by this version.",
-        remedy + ".",
-    )

@@ -33,6 +33,8 @@ AGREEMENT = 1e-9  # relative difference of a compiled and the reference log-like
 
 def choose_engine(problem: Problem, m_step: MStep) -> Engine:
     """The first compiled engine that accepts the problem, else the interpreter with the reasons."""
+    if problem.continuous is not None:
+        return Interpreted(problem, "; ".join(f"{r.name} latents" for r in problem.continuous.routes))
     if m_step.all_closed and any(site.family is not None and site.family.integrates for site in problem.sites):
         with contextlib.suppress(NotCompiled):
             return compile_inside(problem)

@@ -36,6 +36,9 @@ def expectation(
     :param centers: cache of the data's means, which do not change between E-steps.
     """
     known = {} if centers is None else centers
+    if evidence.parts:
+        problem = problem.at_atoms({name: atoms for part in evidence.parts for name, atoms in part.atoms.items()})
+        known = {}  # the latents' values are new at every E-step
 
     weights = with_integrated(run, problem.graph, evidence.weights)
 

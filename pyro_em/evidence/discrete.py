@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_em import settings
 from pyro_em.errors import Refusal
+from pyro_em.evidence.elimination import Eliminated
 from pyro_em.evidence.ring import Elimination, LogDensityRing
 from pyro_em.evidence.timed import loop_factor
 from pyro_em.model.compat import detached, dims_of, with_dims
@@ -34,7 +35,8 @@ class Evidence:
     `terms[i]` is log Z of component i over its root plates, unweighted; `weights[site]` the posterior
     weights of the site's factor (packed like the factor); `log_likelihood` is weighted and scaled,
     accumulated in float64; `log_prior` is log p(θ) of the parameter-role sites; `magnitude` is Σ|ll_n|, the
-    scale of rounding in `log_likelihood`.
+    scale of rounding in `log_likelihood`. `parts` are the sets of continuous latents,
+    integrated out, `states` the posterior weights of the discrete states (and plates) in the evidence of each.
     """
 
     log_likelihood: Tensor
@@ -42,6 +44,8 @@ class Evidence:
     magnitude: float
     terms: tuple[Tensor, ...]
     weights: dict[str, Tensor]
+    parts: tuple[Eliminated, ...] = ()
+    states: tuple[Tensor, ...] = ()
 
 
 def contract(graph: FactorGraph, component: Component, factors: Packed, elimination: Elimination = "sum") -> Tensor:
@@ -58,7 +62,8 @@ def contract(graph: FactorGraph, component: Component, factors: Packed, eliminat
             tree.setdefault(graph.factors[name].plates, []).append(factors[name])
     outside = component.symbols - {graph.factors[name].symbol for name in chained}
     try:
-        contracted = contract_tensor_tree(tree, set(outside), ring=ring)
+        # A component of continuous latents alone has been integrated out already.
+        contracted = contract_tensor_tree(tree, set(outside), ring=ring) if component.symbols else tree
     except NotImplementedError as error:
         plates = sorted({graph.plate_names[p] for name in component.factors for p in graph.factors[name].plates})
         raise Refusal(

@@ -84,7 +84,7 @@ class MStep:
         largest = float(self.closed_score(params, opened(expectation)))
         rest = (*self.numeric, *self.gradient)
         if rest:
-            block = Block.of_q(self.problem, params, expectation.weights, rest)
+            block = Block.of_q(expectation.sufficient.problem, params, expectation.weights, rest)
             largest = max(largest, _largest(block.slope()))
         return largest
 
@@ -138,11 +138,13 @@ class MStep:
                 break
             self._coupled = True
         if certificate is not None and certificate > bound:
-            block = Block.of_q(self.problem, params, expectation.weights, (*self.closed, *self.numeric))
+            block = Block.of_q(
+                expectation.sufficient.problem, params, expectation.weights, (*self.closed, *self.numeric)
+            )
             params = maximise(block, tolerance=bound * scale)
             certificate = self._certificate(params, expectation, self._refreshed(params, expectation)) / scale
         if self.gradient:
-            block = Block.of_q(self.problem, params, expectation.weights, self.gradient)
+            block = Block.of_q(expectation.sufficient.problem, params, expectation.weights, self.gradient)
             params = ascend(block) if self.optim is None else ascend_with(block, self.optim)
         return params, MStepInfo(rounds, certificate, tuple(sorted(empty - self.collinear)))
 
@@ -150,7 +152,7 @@ class MStep:
         sufficient = expectation.sufficient
         params, empty = self.closed_update(params, sufficient)
         if self.numeric:
-            block = Block.of_q(self.problem, params, expectation.weights, self.numeric)
+            block = Block.of_q(expectation.sufficient.problem, params, expectation.weights, self.numeric)
             scale = self.problem.graph.num_observations
             params = maximise(block, tolerance=0.1 * certificate_bound(params) * scale)
             if self.closed:
@@ -158,17 +160,18 @@ class MStep:
         return params, empty
 
     def _refreshed(self, params: Params, expectation: Expectation) -> Sufficient:
+        problem = expectation.sufficient.problem  # with the continuous latents at the atoms of this E-step
         with torch.no_grad():
-            run = self.problem.run(params)
-        moments_of = moments_by_weight(self.problem, run, expectation.weights)
-        fresh = Sufficient(self.problem, run.sites, raw_arguments(run.sites), moments_of)
+            run = problem.run(params)
+        moments_of = moments_by_weight(problem, run, expectation.weights)
+        fresh = Sufficient(problem, run.sites, raw_arguments(run.sites), moments_of)
         fresh.posterior = expectation.sufficient.posterior
         return fresh
 
     def _certificate(self, params: Params, expectation: Expectation, sufficient: Sufficient) -> float:
         largest = float(self.closed_score(params, sufficient))
         if self.numeric:
-            block = Block.of_q(self.problem, params, expectation.weights, self.numeric)
+            block = Block.of_q(expectation.sufficient.problem, params, expectation.weights, self.numeric)
             _, gradient, _ = block.gradient(block.free())
             largest = max(largest, _largest(gradient))
         return largest

@@ -61,6 +61,12 @@ class PlainSite:
     infer: dict[str, Any]
 
     @property
+    def shapes(self) -> tuple[torch.Size, torch.Size]:
+        """Batch and event shape of the value."""
+        split = self.value.dim() - self.fn.event_dim
+        return self.value.shape[:split], self.value.shape[split:]
+
+    @property
     def num_states(self) -> int:
         """States that enumeration would give this site."""
         return int(self.fn.enumerate_support(expand=False).shape[0])

@@ -71,7 +71,7 @@ def certify_factors(
             )
         factor = compat.detached(packed_log_density(site))
         own = plain.sites[name]
-        expected = compat.pack(log_density(own, masked=not site.enumerated).detach(), own.symbols)
+        expected = compat.pack(log_density(own, masked=not site.latent).detach(), own.symbols)
         found = _lookup(factor, states, graph)
         dims = "".join(dict.fromkeys(compat.dims_of(expected) + compat.dims_of(found)))
         a, b = align(expected, dims), align(found, dims)

@@ -2,7 +2,7 @@
 
 torch clamps probabilities (p = 0 scores -36 instead of -inf), which breaks structural zeros; where
 the family of a site is known its own exact `log_prob` on the raw arguments is used, otherwise the
-distribution's. Masks apply to observed factors only, as in Pyro: an enumerated site is a normalised
+distribution's. Masks apply to observed factors only, as in Pyro: a latent site is a normalised
 distribution whose mask would destroy the sum to one.
 """
 
@@ -59,7 +59,7 @@ def naming_singular_steps(site: str) -> Iterator[None]:
 def log_density(site: SiteRecord, *, masked: bool = True) -> Tensor:
     """Unscaled log-density of a site in Pyro's dim layout (batch shape of the site).
 
-    `masked=False` leaves out the mask, as enumerated sites do anyway.
+    `masked=False` leaves out the mask, as latent sites do anyway.
     """
     value = clean_value(site)
     if site.family is None or site.arguments is None:
@@ -73,7 +73,7 @@ def log_density(site: SiteRecord, *, masked: bool = True) -> Tensor:
             shape = broadcast_shapes(result.shape, site.fn.event_shape[: site.element_dims])
             result = result.expand(shape).sum(tuple(range(-site.element_dims, 0)))
         result = result.expand(broadcast_shapes(result.shape, site.batch_shape))
-    if masked and site.mask is not None and not site.enumerated:
+    if masked and site.mask is not None and not site.latent:
         result = torch.where(site.mask, result, result.new_zeros(()))
     return result
 

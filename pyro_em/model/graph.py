@@ -10,6 +10,7 @@ component's factors do not all share.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -74,8 +75,11 @@ class FactorGraph:
         """N of the stopping rule and of BIC: elements of the data plates, or the sum of their weights.
 
         (Integer weights are repeats, so that both must count alike.) Data in plates side by side, such as the
-        labelled and the unlabelled rows, are counted plate by plate.
+        labelled and the unlabelled rows, are counted plate by plate. Where continuous
+        latents couple all data (crossed random effects) it is the number of rows.
         """
+        if not any(self._roots()) and any(c.symbols - self.symbol_sites.keys() for c in self.components):
+            return float(max(math.prod(self.plate_sizes[p] for p in f.plates) for f in self.factors.values()))
         total = sum(self._elements(plates) for plates in independent_plates(self._roots()))
         return max(total, torch.finfo(torch.float64).tiny)
 
@@ -119,28 +123,32 @@ def build_graph(
     packed: Mapping[str, Tensor],
     parameters: frozenset[str],
     weights: Mapping[str, Tensor],
+    atoms: Mapping[str, str] | None = None,
 ) -> FactorGraph:
     """Factor graph of an enumerated run.
 
     :param packed: packed log-density of every site of the run.
     :param parameters: names of the parameter-role sample sites (their factors are priors).
     :param weights: plate name -> weights of its elements, shape (N,).
+    :param atoms: symbol of the dim of values of each set of continuous latents -> the first of these latents.
     :raises Refusal, InputError: see the module docstring.
     """
+    atoms = atoms or {}
     symbol_sites = {site.symbol: name for name, site in run.sites.items() if site.symbol is not None}
     plate_names = {symbol: name for name, symbol in run.plate_symbols.items()}
     plate_sizes = {run.plate_symbols[plate.name]: plate.size for site in run.sites.values() for plate in site.plates}
     weight_of = _plate_weights(weights, run, plate_sizes)
     loops = chained_loops(run, packed)
     relevance = relevance_of(run, packed, symbol_sites, loops)
-    enumerated = {name: set(compat.dims_of(packed[name])) & set(symbol_sites) for name in run.sites}
+    latents = {**symbol_sites, **atoms}
+    enumerated = {name: set(compat.dims_of(packed[name])) & set(latents) for name in run.sites}
     priors = tuple(name for name in run.sites if name in parameters)
     for name in priors:
         if enumerated[name]:
-            parent = symbol_sites[sorted(enumerated[name])[0]]
+            parent = latents[sorted(enumerated[name])[0]]
             raise Refusal(
                 name,
-                f"it is to be a parameter, but its prior depends on the discrete latent '{parent}'.",
+                f"it is to be a parameter, but its prior depends on the latent '{parent}'.",
                 "index it by the latent instead (loc[z]), or give the prior without the latent.",
             )
     names = [name for name in run.sites if name not in parameters]
@@ -207,7 +215,7 @@ def _count_weight(
         weight = multiply(weight, compat.pack(site.scale, site.symbols))
     elif float(site.scale) != 1.0:
         weight = multiply(weight, compat.with_dims(torch.tensor(float(site.scale)), ""))
-    if site.mask is not None and not site.enumerated:
+    if site.mask is not None and not site.latent:
         mask = compat.pack(site.mask.to(torch.get_default_dtype()), site.symbols)
         weight = multiply(weight, mask)
     return multiply(weight, relevance)

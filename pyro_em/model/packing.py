@@ -15,6 +15,15 @@ def multiply(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return compat.with_dims(align(a, dims) * align(b, dims), dims)
 
 
+def onto(weight: Tensor | None, dims: str) -> Tensor | None:
+    """Sum a packed weight over dims that a factor does not have (it is constant along them)."""
+    if weight is None:
+        return None
+    own = compat.dims_of(weight)
+    gone = [i for i, d in enumerate(own) if d not in dims]
+    return compat.with_dims(weight.sum(gone), "".join(d for d in own if d in dims)) if gone else weight
+
+
 def align(x: Tensor, dims: str) -> Tensor:
     """A packed tensor permuted to `dims`, size 1 where it has no such dim."""
     own = compat.dims_of(x)

@@ -42,7 +42,8 @@ def relevance_of(
             elif site.symbol is None or site.symbol not in compat.dims_of(packed[name]):
                 relevant[name] = None  # a single state has no dim, so that its children cannot be seen
             else:
-                own = [relevant[child] for child in children[name]]
+                # A continuous latent may stand before the discrete one that its atoms depend on.
+                own = [relevant.get(child) for child in children[name]]
                 own += [
                     _steps_before(before.get(child, _NOWHERE), run.sites[child], *how) for child, how in later[name]
                 ]

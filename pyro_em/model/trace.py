@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,12 @@ class SiteRecord:
     element_mask: Tensor | None
     batch_shape: tuple[int, ...]
     infer: dict[str, Any] = field(repr=False)
+    integrated: bool = False  # a continuous latent, at one of its values
+
+    @property
+    def latent(self) -> bool:
+        """The site is summed or integrated out, so that its density must stay normalised (no mask)."""
+        return self.enumerated or self.integrated
 
     @property
     def plate_dims(self) -> frozenset[str]:
@@ -181,7 +187,7 @@ def _tensors(raw: dict[str, Any], family: Family, like: Tensor) -> tuple[dict[st
     return arguments, constants
 
 
-def _record(name: str, site: dict[str, Any]) -> SiteRecord:
+def _record(name: str, site: dict[str, Any], integrated: bool, symbols: Mapping[int, str]) -> SiteRecord:
     fn = site["fn"]
     base = compat.base_distribution(fn)
     element_dims = fn.event_dim - base.event_dim
@@ -212,7 +218,7 @@ def _record(name: str, site: dict[str, Any]) -> SiteRecord:
         enumerated=compat.is_enumerated(site),
         symbol=compat.enumeration_symbol(site),
         plates=plates,
-        symbols=compat.dim_symbols(site),
+        symbols={**compat.dim_symbols(site), **symbols},
         mask=batch_mask,
         scale=site["scale"],
         family=family,
@@ -222,6 +228,7 @@ def _record(name: str, site: dict[str, Any]) -> SiteRecord:
         element_mask=element_mask,
         batch_shape=tuple(fn.batch_shape),
         infer=site["infer"],
+        integrated=integrated,
     )
 
 
@@ -251,6 +258,8 @@ def run_model(
     loops: Sequence[Loop] = (),
     chosen: bool = False,
     first: FirstElements | None = None,
+    integrated: Collection[str] = (),
+    symbols: Mapping[str, Mapping[int, str]] | None = None,
 ) -> Run:
     """Run `model(*args, **kwargs)` with the parameters at `values` and return what its sites said.
 
@@ -258,7 +267,8 @@ def run_model(
     parameters, see `Run.leaves`). With `live` the handlers around the call see the run, as a loss inside of
     `SVI.step` needs; otherwise the run is hidden from them. Given the `loops` of the model (see timeline.py) these
     run their later steps together, or, if `chosen`, at the few steps at which they are certified; without, each
-    step by itself. `first` cuts a plate.
+    step by itself. `first` cuts a plate. `integrated` names the continuous latents, which take their values from
+    `values` too; `symbols` names more dims of some sites (that of several such values).
     """
     substitute = Substitute(values)
     with contextlib.ExitStack() as stack:
@@ -274,5 +284,10 @@ def run_model(
             model = poutine.infer_config(config_enumerate(model, default="parallel"), config_fn=_enumerate_discrete)
         met = stack.enter_context(running("chosen" if chosen else "together", loops)) if loops else []
         trace: Any = compat.prune_and_symbolize(poutine.trace(model).get_trace(*args, **kwargs))
-    sites = {name: _record(name, site) for name, site in trace.nodes.items() if site["type"] == "sample"}
+    more = symbols or {}
+    sites = {
+        name: _record(name, site, name in integrated, more.get(name, {}))
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+    }
     return Run(sites, dict(substitute.leaves), compat.plate_symbols(trace), tuple(met))

@@ -1,0 +1,50 @@
+"""An evidence that is not finite, explained: which site, which rows, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pyro_em.errors import NonFiniteError
+from pyro_em.evidence.discrete import Evidence
+from pyro_em.model.compat import detached, dims_of
+from pyro_em.model.graph import FactorGraph
+
+
+def check_finite(graph: FactorGraph, evidence: Evidence, factors: Mapping[str, Tensor]) -> Evidence:
+    """The evidence itself.
+
+    :raises NonFiniteError: if a log-density is NaN or +infinite, or an observation has density zero.
+    """
+    if bool(evidence.log_likelihood.isfinite()) and bool(evidence.log_prior.isfinite()):
+        return evidence
+    for name, factor in factors.items():
+        if bool(factor.isnan().any()) or bool((factor == torch.inf).any()):
+            raise NonFiniteError(
+                name,
+                f"Site '{name}': its log-density is NaN or +infinite. A parameter has left its space, a "
+                "component has collapsed, or the data are not finite.",
+            )
+    for term, component in zip(evidence.terms, graph.components, strict=True):
+        if bool((term == -torch.inf).any()):
+            blocking = [n for n in component.factors if bool((factors[n] == -torch.inf).any())]
+            name = (blocking or component.factors)[-1]
+            raise NonFiniteError(name, _impossible(graph, term, name))
+    for name in (*graph.constants, *graph.priors):
+        if bool((factors[name] == -torch.inf).any()):
+            raise NonFiniteError(name, _impossible(graph, detached(factors[name]), name))
+    raise NonFiniteError("", "The log-likelihood is not finite, though every factor is.")
+
+
+def _impossible(graph: FactorGraph, term: Tensor, name: str) -> str:
+    rows = (term == -torch.inf).nonzero().tolist()
+    plates = [graph.plate_names[d] for d in dims_of(term)]
+    shown = ", ".join(str(row[0]) if len(row) == 1 else str(tuple(row)) for row in rows[:5])
+    where = f"in rows {shown}{' ...' if len(rows) > 5 else ''} of plate {plates}" if plates else ""
+    return (
+        f"Site '{name}': the data {where} have probability zero under the parameters (a probability or rate "
+        "that is exactly 0 meets an observation that needs it, or labels contradict each other or leave no "
+        "state). Change the starting values or the structural zeros, or check these rows."
+    )

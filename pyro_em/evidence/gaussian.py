@@ -1,0 +1,204 @@
+"""Exact integration of Gaussian latents that enter normal sites through affine locations.
+
+With whitened residuals w(z) = w + T z (residuals.py) the log joint is -½|w(z)|² + c, quadratic in z, so
+
+    J = TᵀT,   h = -Tᵀw,   z|x ~ N(J⁻¹h, J⁻¹),   log Z = c - ½|w(m)|² - ½ log|J| + (D/2) log 2π,   m = J⁻¹h.
+
+Written at the mean m nothing cancels; one step of refinement there mends the rounding of the first solve. The
+blocks of J come from what rows read (columns.py, assembly.py). Each E-step is certified at a random point: the
+residuals there must be those predicted. Source: Rasmussen and Williams (2006), eq. A.7; Bates et al. (2015).
+
+Atoms: k + n_B + 1 points of a simplex (blocks.py) have the posterior's mean and covariance for every element
+together with B, which is all that a row reads. Elements of A share them, as elements of a plate share states.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em import settings
+from pyro_em.errors import NonFiniteError, ResourceError
+from pyro_em.evidence.assembly import Geometry, Reading, Rows, assemble, gradient, to_elements
+from pyro_em.evidence.blocks import factor, simplex
+from pyro_em.evidence.columns import AFFINE, Column, Index, direction, not_affine, push
+from pyro_em.evidence.elimination import Eliminated, LatentSet, RunAt, Values
+from pyro_em.evidence.gaussian_posterior import GaussianPosterior
+from pyro_em.evidence.residuals import whitened
+from pyro_em.model.compat import pack, with_dims
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+@dataclass(frozen=True)
+class GaussianRoute:
+    """The route of one set, made by `recognise_gaussian`. `symbols` names the dims of the layout."""
+
+    latents: LatentSet
+    geometry: Geometry
+    readings: tuple[Reading, ...]
+    symbols: Mapping[int, str]
+    plates: frozenset[str]
+    reason: str
+    cost: str
+    dtypes: Mapping[str, torch.dtype]
+    name: str = "Gaussian"
+
+    def eliminate(self, run_at: RunAt, *, differentiable: bool = False) -> Eliminated:
+        """See the module docstring.
+
+        :raises Refusal: if a residual is not affine at the values at hand.
+        :raises NonFiniteError: if the precision is not positive definite.
+        """
+        with torch.enable_grad():
+            rows = self._rows(run_at, differentiable)
+        geometry = self.geometry
+        system = assemble(rows, geometry)
+        factored = factor(system)
+        if factored is None:
+            raise NonFiniteError(
+                self.latents.names[0],
+                f"Site '{self.latents.names[0]}': the posterior precision of the Gaussian latents is not positive "
+                "definite. A scale has become infinite or 0, or the data are not finite.",
+            )
+        z_a, z_b = factored.solve(system.linear, system.linear_b)
+        residuals = [r.at(z_a, z_b, geometry) for r in rows]
+        h, h_b = gradient(rows, residuals, geometry)
+        d_a, d_b = factored.solve(h, h_b)
+        gain = 0.5 * (h * d_a).sum(-1)
+        own, common = factored.log_det()
+        energy = gain - 0.5 * own + 0.5 * len(geometry.columns_a) * LOG_2PI
+        terms = [r.log_norm - 0.5 * (w * w).sum(-1) for r, w in zip(rows, residuals, strict=True)]
+        z_a = z_a + d_a
+        if geometry.num_b:
+            assert h_b is not None and d_b is not None and z_b is not None
+            sizes = [torch.Size(r.sizes).numel() // max(1, t.numel()) for r, t in zip(rows, terms, strict=True)]
+            total = sum((t.sum() * n for t, n in zip(terms, sizes, strict=True)), torch.zeros((), dtype=torch.float64))
+            total = total + energy.expand(geometry.layout).sum() + 0.5 * (h_b * d_b).sum() - 0.5 * common
+            log_evidence = with_dims(total + 0.5 * geometry.num_b * LOG_2PI, "")
+            z_b = z_b + d_b
+        else:
+            for r, term in zip(rows, terms, strict=True):
+                energy = energy + to_elements(term, 0, r, geometry)
+            log_evidence = self._packed(energy)
+        self._certify(run_at, rows, z_a.detach(), None if z_b is None else z_b.detach())
+        posterior = GaussianPosterior(self.latents, geometry, factored, z_a, z_b)
+        size = len(geometry.columns_a) + geometry.num_b
+        points = simplex(size)
+        atoms = posterior.values(*posterior.deviate(points))
+        atoms = {name: value.to(self.dtypes[name]).detach() for name, value in atoms.items()}
+        weights = with_dims(torch.full((size + 1,), 1.0 / (size + 1), dtype=torch.float64), self.latents.symbol)
+        return Eliminated(log_evidence, self._packed(posterior.log_peak()), atoms, weights, posterior)
+
+    def _packed(self, per_element: Tensor) -> Tensor:
+        """A quantity of every element in the layout, packed (summed if elements are not told apart)."""
+        m = len(self.geometry.layout)
+        if per_element.dim() == 0:
+            return with_dims(per_element, "")
+        full = per_element.expand(*per_element.shape[: per_element.dim() - m], *self.geometry.layout)
+        return pack(full if self.plates else full.sum(tuple(range(-m, 0)), keepdim=True), self.symbols)
+
+    def certify(self, run_at: RunAt) -> None:
+        """Refuse if the residuals are not affine in the latents at these parameters."""
+        with torch.enable_grad():
+            rows = self._rows(run_at, False)
+        k, n_b = len(self.geometry.columns_a), self.geometry.num_b
+        zeros = torch.zeros(*self.geometry.layout, k, dtype=torch.float64)
+        self._certify(run_at, rows, zeros, torch.zeros(n_b, dtype=torch.float64) if n_b else None)
+
+    def _rows(self, run_at: RunAt, differentiable: bool) -> list[Rows]:
+        shapes = self.latents.shapes
+        leaves = {
+            n: torch.zeros((*shapes[n][0], *shapes[n][1]), dtype=self.dtypes[n], requires_grad=True)
+            for n in self.latents.names
+        }
+        run = run_at(leaves)
+        m = len(self.geometry.layout)
+        parts = [whitened(run.sites[r.site]) for r in self.readings]
+        outputs = [w for w, _ in parts]
+        columns = list(dict.fromkeys(c for r in self.readings for c in r.columns))
+        ways = {
+            c: direction(c, shapes[c.site], torch.ones(shapes[c.site][0].numel(), dtype=torch.float64)) for c in columns
+        }
+        pushed: dict[Column, list[Tensor]] = {}
+        for name in self.latents.names:
+            own = [c for c in columns if c.site == name]
+            found = push(outputs, leaves[name], [ways[c] for c in own], graph=differentiable)
+            pushed.update(zip(own, found, strict=True))
+        rows = []
+        for i, reading in enumerate(self.readings):
+            tangents = torch.stack([pushed[c][i] for c in reading.columns], -1)
+            w, log_norm = (x if differentiable else x.detach() for x in parts[i])
+            w, tangents, log_norm = _padded(w, 1, m), _padded(tangents, 2, m), _padded(log_norm, 0, m)
+            sizes = tuple(int(x) for x in w.shape[w.dim() - 1 - m : -1])
+            tangents = tangents if differentiable else _collapsed(tangents, m)
+            rows.append(Rows(reading, w, tangents, log_norm, sizes))
+        return rows
+
+    def _certify(self, run_at: RunAt, rows: Sequence[Rows], z_a: Tensor, z_b: Tensor | None) -> None:
+        """Residuals at a random point must be those that the tangents predict."""
+        generator = torch.Generator().manual_seed(2)
+        m, lead = len(self.geometry.layout), tuple(range(z_a.dim() - 1 - len(self.geometry.layout)))
+        a = z_a.mean(lead) if lead else z_a
+        a = a + 2 * (1 + a.abs()) * torch.randn(a.shape, generator=generator, dtype=torch.float64)
+        b = z_b
+        if b is not None:
+            b = b + 2 * (1 + b.abs()) * torch.randn(b.shape, generator=generator, dtype=torch.float64)
+        values = self._drawn(a, b)
+        with torch.no_grad():
+            run = run_at(values)
+            for r in rows:
+                site = run.sites[r.reading.site]
+                found, _ = whitened(site)
+                found = _padded(found, 1, m)
+                predicted = r.at(a, b, self.geometry).detach()
+                scale = 1 + float(found.abs().max()) + float(r.w.detach().abs().max())
+                single = any(t == torch.float32 for t in self.dtypes.values())
+                bound = (1e-3 if single else AFFINE) * scale
+                if not float((found - predicted).abs().max()) <= bound:
+                    raise not_affine(r.reading.site, r.reading.columns[0].site)
+
+    def _drawn(self, a: Tensor, b: Tensor | None) -> Values:
+        values = GaussianPosterior.place(self.latents, self.geometry, a, b)
+        return {n: v.reshape((*self.latents.shapes[n][0], *self.latents.shapes[n][1])).to(self.dtypes[n])
+                for n, v in values.items()}  # fmt: skip
+
+
+def _padded(x: Tensor, trailing: int, m: int) -> Tensor:
+    """At least m dims before the trailing ones."""
+    missing = m - (x.dim() - trailing)
+    return x.reshape((1,) * missing + tuple(x.shape)) if missing > 0 else x
+
+
+def _collapsed(tangents: Tensor, m: int) -> Tensor:
+    """Size 1 along plate dims where the tangents are constant: then so is the covariance."""
+    for d in range(-m - 2, -2):
+        if tangents.shape[d] > 1:
+            first = tangents.narrow(d, 0, 1)
+            if torch.equal(first.expand_as(tangents), tangents):
+                tangents = first
+    return tangents
+
+
+def check_memory(geometry: Geometry, names: Sequence[str]) -> int:
+    """Bytes of the largest tables of the system.
+
+    :raises ResourceError: if they exceed `settings.max_table_bytes`.
+    """
+    k, n_b = len(geometry.columns_a), geometry.num_b
+    needed = 8 * max(geometry.elements * k * max(k, n_b), n_b * n_b)
+    if needed > settings.max_table_bytes:
+        raise ResourceError(
+            f"Integrating the Gaussian latents {', '.join(map(repr, names))} needs a table of {needed / 2**20:.0f} MiB "
+            f"({geometry.elements} elements x {k} columns, {n_b} common entries), more than the limit of "
+            f"{settings.max_table_bytes / 2**20:.0f} MiB. Use fewer crossing groups, or raise "
+            "pyro_em.settings.max_table_bytes."
+        )
+    return needed
+
+
+__all__ = ["GaussianRoute", "Index", "check_memory"]

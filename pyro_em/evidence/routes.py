@@ -1,0 +1,35 @@
+"""Which route integrates a set of continuous latents out: a visible ordered tuple, the first that can.
+
+A route may decline a kind of latent (`NotMine`) or refuse a structure (`Refusal`, naming site, reason and
+remedy). A set that no route takes is refused with the reason of the route whose kind of latent it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pyro_em.errors import Refusal
+from pyro_em.evidence.elimination import Candidate, NotMine, Route
+from pyro_em.evidence.gaussian_recognition import recognise_gaussian
+
+ROUTES: tuple[Callable[[Candidate], Route], ...] = (recognise_gaussian,)
+
+
+def choose_route(candidate: Candidate) -> Route:
+    """The first route that takes the set.
+
+    :raises Refusal: if none does.
+    """
+    reasons = []
+    for recognise in ROUTES:
+        try:
+            return recognise(candidate)
+        except NotMine as error:
+            reasons.append(str(error))
+    name = candidate.latents.names[0]
+    family = type(candidate.first.sites[name].fn).__name__
+    raise Refusal(
+        name,
+        f"a continuous latent ({family}) of a kind that no exact route integrates: {'; '.join(reasons)}.",
+        f'use algorithm=\'svi\' with a guide for it; roles={{"{name}": "parameter"}} makes it a point estimate.',
+    )

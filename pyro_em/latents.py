@@ -1,0 +1,287 @@
+"""Binding of continuous latents: which belong together, which route each set takes, how runs get their values.
+
+Two latents belong to one set if some log-density depends on both, directly or through others. What depends on what
+is read from the autograd graph of one run with the latents as leaves, so a model's own arithmetic decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_em.errors import NonFiniteError, Refusal
+from pyro_em.evidence.discrete import Evidence, evaluate
+from pyro_em.evidence.elimination import Candidate, Continuous, Eliminated, LatentSet, Route
+from pyro_em.evidence.finite import check_finite
+from pyro_em.evidence.routes import choose_route
+from pyro_em.model.affine import linear_part
+from pyro_em.model.atoms import AtomRuns
+from pyro_em.model.capture import Capture
+from pyro_em.model.compat import dims_of
+from pyro_em.model.density import log_density
+from pyro_em.model.graph import FactorGraph, FactorInfo
+from pyro_em.model.packing import multiply, onto
+from pyro_em.model.trace import Run
+from pyro_em.model.use import VALUE, Use
+from pyro_em.types import Params
+
+SYMBOLS = "①②③④⑤⑥⑦⑧⑨⑩⑪⑫⑬⑭⑮⑯⑰⑱⑲⑳"  # of the atoms of each set; Pyro's own symbols are letters
+Values = dict[str, Tensor]
+
+
+def check_kinds(capture: Capture, names: tuple[str, ...]) -> None:
+    """Refuse latents that are neither enumerable nor continuous."""
+    for name in names:
+        if capture.sites[name].discrete:
+            raise Refusal(
+                name,
+                f"an unobserved {type(capture.sites[name].fn).__name__} has infinitely many states, which exact "
+                "enumeration cannot sum.",
+                "truncate it (a Categorical over 0..M), or use algorithm='svi' with a guide for it.",
+            )
+
+
+def draw(capture: Capture, names: tuple[str, ...], seed: int) -> Values:
+    """Random values of the latents inside of their supports, in their own shapes, whatever their distribution."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name in names:
+        site = capture.sites[name]
+        bijection = biject_to(site.fn.support)
+        shape = bijection.inverse_shape(site.value.shape)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        found[name] = bijection(noise).to(site.value.dtype)
+    return found
+
+
+def bind_continuous(
+    capture: Capture, names: tuple[str, ...], runs: AtomRuns, params: tuple[Params, Params]
+) -> Continuous:
+    """Sets and routes of the continuous latents `names`.
+
+    :param params: the parameters' start and another feasible point: what holds at both is taken to hold.
+    :raises Refusal: if a set is not exactly tractable, naming site, reason and remedy.
+    """
+    values = (draw(capture, names, 1), draw(capture, names, 2))
+    leaves = tuple({n: v.requires_grad_(True) for n, v in own.items()} for own in values)
+    with torch.enable_grad():
+        first, second = (runs.one(p, own) for p, own in zip(params, leaves, strict=True))
+    sets = _sets(first, second, leaves, names, runs)
+    enumeration = _enumeration_symbols(first, runs.dim)
+    symbols: dict[str, Mapping[int, str]] = {}
+    for latents in sets:
+        sites = [first.sites[name] for name in latents.factors]
+        if any(site.symbol is not None or set(site.symbols) & set(enumeration) for site in sites):
+            reach = enumeration
+        else:
+            reach = {}
+        symbols.update({name: {**reach, runs.dim: latents.symbol} for name in latents.factors})
+    plain = tuple({n: v.detach() for n, v in own.items()} for own in values)
+    runs = dataclasses.replace(runs, symbols=symbols).certified(params[0], plain)
+    routes: list[Route] = []
+    values_at_start: Values = {}
+    for latents in sets:
+        rest = {n: v for n, v in plain[0].items() if n not in latents.names}
+        own = tuple({n: leaf for n, leaf in point.items() if n in latents.names} for point in leaves)
+        at = tuple(_run_at(runs, p, rest) for p in params)
+        candidate = Candidate(latents, first, second, (own[0], own[1]), (at[0], at[1]), runs.dim, enumeration)
+        route = _checked(choose_route(candidate), latents, runs, first)
+        routes.append(route)
+        # Atoms of the shape that every E-step will give, whose run shows what the M-step will see.
+        values_at_start |= _first_atoms(route, candidate)
+    return Continuous(sets, tuple(routes), runs, values_at_start)
+
+
+def _first_atoms(route: Route, candidate: Candidate) -> Values:
+    try:
+        return route.eliminate(candidate.run_at[0]).atoms
+    except NonFiniteError:  # a start that the caller may have replaced
+        return route.eliminate(candidate.run_at[1]).atoms
+
+
+def _run_at(runs: AtomRuns, params: Params, rest: Values) -> Callable[[Mapping[str, Tensor]], Run]:
+    return lambda own: runs.one(params, {**rest, **own})
+
+
+def _checked(route: Route, latents: LatentSet, runs: AtomRuns, run: Run) -> Route:
+    states = [name for name in latents.factors if any(d < runs.dim for d in run.sites[name].symbols)]
+    if runs.looped and states:
+        raise Refusal(
+            states[0],
+            f"the latent '{latents.names[0]}' is indexed by position in a model whose discrete latents it meets, so "
+            "that its values cannot depend on their states.",
+            "index the last dim of the latent through pyro.ops.indexing.Vindex (Vindex(b)[..., subject]).",
+        )
+    return route
+
+
+def _sets(
+    first: Run, second: Run, leaves: tuple[Values, ...], names: tuple[str, ...], runs: AtomRuns
+) -> tuple[LatentSet, ...]:
+    reads: dict[str, set[str]] = {}
+    for run, own in ((first, leaves[0]), (second, leaves[1])):
+        for name, site in run.sites.items():
+            density = log_density(site)
+            if not density.requires_grad:
+                continue
+            found = torch.autograd.grad(density.sum(), list(own.values()), retain_graph=True, allow_unused=True)
+            reached = {n for n, g in zip(own, found, strict=True) if g is not None}
+            reads.setdefault(name, set()).update(reached)
+    groups: list[tuple[set[str], list[str]]] = []
+    for name in first.sites:
+        latents = set(reads.get(name, ()))
+        if name in names:
+            latents.add(name)
+        if not latents:
+            continue
+        members = [name]
+        rest = []
+        for group in groups:
+            if group[0] & latents:
+                latents |= group[0]
+                members = group[1] + members
+            else:
+                rest.append(group)
+        groups = [*rest, (latents, members)]
+    if len(groups) > len(SYMBOLS):
+        raise Refusal(
+            sorted(groups[-1][0])[0],
+            f"the model has {len(groups)} independent sets of continuous latents, more than {len(SYMBOLS)}.",
+            "write independent repetitions as a pyro.plate instead of a Python loop.",
+        )
+    order = {name: i for i, name in enumerate(first.sites)}
+    sets = []
+    groups.sort(key=lambda group: min(order[name] for name in group[1]))
+    for symbol, (latents, members) in zip(SYMBOLS, groups, strict=False):
+        inside = tuple(sorted(latents, key=order.__getitem__))
+        factors = tuple(sorted(set(members), key=order.__getitem__))
+        sets.append(LatentSet(inside, factors, symbol, {n: runs.shapes[n] for n in inside}))
+    return tuple(sets)
+
+
+def _enumeration_symbols(run: Run, dim: int) -> dict[int, str]:
+    """Enumeration dims by symbol; a dim that `pyro.markov` uses twice has no single one and is left out."""
+    found: dict[int, str] = {}
+    twice: set[int] = set()
+    for site in run.sites.values():
+        for d, symbol in site.symbols.items():
+            if d < dim and found.setdefault(d, symbol) != symbol:
+                twice.add(d)
+    return {d: s for d, s in found.items() if d not in twice}
+
+
+def integral(latents: LatentSet) -> str:
+    """Name of the factor that takes the place of a set which is integrated out."""
+    return f"∫{latents.names[0]}"
+
+
+def reduced_graph(graph: FactorGraph, continuous: Continuous) -> FactorGraph:
+    """The graph of the discrete latents that remain, each set in place of its factors."""
+    factors, components = dict(graph.factors), []
+    for latents, route in zip(continuous.sets, continuous.routes, strict=True):
+        name = integral(latents)
+        factors[name] = FactorInfo(name, "", route.plates, False, None, None)
+    for component in graph.components:
+        inside = [s for s in continuous.sets if s.symbol in component.symbols]
+        gone = {name for latents in inside for name in latents.factors}
+        kept = tuple(name for name in component.factors if name not in gone)
+        symbols = component.symbols - {latents.symbol for latents in inside}
+        names = (*(integral(latents) for latents in inside), *kept)
+        components.append(dataclasses.replace(component, factors=names, symbols=symbols))
+    return dataclasses.replace(graph, factors=factors, components=tuple(components))
+
+
+def rerooted(graph: FactorGraph, continuous: Continuous) -> FactorGraph:
+    """A component that is one set of latents has a term for every element over which its evidence is a sum.
+
+    (The rows of `b[subject]` lie in a plate of their own, yet the groups are independent.)
+    """
+    components = []
+    for component in graph.components:
+        for latents, route in zip(continuous.sets, continuous.routes, strict=True):
+            if component.symbols == {latents.symbol}:
+                component = dataclasses.replace(component, root=component.root | route.plates)
+        components.append(component)
+    return dataclasses.replace(graph, components=tuple(components))
+
+
+def reduced_factors(
+    continuous: Continuous, factors: Mapping[str, Tensor], parts: Sequence[Eliminated]
+) -> dict[str, Tensor]:
+    """Factors of `reduced_graph`: the evidence of each set, and the factors that no continuous latent reaches."""
+    gone = {name for latents in continuous.sets for name in latents.factors}
+    own = {name: factor for name, factor in factors.items() if name not in gone}
+    integrals = {integral(s): part.log_evidence for s, part in zip(continuous.sets, parts, strict=True)}
+    return {**integrals, **own}
+
+
+def integrate(
+    continuous: Continuous,
+    graph: FactorGraph,
+    reduced: FactorGraph,
+    factors_of: Callable[[Run], dict[str, Tensor]],
+    params: Params,
+) -> tuple[Evidence, Run]:
+    """Exact E-step: continuous latents by their routes, discrete ones by contraction, and the run at the atoms."""
+    with torch.no_grad():
+        parts = continuous.eliminate(params)
+        values = {name: atoms for part in parts for name, atoms in part.atoms.items()}
+        run = continuous.runs.several(params, values)
+        factors = factors_of(run)
+        rest = reduced_factors(continuous, factors, parts)
+    evidence = check_finite(reduced, evaluate(reduced, rest), rest)
+    weights = dict(evidence.weights)
+    states = tuple(weights.pop(integral(latents)) for latents in continuous.sets)
+    for latents, part, own in zip(continuous.sets, parts, states, strict=True):
+        mixed = bool(set(dims_of(own)) & graph.symbol_sites.keys())
+        for name in latents.factors:
+            joint = multiply(onto(own, dims_of(factors[name])), part.weights) if mixed else part.weights
+            assert joint is not None
+            weights[name] = joint
+    return dataclasses.replace(evidence, weights=weights, parts=parts, states=states), run
+
+
+def without_latents(
+    uses: Mapping[str, tuple[Use, ...]], runs: AtomRuns, params: tuple[Params, Params], values: Values
+) -> dict[str, tuple[Use, ...]]:
+    """Uses whose form holds for all values of the latents; a coefficient that moves with them is none.
+
+    (The location w·z is "z times an entry of w" at one z only.) Checked at other values of the latents, for both
+    parameters. An affine predictor keeps its terms if they are right there, without the part that moves.
+    """
+    with torch.no_grad():
+        first, second = (runs.one(p, values) for p in params)
+    found = {}
+    for name, own in uses.items():
+        found[name] = tuple(_without_latents(use, first, second, params) for use in own)
+    return found
+
+
+def _without_latents(use: Use, first: Run, second: Run, params: tuple[Params, Params]) -> Use:
+    before = (first.sites[use.site].arguments or {}).get(use.slot)
+    after = (second.sites[use.site].arguments or {}).get(use.slot)
+    if use.slot == VALUE or before is None or after is None:
+        return use
+    if use.index is not None:
+        if _near(use.argument(params[1][use.parameter], after), after):
+            return use
+    elif use.predictor is not None:
+        predictor = use.predictor
+        step = {n: params[1][n].detach() - params[0][n].detach() for n in predictor.parameters}
+        change = predictor.inverse(after.double()) - predictor.inverse(before.double())
+        expected = linear_part(predictor.terms, step, torch.zeros_like(change))
+        outside = predictor.offset is None  # other parameters move the argument too
+        if not outside and _near(expected, change):
+            moves = not _near(predictor.argument(params[0]), before)
+            return dataclasses.replace(use, predictor=dataclasses.replace(predictor, offset=None)) if moves else use
+    else:
+        return use
+    return Use(use.parameter, use.site, use.slot, None, reason="it multiplies a continuous latent")
+
+
+def _near(found: Tensor, truth: Tensor) -> bool:
+    return torch.allclose(found.to(truth), truth, rtol=1e-5, atol=1e-6 * (1 + float(truth.abs().max())), equal_nan=True)
