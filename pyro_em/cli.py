@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--seed", type=int, default=0, help="makes the fit reproducible (0)")
     fit.add_argument("--max-iter", type=int, default=1000, metavar="N", help="most iterations (1000)")
     fit.add_argument("--tol", type=float, default=1e-6, help="bound on the score per observation (1e-6)")
+    fit.add_argument("--temperature", type=float, metavar="T", help="anneal, starting at this temperature")
     fit.add_argument("--init", choices=("model", "random", "kmeans++"), help="how to start")
     fit.add_argument("-o", "--output", type=Path, metavar="FILE.nc", help="write the fit for ArviZ (NetCDF)")
     fit.add_argument("--png", type=Path, metavar="FILE.png", help="write a figure")
@@ -140,7 +141,8 @@ def _fit(options: argparse.Namespace) -> None:
     model, data, keywords = _model(options)
     result = pyro_em.fit(
         model, data, algorithm=options.algorithm, restarts=options.restarts, seed=options.seed, init=options.init,
-        max_iter=options.max_iter, tol=options.tol, missing=options.missing, **keywords,
+        max_iter=options.max_iter, tol=options.tol, temperature=options.temperature, missing=options.missing,
+        **keywords,
     )  # fmt: skip
     tree = to_datatree(result) if options.output is not None else None
     if tree is not None:

@@ -11,8 +11,13 @@ from pyro_em.model.plan import Plan, Row
 from pyro_em.model.resources import predicted_bytes
 from pyro_em.problem import Problem
 
+OBJECTIVES = {
+    "cem": "log p(x,z|θ) at the most probable z (the classification log-likelihood)",
+    "sem": "log p(x|θ) on average, with no claim for a single step",
+}
 
-def explain(problem: Problem, m_step: MStep, engine: Engine, algorithm: str) -> Plan:
+
+def explain(problem: Problem, m_step: MStep, engine: Engine, algorithm: str, annealed: bool = False) -> Plan:
     """The plan of an exact algorithm."""
     e_rows, m_rows, notes = [], [], []
     graph = problem.graph
@@ -51,10 +56,12 @@ def explain(problem: Problem, m_step: MStep, engine: Engine, algorithm: str) -> 
                 + (f" within each element of {', '.join(sorted(shared))}" if shared else "")
                 + "."
             )
-    objective = "log p(x|θ) + log p(θ)" if problem.with_prior else "log p(x|θ)"
+    objective = "log p(x|θ) + log p(θ)" if problem.with_prior else OBJECTIVES.get(algorithm, "log p(x|θ)")
+    if annealed:
+        notes.append("updates at other temperatures than 1 run the model (reference path); then ordinary EM goes on.")
     return Plan(
         algorithm=algorithm,
-        exact=True,
+        exact=algorithm not in OBJECTIVES,
         objective=objective,
         e_step=tuple(e_rows),
         m_step=tuple(m_rows),

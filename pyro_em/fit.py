@@ -10,24 +10,26 @@ from typing import Any
 from torch import Tensor
 
 from pyro_em.accelerate import choose_accelerator
+from pyro_em.anneal import Temperature, annealed, check_temperature, stochastic, temperatures
 from pyro_em.checks import after_fit, at_start, collinear, separated, unobserved_cells
+from pyro_em.e_step.assigned import Assigned
 from pyro_em.e_step.auto import choose_engine, in_double, verified
 from pyro_em.e_step.base import Engine, Expectation
 from pyro_em.errors import EMWarning, InputError
 from pyro_em.evaluator import Evaluator
 from pyro_em.explain import explain
 from pyro_em.initialise import initial_starts
-from pyro_em.loop import Callback, EMMap, Ended, drive, run_from
+from pyro_em.loop import Callback, EMMap, Ended, History, Steps, drive, run_from
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.missing import complete_cases
 from pyro_em.model.plan import Plan
-from pyro_em.options import check_algorithm, check_reserved, check_restarts, point_estimated
+from pyro_em.options import HARD, check_algorithm, check_reserved, check_restarts, point_estimated
 from pyro_em.problem import Problem, bind
 from pyro_em.progress import progress_bar
 from pyro_em.result import FitResult, count_parameters
 from pyro_em.stop import Outcome, StoppingRule
 from pyro_em.store import isolated_rng, write_params
-from pyro_em.types import Model
+from pyro_em.types import Model, Params
 
 
 def fit(
@@ -42,6 +44,7 @@ def fit(
     max_iter: int = 1000,
     tol: float = 1e-6,
     accelerate: str | None = None,
+    temperature: Temperature | None = None,
     e_step: Any = "auto",
     m_step: Any = "auto",
     missing: str | None = None,
@@ -60,7 +63,11 @@ def fit(
 
     :param model: any Pyro model. Discrete latents are enumerated without being marked.
     :param algorithm: "em" (exact posterior, M-step in closed form where there is one), "map-em" (the same,
-        plus log-priors of the parameter sites), "gem" (gradient M-step), "svi" (Pyro's own SVI).
+        plus log-priors of the parameter sites), "gem" (gradient M-step), "svi" (Pyro's own SVI), "cem"
+        (classification EM: the most probable states take the place of the posterior, as in k-means; climbs
+        log p(x,z|θ) at these, and `elbo` is its value), "sem" (stochastic EM: a posterior draw of the states takes its
+        place; `max_iter` updates are made whatever `tol`, and the average of the last half is returned). Under
+        "cem" and "sem" `log_likelihood` is the exact one of the returned parameters, and priors do not count.
     :param guide: Pyro guide. Under the exact algorithms its Delta sites are point estimates.
     :param roles: `{"site": "parameter" | "latent"}`, overriding what `plan` shows.
     :param init: starting values by name (constrained), or "model", "random", "kmeans++".
@@ -73,6 +80,9 @@ def fit(
     :param tol: converged when max|∂ objective/∂u| / N <= tol (u: free coordinates, N: data elements).
     :param accelerate: None, "squarem" or "anderson": extrapolate the EM map. The objective still never falls,
         as an update that lowers it is replaced by the plain one. Worth it where EM creeps.
+    :param temperature: deterministic annealing for "em", "map-em" and "gem": E-steps with q ∝ p(z|x)^(1/T) until the
+        schedule ends, then ordinary EM. A first temperature T0 (T = 1 + (T0 - 1)·0.9^k until it is within 0.01 of
+        1), a sequence of temperatures, or a function of the iteration, which ends the schedule by returning 1.
     :param e_step: "auto", exact or refused; nothing else is offered yet.
     :param missing: "nan": NaN cells of observed sites are missing at random and integrated out exactly: single
         cells of univariate sites (also inside of `.to_event`), any cells of MultivariateNormal vectors, whole events
@@ -108,18 +118,15 @@ def fit(
     check_reserved(e_step)
     model = complete_cases(model, missing)
     accelerator = choose_accelerator(accelerate)
+    check_temperature(temperature)
+    if algorithm in HARD:
+        _refuse_with(algorithm, accelerate=accelerate, temperature=temperature)
     StoppingRule(max_iter, tol)  # checks them
     if algorithm == "svi":
         from pyro_em.svi import fit_svi
 
-        given = {
-            "weights": weights is not None,
-            "m_step": m_step != "auto",
-            "accelerate": accelerate is not None,
-        }
-        if any(given.values()):
-            name = next(name for name, is_given in given.items() if is_given)
-            raise InputError(f"{name} belongs to the exact algorithms (em, map-em, gem); 'svi' cannot use it.")
+        other = None if m_step == "auto" else m_step
+        _refuse_with(algorithm, weights=weights, m_step=other, accelerate=accelerate, temperature=temperature)
         return fit_svi(
             model, args, kwargs, guide=guide, init=init, restarts=restarts, seed=seed, max_iter=max_iter,
             optim=optim, num_particles=num_particles, callbacks=callbacks, progress=progress, roles=roles,
@@ -131,7 +138,7 @@ def fit(
         unobserved_cells(problem)
         m = MStep(problem, m_step, algorithm, optim)
         collinear(m.collinear)
-        engine = choose_engine(problem, m)
+        engine = _engine(problem, m, algorithm)
         starts = list(initial_starts(problem, m, init, restarts, seed))
         if len(starts) == 1:  # one of several may be a saddle; the others are drawn
             at_start(problem, starts[0])
@@ -139,10 +146,21 @@ def fit(
         evaluator = Evaluator(engine, m, len(starts) if together else 1)
         with progress_bar(progress, algorithm, max_iter) as tick:
             shown = (*callbacks, *tick)
-            going = [
-                run_from(EMMap(problem, m), in_double(engine, s), StoppingRule(max_iter, tol), shown, accelerator, i)
-                for i, s in enumerate(starts)
-            ]
+
+            def begin(i: int, start: Params) -> Steps[Ended]:
+                em = EMMap(problem, m)
+                if algorithm == "sem":
+                    return stochastic(em, start, max_iter, shown, i)
+
+                def go_on(params: Params, history: History | None = None, iteration: int = 0) -> Steps[Ended]:
+                    rule, params = StoppingRule(max_iter, tol), in_double(engine, params)
+                    return run_from(em, params, rule, shown, accelerator, i, history, iteration)
+
+                if temperature is None:
+                    return go_on(start)
+                return annealed(em, start, temperatures(temperature), max_iter, shown, i, go_on)
+
+            going = [begin(i, start) for i, start in enumerate(starts)]
             runs = drive(evaluator, going, together)
         errors = [r.error for r in runs if r.error is not None and r.outcome is not Outcome.degenerate]
         alive = [r for r in runs if r.outcome is not Outcome.degenerate]
@@ -150,9 +168,8 @@ def fit(
         after_fit(problem, best)
         if alive and not errors and isinstance(best.last.expectation, Expectation):
             separated(m.diverging(best.last.params, best.last.expectation))
-        result = _result(
-            problem, engine, m, best, runs, algorithm, seed, missing, tuple(str(w.message) for w in caught)
-        )
+        messages = tuple(str(w.message) for w in caught)
+        result = _result(problem, engine, m, best, runs, algorithm, seed, missing, messages, temperature is not None)
     for warning in caught:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if errors or not alive:
@@ -173,6 +190,7 @@ def plan(
     m_step: Any = "auto",
     missing: str | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    temperature: Temperature | None = None,
     **kwargs: Any,
 ) -> Plan:
     """What `fit` would do with the same arguments, without doing it. Print it.
@@ -181,6 +199,7 @@ def plan(
     """
     check_algorithm(algorithm)
     model = complete_cases(model, missing)
+    check_temperature(temperature)
     if algorithm == "svi":
         from pyro_em.svi import plan_svi
 
@@ -188,7 +207,19 @@ def plan(
     with isolated_rng(0):
         problem = _bind(model, args, kwargs, algorithm, guide, roles, weights)
         m = MStep(problem, m_step, algorithm)
-        return explain(problem, m, choose_engine(problem, m), algorithm)
+        return explain(problem, m, _engine(problem, m, algorithm), algorithm, temperature is not None)
+
+
+def _engine(problem: Problem, m: MStep, algorithm: str) -> Engine:
+    if algorithm in HARD:
+        return Assigned(problem, "max" if algorithm == "cem" else "sample")
+    return choose_engine(problem, m)
+
+
+def _refuse_with(algorithm: str, **given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise InputError(f"{name} belongs to the exact algorithms (em, map-em, gem); '{algorithm}' cannot use it.")
 
 
 def _bind(
@@ -215,6 +246,7 @@ def _result(
     seed: int | None,
     missing: str | None,
     messages: tuple[str, ...],
+    annealed: bool,
 ) -> FitResult:
     params = {n: v.detach().to(problem.parameters[n].value.dtype).clone() for n, v in best.last.params.items()}
     log_likelihood, log_prior = verified(problem, engine, dataclasses.replace(best.last, params=params))
@@ -223,12 +255,12 @@ def _result(
         params=params,
         log_likelihood=log_likelihood,
         log_posterior=log_likelihood + log_prior if problem.with_prior else None,
-        elbo=log_likelihood,
-        exact=True,
+        elbo=best.last.objective if algorithm == "cem" else log_likelihood,
+        exact=algorithm not in HARD,
         outcome=best.outcome,
         num_iterations=best.last.iteration,
         history=best.history.as_dict(),
-        plan=explain(problem, m, engine, algorithm),
+        plan=explain(problem, m, engine, algorithm, annealed),
         warnings=messages,
         restarts=tuple((run.last.objective, run.outcome.name) for run in runs),
         seed=seed,

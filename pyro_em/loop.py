@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from pyro_em.e_step.base import Expectation
 from pyro_em.errors import DegenerateLikelihoodError, MonotonicityError, NonFiniteError
 from pyro_em.evaluator import Evaluated, Evaluator, Mapped, Request
 from pyro_em.m_step.auto import MStep
@@ -40,7 +41,10 @@ class Iterate:
 
 @dataclass
 class History:
-    """Recorded once per accepted iterate; equally long lists. `num_e_steps` is cumulative."""
+    """Recorded once per accepted iterate; equally long lists. `num_e_steps` is cumulative.
+
+    `temperature` is there if a fit was annealed.
+    """
 
     objective: list[float] = field(default_factory=list)
     log_likelihood: list[float] = field(default_factory=list)
@@ -48,9 +52,10 @@ class History:
     score: list[float] = field(default_factory=list)
     num_e_steps: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    temperature: list[float] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, list[float]]:
-        return {name: list(values) for name, values in vars(self).items()}
+        return {name: list(values) for name, values in vars(self).items() if values or name != "temperature"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,10 @@ def rounding(iterate: Iterate) -> float:
 
 def at(problem: Problem, params: Params, expectation: Evaluated, iteration: int) -> Iterate:
     """The iterate at which an E-step was made."""
-    objective = expectation.log_likelihood + (expectation.log_prior if problem.with_prior else 0.0)
+    climbed = expectation.log_likelihood
+    if isinstance(expectation, Expectation) and expectation.climbed is not None:
+        climbed = expectation.climbed
+    objective = climbed + (expectation.log_prior if problem.with_prior else 0.0)
     return Iterate(params, expectation, objective, iteration)
 
 
@@ -163,27 +171,27 @@ def run_from(
     callbacks: Iterable[Callback] = (),
     accelerator: Callable[[EMMap], Stepper] | None = None,
     number: int = 0,
+    history: History | None = None,
+    iteration: int = 0,
 ) -> Steps[Ended]:
     """Iterate from `start` until the rule, a callback, an error or Ctrl-C ends it.
+
+    :param history: of `iteration` updates that were made before.
 
     Errors after the first E-step do not lose the last complete iterate: they come back in `Ended.error`.
     """
     began = time.perf_counter()
-    history = History()
+    history = History() if history is None else history
     callbacks = tuple(callbacks)
     stepper: Stepper = em if accelerator is None else accelerator(em)
-    current = yield from em.at(start, 0)
+    current = yield from em.at(start, iteration)
     num_observations = em.problem.graph.num_observations
     try:
         while True:
             score = em.score(current) / num_observations
-            _record(history, current, score, em.num_e_steps, began)
-            if callbacks:
-                likelihood = current.expectation.log_likelihood
-                step = Step(current.iteration, current.params, current.objective, likelihood, score, number)
-                answers = [callback(step) for callback in callbacks]  # all of them are called
-                if any(answers):
-                    return Ended(current, Outcome.interrupted, history, tuple(sorted(em.empty)))
+            record(history, current, score, em.num_e_steps, began)
+            if told_to_stop(callbacks, current, score, number):
+                return Ended(current, Outcome.interrupted, history, tuple(sorted(em.empty)))
             outcome = rule.outcome(current.iteration, score, current.objective, rounding(current))
             if outcome is not None:
                 return Ended(current, outcome, history, tuple(sorted(em.empty)))
@@ -237,10 +245,25 @@ def _drive(evaluator: Evaluator, runs: Sequence[Steps[Ended]]) -> list[Ended]:
     return [ended[i] for i in range(len(runs))]
 
 
-def _record(history: History, current: Iterate, score: float, num_e_steps: int, began: float) -> None:
+def told_to_stop(callbacks: Sequence[Callback], current: Iterate, score: float, number: int) -> bool:
+    """Show an iterate to all callbacks."""
+    if not callbacks:
+        return False
+    likelihood = current.expectation.log_likelihood
+    step = Step(current.iteration, current.params, current.objective, likelihood, score, number)
+    answers = [callback(step) for callback in callbacks]  # all of them are called
+    return any(answers)
+
+
+def record(
+    history: History, current: Iterate, score: float, num_e_steps: int, began: float, temperature: float | None = None
+) -> None:
+    """Append an iterate to the history."""
     history.objective.append(current.objective)
     history.log_likelihood.append(current.expectation.log_likelihood)
     history.log_prior.append(current.expectation.log_prior)
     history.score.append(score)
     history.num_e_steps.append(num_e_steps)
     history.seconds.append(time.perf_counter() - began)
+    if temperature is not None or history.temperature:
+        history.temperature.append(1.0 if temperature is None else temperature)

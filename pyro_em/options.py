@@ -16,8 +16,9 @@ from pyro_em.model.compat import base_distribution
 from pyro_em.store import isolated_rng
 from pyro_em.types import Model, Params
 
-ALGORITHMS = ("em", "map-em", "gem", "svi")
+ALGORITHMS = ("em", "map-em", "gem", "svi", "cem", "sem")
 EXACT = ("em", "map-em", "gem")
+HARD = ("cem", "sem")  # EM's loop with another E-step than the exact posterior
 
 
 def check_algorithm(algorithm: str) -> None:

@@ -37,13 +37,14 @@ class FitResult:
 
     `params` maps site names to constrained values (under "svi" the guide's parameters follow the model's).
     `log_likelihood` is the exact log p(x|params), None where it is not tractable; `elbo` equals it for exact
-    algorithms and is its lower bound under "svi": Pyro's ELBO less log p(params) of point-estimated sites,
-    averaged over draws of the guide. So `gap = log_likelihood - elbo` is KL[q||posterior of the latents]
-    where both are known, whatever the priors. `log_posterior` adds log p(params) in constrained space (no
-    Jacobian), None without priors. `history` is a dict of equally long lists, one entry per E-step (under
-    "svi" one per step and a last one for the returned parameters); its "objective" counts priors where the
-    algorithm does. `restarts` lists (objective, outcome) of every start, in order. `missing` is the option of
-    the fit.
+    algorithms, is log p(x,z|params) at the most probable z under "cem", and the lower bound under "svi": Pyro's
+    ELBO less log p(params) of point-estimated sites, averaged over draws of the guide. So
+    `gap = log_likelihood - elbo` is KL[q||posterior of the latents] where both are known, whatever the priors.
+    `log_posterior` adds log p(params) in constrained space (no Jacobian), None without priors. `history` is a dict of
+    equally long lists, one entry per E-step (under "svi" one per step and a last one for the returned parameters,
+    under "sem" a last one for the average); its "objective" counts priors where the algorithm does, and is what the
+    algorithm climbs. `restarts` lists (objective, outcome) of every start, in order.
+    `missing` is the option of the fit.
     """
 
     algorithm: str
@@ -134,8 +135,9 @@ class FitResult:
         """Observed information of the exact log-evidence (of the log posterior under map-em)."""
         if not self.exact:
             raise InputError(
-                f"The log-likelihood is not exact under algorithm='{self.algorithm}', so it has no observed "
-                "information here. Refit with 'em' or 'map-em' from these parameters (init=result.params)."
+                f"Parameters found by algorithm='{self.algorithm}' are not a maximum of an exact log-likelihood, so "
+                "they have no observed information. Refit with 'em' or 'map-em' from these parameters "
+                "(init=result.params)."
             )
         return observed_information(self._bound(), self.params, self.free)
 

@@ -27,6 +27,10 @@ class Outcome(Enum):
     )
     interrupted = "Interrupted: the last complete iterate is returned."
     degenerate = "Degenerate: the likelihood is unbounded; the last finite iterate is returned."
+    averaged = (
+        "The requested number of stochastic updates was performed; the average of the last half of them is returned, "
+        "and convergence is not assessed."
+    )
     steps_done = "The requested number of optimiser steps was performed; convergence is not assessed."
 
     def __str__(self) -> str:

@@ -99,7 +99,7 @@ def available_information(result: FitResult, max_hessian: int) -> tuple[Informat
     """Observed information if it can be had at a reasonable price, and notes: its warnings, or why not."""
     if not result.exact:
         return None, [
-            f"No standard errors: the objective of '{result.algorithm}' is a bound, not the likelihood. Where the "
+            f"No standard errors: '{result.algorithm}' does not end at a maximum of the exact likelihood. Where the "
             "latents are discrete, refit with 'em' or 'map-em' and init=result.params."
         ]
     if result.problem is None:

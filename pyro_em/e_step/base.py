@@ -19,7 +19,8 @@ class Expectation:
     """One E-step. `magnitude` is Σ|log p(x_n)|, the scale of rounding in `log_likelihood`.
 
     `weights` are the posterior weights of every factor, which numeric M-steps need. Compiled engines do not
-    form them; they are then computed by the reference path when somebody asks.
+    form them; they are then computed by the reference path when somebody asks. `climbed` is what an update cannot
+    lower, where that is another quantity than the log-likelihood (assigned.py).
     """
 
     log_likelihood: float
@@ -27,6 +28,7 @@ class Expectation:
     magnitude: float
     sufficient: Sufficient
     posterior: Callable[[], Posteriors]
+    climbed: float | None = None
 
     @cached_property
     def weights(self) -> Posteriors:

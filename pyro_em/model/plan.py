@@ -16,6 +16,9 @@ class Row:
     note: str = ""
 
 
+OTHER_POSTERIORS = {"cem": "the most probable states", "sem": "one posterior draw of the states"}
+
+
 @dataclass(frozen=True)
 class Plan:
     """What an algorithm will do with a model. Printing it gives a table.
@@ -42,8 +45,8 @@ class Plan:
         raise KeyError(name)
 
     def __str__(self) -> str:
-        exact = "exact posterior" if self.exact else "guide (a lower bound)"
-        lines = [f"Plan for algorithm '{self.algorithm}': E-step by {exact}, climbing {self.objective}."]
+        posterior = "exact posterior" if self.exact else OTHER_POSTERIORS.get(self.algorithm, "guide (a lower bound)")
+        lines = [f"Plan for algorithm '{self.algorithm}': E-step by {posterior}, climbing {self.objective}."]
         for title, rows in (("E-step", self.e_step), ("M-step", self.m_step)):
             if rows:
                 lines += ["", title, *_table(rows)]
