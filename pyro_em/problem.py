@@ -33,7 +33,7 @@ from pyro_em.model.density import factor_shape, packed_log_density
 from pyro_em.model.graph import FactorGraph, build_graph
 from pyro_em.model.packing import multiply, onto
 from pyro_em.model.recognise import VALUE, Use, recognise, second_point
-from pyro_em.model.resources import check_enumeration
+from pyro_em.model.resources import check_states, check_tables
 from pyro_em.model.roles import RoleOf, assign_roles
 from pyro_em.model.trace import Run, SiteRecord, quiet_store, run_model
 from pyro_em.types import Model, Params
@@ -136,8 +136,17 @@ class Problem:
             leaves = self.run(self.start).leaves
         return {name: leaves[name] for name in names if name in leaves}
 
+    @cached_property
+    def tables_fit(self) -> bool:
+        """Whether the reference's tables fit into memory; raises `ResourceError` if not."""
+        return check_tables(self.capture)
+
     def factors(self, run: Run, without: Collection[str] = ()) -> dict[str, Tensor]:
-        """Packed log-density of every site of a run (but of those `without`), laid out as in the graph."""
+        """Packed log-density of every site of a run (but of those `without`), laid out as in the graph.
+
+        :raises ResourceError: before any of these tables is made, if one is too large.
+        """
+        _ = self.tables_fit
         found = {name: packed_log_density(site) for name, site in run.sites.items() if name not in without}
         if run.sites.keys() != self.graph.factors.keys():
             changed = sorted(run.sites.keys() ^ self.graph.factors.keys())
@@ -222,7 +231,7 @@ def bind(
     latents.check_kinds(seen, latent)
     if latent:  # their atoms take one more dim left of the plates
         seen = dataclasses.replace(seen, max_plate_nesting=seen.max_plate_nesting + 1, loops=())
-    check_enumeration(seen)
+    check_states(seen)
     records = dict(seen.parameters)
     for name, role in assigned.items():
         if role.role == "parameter":

@@ -19,6 +19,7 @@ class Interpreted:
     name = "interpreted"
 
     def __init__(self, problem: Problem, reason: str = "") -> None:
+        _ = problem.tables_fit  # so that the plan says so already
         self.problem, self.reason = problem, reason
         self._centers: dict[str, Tensor | None] = {}
 

@@ -43,25 +43,40 @@ def predicted_bytes(capture: Capture) -> int:
     return 8 * sum(table_cells(capture, site)[0] for site in capture.sites.values())
 
 
-def check_enumeration(capture: Capture) -> None:
-    """Raise `ResourceError` if some site's table would exceed `settings.max_table_bytes`."""
-    latents = [s for s in capture.sites.values() if s.enumerable and not s.observed]
-    outside = [s for s in latents if not s.markov]
-    loose = [s for s in outside if s.num_states > 1]
+def check_states(capture: Capture) -> None:
+    """Raise `ResourceError` if the joint states that some site reads are too many, however few its rows.
+
+    A compiled engine needs no table over the rows (`check_tables`), but the run that it is made from has one over
+    the states.
+    """
     for site in capture.sites.values():
-        cells, names = table_cells(capture, site)
-        needed = 8 * cells
-        if needed > settings.max_table_bytes:
-            shown = ", ".join(f"'{name}'" for name in names[:6]) + (" ..." if len(names) > 6 else "")
-            raise ResourceError(
-                f"Site '{site.name}': enumerating {len(names)} latents ({shown}) jointly needs a table of "
-                f"{needed / 2**20:.3g} MiB ({cells} cells), more than the limit of "
-                f"{settings.max_table_bytes / 2**20:.0f} MiB. Give the site fewer latent parents, reduce their "
-                "states, split the data, or raise pyro_em.settings.max_table_bytes."
-            )
+        latents = table_cells(capture, site)[1]
+        _check(site, math.prod(capture.sites[name].num_states for name in latents), latents)
+    latents_outside = [s for s in capture.sites.values() if s.enumerable and not s.observed and not s.markov]
+    loose = [s for s in latents_outside if s.num_states > 1]
     if len(loose) > MAX_LATENTS_OUTSIDE_MARKOV:
         raise ResourceError(
             f"{len(loose)} discrete latents ('{loose[0].name}' ... '{loose[-1].name}') are enumerated side by side, "
             f"but a tensor has room for about {MAX_LATENTS_OUTSIDE_MARKOV}. Put a loop over time into "
             "pyro.markov(range(T)), and independent repetitions into a pyro.plate."
         )
+
+
+def check_tables(capture: Capture) -> bool:
+    """True, or `ResourceError` if the table of some site over its states and rows is too large for the reference."""
+    for site in capture.sites.values():
+        _check(site, *table_cells(capture, site))
+    return True
+
+
+def _check(site: PlainSite, cells: int, latents: list[str]) -> None:
+    needed = 8 * cells
+    if needed <= settings.max_table_bytes:
+        return
+    shown = ", ".join(f"'{name}'" for name in latents[:6]) + (" ..." if len(latents) > 6 else "")
+    raise ResourceError(
+        f"Site '{site.name}': enumerating {len(latents)} latents ({shown}) jointly needs a table of "
+        f"{needed / 2**20:.3g} MiB ({cells} cells), more than the limit of "
+        f"{settings.max_table_bytes / 2**20:.0f} MiB. Give the site fewer latent parents, reduce their "
+        "states, split the data, or raise pyro_em.settings.max_table_bytes."
+    )
