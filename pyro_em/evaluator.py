@@ -6,7 +6,7 @@ operations on the same numbers, so that the results are the same to the last bit
 branch that the ordinary code took is a guard of the recording. Where one is about to go the other way (a
 collapsing component, an empty one), the ordinary code runs, and says what it has to say.
 
-The first replay is compared with the ordinary evaluation, and every `REFRESH`-th evaluation is an ordinary one.
+A tape compares its first replay with the code, and every `REFRESH`-th evaluation is an ordinary one.
 """
 
 from __future__ import annotations
@@ -75,7 +75,6 @@ class _Tapes:
     before: Tape | None = None
     after: Tape | None = None
     kind: Any = None
-    confirmed: bool = False
     deviations: int = 0
 
 
@@ -94,8 +93,10 @@ class Evaluator:
         self._count += 1
         found: list[Evaluated | Exception | None] = [None for _ in requests]
         if self._tapes is not None and self._count % REFRESH:
-            found = list(self._replayed(staged, self._tapes, requests))
-            self._confirm(requests, found)
+            try:
+                found = list(self._replayed(staged, self._tapes, requests))
+            except NotRecorded:  # the first replay was not what the code does: there are no more
+                self._tapes, self._refused = None, True
         missing = [i for i, result in enumerate(found) if result is None]
         ordinary = self._ordinary(staged, [requests[i] for i in missing])
         for i, result in zip(missing, ordinary, strict=True):
@@ -105,7 +106,7 @@ class Evaluator:
         return [result for result in found if result is not None]
 
     def _ordinary(self, engine: Staged, requests: Sequence[Request]) -> list[Evaluated | Exception]:
-        if len(requests) < 2:
+        if len(requests) < 2 or not all(request.magnitude for request in requests):
             return [_attempt(engine, request) for request in requests]
         try:
             stages = [engine.before(r.params, torch.tensor(r.magnitude, dtype=torch.float64)) for r in requests]
@@ -188,20 +189,6 @@ class Evaluator:
             return None
         updated = dict(zip(tapes.names, output[1:], strict=True))
         return Mapped(likelihood, prior, magnitude, score, updated, tapes.empty, lambda: engine.e_step(request.params))
-
-    def _confirm(self, requests: Sequence[Request], found: list[Any]) -> None:
-        """Compare the first replay with the ordinary evaluation; without agreement there are no more."""
-        tapes = self._tapes
-        if tapes is None or tapes.confirmed or not isinstance(found[0], Mapped):
-            return
-        mapped, tapes.confirmed = found[0], True
-        with torch.no_grad():
-            expectation = mapped.expectation
-            updated, empty = self.m_step.closed_update(requests[0].params, expectation.sufficient)
-        same = all(torch.equal(updated[name], value) for name, value in mapped.updated.items())
-        if not (same and expectation.log_likelihood == mapped.log_likelihood and empty == mapped.empty):
-            self._tapes, self._refused = None, True
-            found[:] = [None for _ in found]
 
 
 def _as_staged(engine: Engine) -> Staged | None:

@@ -80,7 +80,12 @@ class Plated:
     def e_step(self, params: Params) -> Expectation:
         """Exact E-step at `params`."""
         try:
-            (sums,) = self.core([self.before(params, self._magnitude)])
+            stage = self.before(params, self._magnitude)
+            (sums,) = self.core([stage])
+            if not self._magnitude:  # the first one is known now, and may ask for another evaluation
+                again = self.before(params, self.after(params, sums)[0][2])
+                if again.kind != stage.kind:
+                    (sums,) = self.core([again])
             return self.expectation(params, sums)
         except OtherLayout:
             self._lay_out_everything()
@@ -103,7 +108,7 @@ class Plated:
         )
 
     def before(self, params: Params, magnitude: Tensor) -> Stage:
-        """W of every component. `magnitude` () is Σ|ll_n| near `params`, the rounding that is allowed.
+        """W of every component. `magnitude` () is Σ|ll_n| near `params`, the rounding that is allowed; 0 is any.
 
         :raises OtherLayout: where another layout of the data is needed, as `after` does.
         """

@@ -21,7 +21,7 @@ from pyro_em.e_step.direct import NUM_PREPARED, centered_log_density
 from pyro_em.e_step.features import Features
 from pyro_em.e_step.layout import SiteLayout
 
-CHUNK_CELLS = 2**19  # of L, in one start's W or several: what the processor's cache holds beside Φ
+CHUNK_CELLS = 2**17  # of L, in one start's W or several: what the processor's cache holds beside Φ
 
 
 Normal = tuple[Tensor, Tensor, Tensor]  # what direct.py prepares

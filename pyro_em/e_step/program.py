@@ -56,7 +56,7 @@ class Program:
         if features.num_rows > FEW_ROWS:
             w = self._coefficients(arguments, ())
             size = torch.where(w <= 0.1 * IMPOSSIBLE, torch.zeros_like(w), w).abs() @ features.rms
-            if not bool(size.max() * math.sqrt(features.num_rows) > magnitude):
+            if not bool((magnitude > 0) & (size.max() * math.sqrt(features.num_rows) > magnitude)):
                 return Prepared(w)
         w = self._coefficients(arguments, normal)
         parts = [direct.prepare(layouts[i], arguments[layouts[i].site.name], self.states) for i in normal]

@@ -31,7 +31,8 @@ class Tape:
     """What a function of tensors does, replayed.
 
     `function` maps tensors to a sequence of tensors, always with the same shapes. A replay gives exactly what the
-    function gives, or raises `Deviation` (or the error of a failed factorisation).
+    function gives, or raises `Deviation` (or the error of a failed factorisation). The first replay is compared with
+    the function: what the recording did not see (record.py) shows at other inputs.
 
     >>> tape = Tape(lambda x: [(x * 2).sum() + x.sum()], [torch.ones(3)])
     >>> tape([torch.full((3,), 2.0)])
@@ -48,11 +49,19 @@ class Tape:
         values = [x.clone() for x in outputs]
         self.listing = simplify(operations, own, outputs)
         self._inputs, self._replay, self._outputs = _Writer(self.listing).function()
-        if not all(_same(a, b) for a, b in zip(self(own), values, strict=True)):
+        self._function: Callable[..., Sequence[Tensor]] | None = None
+        self._compare(self(own), values)
+        self._function = function  # until it has been compared once more
+
+    def _compare(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+        if not all(_same(a, b) for a, b in zip(found, expected, strict=True)):
             raise NotRecorded("a replay differs from the function")
 
     def __call__(self, inputs: Sequence[Tensor | float]) -> list[Tensor]:
-        """Outputs of the function at `inputs` (without gradients), tensors with memory of their own."""
+        """Outputs of the function at `inputs` (without gradients), tensors with memory of their own.
+
+        :raises Deviation: if a guard does not hold. At the first call also `NotRecorded`, and what the function raises.
+        """
         for place, x in zip(self._inputs, inputs, strict=True):
             if isinstance(x, float):
                 place.fill_(x)
@@ -60,7 +69,12 @@ class Tape:
                 place.copy_(x)
         with np.errstate(all="ignore"):  # as torch does
             self._replay()
-        return [x.clone(memory_format=torch.contiguous_format) for x in self._outputs]
+        outputs = [x.clone(memory_format=torch.contiguous_format) for x in self._outputs]
+        if self._function is not None:
+            function, self._function = self._function, None
+            with torch.no_grad():
+                self._compare(outputs, function(*(place.clone() for place in self._inputs)))
+        return outputs
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
