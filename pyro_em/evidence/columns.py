@@ -12,7 +12,7 @@ depend on them, and sites inside of a latent's plate that read more than their o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from pyro_em.model.trace import Run, SiteRecord
 MAX_SPLIT = 512  # elements of a latent that are treated one by one where a row reads several
 AFFINE = 1e-7  # relative deviation from an affine residual that rounding explains
 
+OutputsOf = Callable[[Run, tuple[str, ...]], Sequence[Tensor]]
 Index = Tensor | None
 """Element read by every row, shape of the site's plates (-1 for none); None where row n reads element n."""
 
@@ -101,14 +102,24 @@ def readings(
     :param split: latents whose elements are columns of their own.
     :raises Refusal: see the module docstring.
     """
-    for run in (candidate.first, candidate.second):
+    for run, leaves in zip((candidate.first, candidate.second), candidate.leaves, strict=True):
         for name in candidate.latents.factors:
             _check_normal(run.sites[name], candidate)
+        parts = [whitened(run.sites[name]) for name in candidate.latents.factors]
+        _check_scales(candidate.latents.factors, [p[1] for p in parts], leaves)
+        check_affine_in(candidate.latents.factors, [p[0] for p in parts], leaves)
+    return readings_of(candidate, lambda run, names: [whitened(run.sites[name])[0] for name in names], split)
+
+
+def readings_of(
+    candidate: Candidate, outputs_of: OutputsOf, split: frozenset[str] = frozenset()
+) -> tuple[list[Column], dict[str, dict[Column, Index]]]:
+    """`readings` of any quantities of the factors' rows, shape batch + (P,), that depend on the latents read."""
     while True:
         columns = columns_of(candidate, split)
         try:
-            first = _readings(candidate, candidate.first, candidate.leaves[0], columns)
-            second = _readings(candidate, candidate.second, candidate.leaves[1], columns)
+            first = _readings(candidate, candidate.first, candidate.leaves[0], columns, outputs_of)
+            second = _readings(candidate, candidate.second, candidate.leaves[1], columns, outputs_of)
         except Coupled as found:
             own = {plate.name for plate in candidate.first.sites[found.latent].plates}
             at = candidate.first.sites[found.site]
@@ -145,13 +156,10 @@ def _check_normal(site: SiteRecord, candidate: Candidate) -> None:
 
 
 def _readings(
-    candidate: Candidate, run: Run, leaves: Values, columns: Sequence[Column]
+    candidate: Candidate, run: Run, leaves: Values, columns: Sequence[Column], outputs_of: OutputsOf
 ) -> dict[str, dict[Column, Index]]:
     names = candidate.latents.factors
-    parts = [whitened(run.sites[name]) for name in names]
-    _check_scales(names, [p[1] for p in parts], leaves)
-    outputs = [p[0] for p in parts]
-    check_affine_in(run, candidate, names, outputs, leaves)
+    outputs = outputs_of(run, names)
     generator = torch.Generator().manual_seed(0)
     found: dict[str, dict[Column, Index]] = {name: {} for name in names}
     for column in columns:
@@ -172,9 +180,7 @@ def _readings(
     return found
 
 
-def check_affine_in(
-    run: Run, candidate: Candidate, names: Sequence[str], outputs: Sequence[Tensor], leaves: Values
-) -> None:
+def check_affine_in(names: Sequence[str], outputs: Sequence[Tensor], leaves: Values) -> None:
     """Refuse residuals whose tangent in a random direction itself has a tangent."""
     generator = torch.Generator().manual_seed(1)
     ways = {n: torch.randn(v.shape, generator=generator, dtype=torch.float64) for n, v in leaves.items()}

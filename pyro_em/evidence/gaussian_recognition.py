@@ -47,13 +47,28 @@ def recognise_gaussian(candidate: Candidate) -> GaussianRoute:
     geometry = _geometry(candidate, in_a, in_b)
     needed = check_memory(geometry, candidate.latents.names)
     made = tuple(_reading(candidate, name, reads[name], geometry) for name in candidate.latents.factors)
-    symbols, plates = _symbols(candidate, geometry, in_a, made)
+    symbols, plates = plate_symbols(candidate, geometry, in_a, made)
     reason, cost = _words(candidate, geometry, in_a, in_b, needed)
     dtypes = {n: candidate.leaves[0][n].dtype for n in candidate.latents.names}
     route = GaussianRoute(candidate.latents, geometry, made, symbols, plates, reason, cost, dtypes)
     for run_at in candidate.run_at:
         route.certify(run_at)
     return route
+
+
+def one_family(candidate: Candidate, columns: Sequence[Column], reads: Reads) -> tuple[Geometry, tuple[Reading, ...]]:
+    """The geometry of a set of latents that all stand in A, and what its factors read.
+
+    :raises Refusal: if a row reads several elements.
+    """
+    if columns[0].element is not None or not _single(columns, reads):
+        raise Refusal(
+            candidate.latents.factors[-1],
+            f"a row reads several elements of the latent '{columns[0].site}', whose posterior then does not factorise.",
+            "let every row read one element, or use algorithm='svi' with a guide for the latent.",
+        )
+    geometry = _geometry(candidate, columns, [])
+    return geometry, tuple(_reading(candidate, name, reads[name], geometry) for name in candidate.latents.factors)
 
 
 def _families(candidate: Candidate, columns: Sequence[Column]) -> dict[tuple[str, ...], list[Column]]:
@@ -123,7 +138,7 @@ def _reading(candidate: Candidate, name: str, own: Mapping[Column, Index], geome
     return Reading(name, (*a, *b), len(a), positions, index, entries)
 
 
-def _symbols(
+def plate_symbols(
     candidate: Candidate, geometry: Geometry, in_a: Sequence[Column], made: Sequence[Reading]
 ) -> tuple[dict[int, str], frozenset[str]]:
     """Names of the layout's dims, and the plates over which the evidence is a sum of terms."""

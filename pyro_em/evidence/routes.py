@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pyro_em.errors import Refusal
+from pyro_em.evidence.conjugate import recognise_conjugate
 from pyro_em.evidence.elimination import Candidate, NotMine, Route
 from pyro_em.evidence.gaussian_recognition import recognise_gaussian
 
-ROUTES: tuple[Callable[[Candidate], Route], ...] = (recognise_gaussian,)
+ROUTES: tuple[Callable[[Candidate], Route], ...] = (recognise_gaussian, recognise_conjugate)
 
 
 def choose_route(candidate: Candidate) -> Route:

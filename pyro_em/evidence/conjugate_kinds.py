@@ -1,0 +1,191 @@
+"""Families of posteriors that the gradient of a log joint in one latent tells apart.
+
+    support       ∂ log joint / ∂z        posterior
+    (0, ∞)        a/z − b + c/z²          Gamma(a + 1, b) if c = 0;  InverseGamma(−a − 1, c) if b = 0
+    (0, 1)        a/z − b/(1 − z)         Beta(a + 1, b + 1)
+
+Every conjugate pair with such a latent is one of these, whatever its sites are called: Poisson, exponential and
+Gamma observations of a rate, the precision or the variance of a normal, counts out of n. With b and c both there the
+posterior is generalised inverse Gaussian, which is not offered.
+
+Two equally weighted atoms carry the expectations that such log-densities consist of:
+
+    Gamma           m (1 ± d), m = E z, d² = 1 − exp(2 (E log z − log m))           E z and E log z
+    InverseGamma    reciprocals of the atoms of 1/z                                  E 1/z and E log z
+    Beta            roots of z² − s z + P, P = exp 2E log z,
+                    s = 1 + P − exp 2E log(1 − z)                                    E log z and E log(1 − z)
+
+Shapes: any, elementwise; coefficients have one more dim at the end.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+NEGLIGIBLE = 1e-8  # of the largest term at the point of expansion: a coefficient that rounding explains
+
+
+class Kind(ABC):
+    """One row of the table."""
+
+    name: ClassVar[str]
+    num_probes: ClassVar[int]
+
+    @abstractmethod
+    def probes(self, center: Tensor) -> list[Tensor]:
+        """Points around `center` that determine the coefficients; the first is the center."""
+
+    @abstractmethod
+    def design(self, z: Tensor) -> Tensor:
+        """Row of the linear system at z, shape (..., J), for `scaled` gradients."""
+
+    @abstractmethod
+    def scaled(self, z: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient times what makes the terms of `design` of one order."""
+
+    @abstractmethod
+    def proper(self, coefficients: Tensor, z: Tensor) -> bool:
+        """The coefficients (of a log joint expanded at z) are those of this kind, and it can be normalised."""
+
+    @abstractmethod
+    def distribution(self, coefficients: Tensor) -> dist.Distribution:
+        """The posterior."""
+
+    @abstractmethod
+    def center(self, coefficients: Tensor) -> Tensor:
+        """A point in the middle of the posterior."""
+
+    @abstractmethod
+    def atoms(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """Two equally weighted values with the posterior's expectations."""
+
+    @abstractmethod
+    def mode(self, coefficients: Tensor) -> Tensor:
+        """Where the density is highest, NaN where it is unbounded."""
+
+
+class _Positive(Kind):
+    """Coefficients (a, b, c)."""
+
+    num_probes = 3
+
+    def probes(self, center: Tensor) -> list[Tensor]:
+        return [center, 0.5 * center, 2.0 * center]
+
+    def design(self, z: Tensor) -> Tensor:
+        return torch.stack([torch.ones_like(z), -z, 1 / z], -1)
+
+    def scaled(self, z: Tensor, gradient: Tensor) -> Tensor:
+        return z * gradient
+
+    @staticmethod
+    def _gone(coefficients: Tensor, z: Tensor, index: int) -> bool:
+        terms = (coefficients * torch.stack([torch.ones_like(z), z, 1 / z], -1)).abs()
+        return bool((terms[..., index] <= NEGLIGIBLE * (1 + terms.amax(-1))).all())
+
+
+class GammaKind(_Positive):
+    """c = 0."""
+
+    name = "Gamma"
+
+    def proper(self, coefficients: Tensor, z: Tensor) -> bool:
+        a, b, _ = coefficients.unbind(-1)
+        return self._gone(coefficients, z, 2) and bool((a > -1).all()) and bool((b > 0).all())
+
+    def distribution(self, coefficients: Tensor) -> dist.Gamma:
+        a, b, _ = coefficients.unbind(-1)
+        return dist.Gamma(a + 1, b, validate_args=False)
+
+    def center(self, coefficients: Tensor) -> Tensor:
+        a, b, _ = coefficients.unbind(-1)
+        return (a + 1) / b
+
+    def atoms(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        a, b, _ = coefficients.unbind(-1)
+        mean = (a + 1) / b
+        # E log z - log m = ψ(a + 1) - log(a + 1)
+        gap = torch.digamma(a + 1) - (a + 1).log()
+        spread = (-torch.expm1(2 * gap)).clamp(min=0).sqrt()
+        return mean * torch.exp(2 * gap) / (1 + spread), mean * (1 + spread)
+
+    def mode(self, coefficients: Tensor) -> Tensor:
+        a, b, _ = coefficients.unbind(-1)
+        return torch.where(a >= 0, a / b, torch.nan)
+
+
+class InverseGammaKind(_Positive):
+    """b = 0."""
+
+    name = "InverseGamma"
+
+    def proper(self, coefficients: Tensor, z: Tensor) -> bool:
+        a, _, c = coefficients.unbind(-1)
+        return self._gone(coefficients, z, 1) and bool((a < -1).all()) and bool((c > 0).all())
+
+    def distribution(self, coefficients: Tensor) -> dist.InverseGamma:
+        a, _, c = coefficients.unbind(-1)
+        return dist.InverseGamma(-a - 1, c, validate_args=False)
+
+    def center(self, coefficients: Tensor) -> Tensor:
+        a, _, c = coefficients.unbind(-1)
+        return c / (-a - 1)
+
+    def atoms(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        a, _, c = coefficients.unbind(-1)
+        reciprocal = torch.stack([-a - 2, c, torch.zeros_like(c)], -1)
+        low, high = GammaKind().atoms(reciprocal)
+        return 1 / low, 1 / high
+
+    def mode(self, coefficients: Tensor) -> Tensor:
+        a, _, c = coefficients.unbind(-1)
+        return c / -a
+
+
+class BetaKind(Kind):
+    """Coefficients (a, b)."""
+
+    name = "Beta"
+    num_probes = 2
+
+    def probes(self, center: Tensor) -> list[Tensor]:
+        return [center, torch.where(center > 0.5, 0.5 * center, 0.5 * (1 + center))]
+
+    def design(self, z: Tensor) -> Tensor:
+        return torch.stack([1 - z, -z], -1)
+
+    def scaled(self, z: Tensor, gradient: Tensor) -> Tensor:
+        return z * (1 - z) * gradient
+
+    def proper(self, coefficients: Tensor, z: Tensor) -> bool:
+        return bool((coefficients > -1).all())
+
+    def distribution(self, coefficients: Tensor) -> dist.Beta:
+        a, b = coefficients.unbind(-1)
+        return dist.Beta(a + 1, b + 1, validate_args=False)
+
+    def center(self, coefficients: Tensor) -> Tensor:
+        a, b = coefficients.unbind(-1)
+        return (a + 1) / (a + b + 2)
+
+    def atoms(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = coefficients.unbind(-1)
+        total = torch.digamma(a + b + 2)
+        square, other = torch.exp(2 * (torch.digamma(a + 1) - total)), torch.exp(2 * (torch.digamma(b + 1) - total))
+        s = 1 + square - other
+        root = (s * s - 4 * square).clamp(min=0).sqrt()
+        high = (s + root) / 2
+        return square / high, high
+
+    def mode(self, coefficients: Tensor) -> Tensor:
+        a, b = coefficients.unbind(-1)
+        return torch.where((a >= 0) & (b >= 0) & (a + b > 0), a / (a + b), torch.nan)
+
+
+KINDS: dict[str, tuple[Kind, ...]] = {"positive": (GammaKind(), InverseGammaKind()), "unit": (BetaKind(),)}
+"""Kinds to try, in order, by support."""

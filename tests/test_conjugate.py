@@ -1,0 +1,283 @@
+"""Conjugate latents: evidence, moments, scores and M-steps against closed forms and quadrature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy import integrate
+from torch import Tensor
+
+import pyro_em
+from pyro_em.evidence.conjugate_kinds import BetaKind, GammaKind, InverseGammaKind
+from tests import zoo_conjugate as z
+from tests.laws import largest_score, to_constrained, to_free
+from tests.oracles import constraints
+
+EPS = torch.finfo(torch.float64).eps
+Params = Mapping[str, Tensor]
+pytestmark = pytest.mark.filterwarnings("ignore::pyro_em.BoundaryEstimate")
+
+
+@dataclass(frozen=True)
+class Case:
+    """`evidence` is log p(x) per independent element, by a closed form; `posterior` that of the latent `site`."""
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    init: Params
+    evidence: Callable[[Params], Tensor]
+    site: str
+    posterior: Callable[[Params], Any]
+
+
+def _t(values: Any) -> Tensor:
+    return torch.as_tensor(np.asarray(values, dtype=float))
+
+
+def _cases() -> dict[str, Case]:
+    rng = np.random.default_rng(0)
+    exposure, y = _t(rng.uniform(0.5, 3, 15)), _t(rng.poisson(rng.gamma(2.0, 1.5, 15)))
+    group = torch.as_tensor(np.concatenate([[0, 1, 2, 3], rng.integers(0, 4, 11)]))
+    wins = _t(rng.binomial(12, rng.beta(2, 3, 15)))
+    tails = _t(1.0 + 2 * rng.standard_t(3, 20))
+    spread = _t(rng.normal(size=(4, 6)) * rng.gamma(2, 1, 6) + 0.3)
+    waits = _t(rng.gamma(2.0, 0.4, 9))
+    table = _t(rng.poisson(rng.gamma(2.0, 1.5, (8, 3))))
+    both = _t(np.concatenate([rng.poisson(1.0, 8), rng.poisson(rng.gamma(9.0, 1.0, 8))]))
+    sums = _t(np.zeros(4)).index_add(0, group, y)
+    counts = _t(np.zeros(4)).index_add(0, group, torch.ones_like(y))
+    hyper = {"alpha": _t(1.7), "beta": _t(0.8)}
+
+    def groups(p: Params) -> Tensor:
+        a, b = p["alpha"], p["beta"]
+        own = torch.lgamma(a + sums) - torch.lgamma(a) + a * b.log() - (a + sums) * (b + counts).log()
+        return own - torch.zeros_like(sums).index_add(0, group, torch.lgamma(y + 1))
+
+    def variances(p: Params) -> Tensor:
+        a, b, half = p["shape"], p["rate"], 2.0
+        ss = ((spread - p["mu"]) ** 2).sum(0) / 2
+        own = a * b.log() - torch.lgamma(a) + torch.lgamma(a + half) - (a + half) * (b + ss).log()
+        return own - half * np.log(2 * np.pi)
+
+    def common(p: Params) -> Tensor:
+        a, b = p["alpha"], _t(0.5)
+        own = a * b.log() - torch.lgamma(a) + torch.lgamma(a + 18) - (a + 18) * (b + waits.sum()).log()
+        return own + waits.log().sum()  # Gamma(2, r): log y + 2 log r - r y
+
+    def mixed(p: Params) -> Tensor:
+        own = dist.GammaPoisson(p["alpha"], p["beta"]).log_prob(both.unsqueeze(-1))
+        return (own + p["w"].log()).logsumexp(-1)
+
+    def grouped_posterior(p: Params) -> Any:
+        return dist.Gamma(p["alpha"] + sums, p["beta"] + counts)
+
+    return {
+        "gamma_poisson": Case(
+            z.gamma_poisson, (exposure, y), hyper,
+            lambda p: dist.GammaPoisson(p["alpha"], p["beta"] / exposure).log_prob(y),
+            "rate", lambda p: dist.Gamma(p["alpha"] + y, p["beta"] + exposure)),
+        "negative_binomial": Case(
+            z.negative_binomial, (y,), {"m": _t(2.0), "k": _t(1.3)},
+            lambda p: dist.GammaPoisson(p["k"], p["k"] / p["m"]).log_prob(y),
+            "rate", lambda p: dist.Gamma(p["k"] + y, p["k"] / p["m"] + 1)),
+        "grouped_counts": Case(z.grouped_counts, (group, y), hyper, groups, "rate", grouped_posterior),
+        "positional_counts": Case(z.positional_counts, (group, y), hyper, groups, "rate", grouped_posterior),
+        "beta_binomial": Case(
+            z.beta_binomial, (wins,), {"a": _t(1.4), "b": _t(2.5)},
+            lambda p: dist.BetaBinomial(p["a"], p["b"], 12).log_prob(wins),
+            "p", lambda p: dist.Beta(p["a"] + wins, p["b"] + 12 - wins)),
+        "student": Case(
+            z.student, (tails,), {"mu": _t(0.5), "sigma": _t(1.5), "nu": _t(4.0)},
+            lambda p: dist.StudentT(p["nu"], p["mu"], p["sigma"]).log_prob(tails),
+            "precision", lambda p: dist.Gamma(p["nu"] / 2 + 0.5,
+                                              p["nu"] / 2 + ((tails - p["mu"]) / p["sigma"]) ** 2 / 2)),
+        "group_variances": Case(
+            z.group_variances, (spread,), {"shape": _t(2.0), "rate": _t(1.5), "mu": _t(0.1)}, variances,
+            "variance", lambda p: dist.InverseGamma(p["shape"] + 2, p["rate"] + ((spread - p["mu"]) ** 2).sum(0) / 2)),
+        "common_rate": Case(
+            z.common_rate, (waits,), {"alpha": _t(1.2)}, common,
+            "rate", lambda p: dist.Gamma(p["alpha"] + 18, 0.5 + waits.sum())),
+        "event_rates": Case(
+            z.event_rates, (table,), hyper,
+            lambda p: dist.GammaPoisson(p["alpha"], p["beta"]).log_prob(table).sum(-1),
+            "rate", lambda p: dist.Gamma(p["alpha"] + table, p["beta"] + 1)),
+        "mixed_counts": Case(
+            z.mixed_counts, (both,), {"w": _t([0.5, 0.5]), "alpha": _t([1.5, 8.0]), "beta": _t([1.0, 0.9])}, mixed,
+            "rate", lambda p: None),
+    }  # fmt: skip
+
+
+CASES = _cases()
+NAMES = list(CASES)
+
+
+def _fit(case: Case, **options: Any) -> Any:
+    return pyro_em.fit(case.model, *case.args, init={n: v.clone() for n, v in case.init.items()}, **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evidence_and_posterior(name: str) -> None:
+    """G2, G5: log p(x), pointwise, and the latent's marginal against the conjugate closed form."""
+    case = CASES[name]
+    result = _fit(case, max_iter=2, tol=0)
+    truth = case.evidence(result.params)
+    assert abs(result.log_likelihood - float(truth.sum())) <= 1e-11 * (1 + float(truth.abs().sum()))
+    if truth.dim():
+        torch.testing.assert_close(result.log_prob(), truth, rtol=1e-10, atol=1e-11)
+    posterior, expected = result.posterior(), case.posterior(result.params)
+    if expected is not None:
+        torch.testing.assert_close(posterior.mean(case.site), expected.mean, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(posterior.variance(case.site), expected.variance, rtol=1e-8, atol=1e-12)
+        x = expected.mean * 1.1 if name != "beta_binomial" else expected.mean * 0.9
+        marginal = posterior.marginal(case.site)
+        found = marginal.log_prob(x)
+        reference = expected.log_prob(x)
+        torch.testing.assert_close(
+            found, reference.sum(-1) if marginal.event_shape else reference, rtol=1e-8, atol=1e-9
+        )
+        assert posterior.entropy() == pytest.approx(float(expected.entropy().sum()), rel=1e-7, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_monotone_and_fisher_identity(name: str) -> None:
+    """G1, G4."""
+    case = CASES[name]
+    result = _fit(case, max_iter=8, tol=0)
+    objective = np.array(result.history["objective"])
+    assert (np.diff(objective) >= -16 * EPS * (np.abs(objective).max() + 10)).all()
+    assert objective[-1] > objective[0]
+    support = constraints(case.model, case.args, case.init)
+    free = {n: u.requires_grad_() for n, u in to_free(case.init, support).items()}
+    value = case.evidence(to_constrained(free, support)).sum()
+    gradient = dict(zip(free, torch.autograd.grad(value, list(free.values())), strict=True))
+    found = float(result.history["score"][0]) * result.problem.graph.num_observations
+    assert found == pytest.approx(largest_score(gradient, case.init, support), rel=1e-7)
+
+
+def test_the_limit_is_the_maximum_of_the_marginal_likelihood() -> None:
+    """G7, with standard errors from the Hessian of the closed form."""
+    case = CASES["gamma_poisson"]
+    result = _fit(case, tol=1e-9, max_iter=5000, accelerate="squarem")
+    at = torch.stack([result.params["alpha"], result.params["beta"]]).log()
+
+    def value(u: Tensor) -> Tensor:
+        return case.evidence({"alpha": u[0].exp(), "beta": u[1].exp()}).sum()
+
+    hessian = torch.autograd.functional.hessian(value, at)
+    gradient = torch.autograd.functional.jacobian(value, at)
+    assert float(gradient.abs().max()) < 1e-6
+    errors = result.standard_errors()
+    sd = torch.linalg.inv(-hessian).diagonal().sqrt() * at.exp()
+    torch.testing.assert_close(torch.stack([errors["alpha"], errors["beta"]]), sd, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("kind", [GammaKind(), InverseGammaKind(), BetaKind()], ids=lambda k: k.name)
+def test_atoms_have_the_expectations_of_the_posterior(kind: Any) -> None:
+    """Against quadrature, from nearly improper to sharply peaked."""
+    tables = {
+        "Gamma": [(-0.6, 0.5, 0.0), (2.0, 3.0, 0.0), (80.0, 0.01, 0.0)],
+        "InverseGamma": [(-1.5, 0.0, 0.5), (-4.0, 0.0, 3.0), (-60.0, 0.0, 1e4)],
+        "Beta": [(-0.3, -0.2), (1.0, 4.0), (60.0, 30.0)],
+    }
+    coefficients = torch.tensor(tables[kind.name])
+    low, high = kind.atoms(coefficients)
+    q = kind.distribution(coefficients)
+    statistics = {
+        "Gamma": (lambda x: x, np.log),
+        "InverseGamma": (lambda x: 1 / x, np.log),
+        "Beta": (np.log, np.log1p),
+    }[kind.name]
+    for i, scale in enumerate(kind.center(coefficients).tolist()):
+        own = type(q)(*[getattr(q, a)[i] for a in q.arg_constraints])
+        for j, statistic in enumerate(statistics):
+            sign = -1.0 if kind.name == "Beta" and j == 1 else 1.0
+
+            def density(
+                u: float, own: Any = own, statistic: Any = statistic, sign: float = sign, s: float = scale
+            ) -> float:
+                # u = log(z / scale), or the logit of z for Beta
+                x = s * np.exp(u) if kind.name != "Beta" else 1 / (1 + np.exp(-u))
+                jacobian = x if kind.name != "Beta" else x * (1 - x)
+                if not 0 < x < (1 if kind.name == "Beta" else np.inf) or jacobian == 0:
+                    return 0.0
+                return float(statistic(sign * x) * np.exp(float(own.log_prob(_t(x)))) * jacobian)
+
+            width = (34.0 if kind.name == "Beta" else 60.0) if i == 0 else 20.0
+            truth, _ = integrate.quad(density, -width, width, points=[-1.0, 0.0, 1.0, 2.0], limit=400, epsabs=1e-12)
+            found = np.mean([statistic(sign * float(a[i])) for a in (low, high)])
+            assert found == pytest.approx(truth, rel=1e-6, abs=1e-9)
+
+
+def test_units_do_not_matter() -> None:
+    """Rates of 1e-6 and 1e6 a row are found as precisely as rates of one."""
+    case = CASES["gamma_poisson"]
+    exposure, y = case.args
+    for factor in (1e-6, 1e6):
+        scaled = pyro_em.fit(
+            case.model, exposure * factor, y, init={"alpha": _t(1.7), "beta": _t(0.8 * factor)}, max_iter=3, tol=0
+        )
+        plain = _fit(case, max_iter=3, tol=0)
+        assert scaled.log_likelihood == pytest.approx(plain.log_likelihood, rel=1e-10)
+
+
+def _refused(model: Callable[..., Any], *args: Any) -> Any:
+    with pytest.raises(pyro_em.Refusal) as caught:
+        pyro_em.plan(model, *args)
+    assert len(caught.value.remedy) > 20
+    return caught.value
+
+
+Y = _t([1.0, 0.0, 2.0, 4.0, 1.0])
+
+
+def _with_prior(prior: Callable[[], Any], child: Callable[[Tensor], Any], data: Tensor) -> Callable[[], None]:
+    def model() -> None:
+        with pyro.plate("rows", len(data)):
+            v = pyro.sample("v", prior())
+            pyro.sample("y", child(v), obs=data)
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (_with_prior(lambda: dist.LogNormal(0.0, 1.0), dist.Poisson, Y), "Gamma or InverseGamma"),
+        (_with_prior(lambda: dist.Exponential(0.5), lambda v: dist.Normal(0.0, v.sqrt()), Y), "Gamma"),
+        (_with_prior(lambda: dist.HalfNormal(1.0), lambda v: dist.Normal(0.0, v), Y), "Gamma"),
+        (_with_prior(lambda: dist.Gamma(2.0, 1.0), lambda v: dist.Poisson(v**2), Y), "Gamma"),
+        (_with_prior(lambda: dist.Gamma(2.0, 1.0), lambda v: dist.Poisson(v + 1.0), Y), "Gamma"),
+        (_with_prior(lambda: dist.Gamma(2.0, 1.0), lambda v: dist.Poisson(v * v.roll(1, -1)), Y), "several elements"),
+        (_with_prior(lambda: dist.Beta(2.0, 1.0), lambda v: dist.Binomial(9, v**2), Y), "Beta"),
+        (_with_prior(lambda: dist.Beta(2.0, 1.0), lambda v: dist.Poisson(v), Y), "Beta"),
+    ],
+)
+def test_what_is_not_conjugate_is_refused(model: Callable[[], None], reason: str) -> None:
+    """G12: the latent is named."""
+    refusal = _refused(model)
+    assert refusal.site in ("v", "y") and "'v'" in str(refusal)
+    assert reason in refusal.reason
+
+
+def test_two_conjugate_latents_in_one_factor_are_refused() -> None:
+    def model(y: Tensor) -> None:
+        with pyro.plate("rows", len(y)):
+            u = pyro.sample("u", dist.Gamma(2.0, 1.0))
+            v = pyro.sample("v", dist.Gamma(2.0, 1.0))
+            pyro.sample("y", dist.Poisson(u * v), obs=y)
+
+    assert "also read" in _refused(model, Y).reason
+
+
+def test_the_plan_names_the_family() -> None:
+    case = CASES["beta_binomial"]
+    plan = pyro_em.plan(case.model, *case.args)
+    assert plan.route("p") == "conjugate"
+    assert "Beta" in str(plan)
