@@ -27,6 +27,7 @@ from pyro_em.model.packing import align
 from pyro_em.model.sequences import BySequence, Sequence, sequences
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.problem import Problem
+from pyro_em.state_posterior import StatePosterior
 from pyro_em.statistics import with_integrated
 from pyro_em.terms import pointwise
 from pyro_em.types import Params
@@ -179,6 +180,16 @@ class Posterior:
         picked = {s: torch.cat([part[s] for part in parts]) for s in self.problem.graph.latents}
         drawn = self._in_order(picked, lambda q: q.sample(num), draws=True)
         return BySequence(drawn, self._sequences, lead=1)
+
+    def states(self, site: str) -> StatePosterior:
+        """Posterior of the states inside of an observed state-space site (`GaussianHMM`, `LinearHMM`).
+
+        :raises InputError: if the site is none.
+        """
+        sites = self._e_step[1].sites
+        if site not in sites:
+            raise InputError(f"The model has no sample site '{site}'. Its sites: {', '.join(sites)}.")
+        return StatePosterior(sites[site])
 
     def entropy(self) -> float:
         """Entropy of the posterior in nats, weighted like the log-likelihood; latents without data left out.

@@ -253,3 +253,58 @@ def test_standard_errors_are_those_of_the_dense_likelihood() -> None:
     errors = torch.linalg.inv(-hessian).diagonal().sqrt()
     found = result.standard_errors()
     torch.testing.assert_close(torch.stack([found[n] for n in names]), errors, rtol=1e-5, atol=0)
+
+
+@every
+def test_states_are_those_of_the_joint_normal(case: Case) -> None:
+    """G3: smoothed and filtered means and covariances, one-step densities, entropy."""
+    result = _fit(case, max_iter=1, tol=0)
+    own, states = case.dense(result.params), result.posterior().states("y")
+    T, D = own.b.shape
+    expected = [own.posterior(y) for y in case.data]
+    mean = torch.stack([m.reshape(T + 1, D) for m, _ in expected])
+    blocks = [c.reshape(T + 1, D, T + 1, D) for _, c in expected]
+    covariance = torch.stack([torch.stack([b[t, :, t] for t in range(T + 1)]) for b in blocks])
+    lag = torch.stack([torch.stack([b[t, :, t - 1] for t in range(1, T + 1)]) for b in blocks])
+    close = {"rtol": 1e-9, "atol": 1e-10}
+    shape = (len(case.data), T + 1, D)
+    torch.testing.assert_close(states.mean.reshape(shape), mean, **close)
+    torch.testing.assert_close(states.covariance.reshape(*shape, D), covariance, **close)
+    torch.testing.assert_close(states.lag_covariance.reshape(len(case.data), T, D, D), lag, **close)
+    torch.testing.assert_close(states.filtered().mean.reshape(shape)[:, -1], mean[:, -1], **close)
+    steps = states.log_prob_steps().reshape(len(case.data), T)
+    torch.testing.assert_close(steps.sum(), torch.as_tensor(result.log_likelihood), **close)
+    if case.name != "autoregression":
+        entropy = sum(0.5 * torch.logdet(2 * torch.pi * torch.e * c) for _, c in expected)
+        torch.testing.assert_close(states.entropy().sum(), entropy, **close)
+
+
+def test_draws_and_forecasts_of_states() -> None:
+    """Moments of many joint draws, across two steps too; forecasts are the joint normal of a longer series."""
+    case = next(c for c in CASES if c.name == "tied")
+    result = _fit(case, max_iter=1, tol=0)
+    own, states = case.dense(result.params), result.posterior().states("y")
+    torch.manual_seed(0)
+    draws = states.sample(40_000)
+    T, D = own.b.shape
+    assert draws.shape == (40_000, 3, T + 1, D)
+    mean, covariance = own.posterior(case.data[0])
+    flat = draws[:, 0].reshape(len(draws), -1)
+    torch.testing.assert_close(flat.mean(0), mean, rtol=0, atol=0.02)
+    torch.testing.assert_close(torch.cov(flat.mT), covariance, rtol=0, atol=0.02)
+
+    longer = Dense.of(T + 2, own.m, own.P, own.F[0], own.b[0], own.Q[0], own.H[0], own.d[0], own.R[0]).observed()
+    n = T * own.d.shape[-1]
+    S, gap = longer.covariance_matrix, case.data[0].reshape(-1) - longer.mean[:n]
+    gain = torch.linalg.solve(S[:n, :n], S[:n, n:]).mT
+    future, spread = longer.mean[n:] + gain @ gap, S[n:, n:] - gain @ S[:n, n:]
+    forecast = states.forecast(2)
+    torch.testing.assert_close(forecast.mean[0].reshape(-1), future, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(forecast.covariance_matrix[0, 1], spread[3:, 3:], rtol=1e-10, atol=1e-10)
+    with pytest.raises(InputError, match="steps"):
+        states.forecast(0)
+    wandering = next(c for c in CASES if c.name == "regression")
+    with pytest.raises(InputError, match="differs from step to step"):
+        _fit(wandering, max_iter=0).posterior().states("y").forecast(1)
+    with pytest.raises(InputError, match="no sample site 'x'"):
+        result.posterior().states("x")

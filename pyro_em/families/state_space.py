@@ -57,7 +57,7 @@ class GaussianHMMFamily(Family):
         return all(_is_gaussian(raw[name]) and f"{name}.loc" in raw for name in SITES)
 
     def log_prob(self, args: Arguments, value: Tensor) -> Tensor:
-        chain, batch = _chain(args, value)
+        chain, batch = chain_of(args, value)
         with _counting_from_the_first_observation():
             return kalman.log_evidence(chain).reshape(batch).to(value.dtype)
 
@@ -66,7 +66,7 @@ class GaussianHMMFamily(Family):
             return self._posterior_moments(args, value, weight)
 
     def _posterior_moments(self, args: Arguments, value: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        chain, batch = _chain(args, value)
+        chain, batch = chain_of(args, value)
         w = weight.double().expand(batch).reshape(-1)
         everything = (chain.A, chain.b, chain.Q, chain.C, chain.d, chain.R)
         if chain.time_invariant and all(x.shape[:2] == (1, 1) for x in everything) and len(chain.mean) == 1:
@@ -145,7 +145,7 @@ def _is_gaussian(distribution: Any) -> bool:
     return type(distribution) in (dist.Normal, dist.MultivariateNormal)
 
 
-def _chain(args: Arguments, value: Tensor) -> tuple[Chain, torch.Size]:
+def chain_of(args: Arguments, value: Tensor) -> tuple[Chain, torch.Size]:
     """The chain of T + 1 states, S = batch in a row; its first step is not observed."""
     raw = {n: a.double() for n, a in args.items() if n in GaussianHMMFamily.arguments and isinstance(a, Tensor)}
     lead = {n: a.shape[: a.dim() - GaussianHMMFamily.arguments[n]] for n, a in raw.items()}

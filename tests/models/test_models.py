@@ -107,6 +107,12 @@ TABLE: list[tuple[str, str, Callable[[], tuple[Tensor, ...]]]] = [
     ("semi_supervised", "model", loaded("semi_supervised")),
     ("mvn_missing", "model", complete_rows(simulated("mvn_missing"))),
     ("mvn_missing", "model", loaded("mvn_missing", "load_complete")),
+    ("state_space", "local_level", simulated("state_space")),
+    ("state_space", "local_level", loaded("state_space")),
+    ("state_space", "structural", simulated("state_space")),
+    ("state_space", "dynamic_factor", simulated("state_space", num_observed=3)),
+    ("state_space", "lds", simulated("state_space", num_observed=3)),
+    ("state_space", "lds", simulated("state_space", num_observed=3, num_series=4, num_steps=20)),
     ("vae", "model", simulated("vae")),
     ("vae", "model", loaded("vae")),
 ]

@@ -1,0 +1,160 @@
+"""Posterior of the states inside of an observed state-space site (`GaussianHMM`, `LinearHMM`).
+
+    z_0 ~ initial,   z_t = z_{t-1} F + noise,   y_t = z_t H + noise,   t = 1..T
+
+Smoothed given all of y, filtered given y_1..y_t, joint draws, forecasts, one-step densities. Draws go backwards
+through the smoother's own recursion (Frühwirth-Schnatter 1994):
+
+    z_t | z_{t+1}, y  ~  N(m_t + G_t (z_{t+1} - predicted_{t+1}),  P_t - G_t predicted_cov_{t+1} G_tᵀ)
+
+Shapes: batch dims B of the site (its plates), T + 1 states (number 0 comes before the first transition), D state
+dims, P observed dims. Forecasts of arguments that differ from step to step are not offered: they are not known.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_em.errors import InputError
+from pyro_em.evidence.integrated import integrates
+from pyro_em.families.state_space import chain_of
+from pyro_em.model.density import clean_value
+from pyro_em.model.trace import SiteRecord
+from pyro_em.state_space.linear_gaussian import Smoothed, symmetric
+from pyro_em.state_space.smoother import smooth
+from pyro_em.state_space.steps import gain
+
+
+class StatePosterior:
+    """p(z_0..z_T | y, θ) of one site. Made by `Posterior.states(site)`.
+
+    Example::
+
+        states = result.posterior().states("y")
+        states.mean, states.covariance        # smoothed, B + (T + 1, D) and B + (T + 1, D, D)
+        states.filtered().mean                # given the past and present only
+        states.sample(100)                    # (100,) + B + (T + 1, D)
+        states.forecast(12).mean              # of the next observations, B + (12, P)
+    """
+
+    def __init__(self, site: SiteRecord) -> None:
+        if not integrates(site) or site.arguments is None:
+            raise InputError(f"Site '{site.name}' is no state-space model (GaussianHMM, LinearHMM): it has no states.")
+        arguments = {**site.constants, **site.arguments}
+        self.chain, self.batch = chain_of(arguments, clean_value(site).detach())
+
+    @cached_property
+    def _smoothed(self) -> Smoothed:
+        return smooth(self.chain)
+
+    def _unflat(self, x: Tensor) -> Tensor:
+        return x.expand(self.batch.numel(), *x.shape[1:]).reshape((*self.batch, *x.shape[1:]))
+
+    @property
+    def mean(self) -> Tensor:
+        """Smoothed means, B + (T + 1, D). They are the joint mode too."""
+        return self._unflat(self._smoothed.mean)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Smoothed covariances, B + (T + 1, D, D)."""
+        return self._unflat(self._smoothed.covariance)
+
+    @property
+    def lag_covariance(self) -> Tensor:
+        """Cov(z_t, z_{t-1} | y), t = 1..T, B + (T, D, D)."""
+        return self._unflat(self._smoothed.lag)
+
+    def marginal(self) -> dist.Distribution:
+        """Every state by itself, batch shape B + (T + 1,)."""
+        return _normal(self.mean, self.covariance)
+
+    def filtered(self) -> dist.Distribution:
+        """z_t given y_1..y_t, batch shape B + (T + 1,)."""
+        found = self._smoothed
+        return _normal(self._unflat(found.filtered_mean), self._unflat(found.filtered_covariance))
+
+    def log_prob_steps(self) -> Tensor:
+        """log p(y_t | y_1..y_{t-1}), B + (T,); their sum is the log-likelihood of the series."""
+        return self._unflat(self._smoothed.step_log_evidence[:, 1:])
+
+    def entropy(self) -> Tensor:
+        """Entropy of all states together in nats, shape B; -inf where a state is known for sure."""
+        found = self._smoothed
+        last = found.filtered_covariance[:, -1]
+        _, rest = self._backward()
+        return self._unflat(_half_log_det(last) + _half_log_det(rest).sum(-1))
+
+    def sample(self, num: int) -> Tensor:
+        """`num` joint draws, (num,) + B + (T + 1, D).
+
+        :raises InputError: if `num` is not positive.
+        """
+        if num < 1:
+            raise InputError(f"sample: num must be at least 1, not {num}.")
+        found, (G, rest) = self._smoothed, self._backward()
+        S, T, D = found.mean.shape
+        noise = torch.randn(T, num, S, D, dtype=torch.float64)
+        draws = [found.mean[:, -1] + _spread(found.covariance[:, -1], noise[-1])]
+        roots = _root(rest)
+        for t in range(T - 2, -1, -1):
+            step = (roots[:, t] @ noise[t].unsqueeze(-1)).squeeze(-1)
+            move = (G[:, t] @ (draws[-1] - found.mean[:, t + 1]).unsqueeze(-1)).squeeze(-1)
+            draws.append(found.mean[:, t] + move + step)
+        path = torch.stack(draws[::-1], 2)
+        return path.reshape(num, *self.batch, T, D)
+
+    def forecast(self, steps: int) -> dist.Distribution:
+        """y_{T+1}..y_{T+steps} given y, each by itself: batch shape B + (steps,), event shape (P,).
+
+        :raises InputError: if `steps` is not positive, or an argument differs from step to step.
+        """
+        if steps < 1:
+            raise InputError(f"forecast: steps must be at least 1, not {steps}.")
+        chain, found = self.chain, self._smoothed
+        arguments = (chain.A, chain.b, chain.Q, chain.C, chain.d, chain.R)
+        if any(x.shape[1] > 1 for x in arguments):
+            raise InputError("forecast: an argument of the site differs from step to step, so its future is not known.")
+        A, b, Q, C, d, R = (x[:, 0] for x in arguments)
+        m, P = found.filtered_mean[:, -1], found.filtered_covariance[:, -1]
+        means, covariances = [], []
+        for _ in range(steps):
+            m, P = (A @ m.unsqueeze(-1)).squeeze(-1) + b, symmetric(A @ P @ A.mT + Q)
+            means.append((C @ m.unsqueeze(-1)).squeeze(-1) + d)
+            covariances.append(symmetric(C @ P @ C.mT + R))
+        return _normal(self._unflat(torch.stack(means, 1)), self._unflat(torch.stack(covariances, 1)))
+
+    def _backward(self) -> tuple[Tensor, Tensor]:
+        """Gains and covariances of z_t given z_{t+1} and y, t = 0..T-1."""
+        P, A, Q = self._smoothed.filtered_covariance[:, :-1], self.chain.A, self.chain.Q
+        G = gain(P, A, symmetric(A @ P @ A.mT + Q))
+        keep = torch.eye(P.shape[-1], dtype=P.dtype) - G @ A
+        return G, symmetric(keep @ P @ keep.mT + G @ Q @ G.mT)
+
+
+def _normal(mean: Tensor, covariance: Tensor) -> dist.Distribution:
+    """Normal vectors, also where a covariance is singular (a state without noise)."""
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if bool(failed.any()):
+        factor = _root(covariance)
+    return dist.MultivariateNormal(mean, scale_tril=factor, validate_args=False)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """Lower triangular L with L Lᵀ = covariance, positive semidefinite."""
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+    return torch.linalg.qr(root.mT)[1].mT
+
+
+def _spread(covariance: Tensor, noise: Tensor) -> Tensor:
+    return (_root(covariance) @ noise.unsqueeze(-1)).squeeze(-1)
+
+
+def _half_log_det(covariance: Tensor) -> Tensor:
+    """Entropy of a normal vector."""
+    return 0.5 * torch.linalg.slogdet(2 * torch.pi * torch.e * covariance)[1]
