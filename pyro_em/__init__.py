@@ -20,6 +20,7 @@ from pyro_em.errors import (
     SymmetricStart,
     UnidentifiedParameter,
 )
+from pyro_em.evidence.rule import Quadrature
 from pyro_em.fit import fit, plan
 from pyro_em.loop import Step
 from pyro_em.model.timeline import markov
@@ -43,6 +44,7 @@ __all__ = [
     "Outcome",
     "Posterior",
     "PyroEMError",
+    "Quadrature",
     "Refusal",
     "ResourceError",
     "SeparatedData",

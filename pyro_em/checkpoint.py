@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pyro_em.constraint_names import constraint_from_name, constraint_name
 from pyro_em.errors import CheckpointError, EMWarning, InputError
+from pyro_em.evidence.rule import Quadrature
 from pyro_em.files import read_regular, replacing
 from pyro_em.model.capture import capture
 from pyro_em.model.missing import complete_cases
@@ -114,6 +115,7 @@ def _header(result: FitResult) -> dict[str, Any]:
         "restarts": result.restarts,
         "seed": result.seed,
         "missing": result.missing,
+        "rules": {name: asdict(rule) for name, rule in result.rules.items()},
         "num_observations": result.num_observations,
         "num_parameters": result.num_parameters,
         "free": result.free,
@@ -184,6 +186,7 @@ def _result(header: dict[str, Any], payload: bytes) -> FitResult:
         restarts=tuple((_typed(value, float, int), _typed(end, str)) for value, end in header["restarts"]),
         seed=None if header["seed"] is None else _typed(header["seed"], int),
         missing=None if header["missing"] is None else _typed(header["missing"], str),
+        rules={name: Quadrature(**_typed(rule, dict)) for name, rule in _typed(header["rules"], dict).items()},
         num_observations=_typed(header["num_observations"], float, int),
         num_parameters=_typed(header["num_parameters"], int),
         free=_texts(header["free"]),
@@ -278,7 +281,7 @@ def _bound(
     sites = [row.name for row in result.plan.m_step if row.role == "pyro.sample"]
     return bind(
         model, args, kwargs, with_prior=result.log_posterior is not None,
-        roles=dict.fromkeys(sites, "parameter"), weights=weights, params=result.params,
+        roles=dict.fromkeys(sites, "parameter"), weights=weights, params=result.params, rules=result.rules,
     )  # fmt: skip
 
 

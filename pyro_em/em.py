@@ -19,7 +19,7 @@ from pyro_em.errors import InputError, MonotonicityError
 from pyro_em.loop import MONOTONE, Iterate, at, rounding
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.missing import complete_cases
-from pyro_em.options import EXACT, point_estimated
+from pyro_em.options import EXACT, checked_rules, point_estimated
 from pyro_em.problem import Problem, bind
 from pyro_em.store import isolated_rng, write_params
 from pyro_em.types import Model, Params
@@ -54,7 +54,7 @@ class EM:
     :param loss: accepted for symmetry with SVI; EM's loss is the negative objective, so only None or an
         `ExactELBO` are meaningful.
     :param algorithm: "em", "map-em" or "gem".
-    :param options: `m_step`, `roles`, `weights`, `missing`, as in `pyro_em.fit`.
+    :param options: `e_step`, `m_step`, `roles`, `weights`, `missing`, as in `pyro_em.fit`.
 
     Example::
 
@@ -81,6 +81,7 @@ class EM:
         self.model, self.guide = complete_cases(model, options.pop("missing", None)), guide
         self.optim, self.algorithm = optim, algorithm
         self.m_step_option = options.pop("m_step", "auto")
+        self.rules = checked_rules(options.pop("e_step", "auto"))
         self.options = options
         self._bound: _Bound | None = None
         self._sampled: Params = {}
@@ -96,6 +97,7 @@ class EM:
                 kwargs,
                 with_prior=self.algorithm == "map-em",
                 deltas=point_estimated(self.guide, args, kwargs),
+                rules=self.rules,
                 **self.options,
             )
             m_step = MStep(problem, self.m_step_option, self.algorithm, self.optim)

@@ -17,13 +17,14 @@ from pyro_em.e_step.auto import choose_engine, in_double, verified
 from pyro_em.e_step.base import Engine, Expectation
 from pyro_em.errors import EMWarning, InputError
 from pyro_em.evaluator import Evaluator
+from pyro_em.evidence.rule import Quadrature
 from pyro_em.explain import explain
 from pyro_em.initialise import initial_starts
 from pyro_em.loop import Callback, EMMap, Ended, History, Steps, drive, run_from
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.missing import complete_cases
 from pyro_em.model.plan import Plan
-from pyro_em.options import HARD, check_algorithm, check_reserved, check_restarts, point_estimated
+from pyro_em.options import HARD, check_algorithm, check_restarts, checked_rules, point_estimated
 from pyro_em.problem import Problem, bind
 from pyro_em.progress import progress_bar
 from pyro_em.result import FitResult, count_parameters
@@ -83,7 +84,8 @@ def fit(
     :param temperature: deterministic annealing for "em", "map-em" and "gem": E-steps with q ∝ p(z|x)^(1/T) until the
         schedule ends, then ordinary EM. A first temperature T0 (T = 1 + (T0 - 1)·0.9^k until it is within 0.01 of
         1), a sequence of temperatures, or a function of the iteration, which ends the schedule by returning 1.
-    :param e_step: "auto", exact or refused; nothing else is offered yet.
+    :param e_step: "auto" (exact, or refused), or `{"site": pyro_em.Quadrature(num_nodes=21)}` for continuous latents of
+        few dimensions whose posterior is not Gaussian: integrated by adaptive quadrature, with an error estimate.
     :param missing: "nan": NaN cells of observed sites are missing at random and integrated out exactly: single
         cells of univariate sites (also inside of `.to_event`), any cells of MultivariateNormal vectors, whole events
         of all other families (some cells of these are refused). A row without data adds 0 to the log-likelihood and
@@ -115,7 +117,7 @@ def fit(
     """
     check_algorithm(algorithm)
     check_restarts(restarts)
-    check_reserved(e_step)
+    rules = checked_rules(e_step)
     model = complete_cases(model, missing)
     accelerator = choose_accelerator(accelerate)
     check_temperature(temperature)
@@ -126,7 +128,8 @@ def fit(
         from pyro_em.svi import fit_svi
 
         other = None if m_step == "auto" else m_step
-        _refuse_with(algorithm, weights=weights, m_step=other, accelerate=accelerate, temperature=temperature)
+        given = {"weights": weights, "m_step": other, "accelerate": accelerate, "temperature": temperature}
+        _refuse_with(algorithm, **given, e_step=rules or None)
         return fit_svi(
             model, args, kwargs, guide=guide, init=init, restarts=restarts, seed=seed, max_iter=max_iter,
             optim=optim, num_particles=num_particles, callbacks=callbacks, progress=progress, roles=roles,
@@ -134,7 +137,7 @@ def fit(
         )  # fmt: skip
     with isolated_rng(seed), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", EMWarning)
-        problem = _bind(model, args, kwargs, algorithm, guide, roles, weights)
+        problem = _bind(model, args, kwargs, algorithm, guide, roles, weights, rules)
         unobserved_cells(problem)
         m = MStep(problem, m_step, algorithm, optim)
         collinear(m.collinear)
@@ -187,6 +190,7 @@ def plan(
     algorithm: str = "em",
     guide: Model | None = None,
     roles: Mapping[str, str] | None = None,
+    e_step: Any = "auto",
     m_step: Any = "auto",
     missing: str | None = None,
     weights: Mapping[str, Tensor] | None = None,
@@ -198,6 +202,7 @@ def plan(
     :raises Refusal, InputError, ResourceError: as `fit` would.
     """
     check_algorithm(algorithm)
+    rules = checked_rules(e_step)
     model = complete_cases(model, missing)
     check_temperature(temperature)
     if algorithm == "svi":
@@ -205,7 +210,7 @@ def plan(
 
         return plan_svi(model, args, kwargs, guide=guide, roles=roles)
     with isolated_rng(0):
-        problem = _bind(model, args, kwargs, algorithm, guide, roles, weights)
+        problem = _bind(model, args, kwargs, algorithm, guide, roles, weights, rules)
         m = MStep(problem, m_step, algorithm)
         return explain(problem, m, _engine(problem, m, algorithm), algorithm, temperature is not None)
 
@@ -230,10 +235,11 @@ def _bind(
     guide: Model | None,
     roles: Mapping[str, str] | None,
     weights: Mapping[str, Tensor] | None,
+    rules: Mapping[str, Quadrature],
 ) -> Problem:
     deltas = point_estimated(guide, args, kwargs)
     with_prior = algorithm == "map-em"
-    return bind(model, args, kwargs, with_prior=with_prior, roles=roles, deltas=deltas, weights=weights)
+    return bind(model, args, kwargs, with_prior=with_prior, roles=roles, deltas=deltas, weights=weights, rules=rules)
 
 
 def _result(
@@ -265,6 +271,7 @@ def _result(
         restarts=tuple((run.last.objective, run.outcome.name) for run in runs),
         seed=seed,
         missing=missing,
+        rules=dict(problem.rules),
         num_observations=problem.graph.num_observations,
         num_parameters=count_parameters(problem, m.free, params),
         problem=problem,

@@ -17,7 +17,8 @@ from pyro_em.errors import NonFiniteError, Refusal
 from pyro_em.evidence.discrete import Evidence, evaluate
 from pyro_em.evidence.elimination import Candidate, Continuous, Eliminated, LatentSet, Route
 from pyro_em.evidence.finite import check_finite
-from pyro_em.evidence.routes import choose_route
+from pyro_em.evidence.routes import check_rules, choose_route
+from pyro_em.evidence.rule import Quadrature
 from pyro_em.model.affine import linear_part
 from pyro_em.model.atoms import AtomRuns
 from pyro_em.model.capture import Capture
@@ -33,8 +34,9 @@ SYMBOLS = "①②③④⑤⑥⑦⑧⑨⑩⑪⑫⑬⑭⑮⑯⑰⑱⑲⑳"  # of t
 Values = dict[str, Tensor]
 
 
-def check_kinds(capture: Capture, names: tuple[str, ...]) -> None:
-    """Refuse latents that are neither enumerable nor continuous."""
+def check_kinds(capture: Capture, names: tuple[str, ...], rules: Mapping[str, Quadrature]) -> None:
+    """Refuse latents that are neither enumerable nor continuous, and rules of anything but continuous ones."""
+    check_rules(names, rules)
     for name in names:
         if capture.sites[name].discrete:
             raise Refusal(
@@ -59,11 +61,16 @@ def draw(capture: Capture, names: tuple[str, ...], seed: int) -> Values:
 
 
 def bind_continuous(
-    capture: Capture, names: tuple[str, ...], runs: AtomRuns, params: tuple[Params, Params]
+    capture: Capture,
+    names: tuple[str, ...],
+    runs: AtomRuns,
+    params: tuple[Params, Params],
+    rules: Mapping[str, Quadrature],
 ) -> Continuous:
     """Sets and routes of the continuous latents `names`.
 
     :param params: the parameters' start and another feasible point: what holds at both is taken to hold.
+    :param rules: of the latents that are to be integrated by quadrature.
     :raises Refusal: if a set is not exactly tractable, naming site, reason and remedy.
     """
     values = (draw(capture, names, 1), draw(capture, names, 2))
@@ -89,7 +96,7 @@ def bind_continuous(
         own = tuple({n: leaf for n, leaf in point.items() if n in latents.names} for point in leaves)
         at = tuple(_run_at(runs, p, rest) for p in params)
         candidate = Candidate(latents, first, second, (own[0], own[1]), (at[0], at[1]), runs.dim, enumeration)
-        route = _checked(choose_route(candidate), latents, runs, first)
+        route = _checked(choose_route(candidate, rules), latents, runs, first)
         routes.append(route)
         # Atoms of the shape that every E-step will give, whose run shows what the M-step will see.
         values_at_start |= _first_atoms(route, candidate)
@@ -239,7 +246,8 @@ def integrate(
     for latents, part, own in zip(continuous.sets, parts, states, strict=True):
         mixed = bool(set(dims_of(own)) & graph.symbol_sites.keys())
         for name in latents.factors:
-            joint = multiply(onto(own, dims_of(factors[name])), part.weights) if mixed else part.weights
+            inside = part.by_factor.get(name, part.weights)
+            joint = multiply(onto(own, dims_of(factors[name])), inside) if mixed else inside
             assert joint is not None
             weights[name] = joint
     return dataclasses.replace(evidence, weights=weights, parts=parts, states=states), run

@@ -88,9 +88,11 @@ class Ended:
 
 
 def rounding(iterate: Iterate) -> float:
-    """Σ|ll_n| in units of the last place of the parameters' precision."""
+    """Σ|ll_n| in units of the last place of the parameters' precision (and the error of numerical integration)."""
     eps = max((EPS[p.dtype] for p in iterate.params.values()), default=EPS[torch.float64])
-    return eps * (1.0 + iterate.expectation.magnitude + abs(iterate.objective))
+    known = iterate.expectation
+    error = 0.0 if isinstance(known, Mapped) else known.error / MONOTONE
+    return eps * (1.0 + known.magnitude + abs(iterate.objective)) + error
 
 
 def at(problem: Problem, params: Params, expectation: Evaluated, iteration: int) -> Iterate:

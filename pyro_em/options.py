@@ -11,6 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_em.errors import InputError, Refusal
+from pyro_em.evidence.rule import Quadrature
 from pyro_em.model.capture import ParameterRecord
 from pyro_em.model.compat import base_distribution
 from pyro_em.store import isolated_rng
@@ -33,10 +34,18 @@ def check_restarts(restarts: int) -> None:
         raise InputError(f"restarts must be a positive integer, not {restarts!r}.")
 
 
-def check_reserved(e_step: Any) -> None:
-    """Raise `InputError` for options that are part of the interface but not served yet."""
-    if e_step != "auto":
-        raise InputError(f"e_step={e_step!r} is not offered yet; 'auto' is the exact posterior or a refusal.")
+def checked_rules(e_step: Any) -> dict[str, Quadrature]:
+    """The rules of `e_step`, by site.
+
+    :raises InputError: for anything but "auto" or a dict of `Quadrature` by site.
+    """
+    if isinstance(e_step, str) and e_step == "auto":
+        return {}
+    if not isinstance(e_step, Mapping) or not all(isinstance(rule, Quadrature) for rule in e_step.values()):
+        raise InputError(
+            f"e_step={e_step!r}: use 'auto' (exact, or refused), or a dict of pyro_em.Quadrature by latent site."
+        )
+    return dict(e_step)
 
 
 def checked_init(records: Mapping[str, ParameterRecord], init: Mapping[str, Any]) -> Params:

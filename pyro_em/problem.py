@@ -23,6 +23,7 @@ from pyro_em.evidence.discrete import Evidence, evaluate, weighted_sum
 from pyro_em.evidence.elimination import Continuous
 from pyro_em.evidence.finite import check_finite
 from pyro_em.evidence.integrated import Integrated
+from pyro_em.evidence.rule import Quadrature
 from pyro_em.families import Family
 from pyro_em.model.atoms import AtomRuns
 from pyro_em.model.capture import Capture, ParameterRecord, capture
@@ -53,6 +54,7 @@ class Problem:
     uses: dict[str, tuple[Use, ...]]
     with_prior: bool
     continuous: Continuous | None = None
+    rules: Mapping[str, Quadrature] = dataclasses.field(default_factory=dict)
 
     @property
     def start(self) -> Params:
@@ -219,16 +221,18 @@ def bind(
     deltas: tuple[str, ...] = (),
     weights: Mapping[str, Tensor] | None = None,
     params: Mapping[str, Tensor] | None = None,
+    rules: Mapping[str, Quadrature] | None = None,
 ) -> Problem:
     """Capture, assign roles, enumerate, certify and recognise: a `Problem` or a refusal.
 
     :param params: values at which to do so instead of the model's own initial values.
+    :param rules: of the latents that are to be integrated by quadrature, by site.
     :raises Refusal, InputError, ResourceError: see the modules in `pyro_em.model`.
     """
     seen = capture(model, args, kwargs)
     assigned = assign_roles(seen, roles, deltas)
     latent = tuple(n for n, role in assigned.items() if role.role == "latent" and not seen.sites[n].enumerable)
-    latents.check_kinds(seen, latent)
+    latents.check_kinds(seen, latent, rules or {})
     if latent:  # their atoms take one more dim left of the plates
         seen = dataclasses.replace(seen, max_plate_nesting=seen.max_plate_nesting + 1, loops=())
     check_states(seen)
@@ -253,14 +257,9 @@ def bind(
     def run(values: Params) -> Run:
         with torch.enable_grad(), quiet_store():
             return run_model(
-                model,
-                args,
-                kwargs,
-                {**values, **drawn},
-                max_plate_nesting=seen.max_plate_nesting,
-                loops=seen.loops,
+                model, args, kwargs, {**values, **drawn}, max_plate_nesting=seen.max_plate_nesting, loops=seen.loops,
                 integrated=latent,
-            )
+            )  # fmt: skip
 
     first = run(leaves)
     start = {n: r.value for n, r in records.items()}
@@ -268,7 +267,7 @@ def bind(
     continuous, seen_at = None, first
     if latent:
         runs = AtomRuns(model, args, kwargs, -seen.max_plate_nesting, {n: seen.sites[n].shapes for n in latent})
-        continuous = latents.bind_continuous(seen, latent, runs, (start, elsewhere))
+        continuous = latents.bind_continuous(seen, latent, runs, (start, elsewhere), rules or {})
         with torch.no_grad():
             seen_at = continuous.runs.several(start, continuous.values)
     shapes = {name: _shape(site, seen) for name, site in seen_at.sites.items()}
@@ -283,7 +282,7 @@ def bind(
     uses = recognise(first, second, records, priors, (leaves, others))
     if continuous is not None:
         uses = latents.without_latents(uses, continuous.runs, (start, elsewhere), latents.draw(seen, latent, 2))
-    return Problem(model, args, kwargs, seen, assigned, graph, records, uses, with_prior, continuous)
+    return Problem(model, args, kwargs, seen, assigned, graph, records, uses, with_prior, continuous, rules or {})
 
 
 def _shape(site: SiteRecord, seen: Capture) -> Tensor:

@@ -18,6 +18,7 @@ from torch.distributions.constraints import Constraint
 
 from pyro_em.charts import free_dimension
 from pyro_em.errors import InputError
+from pyro_em.evidence.rule import Quadrature
 from pyro_em.impute import Imputation, impute
 from pyro_em.information import Information, observed_information, standard_errors
 from pyro_em.model.plan import Plan
@@ -44,7 +45,7 @@ class FitResult:
     equally long lists, one entry per E-step (under "svi" one per step and a last one for the returned parameters,
     under "sem" a last one for the average); its "objective" counts priors where the algorithm does, and is what the
     algorithm climbs. `restarts` lists (objective, outcome) of every start, in order.
-    `missing` is the option of the fit.
+    `missing` and `rules` (quadrature, by site) are options of the fit.
     """
 
     algorithm: str
@@ -61,6 +62,7 @@ class FitResult:
     restarts: tuple[tuple[float, str], ...] = ()
     seed: int | None = None
     missing: str | None = None
+    rules: dict[str, Quadrature] = field(default_factory=dict)
     num_observations: float = 0
     num_parameters: int = 0
     problem: Problem | None = field(default=None, repr=False)
@@ -100,6 +102,7 @@ class FitResult:
             with_prior=self.problem.with_prior,
             roles={n: role for n, role in roles.items() if n in known and n in self.problem.parameters},
             params=self.params,
+            rules=self.rules,
         )
 
     def posterior(self, *args: Any, **kwargs: Any) -> Posterior:

@@ -130,8 +130,3 @@ def test_a_zero_that_the_data_need_is_named() -> None:
     with pytest.raises(pyro_em.NonFiniteError, match=r"Site 'count'.*row"):
         pyro_em.fit(classics.poisson_mixture, _t([0.0, 3.0, 0.0]), init=start)
     assert not dict(pyro.get_param_store().items())
-
-
-def test_reserved_options_are_refused() -> None:
-    with pytest.raises(InputError, match="not offered yet"):
-        pyro_em.fit(lambda: None, e_step={"z": "quadrature"})

@@ -14,7 +14,14 @@ from functools import cache
 import pytest
 import torch
 
-from tests import published_data, published_discrete, published_gaussian, published_missing, published_state_space
+from tests import (
+    published_data,
+    published_discrete,
+    published_gaussian,
+    published_missing,
+    published_quadrature,
+    published_state_space,
+)
 from tests.published import CASES, Found
 
 REFERENCE = {case["id"]: case for case in json.loads((CASES / "reference_fits.json").read_text())}
@@ -39,7 +46,14 @@ ELSEWHERE = {
 }
 
 
-MODULES = (published_gaussian, published_discrete, published_data, published_missing, published_state_space)
+MODULES = (
+    published_gaussian,
+    published_discrete,
+    published_data,
+    published_missing,
+    published_state_space,
+    published_quadrature,
+)
 FITS: dict[str, Callable[[], Found]] = {
     name: next(getattr(module, name) for module in MODULES if hasattr(module, name)) for name in REFERENCE
 }

@@ -16,7 +16,8 @@ from pyro_em.types import Params
 
 @dataclass(frozen=True)
 class Expectation:
-    """One E-step. `magnitude` is Σ|log p(x_n)|, the scale of rounding in `log_likelihood`.
+    """One E-step. `magnitude` is Σ|log p(x_n)|, the scale of rounding in `log_likelihood`; `error` is that of
+    numerical integration in it.
 
     `weights` are the posterior weights of every factor, which numeric M-steps need. Compiled engines do not
     form them; they are then computed by the reference path when somebody asks. `climbed` is what an update cannot
@@ -29,6 +30,7 @@ class Expectation:
     sufficient: Sufficient
     posterior: Callable[[], Posteriors]
     climbed: float | None = None
+    error: float = 0.0
 
     @cached_property
     def weights(self) -> Posteriors:

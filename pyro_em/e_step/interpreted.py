@@ -55,4 +55,5 @@ def expectation(
         magnitude=evidence.magnitude,
         sufficient=Sufficient(problem, run.sites, raw_arguments(run.sites), moments_of),
         posterior=lambda: weights,
+        error=sum(part.error for part in evidence.parts),
     )

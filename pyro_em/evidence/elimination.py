@@ -75,8 +75,9 @@ class Eliminated:
     """A set integrated out at some parameters.
 
     `log_evidence` is packed over discrete latents and plates, differentiable in the parameters; `atoms` are the
-    latents' values with the atoms' dim, `weights`, packed over the set's symbol and more, sum to one. `log_peak` is
-    log q at the mode, packed like the evidence.
+    latents' values with the atoms' dim, `weights`, packed over the set's symbol and more, sum to one; `by_factor` has
+    the weights at the rows of factors that index the latents, where these differ from element to element. `log_peak`
+    is log q at the mode, packed like the evidence. `error` bounds that of a numerical route, summed over elements.
     """
 
     log_evidence: Tensor
@@ -84,6 +85,8 @@ class Eliminated:
     atoms: dict[str, Tensor]
     weights: Tensor
     posterior: SetPosterior
+    by_factor: Mapping[str, Tensor] = field(default_factory=dict)
+    error: float = 0.0
 
 
 class Route(Protocol):

@@ -6,21 +6,33 @@ remedy). A set that no route takes is refused with the reason of the route whose
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from pyro_em.errors import Refusal
+from pyro_em.errors import InputError, Refusal
 from pyro_em.evidence.conjugate import recognise_conjugate
 from pyro_em.evidence.elimination import Candidate, NotMine, Route
 from pyro_em.evidence.gaussian_recognition import recognise_gaussian
+from pyro_em.evidence.quadrature_recognition import recognise_quadrature
+from pyro_em.evidence.rule import Quadrature
 
 ROUTES: tuple[Callable[[Candidate], Route], ...] = (recognise_gaussian, recognise_conjugate)
 
 
-def choose_route(candidate: Candidate) -> Route:
-    """The first route that takes the set.
+def check_rules(names: tuple[str, ...], rules: Mapping[str, Quadrature]) -> None:
+    """Raise `InputError` for a rule of something that is no continuous latent."""
+    for name in rules:
+        if name not in names:
+            known = ", ".join(repr(n) for n in names) or "none"
+            raise InputError(f"e_step: the model has no continuous latent '{name}'. Its continuous latents: {known}.")
+
+
+def choose_route(candidate: Candidate, rules: Mapping[str, Quadrature]) -> Route:
+    """The first route that takes the set, or quadrature where the user asks for it.
 
     :raises Refusal: if none does.
     """
+    if rules.keys() & set(candidate.latents.names):
+        return recognise_quadrature(candidate, rules)
     reasons = []
     for recognise in ROUTES:
         try:

@@ -113,9 +113,14 @@ TABLE: list[tuple[str, str, Callable[[], tuple[Tensor, ...]]]] = [
     ("state_space", "dynamic_factor", simulated("state_space", num_observed=3)),
     ("state_space", "lds", simulated("state_space", num_observed=3)),
     ("state_space", "lds", simulated("state_space", num_observed=3, num_series=4, num_steps=20)),
+    *(("irt", function, simulated("irt")) for function in ("model", "common_slope", "rasch")),
+    *(("irt", function, categories(loaded("irt"))) for function in ("model", "common_slope", "rasch")),
+    ("glmm", "model", loaded("glmm")),
+    ("glmm", "grouped", simulated("glmm")),
     ("vae", "model", simulated("vae")),
     ("vae", "model", loaded("vae")),
 ]
+CONTINUOUS = ("irt", "glmm")  # files whose latents are not enumerated
 each_case = pytest.mark.parametrize(
     ("file", "function", "data"),
     TABLE,
@@ -190,7 +195,7 @@ def test_log_joint_and_its_gradient_are_finite(
     else:
         guide = AutoDelta(poutine.block(model, hide_fn=lambda site: site["name"] in ("x", "z")))
         elbo = TraceEnum_ELBO(max_plate_nesting=2, strict_enumeration_warning=False)
-        chosen = guide if function == "bayesian" else no_guide
+        chosen = guide if function == "bayesian" or file in CONTINUOUS else no_guide
         loss = elbo.differentiable_loss(config_enumerate(model), chosen, *args)
     loss.backward()
     parameters = dict(pyro.get_param_store().named_parameters())
@@ -202,8 +207,9 @@ def test_log_joint_and_its_gradient_are_finite(
 
 @pytest.mark.parametrize(
     ("file", "function", "data"),
-    # The other parameters are sample sites, or those of a network which the file seeds itself.
-    [case for case in TABLE if case[1] != "bayesian" and case[0] != "vae"],
+    # The other parameters are sample sites, or those of a network which the file seeds itself; a run of a model with
+    # continuous latents draws these.
+    [case for case in TABLE if case[1] != "bayesian" and case[0] not in ("vae", *CONTINUOUS)],
 )
 def test_start_is_the_same_each_time_and_leaves_the_generator_alone(
     file: str, function: str, data: Callable[[], tuple[Tensor, ...]]

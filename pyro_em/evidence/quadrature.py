@@ -1,0 +1,258 @@
+"""Numerically exact integration of low-dimensional latents: adaptive Gauss-Hermite quadrature (rule.py).
+
+The log-factors that read element e of the latents add up to f_e(z), for every state c of the discrete latents.
+Newton's method finds the mode of each, the rule gives
+
+    log Z[c, e] = log Σ_q exp(f_e(z_q) + v_q) + log|L|,     p_q = exp(f_e(z_q) + v_q + log|L| - log Z[c, e])
+
+and the nodes z_q with weights p_q are the atoms that the M-step sees: Q(θ) is a finite sum, and its gradient at the
+parameters of the E-step is that of log Z with the nodes held. Nodes are a function of θ (the search always starts at
+zero), moved at each E-step. So one update climbs the rule's log-likelihood with its old nodes, and moving these
+changes it by no more than the rule's error, which is what a monotone objective is granted (`Eliminated.error`).
+
+The error is |log Z - log Z with 2n + 1 nodes|, summed over elements. It is taken at the E-steps number 1, 2, 4, 8, ...
+and whenever asked. Not handled here: which row reads which element (quadrature_recognition.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyro_em.errors import NonFiniteError, Refusal
+from pyro_em.evidence.elimination import Eliminated, LatentSet, RunAt, Values
+from pyro_em.evidence.quadrature_posterior import QuadraturePosterior
+from pyro_em.evidence.rule import Quadrature
+from pyro_em.model.compat import pack, with_dims
+from pyro_em.model.density import log_density
+
+MAX_ITER = 100
+CLOSE = 1e-20  # squared Newton decrement at which a mode is found
+CHUNK_CELLS = 2**20  # cells of log-densities evaluated at once
+
+Rows = Mapping[str, Tensor | None]
+"""Element that each row of a factor reads, (1,) + plates of the factor (m dims); None where row n reads element n."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Elements of the latents: `sizes` are the m batch dims, the nodes' first, of size 1; k columns by site.
+
+    `width` rows read one element, on average; `batched` says that one run can take several nodes.
+    """
+
+    latents: LatentSet
+    sizes: tuple[int, ...]
+    rows: Rows
+    width: int
+    batched: bool = False
+
+    @property
+    def num_columns(self) -> int:
+        return sum(event.numel() for _, event in self.latents.shapes.values())
+
+    def values(self, z: Tensor, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+        """Values by site of z (C..., Q, plates...) + (k,); in the latents' own shapes where C and Q are trivial."""
+        found, begin, m = {}, 0, len(self.sizes)
+        for name in self.latents.names:
+            batch, event = self.latents.shapes[name]
+            own = z[..., begin : begin + event.numel()]
+            begin += event.numel()
+            lead = own.shape[: own.dim() - m]  # dims of states and of nodes
+            shape = (*((1,) * (m - 1 - len(batch)) if math.prod(lead) > 1 else ()), *batch, *event)
+            lead = lead if math.prod(lead) > 1 else torch.Size()
+            found[name] = own.reshape([*lead, *shape]).to(dtypes[name])
+        return found
+
+    def total(self, run_at: RunAt, values: Values) -> Tensor:
+        """f of every state, node and element: (C..., Q, plates...), with m dims from the nodes'."""
+        run, m = run_at(values), len(self.sizes)
+        total = torch.zeros((1,) * m, dtype=torch.float64)
+        for name in self.latents.factors:
+            density = log_density(run.sites[name]).double()
+            density = density.reshape((1,) * (m - density.dim()) + tuple(density.shape))
+            total = total + self._to_elements(density, self.rows[name])
+        return total
+
+    def _to_elements(self, density: Tensor, index: Tensor | None) -> Tensor:
+        m = len(self.sizes)
+        if index is None:
+            gone = [i - m for i in range(1, m) if self.sizes[i] == 1 and density.shape[i - m] > 1]
+            return density.sum(gone, keepdim=True) if gone else density
+        plates = torch.broadcast_shapes(density.shape[1 - m :], index.shape[1:]) if m > 1 else torch.Size()
+        lead = density.shape[: density.dim() - (m - 1)]
+        flat = density.expand(*lead, *plates).reshape([*lead, -1])
+        found = flat.new_zeros(*lead, math.prod(self.sizes))
+        found = found.index_add(-1, index.expand(1, *plates).reshape(-1), flat)
+        return found.reshape([*lead, *self.sizes[1:]])
+
+    def to_rows(self, per_element: Tensor, index: Tensor) -> Tensor:
+        """A quantity (Q, plates...) of every element at the rows that read it."""
+        flat = per_element.expand(*per_element.shape[:1], *self.sizes[1:]).reshape(per_element.shape[0], -1)
+        return flat[:, index.reshape(-1)].reshape(per_element.shape[0], *index.shape[1:])
+
+
+@dataclass
+class QuadratureRoute:
+    """The route of one set, made by `recognise_quadrature`.
+
+    `symbols` names the dims of the layout, `row_symbols` those of the factors that index the latents.
+    """
+
+    latents: LatentSet
+    layout: Layout
+    rule: Quadrature
+    symbols: Mapping[int, str]
+    row_symbols: Mapping[str, Mapping[int, str]]
+    plates: frozenset[str]
+    dtypes: Mapping[str, torch.dtype]
+    name: str = "quadrature"
+    error: float = 0.0
+    _count: int = field(default=0, repr=False)
+
+    @property
+    def reason(self) -> str:
+        k, n = self.layout.num_columns, math.prod(self.layout.sizes)
+        each = f"{self.rule.num_nodes} nodes" + (f" in each of {k} dimensions" if k > 1 else "")
+        return f"{each}, centred and scaled at the modes of {n} elements"
+
+    @property
+    def cost(self) -> str:
+        return f"error of the log-likelihood at the last check {self.error:.1e}"
+
+    def eliminate(self, run_at: RunAt, *, differentiable: bool = False) -> Eliminated:
+        """See the module docstring.
+
+        :raises NonFiniteError: if a posterior has no mode.
+        :raises Refusal: if the error exceeds the rule's tolerance.
+        """
+        mode, peak, spread = self._modes(run_at)
+        nodes, log_z, log_p = self._integrated(run_at, self.rule, mode, spread, differentiable)
+        self._count += 1
+        if self._count & (self._count - 1) == 0:
+            self.check(run_at, mode, spread, log_z.detach())
+        m, atoms, weights = len(self.layout.sizes), self.layout.values(nodes, self.dtypes), log_p.detach().exp()
+        node = {-m: self.latents.symbol}
+        by_factor = {
+            name: pack(self.layout.to_rows(weights, index), {**self.row_symbols[name], **node})
+            for name, index in self.layout.rows.items()
+            if index is not None
+        }
+        full = weights.expand(*weights.shape[:-m], weights.shape[-m], *self.layout.sizes[1:])
+        return Eliminated(
+            self._packed(log_z),
+            self._packed(peak - log_z.detach()),
+            {name: value.detach() for name, value in atoms.items()},
+            pack(full, {**self.symbols, **node}),
+            QuadraturePosterior(self.layout, nodes, weights, mode, spread, run_at, self.dtypes),
+            by_factor,
+            self.error,
+        )
+
+    def check(self, run_at: RunAt, mode: Tensor, spread: Tensor, log_z: Tensor) -> None:
+        """Estimate the error by doubling the nodes."""
+        with torch.no_grad():
+            _, finer, _ = self._integrated(run_at, self.rule.doubled(), mode, spread, False)
+        difference = (finer - log_z).abs()
+        lead = difference.dim() - len(self.layout.sizes)
+        worst = difference.amax(tuple(range(lead))) if lead else difference
+        self.error = float(worst.expand(self.layout.sizes).sum())
+        allowed = self.rule.tolerance * (1.0 + float(log_z.abs().sum()))
+        if not self.error <= allowed:
+            raise Refusal(
+                self.latents.names[0],
+                f"{self.rule.num_nodes} quadrature nodes leave an error of {self.error:.1e} in the log-likelihood "
+                f"(found by doubling them), more than the tolerance allows ({allowed:.1e}).",
+                f"use Quadrature(num_nodes={2 * self.rule.num_nodes + 1}), or a larger tolerance.",
+            )
+
+    def _packed(self, per_element: Tensor) -> Tensor:
+        m = len(self.layout.sizes)
+        full = per_element.expand(*per_element.shape[: per_element.dim() - m], *self.layout.sizes)
+        if not self.plates:
+            full = full.sum(tuple(range(-m, 0)), keepdim=True)
+        return pack(full, self.symbols) if full.numel() > 1 else with_dims(full.reshape(()), "")
+
+    def _modes(self, run_at: RunAt) -> tuple[Tensor, Tensor, Tensor]:
+        """Modes (C..., 1, plates, k), f there, and L (..., k, k)."""
+        k = self.layout.num_columns
+        z = torch.zeros(*self.layout.sizes, k, dtype=torch.float64)
+        f, g, h = self._derivatives(run_at, z)
+        if f.dim() + 1 > z.dim():  # states of discrete latents, each with a mode of its own
+            z = z.expand(*f.shape[: f.dim() + 1 - z.dim()], *z.shape).contiguous()
+            f, g, h = self._derivatives(run_at, z)
+        for _ in range(MAX_ITER):
+            values, vectors = torch.linalg.eigh(-h)
+            size = values.abs().clamp(min=1e-10)
+            rotated = (vectors.mT @ g.unsqueeze(-1)).squeeze(-1)
+            step = (vectors @ (rotated / size).unsqueeze(-1)).squeeze(-1)
+            decrement = (rotated * rotated / size).sum(-1)
+            if not bool(decrement.isfinite().all()):
+                break
+            if float(decrement.max()) <= CLOSE:
+                if bool((values <= 0).any()):
+                    break
+                # L Lᵀ = (-H)⁻¹
+                spread = vectors * size.rsqrt().unsqueeze(-2)
+                return z, f, spread
+            z, f, g, h = self._climbed(run_at, z, step, f, decrement)
+        raise NonFiniteError(
+            self.latents.names[0],
+            f"Site '{self.latents.names[0]}': the posterior of some element has no mode with finite curvature at these "
+            "parameters (a parameter has left its space, or its prior is flat), so that quadrature has no centre.",
+        )
+
+    def _climbed(
+        self, run_at: RunAt, z: Tensor, step: Tensor, f: Tensor, decrement: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A Newton step, halved for the elements where f would fall."""
+        length = torch.ones_like(decrement)
+        slack = 1e-12 * (1 + f.abs())
+        for _ in range(40):
+            moved = z + length.unsqueeze(-1) * step
+            found, g, h = self._derivatives(run_at, moved)
+            worse = ~(found >= f - slack)
+            if not bool(worse.any()):
+                break
+            length = torch.where(worse, length / 2, length)
+        return moved, found, g, h
+
+    def _derivatives(self, run_at: RunAt, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """f (C..., 1, plates), its gradient + (k,) and Hessian + (k, k) in every element's own z."""
+        with torch.enable_grad():
+            leaf = z.detach().clone().requires_grad_(True)
+            f = self.layout.total(run_at, self.layout.values(leaf, self.dtypes))
+            (g,) = torch.autograd.grad(f.sum(), leaf, create_graph=True)
+            rows = [
+                torch.autograd.grad(g[..., d].sum(), leaf, retain_graph=True, allow_unused=True)[0]
+                if g.requires_grad
+                else None
+                for d in range(z.shape[-1])
+            ]
+        h = torch.stack([torch.zeros_like(z) if row is None else row for row in rows], -2)
+        return f.detach().expand(torch.broadcast_shapes(f.shape, z.shape[:-1])), g.detach(), (h + h.mT) / 2
+
+    def _integrated(
+        self, run_at: RunAt, rule: Quadrature, mode: Tensor, spread: Tensor, differentiable: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Nodes (C..., Q, plates, k), log Z (C..., 1, plates) and log p (C..., Q, plates)."""
+        x, v = rule.product(self.layout.num_columns)
+        m = len(self.layout.sizes)
+        own = x.reshape(-1, *(1,) * (m - 1), x.shape[-1])
+        nodes = mode + (spread @ own.unsqueeze(-1)).squeeze(-1)
+        axis = nodes.dim() - 1 - m
+        cells = max(1, mode[..., 0].numel())
+        count = max(1, CHUNK_CELLS // (cells * self.layout.width)) if self.layout.batched else 1
+        parts = []
+        with torch.set_grad_enabled(differentiable):
+            for part in nodes.split(count, axis):
+                f = self.layout.total(run_at, self.layout.values(part, self.dtypes))
+                parts.append(f.expand(torch.broadcast_shapes(f.shape, part.shape[:-1])))
+            log_volume = torch.linalg.slogdet(spread)[1]
+            joint = torch.cat(parts, axis) + v.reshape(-1, *(1,) * (m - 1)) + log_volume
+            log_z = joint.logsumexp(axis, keepdim=True)
+            return nodes, log_z, joint - log_z

@@ -1,0 +1,81 @@
+"""Models with low-dimensional latents whose posterior is not Gaussian; nothing here knows pyro_em.
+
+Shapes: N elements, J items, R rows that read an element by its number.
+"""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.ops.indexing import Vindex
+from torch import Tensor
+from torch.distributions import constraints
+
+from tests.classics import positive, simplex
+
+
+def ability(y: Tensor) -> None:
+    """Answers (N, J) of N people."""
+    N, J = y.shape
+    d = pyro.param("d", torch.linspace(-1, 1, J))
+    a = pyro.param("a", torch.linspace(0.7, 1.6, J), constraint=positive)
+    with pyro.plate("people", N, dim=-2):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        with pyro.plate("items", J, dim=-1):
+            pyro.sample("y", dist.Bernoulli(logits=d + a * theta), obs=y)
+
+
+def ability_classes(y: Tensor) -> None:
+    """Two classes of people, with abilities of their own location."""
+    N, J = y.shape
+    w = pyro.param("w", torch.tensor([0.4, 0.6]), constraint=simplex)
+    centre = pyro.param("centre", torch.tensor([-1.0, 1.0]))
+    d = pyro.param("d", torch.linspace(-1, 1, J))
+    with pyro.plate("people", N, dim=-2):
+        z = pyro.sample("z", dist.Categorical(w))
+        theta = pyro.sample("theta", dist.Normal(centre[z], 0.7))
+        with pyro.plate("items", J, dim=-1):
+            pyro.sample("y", dist.Bernoulli(logits=d + theta), obs=y)
+
+
+def rates(y: Tensor, x: Tensor, g: Tensor, position: bool = False) -> None:
+    """Counts (R,) with a random intercept of each group; `position` indexes it in the way of plain tensors."""
+    b0, b1 = pyro.param("b0", torch.tensor(0.2)), pyro.param("b1", torch.tensor(0.4))
+    s = pyro.param("s", torch.tensor(0.8), constraint=positive)
+    with pyro.plate("groups", int(g.max()) + 1):
+        u = pyro.sample("u", dist.Normal(0.0, s))
+    with pyro.plate("rows", len(y)):
+        own = u[g] if position else Vindex(u)[..., g]
+        pyro.sample("y", dist.Poisson((b0 + b1 * x + own).exp()), obs=y)
+
+
+def slopes(y: Tensor, x: Tensor) -> None:
+    """A correlated random intercept and slope for each row of answers (N, J), as one vector."""
+    L = pyro.param("L", torch.tensor([[0.9, 0.0], [0.3, 0.6]]), constraint=constraints.lower_cholesky)
+    d = pyro.param("d", torch.tensor(0.3))
+    with pyro.plate("people", len(y)):
+        b = pyro.sample("b", dist.MultivariateNormal(torch.zeros(2), scale_tril=L))
+        eta = d + b[..., :1] + b[..., 1:] * x
+        pyro.sample("y", dist.Bernoulli(logits=eta).to_event(1), obs=y)
+
+
+def two_sites(y: Tensor, x: Tensor) -> None:
+    """Independent intercept and slope, as two sites."""
+    s = pyro.param("s", torch.tensor([0.9, 0.6]), constraint=positive)
+    d = pyro.param("d", torch.tensor(0.3))
+    with pyro.plate("people", len(y)):
+        b = pyro.sample("b", dist.Normal(0.0, s[0]))
+        c = pyro.sample("c", dist.Normal(0.0, s[1]))
+        eta = d + b.unsqueeze(-1) + c.unsqueeze(-1) * x
+        pyro.sample("y", dist.Bernoulli(logits=eta).to_event(1), obs=y)
+
+
+def normal(y: Tensor) -> None:
+    """Gaussian all through: the rule is exact with any number of nodes."""
+    mu = pyro.param("mu", torch.tensor(0.5))
+    s, e = (pyro.param(name, torch.tensor(start), constraint=positive) for name, start in (("s", 0.7), ("e", 1.2)))
+    with pyro.plate("groups", len(y), dim=-2):
+        b = pyro.sample("b", dist.Normal(mu, s))
+        with pyro.plate("repeats", y.shape[1], dim=-1):
+            pyro.sample("y", dist.Normal(b, e), obs=y)
