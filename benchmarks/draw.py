@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.harness import Record, Spread
-from benchmarks.report import costs_of_a_row, peer_ratios, stored
+from benchmarks.report import costs_of_a_unit, peer_ratios, stored
 
 FASTER, SLOWER, ASKED = "#0072b2", "#d55e00", "#000000"  # told apart by colour-blind readers, too
 
@@ -68,13 +68,15 @@ def _ratios(ax: Axes, records: Sequence[Record]) -> None:
 
 def _scale(ax: Axes, records: Sequence[Record]) -> None:
     for record in records:
-        cost = {size: spread for size, spread in costs_of_a_row(record).items() if spread.resolved}
-        ax.plot(list(cost), [1e9 * spread.median for spread in cost.values()], "o-", label=record["workload"])
+        cost = {size: spread for size, spread in costs_of_a_unit(record).items() if spread.resolved}
+        cheapest = min(spread.median for spread in cost.values())
+        label = f"{record['letter']} ({1e9 * cheapest:.2g} ns a {record['unit']})"
+        ax.plot(list(cost), [spread.median / cheapest for spread in cost.values()], "o-", label=label)
     ax.set_xscale("log")
     ax.set_ylim(bottom=0)
-    ax.set_xlabel("rows N")
-    ax.set_ylabel("ns a row and update")
-    ax.set_title("Cost of a row")
+    ax.set_xlabel("size")
+    ax.set_ylabel("cost of a unit ÷ the cheapest")
+    ax.set_title("Is the work linear?")
     ax.legend()
 
 

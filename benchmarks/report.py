@@ -43,19 +43,21 @@ def limit_ratio(record: Record) -> float | None:
     return mine.median / (work["flops"] / anchors["gemm"] + work["exps"] / anchors["exp"])
 
 
-def costs_of_a_row(record: Record) -> dict[int, Spread]:
-    """Seconds per row and update, by number of rows."""
+def costs_of_a_unit(record: Record) -> dict[int, Spread]:
+    """Seconds per unit of work and update, by size."""
     return {
-        size: Spread.of(
-            [None if s is None else s / size for s in record["contenders"][str(size)]["seconds_per_update"]]
-        )
-        for size in record["sizes"]
+        size: Spread.of([None if s is None else s / units for s in _per_update(record, str(size))])
+        for size, units in zip(record["sizes"], record["units"], strict=True)
     }
 
 
+def _per_update(record: Record, contender: str) -> list[float | None]:
+    return record["contenders"][contender]["seconds_per_update"]
+
+
 def unevenness(record: Record) -> float:
-    """How far the dearest row is above the cheapest."""
-    medians = [spread.median for spread in costs_of_a_row(record).values()]
+    """How far the dearest unit is above the cheapest."""
+    medians = [spread.median for spread in costs_of_a_unit(record).values()]
     return max(medians) / min(medians) - 1
 
 
@@ -104,10 +106,9 @@ def shortfalls(record: Record) -> list[str]:
         seconds = Spread.of(record["contenders"][ours(record)]["seconds"]).median
         if seconds > record["target_seconds"]:
             found.append(f"{name}: {seconds:.2f} s, {record['target_seconds']:.2f} s was asked.")
-    if kind == "scale" and not unevenness(record) <= record["flat_within"]:
-        found.append(
-            f"{name}: the cost of a row varies by {unevenness(record):.0%}, {record['flat_within']:.0%} was asked."
-        )
+    if kind == "scale" and record["flat_within"] is not None and not unevenness(record) <= record["flat_within"]:
+        asked = f"{record['flat_within']:.0%} was asked"
+        found.append(f"{name}: the cost of a {record['unit']} varies by {unevenness(record):.0%}, {asked}.")
     if kind == "gap":
         found += _gap_shortfalls(record)
     return found
@@ -196,10 +197,11 @@ def _cold(records: Sequence[Record]) -> str:
 def _scale(records: Sequence[Record]) -> str:
     rows = []
     for record in records:
-        for size, spread in costs_of_a_row(record).items():
-            rows.append([record["title"], f"{size:,}", _spread(spread, 1e9, 1)])
-        rows.append([f"spread (asked: ≤ {record['flat_within']:.0%})", "", f"{unevenness(record):.0%}"])
-    return _rows(["scale", "N", "ns a row and update"], rows)
+        for size, spread in costs_of_a_unit(record).items():
+            rows.append([record["title"], f"{record['letter']} = {size:,}", record["unit"], _spread(spread, 1e9, 2)])
+        asked = "" if record["flat_within"] is None else f" (asked: ≤ {record['flat_within']:.0%})"
+        rows.append([f"spread{asked}", "", "", f"{unevenness(record):.0%}"])
+    return _rows(["scale", "", "unit", "ns a unit and update"], rows)
 
 
 def _gap(records: Sequence[Record]) -> str:

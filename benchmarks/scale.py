@@ -1,4 +1,7 @@
-"""The cost of one row in one update, over sizes of the data: flat if the work is linear and stays in cache."""
+"""The cost of one unit of work in one update, over sizes: flat if the work is linear and stays in cache.
+
+The unit is a row where N grows, a row and component where K does, a row and feature (of [1, x, x_i x_j]) for D.
+"""
 
 from __future__ import annotations
 
@@ -13,30 +16,46 @@ from benchmarks.workload import Spawn
 
 @dataclass(frozen=True)
 class Scale:
-    """`counts(N)` are n1 and n2; `flat_within` is the relative deviation allowed from the smallest cost."""
+    """`units(size)` is what the time of an update is divided by, `unit` what it is called.
+
+    `flat_within` is the relative deviation allowed from the smallest cost, None where none is asked for.
+    """
 
     name: str
     title: str
+    letter: str
     problem: Callable[[int], Mixture]
     make: Make
     sizes: Sequence[int]
-    flat_within: float
+    units: Callable[[int], int]
+    unit: str
+    flat_within: float | None = None
+    tiny: Sequence[int] = (1000, 2000)
     calls: tuple[str, ...] = field(default=("timings",), init=False)
 
     def collect(self, spawn: Spawn, rounds: int) -> Record:
         """All sizes in one process, interleaved."""
-        return {"kind": "scale", **spawn("timings", rounds=rounds), "flat_within": self.flat_within}
+        found = spawn("timings", rounds=rounds)
+        return {"kind": "scale", **found, "flat_within": self.flat_within, "letter": self.letter, "unit": self.unit}
 
     def timings(self, rounds: int, tiny: bool) -> Record:
         """Seconds per update, by size."""
-        sizes = (1000, 2000) if tiny else self.sizes
+        sizes = self.tiny if tiny else self.sizes
+        problems = {size: self.problem(size) for size in sizes}
         contenders = [
-            Contender(str(size), self.make(self.problem(size)), (2, 4) if tiny else _counts(size, max(sizes)))
-            for size in sizes
+            Contender(str(size), self.make(problem), (2, 4) if tiny else _counts(problem))
+            for size, problem in problems.items()
         ]
-        return {"sizes": list(sizes), "contenders": measure(contenders, rounds)}
+        units = [self.units(size) for size in sizes]
+        return {"sizes": list(sizes), "units": units, "contenders": measure(contenders, rounds)}
 
 
-def _counts(size: int, largest: int) -> tuple[int, int]:
-    """Enough updates to outweigh the noise of the set-up, and at small sizes that of the clock."""
-    return 2, 2 + max(40, largest // size)
+def _counts(problem: Mixture) -> tuple[int, int]:
+    """Some seconds of updates, so that they outweigh the noise of the set-up, and at small sizes that of the clock."""
+    work = len(problem.data) * problem.num_components * features(problem.data.shape[1])
+    return 2, 2 + max(4, 10_000_000_000 // work)
+
+
+def features(width: int) -> int:
+    """Length of [1, x, x_i x_j (i <= j)]."""
+    return 1 + width + width * (width + 1) // 2

@@ -8,7 +8,7 @@ from benchmarks import peers, problems
 from benchmarks.cold import Cold
 from benchmarks.gap import Gap, Problem
 from benchmarks.paired import OURS, Entry, Paired
-from benchmarks.scale import Scale
+from benchmarks.scale import Scale, features
 from benchmarks.workload import Workload
 from models import gmm, poisson_mixture
 
@@ -109,11 +109,36 @@ _ALL: tuple[Workload, ...] = (
     ),
     Scale(
         "scale-N",
-        "Gaussian mixture, full, K=10 D=10: cost of a row",
+        "Gaussian mixture, full, K=10 D=10",
+        "N",
         lambda rows: problems.mixture(rows, 10, 10),
         peers.ours_mixture,
-        (10_000, 100_000, 1_000_000),
+        (10_000, 100_000, 1_000_000, 10_000_000),
+        lambda rows: rows,
+        "row",
         flat_within=0.25,
+    ),
+    Scale(
+        "scale-K",
+        "Gaussian mixture, full, N=100,000 D=8",
+        "K",
+        lambda components: problems.mixture(100_000, components, 8),
+        peers.ours_mixture,
+        (2, 8, 32, 128),
+        lambda components: 100_000 * components,
+        "row and component",
+        tiny=(2, 3),
+    ),
+    Scale(
+        "scale-D",
+        "Gaussian mixture, full, N=50,000 K=8",
+        "D",
+        lambda width: problems.mixture(50_000, 8, width),
+        peers.ours_mixture,
+        (2, 8, 32, 64),
+        lambda width: 50_000 * features(width),
+        "row and feature",
+        tiny=(2, 3),
     ),
     Gap("gap-gaussian", "To within 1e-3 nat: overlapping Gaussians, N=2,000 K=3 D=2", _overlapping, 4000, 5.0),
     Gap("gap-poisson", "To within 1e-3 nat: two Poissons, London Times deaths", _death_notices, 4000, 5.0),
