@@ -53,7 +53,7 @@ class Scale:
 def _counts(problem: Mixture) -> tuple[int, int]:
     """Some seconds of updates, so that they outweigh the noise of the set-up, and at small sizes that of the clock."""
     work = len(problem.data) * problem.num_components * features(problem.data.shape[1])
-    return 2, 2 + max(4, 10_000_000_000 // work)
+    return 25, 25 + max(4, 10_000_000_000 // work)
 
 
 def features(width: int) -> int:

@@ -27,7 +27,7 @@ from pyro_em.m_step.auto import MStep
 from pyro_em.tape import Deviation, NotRecorded, Tape
 from pyro_em.types import Params
 
-WARM = 10  # ordinary evaluations before a recording: fits that are over by then would not gain from it
+WARM = 20  # ordinary evaluations before a recording: by then they have cost about as much as the recording does
 REFRESH = 100
 DEVIATIONS = 3  # replays in a row that did not hold, after which a new recording is made
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pyro_em.BoundaryEstimate")
 
 def _fit(problem: Problem, **options: object) -> pyro_em.FitResult:
     algorithm = "map-em" if problem.priors else "em"
-    own = {**problem.fit_options(algorithm), "init": problem.start(), "max_iter": 30, "tol": 0, **options}
+    own = {**problem.fit_options(algorithm), "init": problem.start(), "max_iter": 45, "tol": 0, **options}
     return pyro_em.fit(problem.model, *problem.args, **own)
 
 
@@ -55,7 +55,7 @@ def test_closed_forms_are_replayed(name: str) -> None:
     evaluate, problem = _evaluator(name)
     params, magnitude = problem.start(), 0.0
     kinds = []
-    for _ in range(30):
+    for _ in range(2 * evaluator.WARM):
         (found,) = evaluate([Request(params, magnitude)])
         assert not isinstance(found, Exception)
         kinds.append(isinstance(found, Mapped))
