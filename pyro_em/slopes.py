@@ -17,6 +17,7 @@ from pyro_em.charts import BOUNDED, base_constraint, bounds_of, chart
 def largest_slope(constraint: Constraint, value: Tensor, gradient: Tensor) -> Tensor:
     """max|Jᵀ gradient| over the coordinates at `value`, (): `chart(...).pull_back` without making the chart."""
     base = base_constraint(constraint)
+    tiny = torch.finfo(value.dtype).tiny  # below, 1/θ in a gradient overflows: as good as on the boundary
     if value.numel() == 0:
         return value.new_zeros(())
     if base is constraints.real or isinstance(base, BOUNDED):
@@ -28,11 +29,11 @@ def largest_slope(constraint: Constraint, value: Tensor, gradient: Tensor) -> Te
             slope = slope * (value - lower)
         elif upper is not None:
             slope = slope * (value - upper)
-        free = free if lower is None else free & (value > lower)
-        free = free if upper is None else free & (value < upper)
+        free = free if lower is None else free & (value - lower >= tiny)
+        free = free if upper is None else free & (upper - value >= tiny)
         return torch.where(free, slope, 0.0).abs().amax()
     if base is constraints.simplex:
-        weighted = torch.where(value > 0, value * gradient, torch.zeros_like(value))
+        weighted = torch.where(value >= tiny, value * gradient, torch.zeros_like(value))
         slope = weighted - value * weighted.sum(-1, keepdim=True)
         reference = torch.arange(value.shape[-1], device=value.device) == value.argmax(-1, keepdim=True)
         return torch.where(reference, 0.0, slope).abs().amax()
