@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.harness import AGREED_AFTER, Contender, Fit, Record, assert_agreement, measure
 from benchmarks.machine import peak_bytes, set_threads
-from benchmarks.problems import LatentClasses, Mixture
+from benchmarks.problems import LatentClasses, Mixture, Regressions
 from benchmarks.workload import Spawn
 
 OURS = "pyro_em"
@@ -71,8 +71,10 @@ class Paired:
         return Contender(name, fit, TINY_COUNTS if tiny else entry.counts)
 
 
-def work(problem: Mixture | LatentClasses, starts: int = 1) -> dict[str, int]:
+def work(problem: Mixture | LatentClasses | Regressions, starts: int = 1) -> dict[str, int]:
     """Floating point operations and exponentials of one update of all starts."""
+    if isinstance(problem, Regressions):
+        return problem.work()
     if isinstance(problem, LatentClasses):
         rows, features = len(problem.data.unique(dim=0)), 1 + problem.data.shape[1]
         size = problem.num_classes

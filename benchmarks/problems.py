@@ -121,3 +121,23 @@ def latent_classes(num_rows: int, num_items: int, num_classes: int) -> LatentCla
         weights=torch.full((num_classes,), 1 / num_classes, dtype=torch.float64),
         success=(success + 0.15 * noise).clamp(0.05, 0.95),
     )
+
+
+@dataclass(frozen=True)
+class Regressions:
+    """Response (N,), covariates (N, P) without the constant, and a start."""
+
+    y: Tensor
+    x: Tensor
+    poisson: bool
+    start: Params
+
+    @property
+    def num_components(self) -> int:
+        return len(self.start["weights"])
+
+    def work(self) -> dict[str, int]:
+        """Predictors and Gram matrices of one update; as many exponentials as a softmax needs."""
+        rows, width = len(self.y), self.x.shape[1] + 1
+        size = self.num_components
+        return {"flops": 2 * rows * size * width * (width + 2), "exps": rows * size * (2 if self.poisson else 1)}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import peers, problems
+from benchmarks import peers, problems, regressions
 from benchmarks.cold import Cold
 from benchmarks.gap import Gap, Problem
 from benchmarks.paired import OURS, Entry, Paired
@@ -152,4 +152,4 @@ _ALL: tuple[Workload, ...] = (
     Gap("gap-poisson", "To within 1e-3 nat: two Poissons, London Times deaths", _death_notices, 4000, 5.0),
 )
 
-WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in _ALL}
+WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in (*_ALL, *regressions.WORKLOADS)}

@@ -12,6 +12,7 @@ from torch import Tensor
 import pyro_em
 from tests import classics
 from tests.published import CASES, Found, fit, read
+from tests.published_regression import election_by_party, negative_binomial_counts
 
 ONE_CLASS: dict[str, Any] = {"init": "model", "restarts": 1}  # nothing to draw: one update is the maximum
 
@@ -58,6 +59,7 @@ def poismix_greenwood_yule() -> Found:
         "loglik_pois": _poisson(k, n, 1).log_likelihood,
         "loglik_K2": result.log_likelihood,
         "K2 pi, lambda": torch.cat([result.params["pi"][order][:1], result.params["lam"][order]]),
+        **negative_binomial_counts(k, n),
     }
 
 
@@ -140,7 +142,8 @@ def lca_election() -> Found:
     starts = {1: ONE_CLASS, 2: {"restarts": 2}, 3: {"restarts": 3}}
     fits = {K: fit(classics.latent_class_categories, answers, K, 4, **starts[K]) for K in starts}
     return {f"loglik_K{K}": fit.log_likelihood for K, fit in fits.items()} | {
-        "class probs K3 (sorted)": fits[3].params["w"].sort().values
+        "class probs K3 (sorted)": fits[3].params["w"].sort().values,
+        "loglik_K3_PARTY": election_by_party(),
     }
 
 

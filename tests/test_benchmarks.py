@@ -107,6 +107,7 @@ def test_arrival_is_the_first_point_within_the_gap() -> None:
 
 def test_every_workload_is_listed() -> None:
     names = "A1 A2 A3 A4 D F small front-end whole-fit scale-N scale-K scale-D gap-gaussian gap-large gap-poisson"
+    names += " regressions poisson-regressions"
     assert names.split() == list(WORKLOADS)
     for name, workload in WORKLOADS.items():
         assert workload.name == name
@@ -127,7 +128,9 @@ def _here(workload: Workload) -> dict[str, Any]:
     return json.loads(json.dumps({**about, **workload.collect(spawn, 1)}))
 
 
-@pytest.mark.parametrize("name", ["small", "F", "front-end", "whole-fit", "scale-N", "gap-gaussian", "gap-poisson"])
+@pytest.mark.parametrize(
+    "name", ["small", "F", "front-end", "whole-fit", "scale-N", "gap-gaussian", "gap-poisson", "poisson-regressions"]
+)
 def test_a_tiny_workload_runs_and_is_reported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "RESTARTS", 3)
     record = _here(WORKLOADS[name])

@@ -20,19 +20,18 @@ from tests import (
     published_gaussian,
     published_missing,
     published_quadrature,
+    published_regression,
     published_state_space,
 )
 from tests.published import CASES, Found
 
 REFERENCE = {case["id"]: case for case in json.loads((CASES / "reference_fits.json").read_text())}
 
-# Quantities of other models (negative binomial, covariates, stationary chains) and of another estimator: poLCA's
+# Quantities of other models (ages that are not in the file, stationary chains) and of another estimator: poLCA's
 # standard errors invert the outer product of the scores, not the observed information. Named, so that none is lost.
 ELSEWHERE = {
     "lca_cheating_2": ("SE class prob",),
-    "poismix_greenwood_yule": ("loglik_NB", "NB mean, size"),
     "lgssm_nile": ("StructTS loglik",),  # counts another constant
-    "lca_election": ("loglik_K3_PARTY",),
     "lca_balance": ("loglik_K3_age",),
     "hmm_earthquakes": (
         "stationary loglik K2",
@@ -49,6 +48,7 @@ ELSEWHERE = {
 MODULES = (
     published_gaussian,
     published_discrete,
+    published_regression,
     published_data,
     published_missing,
     published_state_space,

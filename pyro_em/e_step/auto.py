@@ -17,6 +17,7 @@ from pyro_em.e_step.grouped import compile_grouped
 from pyro_em.e_step.inside import compile_inside
 from pyro_em.e_step.interpreted import Interpreted
 from pyro_em.e_step.plated import Plated, compile_plated
+from pyro_em.e_step.predicted import compile_predicted
 from pyro_em.e_step.scanned import Scanned, compile_scanned
 from pyro_em.errors import PyroEMError
 from pyro_em.loop import Iterate
@@ -39,8 +40,11 @@ def choose_engine(problem: Problem, m_step: MStep) -> Engine:
         with contextlib.suppress(NotCompiled):
             return compile_inside(problem)
     if not m_step.separate:
+        if not m_step.numeric and not m_step.gradient:
+            with contextlib.suppress(NotCompiled):
+                return compile_predicted(problem)
         mixed = [n for n in m_step.free if any(use.index is None for use in problem.uses[n])]
-        return Interpreted(problem, f"'{(mixed or m_step.free)[0]}' has no closed-form M-step on moments of its own")
+        return Interpreted(problem, f"'{(mixed or m_step.free)[0]}' has no closed form on sufficient statistics")
     reasons = []
     for compiler in COMPILERS:
         try:

@@ -59,17 +59,23 @@ def curve_of(kernel: Kernel, link: str, canonical: Link, forward: Callable[[Tens
 def _exponential(kernel: PowerKernel) -> Curve:
     a, up, down, q = kernel.log_coefficient, kernel.rising, kernel.falling, kernel.exponent
     flat = not bool(down.any())
+    last: list[tuple[Tensor, Tensor, Tensor | None]] = []  # value and derivatives are asked for at the same η
 
-    def powers(eta: Tensor) -> tuple[Tensor, Tensor | float]:
-        size = torch.exp(eta if q == 1 else q * eta)
-        return up * size, 0.0 if flat else down / size
+    def powers(eta: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not last or last[0][0] is not eta:
+            size = torch.exp(eta if q == 1 else q * eta)
+            last[:] = [(eta, up * size, None if flat else down / size)]
+        return last[0][1:]
 
     def value(eta: Tensor) -> Tensor:
         rises, falls = powers(eta)
-        return a * eta - rises - falls
+        found = (a * eta).sub_(rises)
+        return found if falls is None else found.sub_(falls)
 
     def derivatives(eta: Tensor) -> Derivatives:
         rises, falls = powers(eta)
+        if falls is None:
+            return (a - rises, rises) if q == 1 else (a - q * rises, q * q * rises)
         return a - q * (rises - falls), q * q * (rises + falls)
 
     return Curve(value, derivatives)

@@ -27,13 +27,13 @@ from pyro_em.kernels.quadratic import null_directions
 from pyro_em.m_step.location import (
     Location,
     LocationSite,
-    at_entry,
     full_cells,
     other_cells,
     terms_of,
     total_moments,
 )
 from pyro_em.m_step.unit import connected, weight_of
+from pyro_em.model.affine import at_entry
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.model.use import VALUE, Use
 from pyro_em.problem import Problem

@@ -235,10 +235,3 @@ def terms_of(uses: Sequence[Use]) -> list[Term]:
             one = torch.ones((), dtype=torch.float64)
             found.append(Term(use.parameter, use.index, one if use.coefficient is None else use.coefficient.double()))
     return found
-
-
-def at_entry(term: Term, d: int) -> Term:
-    """The term of one entry of a vector argument."""
-    index = term.index[..., min(d, term.index.shape[-1] - 1)]
-    coefficient = term.coefficient
-    return Term(term.parameter, index, coefficient[..., min(d, coefficient.shape[-1] - 1)])

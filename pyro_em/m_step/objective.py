@@ -88,46 +88,53 @@ class Objective:
             total[prior.part] += prior.derivatives(self.start + delta)[0]
         return total
 
-    def derivatives(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        gradient = torch.zeros_like(self.start)
-        hessian = torch.zeros(len(gradient), len(gradient), dtype=torch.float64)
+    def hessian(self, delta: Tensor) -> Tensor:
+        """−∂²Q/∂θ²."""
+        hessian = torch.zeros(len(self.start), len(self.start), dtype=torch.float64)
         for site in self.sites:
-            own, curvature = site.derivatives(delta)
-            gradient += own
-            hessian += curvature
+            hessian += site.hessian(delta)
         for prior in self.priors:
-            own, curvature = prior.derivatives(self.start + delta)
-            gradient[prior.part] += own
-            hessian[prior.part, prior.part] += curvature
-        return gradient, hessian
+            hessian[prior.part, prior.part] += prior.derivatives(self.start + delta)[1]
+        return hessian
 
-    def in_free(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """∂Q/∂u and −∂²Q/∂u²."""
+    def slope(self, u: Tensor) -> Tensor:
+        """∂Q/∂u."""
         theta = self.theta(u)
-        gradient, hessian = self.derivatives(theta - self.start)
+        gradient = self.gradient(theta - self.start)
         if self.real:
-            return gradient, hessian
+            return gradient
+        with torch.enable_grad():
+            leaf = u.detach().requires_grad_(True)
+            (slope,) = torch.autograd.grad(gradient @ self.theta(leaf), leaf)
+        return slope
+
+    def curvature(self, u: Tensor) -> Tensor:
+        """−∂²Q/∂u²."""
+        theta = self.theta(u)
+        delta = theta - self.start
+        hessian = self.hessian(delta)
+        if self.real:
+            return hessian
+        gradient = self.gradient(delta)
 
         def model(v: Tensor) -> Tensor:
             change = self.theta(v) - theta
             return gradient @ change - change @ hessian @ change / 2
 
         with torch.enable_grad():
-            leaf = u.detach().requires_grad_(True)
-            (slope,) = torch.autograd.grad(model(leaf), leaf)
             second: Tensor = torch.autograd.functional.hessian(model, u.detach())
-        return slope, -second
+        return -second
 
     def maximised(self, tolerance: float) -> Tensor:
         """Newton's method with backtracking, in free coordinates."""
         u = self.free()
-        before = self.value(u)
-        gradient, hessian = self.in_free(u)
+        slope, before = self.slope(u), None
         for _ in range(MAX_STEPS):
-            if not bool(gradient.isfinite().all()) or float(gradient.abs().max()) <= tolerance:
+            if not bool(slope.isfinite().all()) or float(slope.abs().max()) <= tolerance:
                 break
-            step = ascent(gradient, hessian)
-            gain, length = float(gradient @ step), 1.0
+            before = self.value(u) if before is None else before
+            step = ascent(slope, self.curvature(u))
+            gain, length = float(slope @ step), 1.0
             slack = 16 * EPS * abs(before)  # Q is known to its rounding
             while length > 1e-12:
                 value = self.value(u + length * step)
@@ -137,10 +144,10 @@ class Objective:
             else:
                 break
             moved = u + length * step
-            after, curvature = self.in_free(moved)
-            if gain <= slack and float(after.abs().max()) >= float(gradient.abs().max()):
+            after = self.slope(moved)
+            if gain <= slack and float(after.abs().max()) >= float(slope.abs().max()):
                 break
-            u, before, gradient, hessian = moved, value, after, curvature
+            u, before, slope = moved, value, after
         return u
 
 

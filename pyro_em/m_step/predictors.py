@@ -22,9 +22,9 @@ from pyro_em.design import Design
 from pyro_em.families import SOFTMAX
 from pyro_em.families.base import NORMALISED
 from pyro_em.m_step.curves import Curve, cellwise_derivatives, curve_of
-from pyro_em.m_step.location import at_entry, full_cells, terms_of
+from pyro_em.m_step.location import full_cells, terms_of
 from pyro_em.m_step.unit import weight_of
-from pyro_em.model.affine import Term
+from pyro_em.model.affine import Term, at_entry
 from pyro_em.model.density import clean_value
 from pyro_em.model.trace import SiteRecord
 from pyro_em.model.use import Use
@@ -42,6 +42,7 @@ class Slot:
     use: Use
     vector: bool
     designs: tuple[Design, ...]
+    whole: bool  # the block holds all parameters of the predictor
 
     @property
     def link(self) -> str:
@@ -73,8 +74,13 @@ class Slot:
 
     def eta(self, argument: Tensor, theta: Tensor) -> Tensor:
         """η at the block's current place, where the argument is `argument`; 1 in fixed parts."""
-        if self.use.predictor is not None:
-            return self.use.predictor.inverse(argument)
+        predictor = self.use.predictor
+        if predictor is not None and (predictor.offset is None or not self.whole):
+            return predictor.inverse(argument)
+        if predictor is not None and predictor.offset is not None:
+            eta = self.change(theta)  # all of it is linear in the block: a product is cheaper than the inverse link
+            offset = predictor.offset
+            return eta if offset.numel() == 1 and float(offset) == 0 else eta + offset
         eta = self.designs[0].predict(theta)
         free = self.free()
         return eta if free is None else torch.where(free, eta, 1.0)
@@ -132,14 +138,22 @@ class PredictorSite:
 
 
 class OpenSite:
-    """Q of one site as a function of a move δ of the block."""
+    """Q of one site as a function of a move δ of the block; what was found at the last δ is kept."""
 
     def __init__(self, own: PredictorSite, etas: Sequence[Tensor]) -> None:
         self.own, self.start = own, list(etas)
+        self._delta: Tensor | None = None
+        self._etas: list[Tensor] = []
+        self._found: tuple[list[Tensor], list[list[Tensor]]] | None = None
 
     def etas(self, delta: Tensor) -> list[Tensor]:
         """Predictors after a move."""
-        return [eta + slot.change(delta) for eta, slot in zip(self.start, self.own.slots, strict=True)]
+        if self._delta is None or not torch.equal(self._delta, delta):
+            self._delta, self._found = delta.clone(), None
+            moved = bool((delta != 0).any())
+            pairs = zip(self.start, self.own.slots, strict=True)
+            self._etas = [eta + slot.change(delta) if moved else eta for eta, slot in pairs]
+        return self._etas
 
     def value(self, delta: Tensor) -> Tensor:
         """Q up to a constant, ()."""
@@ -148,23 +162,29 @@ class OpenSite:
     def _cellwise(self, etas: list[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
         raise NotImplementedError
 
-    def derivatives(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """∂Q/∂θ (P,) and −∂²Q/∂θ² (P, P)."""
+    def _derivatives(self, delta: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
+        etas = self.etas(delta)
+        if self._found is None:
+            self._found = self._cellwise(etas)
+        return self._found
+
+    def gradient(self, delta: Tensor) -> Tensor:
+        """∂Q/∂θ (P,)."""
+        slopes, _ = self._derivatives(delta)
+        return torch.stack([s.pull(slope) for s, slope in zip(self.own.slots, slopes, strict=True)]).sum(0)
+
+    def hessian(self, delta: Tensor) -> Tensor:
+        """−∂²Q/∂θ² (P, P)."""
         slots = self.own.slots
-        slopes, curvatures = self._cellwise(self.etas(delta))
-        gradient = torch.stack([slot.pull(slope) for slot, slope in zip(slots, slopes, strict=True)]).sum(0)
-        hessian = torch.zeros(len(gradient), len(gradient), dtype=torch.float64)
+        _, curvatures = self._derivatives(delta)
+        size = slots[0].designs[0].size
+        hessian = torch.zeros(size, size, dtype=torch.float64)
         for i, slot in enumerate(slots):
             hessian += slot.gram(curvatures[i][i], slot)
             for j in range(i):
                 cross = slot.gram(curvatures[i][j], slots[j])
                 hessian += cross + cross.mT
-        return gradient, hessian
-
-    def gradient(self, delta: Tensor) -> Tensor:
-        """∂Q/∂θ (P,)."""
-        slopes, _ = self._cellwise(self.etas(delta))
-        return torch.stack([s.pull(slope) for s, slope in zip(self.own.slots, slopes, strict=True)]).sum(0)
+        return hessian
 
 
 class _Compressed(OpenSite):
@@ -248,7 +268,10 @@ def predictor_site(
         vector = family.arguments[name] == 1
         terms = terms_of(uses) if uses[0].predictor is not None else [_entry(uses[0])]
         parts = [[at_entry(t, d) for t in terms] for d in range(site.arguments[name].shape[-1])] if vector else [terms]
-        slots.append(Slot(name, uses[0], vector, tuple(Design(part, starts, size, cells) for part in parts)))
+        predictor = uses[0].predictor
+        whole = predictor is None or all(parameter in starts for parameter in predictor.parameters)
+        designs = tuple(Design(part, starts, size, cells) for part in parts)
+        slots.append(Slot(name, uses[0], vector, designs, whole))
     return PredictorSite(site.name, tuple(slots), compressed)
 
 

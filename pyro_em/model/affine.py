@@ -85,6 +85,13 @@ def linear_part(terms: Sequence[Term], params: Mapping[str, Tensor], start: Tens
     return total
 
 
+def at_entry(term: Term, d: int) -> Term:
+    """The term of one entry of a vector argument."""
+    index = term.index[..., min(d, term.index.shape[-1] - 1)]
+    coefficient = term.coefficient
+    return Term(term.parameter, index, coefficient[..., min(d, coefficient.shape[-1] - 1)])
+
+
 @dataclass(frozen=True)
 class Point:
     """A raw argument in one run of the model, and the run's leaf and value of every parameter."""

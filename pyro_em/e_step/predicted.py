@@ -1,0 +1,221 @@
+"""Compiled E-step for arguments that vary from row to row: mixtures of regressions, mixtures of experts.
+
+Where every argument is known as a function of the parameters (recognise.py, affine.py) the model is not run again: a
+linear predictor of all joint states and rows is one matrix product with the design, which was read off once. With J
+joint states of the latents of one row and L (J, N) the sum of the sites' log-densities,
+
+    R = softmax(L, over j),        log p(x) = Σ_n logsumexp_j L_jn,
+
+and R, summed to the dims of each factor, is its posterior: no backward pass is needed. The M-step takes its Gram
+matrices and Newton steps from R (m_step/linear.py, m_step/newton.py). What is impossible goes to the reference path,
+which names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.design import Design
+from pyro_em.e_step.base import Expectation, NotCompiled
+from pyro_em.e_step.interpreted import expectation
+from pyro_em.e_step.states import joint_states
+from pyro_em.evidence.discrete import weighted_sum
+from pyro_em.families.normal import NormalFamily
+from pyro_em.families.positive import PoissonFamily
+from pyro_em.model.affine import Predictor, at_entry
+from pyro_em.model.compat import dims_of, pack, with_dims
+from pyro_em.model.density import clean_value, packed_log_density
+from pyro_em.model.graph import Component
+from pyro_em.model.packing import align
+from pyro_em.model.trace import SiteRecord
+from pyro_em.model.use import VALUE
+from pyro_em.problem import Problem
+from pyro_em.statistics import SiteMoments, argument_cells, site_center, site_moments, site_weight
+from pyro_em.sufficient import Arguments, Sufficient, raw_arguments
+from pyro_em.types import Params
+
+MAX_STATES = 1024  # joint states of the latents of one row
+LOG_2PI = math.log(2 * math.pi)
+
+
+class Reader:
+    """One predictor with all of its parameters as a block: its design, and where each parameter begins."""
+
+    def __init__(self, predictor: Predictor, params: Params, shape: torch.Size, vector: bool) -> None:
+        self.predictor, self.vector, self.names = predictor, vector, predictor.parameters
+        starts, size = {}, 0
+        for name in self.names:
+            starts[name], size = size, size + params[name].numel()
+        cells = shape[:-1] if vector else shape
+        parts = [[at_entry(t, d) for t in predictor.terms] for d in range(shape[-1])] if vector else [predictor.terms]
+        self.designs = [Design(part, starts, size, cells) for part in parts]
+
+    def eta(self, params: Params) -> Tensor:
+        """The linear predictor at `params`."""
+        theta = torch.cat([params[name].detach().double().reshape(-1) for name in self.names])
+        parts = [design.predict(theta) for design in self.designs]
+        eta = torch.stack(torch.broadcast_tensors(*parts), -1) if self.vector else parts[0]
+        offset = self.predictor.offset
+        assert offset is not None
+        return eta if offset.numel() == 1 and float(offset) == 0 else eta + offset
+
+
+@dataclass(frozen=True)
+class _Posterior:
+    log_likelihood: float
+    magnitude: float
+    weights: dict[str, Tensor]
+
+
+class Predicted:
+    """The engine; made by `compile_predicted`."""
+
+    name = "predicted"
+    reason = "linear predictors of all states and rows by one matrix product with the recorded design"
+
+    def __init__(self, problem: Problem) -> None:
+        if not problem.graph.components:
+            raise NotCompiled("the model has no latents")
+        if not problem.recognised:
+            raise NotCompiled("an argument is not recognised")
+        with torch.no_grad():
+            self.run = problem.run(problem.start)
+        if any(s.family is not None and (s.family.integrates or s.family.latent_response) for s in problem.sites):
+            raise NotCompiled("a site has latents inside")
+        for component in problem.graph.components:
+            joint_states(component, self.run, MAX_STATES)
+        self.problem, self.start = problem, raw_arguments(self.run.sites)
+        self.readers: dict[tuple[str, str], Reader] = {}
+        for uses in problem.uses.values():
+            for use in uses:
+                key = (use.site, use.slot)
+                if use.predictor is not None and key not in self.readers:
+                    family = self.run.sites[use.site].family
+                    assert family is not None
+                    shape = self.start[use.site][use.slot].shape
+                    vector = family.arguments[use.slot] == 1
+                    self.readers[key] = Reader(use.predictor, problem.start, shape, vector)
+        self._centers: dict[str, Tensor | None] = {}
+        self._base: dict[str, Tensor] = {}
+
+    def e_step(self, params: Params) -> Expectation:
+        """Exact E-step at `params`; raises `NonFiniteError` as `Problem.evidence` does."""
+        graph = self.problem.graph
+        with torch.no_grad():
+            arguments, etas = self._arguments(params)
+            sites = self._sites(params)
+            factors = {n: self._density(s, arguments[n], etas) for n, s in sites.items() if n not in graph.priors}
+            found = [self._posterior(component, factors) for component in graph.components]
+            likelihood = sum(p.log_likelihood for p in found)
+            magnitude = sum(p.magnitude for p in found)
+            for name in graph.constants:
+                factor, weight = factors[name], graph.factors[name].weight
+                likelihood += float(weighted_sum(factor, weight))
+                magnitude += float(weighted_sum(with_dims(factor.abs(), dims_of(factor)), weight))
+            prior = 0.0
+            for name in graph.priors:
+                own = dataclasses.replace(sites[name], arguments=arguments[name])
+                prior += float(weighted_sum(packed_log_density(own), graph.factors[name].weight))
+        if not (math.isfinite(likelihood) and math.isfinite(prior)):
+            evidence, run = self.problem.evidence(params)  # names the site and the rows
+            return expectation(self.problem, run, evidence)
+        weights = {name: weight for own in found for name, weight in own.weights.items()}
+
+        def moments_of(name: str, own: dict[str, Tensor]) -> SiteMoments:
+            site = sites[name]
+            if name not in self._centers:
+                self._centers[name] = site_center(site, argument_cells(site, own))
+            weight = site_weight(site, graph.factors[name], weights.get(name))
+            return site_moments(site, own, weight, self._centers[name])
+
+        sufficient = Sufficient(self.problem, sites, arguments, moments_of)
+        return Expectation(likelihood, prior, magnitude, sufficient, lambda: weights)
+
+    def _sites(self, params: Params) -> dict[str, SiteRecord]:
+        """The sites, priors at the parameters' values."""
+        sites = dict(self.run.sites)
+        for name in self.problem.graph.priors:
+            sites[name] = dataclasses.replace(sites[name], value=params[name].detach())
+        return sites
+
+    def _arguments(self, params: Params) -> tuple[Arguments, dict[tuple[str, str], Tensor]]:
+        """Raw arguments of all sites at `params`, and the linear predictors behind them."""
+        arguments = {site: dict(own) for site, own in self.start.items()}
+        for name, theta in params.items():
+            for use in self.problem.uses[name]:
+                if use.slot != VALUE and use.predictor is None:
+                    old = arguments[use.site][use.slot]
+                    arguments[use.site][use.slot] = use.argument(theta.detach().double(), old)
+        etas = {}
+        for (site, slot), reader in self.readers.items():
+            etas[site, slot] = eta = reader.eta(params)
+            found, fixed = reader.predictor.link.forward(eta), reader.predictor.fixed
+            arguments[site][slot] = found if fixed is None else torch.where(fixed.isnan(), found, fixed)
+        return arguments, etas
+
+    def _density(
+        self, site: SiteRecord, arguments: Mapping[str, Tensor], etas: Mapping[tuple[str, str], Tensor]
+    ) -> Tensor:
+        """Packed log-density of a site."""
+        plain = site.mask is None and site.element_mask is None and not site.element_dims
+        if plain and isinstance(site.family, NormalFamily) and (site.name, "loc") in etas:
+            z = (clean_value(site) - arguments["loc"]).div_(arguments["scale"])
+            density = z.mul_(z).mul_(-0.5).sub_(arguments["scale"].log() + 0.5 * LOG_2PI)
+            return pack(density.expand(site.batch_shape), site.symbols)
+        reader = self.readers.get((site.name, "rate"))
+        if plain and isinstance(site.family, PoissonFamily) and reader is not None and _is_exp(reader.predictor):
+            value = clean_value(site).double()
+            if site.name not in self._base:
+                self._base[site.name] = torch.lgamma(value + 1)
+            density = (value * etas[site.name, "rate"]).sub_(arguments["rate"]).sub_(self._base[site.name])
+            return pack(density.expand(site.batch_shape), site.symbols)
+        return packed_log_density(dataclasses.replace(site, arguments=dict(arguments)))
+
+    def _posterior(self, component: Component, factors: Mapping[str, Tensor]) -> _Posterior:
+        """log Z of a component, and the posterior of each of its factors."""
+        graph = self.problem.graph
+        symbols = "".join(sorted(component.symbols))
+        dims = symbols + "".join(d for d in graph.plate_names if d in component.root)
+        total: Tensor | None = None
+        for name in component.factors:
+            factor = factors[name]
+            inner = [i for i, d in enumerate(dims_of(factor)) if d not in dims]
+            kept = "".join(d for d in dims_of(factor) if d in dims)
+            own = align(with_dims(factor.sum(inner) if inner else factor, kept), dims)
+            total = own if total is None else total + own
+        assert total is not None
+        shape = total.shape
+        log_joint = total.reshape(math.prod(shape[: len(symbols)]), -1)
+        peak = log_joint.amax(0)
+        if not bool(peak.isfinite().all()):
+            return _Posterior(-math.inf, math.inf, {})
+        r = torch.softmax(log_joint, 0)
+        # softmax leaves max R = exp(max L - lse), so that lse costs no second pass over exp.
+        lse = (peak - r.amax(0).log()).reshape(shape[len(symbols) :])
+        terms = with_dims(lse, dims[len(symbols) :])
+        likelihood = float(weighted_sum(terms, component.weight))
+        magnitude = float(weighted_sum(with_dims(lse.abs(), dims_of(terms)), component.weight))
+        joint = r.reshape(shape)
+        weights = {}
+        for name in component.factors:
+            own_dims = [d for d in dims if d in graph.factors[name].dims]
+            gone = [i for i, d in enumerate(dims) if d not in own_dims and i < len(symbols)]
+            weights[name] = with_dims(
+                joint.sum(gone) if gone else joint, "".join(d for i, d in enumerate(dims) if i not in gone)
+            )
+        return _Posterior(likelihood, magnitude, weights)
+
+
+def _is_exp(predictor: Predictor) -> bool:
+    return predictor.link.name == "exp" and predictor.fixed is None
+
+
+def compile_predicted(problem: Problem) -> Predicted:
+    """:raises NotCompiled: if an argument is not recognised, or the latents do not live in the plate of their data."""
+    return Predicted(problem)
