@@ -20,6 +20,7 @@ from pyro_em.families.base import (
 )
 from pyro_em.families.categorical import CategoricalFamily, MultinomialFamily, OneHotCategoricalFamily
 from pyro_em.families.dirichlet import BetaFamily, DirichletFamily
+from pyro_em.families.heavy import CauchyFamily, HalfCauchyFamily, LaplaceFamily, StudentTFamily
 from pyro_em.families.incomplete_normal import IncompleteNormalFamily
 from pyro_em.families.moments import EXPECTED
 from pyro_em.families.multivariate_normal import MultivariateNormalFamily
@@ -32,6 +33,10 @@ from pyro_em.families.uniform import UniformFamily
 from pyro_em.families.wishart import InverseWishartFamily, WishartFamily
 
 _FAMILIES: tuple[Family, ...] = (
+    HalfCauchyFamily(),
+    LaplaceFamily(),
+    StudentTFamily(),
+    CauchyFamily(),
     BernoulliFamily(),
     BinomialFamily(),
     GeometricFamily(),
@@ -72,7 +77,7 @@ def family_of(distribution: type) -> Family | None:
     >>> import pyro.distributions as dist
     >>> sorted(family_of(dist.Normal).closed)
     ['loc', 'scale']
-    >>> family_of(dist.StudentT) is None
+    >>> family_of(dist.VonMises) is None
     True
     """
     return FAMILIES.get(distribution)

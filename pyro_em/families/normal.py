@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_em.families.base import Arguments, Family, Moments, Statistic
 from pyro_em.families.numerics import floats, real
-from pyro_em.kernels import Kernel, PowerKernel, QuadraticKernel
+from pyro_em.kernels import Kernel, LogNormalKernel, PowerKernel, QuadraticKernel
 
 
 def _scale_kernel(weight: Tensor, squares: Tensor) -> PowerKernel:
@@ -74,12 +74,16 @@ class NormalFamily(LocationScaleFamily):
 
 
 class LogNormalFamily(LocationScaleFamily):
-    """Normal in log x."""
+    """Normal in log x; as a prior, −log x − ½ (log x − μ)²/σ²."""
 
     distribution = dist.LogNormal
 
     def coordinate(self, value: Tensor) -> Tensor:
         return value.log()
+
+    def value_kernel(self, args: Arguments) -> LogNormalKernel:
+        loc, scale = torch.broadcast_tensors(*floats(args["loc"], args["scale"]))
+        return LogNormalKernel(torch.ones_like(loc), scale**-2, loc)
 
 
 class HalfNormalFamily(Family):

@@ -9,6 +9,8 @@ that add up:
     SimplexKernel    Σ_k A_k log p_k                    rows of probabilities
     QuadraticKernel  h·(μ−o) − ½ (μ−o)ᵀΛ(μ−o)           locations
     WishartKernel    −A log|Σ| − ½ tr(B Σ⁻¹)            covariances and precisions
+    PositiveSum      sums of PowerKernels and others that are concave in log θ: priors that are not conjugate
+    LassoKernel      a QuadraticKernel − r |μ − m|; StudentKernel likewise, − c log(1 + (μ − m)²/t)
     FlatKernel       0                                  a flat prior
 
 A prior is one more use of the parameter (as the *value* of a site instead of an argument), so plain
@@ -17,6 +19,8 @@ kernels, take the `argmax`. Kernels know no distribution and no model.
 """
 
 from pyro_em.kernels.base import FlatKernel, IncompatibleKernels, Kernel
+from pyro_em.kernels.heavy import LassoKernel, StudentKernel
+from pyro_em.kernels.positive import HalfCauchyKernel, LogNormalKernel, PositiveSum
 from pyro_em.kernels.power import PowerKernel
 from pyro_em.kernels.probability import BetaKernel, SimplexKernel
 from pyro_em.kernels.quadratic import QuadraticKernel
@@ -25,10 +29,15 @@ from pyro_em.kernels.wishart import WishartKernel
 __all__ = [
     "BetaKernel",
     "FlatKernel",
+    "HalfCauchyKernel",
     "IncompatibleKernels",
     "Kernel",
+    "LassoKernel",
+    "LogNormalKernel",
+    "PositiveSum",
     "PowerKernel",
     "QuadraticKernel",
     "SimplexKernel",
+    "StudentKernel",
     "WishartKernel",
 ]

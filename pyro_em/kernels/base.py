@@ -114,9 +114,16 @@ class Kernel(ABC):
         """
         return self.map(function)
 
+    def absorbed(self, other: Kernel) -> Kernel | None:
+        """The sum with a kernel that does not know this form; None where this one does not know the other either."""
+        return None
+
     def __add__(self, other: Kernel) -> Kernel:
         if isinstance(other, FlatKernel):
             return self
+        both = other.absorbed(self)
+        if both is not None:
+            return both
         if self.form != other.form:
             raise IncompatibleKernels.sum_of(self, other)
         pairs = zip(self.coefficients, other.coefficients, strict=True)

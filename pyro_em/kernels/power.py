@@ -15,11 +15,12 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from pyro_em.kernels.base import Kernel, times
+from pyro_em.kernels.base import times
+from pyro_em.kernels.positive import PositiveKernel
 
 
 @dataclass(frozen=True, eq=False)
-class PowerKernel(Kernel):
+class PowerKernel(PositiveKernel):
     """Elementwise A log θ − B₊ θ^q − B₋ θ^−q.
 
     `log_coefficient` A, `rising` B₊ ≥ 0 and `falling` B₋ ≥ 0 have shape U (elementwise); `exponent`
@@ -37,10 +38,6 @@ class PowerKernel(Kernel):
     exponent: float = 1.0
 
     names: ClassVar[tuple[str, ...]] = ("log_coefficient", "rising", "falling")
-
-    @property
-    def event_dim(self) -> int:
-        return 0
 
     @property
     def event_dims(self) -> tuple[int, ...]:
@@ -66,6 +63,11 @@ class PowerKernel(Kernel):
             - q * times(self.rising, theta ** (q - 1))
             + q * times(self.falling, theta ** (-q - 1))
         )
+
+    def log_slope(self, log_theta: Tensor) -> tuple[Tensor, Tensor]:
+        q = self.exponent
+        up, down = times(self.rising, (q * log_theta).exp()), times(self.falling, (-q * log_theta).exp())
+        return self.log_coefficient - q * up + q * down, -(q**2) * (up + down)
 
     def argmax(self) -> Tensor:
         a = self.log_coefficient / self.exponent

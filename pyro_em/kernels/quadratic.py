@@ -107,7 +107,10 @@ class QuadraticKernel(Kernel):
         if isinstance(other, FlatKernel):
             return self
         if not isinstance(other, QuadraticKernel):
-            raise IncompatibleKernels.sum_of(self, other)
+            both = other.absorbed(self)
+            if both is None:
+                raise IncompatibleKernels.sum_of(self, other)
+            return both
         if self.vector != other.vector:
             size = (self if self.vector else other).linear.shape[-1]
             return self.as_vector(size) + other.as_vector(size)

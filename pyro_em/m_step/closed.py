@@ -21,11 +21,16 @@ from pyro_em.families.base import IDENTITY, LOGIT, NORMALISED, SOFTMAX, Link
 from pyro_em.kernels import (
     BetaKernel,
     FlatKernel,
+    HalfCauchyKernel,
     IncompatibleKernels,
     Kernel,
+    LassoKernel,
+    LogNormalKernel,
+    PositiveSum,
     PowerKernel,
     QuadraticKernel,
     SimplexKernel,
+    StudentKernel,
     WishartKernel,
 )
 from pyro_em.model.recognise import VALUE, Use
@@ -37,9 +42,14 @@ Arguments = Mapping[str, Mapping[str, Tensor]]
 
 WORDS: dict[type[Kernel], str] = {
     BetaKernel: "ratio of counts",
+    HalfCauchyKernel: "mode of the prior",
+    LassoKernel: "soft threshold",
+    LogNormalKernel: "mode of the prior",
+    PositiveSum: "root of a concave slope",
     PowerKernel: "ratio of moments",
     QuadraticKernel: "precision-weighted mean",
     SimplexKernel: "normalised counts",
+    StudentKernel: "root of a cubic",
     WishartKernel: "weighted scatter matrix",
 }
 
@@ -190,7 +200,7 @@ def _transform(kernel: Kernel, use: Use, coefficient: Tensor | None) -> Kernel:
         raise NotClosed(f"{use.site}.{use.slot}: a power of an entry")
     if kernel.event_dim == 2:
         first = coefficient[..., :1, :1]
-        if not torch.equal(coefficient, first.expand_as(coefficient)):
+        if not torch.allclose(coefficient, first.expand_as(coefficient), rtol=1e-12, atol=0.0):
             raise NotClosed(f"{use.site}.{use.slot}: entries of one matrix are scaled differently")
         coefficient = first
     elif kernel.event_dim == 1:

@@ -180,7 +180,6 @@ def test_zero_coefficients_are_empty_and_others_are_not(name: str) -> None:
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        ("power, rate", "power, scale"),  # another q
         ("power, rate", "beta"),
         ("beta", "simplex"),
         ("quadratic", "power, rate"),

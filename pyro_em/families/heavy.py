@@ -1,0 +1,64 @@
+"""Families that are priors here: half-Cauchy, Laplace, Student, Cauchy. Their own arguments have no closed form.
+
+HalfCauchy    −log(1 + x²/s²)                            x > 0
+Laplace       −|x − m| / b
+Student       −½(ν+1) log(1 + (x − m)²/(ν s²));          Cauchy has ν = 1
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pyro.distributions as dist
+import torch
+
+from pyro_em.families.base import Arguments, Family
+from pyro_em.families.numerics import floats
+from pyro_em.kernels import HalfCauchyKernel, LassoKernel, QuadraticKernel, StudentKernel
+
+
+class HalfCauchyFamily(Family):
+    """Prior of a scale (Gelman 2006)."""
+
+    distribution = dist.HalfCauchy
+    arguments: ClassVar = {"scale": 0}
+
+    def value_kernel(self, args: Arguments) -> HalfCauchyKernel:
+        (scale,) = floats(args["scale"])
+        return HalfCauchyKernel(torch.ones_like(scale), scale)
+
+
+class LaplaceFamily(Family):
+    """Prior of a location; its mode may lie on m exactly."""
+
+    distribution = dist.Laplace
+    arguments: ClassVar = {"loc": 0, "scale": 0}
+
+    def value_kernel(self, args: Arguments) -> LassoKernel:
+        loc, scale = torch.broadcast_tensors(*floats(args["loc"], args["scale"]))
+        zero = torch.zeros_like(loc)
+        return LassoKernel(QuadraticKernel(zero, zero), loc, scale.reciprocal())
+
+
+class StudentTFamily(Family):
+    """Prior of a location with heavy tails."""
+
+    distribution = dist.StudentT
+    arguments: ClassVar = {"df": 0, "loc": 0, "scale": 0}
+
+    def value_kernel(self, args: Arguments) -> StudentKernel:
+        df, loc, scale = torch.broadcast_tensors(*floats(args["df"], args.get("loc", 0.0), args.get("scale", 1.0)))
+        zero = torch.zeros_like(loc)
+        return StudentKernel(QuadraticKernel(zero, zero), loc, (df + 1) / 2, df * scale**2)
+
+
+class CauchyFamily(Family):
+    """Student with one degree of freedom."""
+
+    distribution = dist.Cauchy
+    arguments: ClassVar = {"loc": 0, "scale": 0}
+
+    def value_kernel(self, args: Arguments) -> StudentKernel:
+        loc, scale = torch.broadcast_tensors(*floats(args["loc"], args["scale"]))
+        zero = torch.zeros_like(loc)
+        return StudentKernel(QuadraticKernel(zero, zero), loc, torch.ones_like(loc), scale**2)

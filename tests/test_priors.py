@@ -1,0 +1,172 @@
+"""map-em against textbook MAP in Pyro: AutoDelta on the same model has the same objective, and no slope at the fit.
+
+Each prior in a mixture model; the latent is enumerated by TraceEnum_ELBO. `plan` tells which rule served it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoDelta
+from pyro.infer.autoguide.initialization import init_to_value
+from torch import Tensor
+
+import pyro_em
+from pyro_em.distributions import InverseWishart
+
+Prior = Callable[[], Any]
+
+
+def _normals(location: Prior, scale: Prior) -> Callable[[Tensor], None]:
+    def model(y: Tensor) -> None:
+        w = pyro.sample("w", dist.Dirichlet(torch.full((2,), 2.0)))
+        with pyro.plate("components", 2):
+            mu = pyro.sample("mu", location())
+            sd = pyro.sample("sd", scale())
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Categorical(w))
+            pyro.sample("y", dist.Normal(mu[z], sd[z]), obs=y)
+
+    return model
+
+
+def _counts(rate: Prior) -> Callable[[Tensor], None]:
+    def model(y: Tensor) -> None:
+        w = pyro.sample("w", dist.Dirichlet(torch.full((2,), 2.0)))
+        with pyro.plate("components", 2):
+            rates = pyro.sample("rate", rate())
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Categorical(w))
+            pyro.sample("y", dist.Poisson(rates[z]), obs=y)
+
+    return model
+
+
+def _normal_inverse_wishart(y: Tensor) -> None:
+    """A location whose prior has the covariance of the data, divided by a number of prior observations."""
+    w = pyro.sample("w", dist.Dirichlet(torch.full((2,), 2.0)))
+    with pyro.plate("components", 2):
+        S = pyro.sample("S", InverseWishart(5.0, torch.eye(2)))
+        mu = pyro.sample("mu", dist.MultivariateNormal(torch.zeros(2), covariance_matrix=S / 0.1))
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("y", dist.MultivariateNormal(mu[z], covariance_matrix=S[z]), obs=y)
+
+
+def _ridge(y: Tensor) -> None:
+    """Coefficients with a Normal prior, a half-Cauchy one of their scale's residual."""
+    beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 0.5).to_event(1))
+    sd = pyro.sample("sd", dist.HalfCauchy(1.0))
+    design = torch.stack([torch.ones(len(y)), torch.linspace(-1.0, 1.0, len(y))], -1)
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(design @ beta, sd), obs=y)
+
+
+def _line() -> Tensor:
+    rng = np.random.default_rng(0)
+    return torch.as_tensor(np.concatenate([rng.normal(-1.5, 0.7, 30), rng.normal(2.0, 1.0, 20)]))
+
+
+def _plane() -> Tensor:
+    rng = np.random.default_rng(1)
+    return torch.as_tensor(np.concatenate([rng.normal((-1.5, 0), 0.8, (25, 2)), rng.normal((1.5, 1), 1.1, (15, 2))]))
+
+
+def _events() -> Tensor:
+    rng = np.random.default_rng(2)
+    return torch.as_tensor(np.concatenate([rng.poisson(2.0, 30), rng.poisson(7.0, 20)]).astype(float))
+
+
+def _normal_prior() -> Any:
+    return dist.Normal(0.0, 3.0)
+
+
+def _half_normal() -> Any:
+    return dist.HalfNormal(2.0)
+
+
+# model, data, the parameter in question, the rule that serves it
+CASES: dict[str, tuple[Callable[[Tensor], None], Callable[[], Tensor], str, str]] = {
+    **{
+        f"location {name}": (_normals(prior, _half_normal), _line, "mu", rule)
+        for name, prior, rule in [
+            ("normal", _normal_prior, "precision-weighted mean"),
+            ("laplace", lambda: dist.Laplace(0.0, 0.5), "soft threshold"),
+            ("student", lambda: dist.StudentT(3.0, 0.0, 1.0), "root of a cubic"),
+            ("cauchy", lambda: dist.Cauchy(0.0, 1.0), "root of a cubic"),
+        ]
+    },
+    **{
+        f"scale {name}": (_normals(_normal_prior, prior), _line, "sd", rule)
+        for name, prior, rule in [
+            ("half cauchy", lambda: dist.HalfCauchy(0.5), "root of a concave slope"),
+            ("half normal", lambda: dist.HalfNormal(1.0), "ratio of moments"),
+            ("gamma", lambda: dist.Gamma(2.0, 1.0), "root of a concave slope"),
+            ("log normal", lambda: dist.LogNormal(0.0, 1.0), "root of a concave slope"),
+            ("exponential", lambda: dist.Exponential(1.0), "root of a concave slope"),
+            ("inverse gamma", lambda: dist.InverseGamma(2.0, 1.0), "root of a concave slope"),
+        ]
+    },
+    **{
+        f"rate {name}": (_counts(prior), _events, "rate", rule)
+        for name, prior, rule in [
+            ("gamma", lambda: dist.Gamma(2.0, 1.0), "ratio of moments"),
+            ("exponential", lambda: dist.Exponential(1.0), "ratio of moments"),
+            ("half cauchy", lambda: dist.HalfCauchy(2.0), "root of a concave slope"),
+            ("log normal", lambda: dist.LogNormal(0.0, 1.0), "root of a concave slope"),
+        ]
+    },
+    "normal inverse Wishart": (_normal_inverse_wishart, _plane, "S", "weighted scatter matrix"),
+    "ridge": (_ridge, _line, "beta", "linear solve"),
+}
+
+
+def _auto_delta(model: Any, data: Tensor, params: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """Pyro's own MAP objective at given values, and its slope in AutoDelta's unconstrained parameters."""
+    pyro.clear_param_store()
+    guide = AutoDelta(poutine.block(model, hide=["z", "y"]), init_loc_fn=init_to_value(values=params))
+    guide(data)
+    enumerated = TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False)
+    loss = enumerated.differentiable_loss(config_enumerate(model), guide, data)
+    free = dict(guide.named_parameters())
+    gradients = torch.autograd.grad(loss, list(free.values()))
+    return -float(loss.detach()), dict(zip(free, gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_auto_delta(name: str) -> None:
+    model, data, parameter, rule = CASES[name]
+    y = data()
+    result = pyro_em.fit(model, y, algorithm="map-em", seed=0, tol=1e-9, max_iter=3000)
+    assert result.converged
+    row = next(row for row in result.plan.m_step if row.name == parameter)
+    assert (row.route, row.reason.split(" (")[0]) == ("closed", rule)
+    objective, slopes = _auto_delta(model, y, result.params)
+    assert result.log_posterior == pytest.approx(objective, rel=1e-8)
+    assert max(float(g.abs().max()) for g in slopes.values()) <= 1e-6
+
+
+def test_a_laplace_prior_puts_small_locations_on_its_center() -> None:
+    y = _line() - _line().mean()
+    result = pyro_em.fit(
+        _normals(lambda: dist.Laplace(0.0, 0.01), _half_normal), y, algorithm="map-em", seed=0, tol=1e-8, max_iter=500
+    )
+    assert result.converged
+    assert (result.params["mu"] == 0).all()
+
+
+def test_priors_are_read_by_map_em_only() -> None:
+    model, y = CASES["scale half cauchy"][0], _line()
+    start = {"w": [0.5, 0.5], "mu": [-1.0, 1.5], "sd": [1.0, 1.0]}
+    plain = pyro_em.fit(model, y, algorithm="em", init=start, tol=1e-9)
+    other = pyro_em.fit(_normals(_normal_prior, _half_normal), y, algorithm="em", init=start, tol=1e-9)
+    assert all(torch.equal(plain.params[n], other.params[n]) for n in start)
+    assert plain.log_posterior is None
