@@ -298,7 +298,6 @@ def _build() -> list[Problem]:
             (line,),
             {"w": w, "mu": _t([-1.0, 1.0])},
             "rows",
-            closed=False,
             priors=True,
         ),
     ]

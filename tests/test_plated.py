@@ -52,6 +52,7 @@ SERVED = [
         "poisson_map",
         "latent_class_map",
         "label_as_site",
+        "heavy_prior_map",
     }
 ]
 

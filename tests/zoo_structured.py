@@ -174,7 +174,7 @@ def hmm_map(words: Tensor, K: int = 2, V: int = 3) -> None:
 
 
 def heavy_prior_map(y: Tensor, K: int = 2) -> None:
-    """A prior that is not conjugate (Student t on the means): a numeric M-step."""
+    """A prior that is not conjugate (Student t on the means): the root of a cubic."""
     w = pyro.param("w", uniform(K), constraint=simplex)
     with pyro.plate("components", K):
         mu = pyro.sample("mu", dist.StudentT(4.0, 0.0, 2.0))
