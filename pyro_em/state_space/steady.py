@@ -45,26 +45,29 @@ class _Covariances:
 
 
 def _filter(P: Array, A: Array, Q: Array, C: Array, R: Array, T: int, first_unseen: bool) -> _Covariances:
+    # `dot` rather than `@`: on matrices this small the ufunc costs more than the product.
     found = _Covariances([], [], [], [], False)
     eye, zero = np.eye(len(P)), np.zeros((len(P), len(C)))
+    A, C = np.ascontiguousarray(A), np.ascontiguousarray(C)
+    AT, CT = np.ascontiguousarray(A.T), np.ascontiguousarray(C.T)
     for t in range(T):
         predicted = P
         if t == 0 and first_unseen:
             K, factor = zero, np.eye(len(C))
         else:
-            CP = C @ P
-            factor, failed = dpotrf(CP @ C.T + R, lower=1, clean=1)
+            CP = C.dot(P)
+            factor, failed = dpotrf(CP.dot(CT) + R, lower=1, clean=1)
             if failed:
                 raise SingularInnovation(t)
             K = dpotrs(factor, CP, lower=1)[0].T
-            keep = eye - K @ C
-            P = keep @ P @ keep.T + K @ R @ K.T
+            keep = eye - K.dot(C)
+            P = keep.dot(P).dot(keep.T) + K.dot(R).dot(K.T)
             P = (P + P.T) / 2
         found.filtered.append(P)
         found.predicted.append(predicted)
         found.gains.append(K)
         found.factors.append(factor)
-        P = A @ P @ A.T + Q
+        P = A.dot(P).dot(AT) + Q
         if t > first_unseen and abs(P - predicted).max() <= STEADY * abs(P).max():
             return _Covariances(found.filtered, found.predicted, found.gains, found.factors, True)
     return found
@@ -72,28 +75,18 @@ def _filter(P: Array, A: Array, Q: Array, C: Array, R: Array, T: int, first_unse
 
 @dataclass(frozen=True)
 class _Backward:
-    """Smoother gains G, I - GA and the rest covariances B of steps 0..n-1: V_t = G V_{t+1} Gᵀ + B."""
+    """Smoother gains G and the rest covariances B of steps 0..n-1, (n, D, D): V_t = G V_{t+1} Gᵀ + B."""
 
-    gains: list[Array]
-    rests: list[Array]
+    gains: Array
+    rests: Array
 
 
 def _backward(found: _Covariances, A: Array, Q: Array, num: int) -> _Backward:
-    gains, rests = [], []
-    eye = np.eye(len(A))
-    for t in range(num):
-        P = found.filtered[t]
-        predicted = found.predicted[t + 1] if t + 1 < len(found) else A @ P @ A.T + Q
-        factor, failed = dpotrf(predicted, lower=1)
-        diagonal = factor.diagonal() ** 2
-        if failed or (diagonal < 1e-10 * predicted.diagonal()).any():
-            G = gain(torch.from_numpy(P), torch.from_numpy(A), torch.from_numpy(predicted)).numpy()
-        else:
-            G = dpotrs(factor, A @ P, lower=1)[0].T
-        keep = eye - G @ A
-        gains.append(G)
-        rests.append(keep @ P @ keep.T + G @ Q @ G.T)
-    return _Backward(gains, rests)
+    P = np.stack(found.filtered[:num]) if num else np.zeros((0, *A.shape))
+    following = A @ P @ A.T + Q
+    G = gain(*map(torch.from_numpy, (P, np.ascontiguousarray(A), following))).numpy()
+    keep = np.eye(len(A)) - G @ A
+    return _Backward(G, keep @ P @ keep.swapaxes(1, 2) + G @ Q @ G.swapaxes(1, 2))
 
 
 def _smoothed_sums(found: _Covariances, back: _Backward, A: Array, T: int) -> tuple[Array, Array, Array, Array, Array]:
@@ -102,26 +95,28 @@ def _smoothed_sums(found: _Covariances, back: _Backward, A: Array, T: int) -> tu
     With x_{t-1} = G x_t + ε the residual is (I - AG) x_t - Aε: a sum of squares.
     """
     n = len(found)
-    V = found.filtered[-1]
-    last, total = V, V.copy()
-    lag, residual = np.zeros_like(V), np.zeros_like(V)
-    eye = np.eye(len(A))
+    V = last = found.filtered[-1]
+    smoothed, which, times = [], [], []  # V_{t+1}, number of its gain, and how many steps look like this one
+    gains, rests = list(back.gains), list(back.rests)
+    turned = [np.ascontiguousarray(G.T) for G in gains]
     t = T - 2
     while t >= 0:
         i = min(t, n - 1)
-        G, B = back.gains[i], back.rests[i]
-        move = eye - A @ G
-        own = move @ V @ move.T + A @ B @ A.T
-        VG = V @ G.T
-        before = G @ VG + B
-        before = (before + before.T) / 2
+        before = gains[i].dot(V).dot(turned[i]) + rests[i]
         settled = t > n and abs(before - V).max() <= STEADY * abs(before).max()
-        times = t - n + 1 if settled else 1  # steps n..t all look like this one
-        total += times * before
-        lag += times * VG
-        residual += times * own
-        V, t = before, t - times
-    return V, last, total, lag, residual
+        smoothed.append(V)
+        which.append(i)
+        times.append(t - n + 1 if settled else 1)
+        V, t = before, t - times[-1]
+    if not smoothed:
+        return V, last, V, np.zeros_like(V), np.zeros_like(V)
+    all_V, w = np.stack(smoothed), np.array(times, dtype=float)
+    G, B = back.gains[which], back.rests[which]
+    VG = all_V @ G.swapaxes(1, 2)
+    move = np.eye(len(A)) - A @ G
+    own = move @ all_V @ move.swapaxes(1, 2) + A @ B @ A.T
+    total = last + np.tensordot(w, G @ VG + B, 1)
+    return V, last, (total + total.T) / 2, np.tensordot(w, VG, 1), np.tensordot(w, own, 1)
 
 
 def _scan(u: Array, F: Array, reverse: bool = False) -> Array:
@@ -172,7 +167,7 @@ def steady_moments(chain: Chain, weight: Tensor | None = None) -> ChainMoments:
     """
     mean, P0 = chain.mean[0].numpy(), chain.covariance[0].numpy()
     A, b, Q, C, d, R = (x[0, 0].numpy() for x in (chain.A, chain.b, chain.Q, chain.C, chain.d, chain.R))
-    y = chain.y.numpy() - d
+    y = chain.y.numpy() - d if d.any() else chain.y.numpy()
     S, T, _ = y.shape
     late = int(chain.first_unseen)
     found = _filter(P0, A, Q, C, R, T, bool(late))
@@ -180,8 +175,9 @@ def steady_moments(chain: Chain, weight: Tensor | None = None) -> ChainMoments:
     filtered = _filtered_means(found, y, mean, A, b, C)
     predicted = np.empty_like(filtered)
     predicted[:, 0] = mean
-    predicted[:, 1:] = filtered[:, :-1] @ A.T + b
-    evidence = _log_evidence(found, y - predicted @ C.T, late)
+    np.add(_rows(filtered, A)[:, :-1], b, out=predicted[:, 1:])
+    innovations = _rows(predicted, C)
+    evidence = _log_evidence(found, np.subtract(y, innovations, out=innovations), late)
     x = _smoothed_means(found, back, filtered, predicted)
     V0, VT, total, lag, residual = _smoothed_sums(found, back, A, T)
     w = np.ones(S) if weight is None else weight.double().numpy()
@@ -189,78 +185,89 @@ def steady_moments(chain: Chain, weight: Tensor | None = None) -> ChainMoments:
     r0 = x[:, :1] - mean
     none = np.zeros((S, 1, 0))
     before = x[:, :-1]
-    r = x[:, 1:] - before @ A.T - b
+    moved = _rows(x, A)[:, :-1]
+    moved += b
+    r = np.subtract(x[:, 1:], moved, out=moved)
     initial = _sums(w, r0, none, W * V0, np.zeros((len(A), 0)), np.zeros((0, 0)))
     earlier = W * (total - VT)
     transition = _sums(w, r, before, W * residual, W * lag - A @ earlier, earlier)
-    seen = x[:, late:]
-    e = y[:, late:] - seen @ C.T
+    seen, means = x[:, late:], _rows(x, C)
+    e = np.subtract(y, means, out=means)[:, late:]
     own = W * (total - V0 if late else total)
     observation = _sums(w, e, seen, C @ own @ C.T, -C @ own, own)
     return ChainMoments(torch.from_numpy(evidence), initial, transition, observation)
 
 
+def _rows(x: Array, M: Array) -> Array:
+    """M x for every row of x (S, T, D), as one product."""
+    return (x.reshape(-1, x.shape[-1]) @ M.T).reshape(*x.shape[:2], len(M))
+
+
 def _filtered_means(found: _Covariances, y: Array, mean: Array, A: Array, b: Array, C: Array) -> Array:
     """E[x_t | y_0..y_t], (S, T, D): x_t = F_t x_{t-1} + K_t y_t + (I - K_t C) b with F_t = (I - K_t C) A."""
-    n, (S, T, _) = len(found), y.shape
+    n, (S, T, P) = len(found), y.shape
     gains = np.stack(found.gains)
     keep = np.eye(len(A)) - gains @ C
-    F = keep @ A
-    x = np.empty((S, T, len(A)))
-    x[:, :n] = (y[:, :n].swapaxes(0, 1) @ gains.swapaxes(1, 2)).swapaxes(0, 1) + keep @ b
-    x[:, 0] += keep[0] @ (mean - b)
+    F = np.ascontiguousarray((keep @ A).swapaxes(1, 2))
+    first = np.ascontiguousarray(y[:, :n].swapaxes(0, 1)) @ gains.swapaxes(1, 2) + (keep @ b)[:, None]  # (n, S, D)
+    first[0] += keep[0] @ (mean - b)
     for t in range(1, n):
-        x[:, t] += x[:, t - 1] @ F[t].T
+        first[t] += first[t - 1].dot(F[t])
+    x = np.empty((S, T, len(A)))
+    x[:, :n] = first.swapaxes(0, 1)
     if n < T:
-        x[:, n:] = y[:, n:] @ gains[-1].T + keep[-1] @ b
-        x[:, n] += x[:, n - 1] @ F[-1].T
-        _scan(x[:, n:], F[-1])
+        x[:, n:] = (y[:, n:].reshape(-1, P) @ gains[-1].T + keep[-1] @ b).reshape(S, T - n, -1)
+        x[:, n] += x[:, n - 1] @ F[-1]
+        _scan(x[:, n:], np.ascontiguousarray(F[-1].T))
     return x
 
 
 def _smoothed_means(found: _Covariances, back: _Backward, filtered: Array, predicted: Array) -> Array:
     """E[x_t | all y], (S, T, D): x_t = G_t x_{t+1} + (filtered_t - G_t predicted_{t+1})."""
-    T = filtered.shape[1]
+    S, T, D = filtered.shape
     n = min(len(found), T - 1)
     x = filtered.copy()
     if T == 1:
         return x
-    G = np.stack(back.gains)
-    x[:, : n - 1] -= (predicted[:, 1:n].swapaxes(0, 1) @ G[: n - 1].swapaxes(1, 2)).swapaxes(0, 1)
-    x[:, n - 1 : -1] -= predicted[:, n:] @ G[-1].T
-    _scan(x[:, n - 1 :], G[-1], reverse=True)
+    x[:, n - 1 : -1] -= (predicted[:, n:].reshape(-1, D) @ back.gains[-1].T).reshape(S, T - n, D)
+    _scan(x[:, n - 1 :], back.gains[-1], reverse=True)
+    turned = np.ascontiguousarray(back.gains.swapaxes(1, 2))
+    first = np.ascontiguousarray(x[:, : n - 1].swapaxes(0, 1))
+    first -= np.ascontiguousarray(predicted[:, 1:n].swapaxes(0, 1)) @ turned[: n - 1]
+    after = x[:, n - 1]
     for t in range(n - 2, -1, -1):
-        x[:, t] += x[:, t + 1] @ G[t].T
+        first[t] += after.dot(turned[t])
+        after = first[t]
+    x[:, : n - 1] = first.swapaxes(0, 1)
     return x
 
 
 def _log_evidence(found: _Covariances, innovations: Array, late: int) -> Array:
     """Σ_t log N(innovation_t; 0, S_t) of every sequence, over the steps from `late` on."""
-    n, (_, T, P) = len(found), innovations.shape
-    inverse = np.stack([np.linalg.inv(f) for f in found.factors])
-    z = innovations[:, late:n].swapaxes(0, 1) @ inverse[late:].swapaxes(1, 2)
+    n, (S, T, P) = len(found), innovations.shape
+    factors = np.stack(found.factors)
+    inverse = np.linalg.inv(factors).swapaxes(1, 2)
+    z = np.ascontiguousarray(innovations[:, late:n].swapaxes(0, 1)) @ inverse[late:]
     squares = (z * z).sum((0, 2))
-    tail = innovations[:, n:] @ inverse[-1].T
-    squares += np.einsum("stp,stp->s", tail, tail)
-    half_log_det = np.log(np.stack([f.diagonal() for f in found.factors[late:]])).sum()
-    half_log_det += (T - n) * np.log(found.factors[-1].diagonal()).sum()
+    tail = (innovations[:, n:].reshape(-1, P) @ inverse[-1]).reshape(S, -1)
+    squares += np.einsum("st,st->s", tail, tail)
+    logs = np.log(np.diagonal(factors, axis1=1, axis2=2)).sum(1)
+    half_log_det = logs[late:].sum() + (T - n) * logs[-1]
     return -0.5 * squares - half_log_det - 0.5 * LOG_2PI * P * (T - late)
 
 
 def _sums(w: Array, r: Array, parents: Array, square: Array, cross: Array, parents_square: Array) -> LinearMoments:
     """Weighted sums over sequences and steps; the last three are the parts of the covariances."""
     S, T, V = r.shape
-    D = parents.shape[-1]
-    even = bool((w == 1).all())
-    flat, s = r.reshape(S * T, V), parents.reshape(S * T, D)
-    weighted = flat if even else (r * w[:, None, None]).reshape(S * T, V)
-    heavy = s if even else (parents * w[:, None, None]).reshape(S * T, D)
+    both = np.concatenate([r, parents], 2).reshape(S * T, V + parents.shape[2])
+    heavy = both if bool((w == 1).all()) else both * np.repeat(w, T)[:, None]
+    products, sums = heavy.T @ both, heavy.sum(0)
     parts = (
         np.array(w.sum() * T),
-        weighted.sum(0),
-        weighted.T @ flat + square,
-        weighted.T @ s + cross,
-        heavy.sum(0),
-        heavy.T @ s + parents_square,
+        sums[:V],
+        products[:V, :V] + square,
+        products[:V, V:] + cross,
+        sums[V:],
+        products[V:, V:] + parents_square,
     )
     return LinearMoments(*(torch.from_numpy(np.ascontiguousarray(x)).reshape(1, 1, *x.shape) for x in parts))
