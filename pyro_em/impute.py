@@ -22,10 +22,12 @@ from torch import Tensor
 from pyro_em.distributions import IncompleteNormal
 from pyro_em.distributions.incomplete import completed
 from pyro_em.errors import InputError
+from pyro_em.evidence.integrated import integrates
 from pyro_em.model.compat import base_distribution, unpack
 from pyro_em.model.trace import SiteRecord, run_model
 from pyro_em.posterior import Posterior
 from pyro_em.problem import Problem
+from pyro_em.state_posterior import StatePosterior
 from pyro_em.store import isolated_rng
 from pyro_em.types import Params
 
@@ -101,7 +103,9 @@ def _imputed(name: str, site: SiteRecord, weights: Tensor | None, missing: Tenso
         lead = x.dim() - event_dim - (missing.dim() - base_event)
         return x.sum(tuple(range(lead))) if lead > 0 else x
 
-    if isinstance(base, IncompleteNormal):
+    if integrates(site):
+        mean, variance = StatePosterior(site).observations()
+    elif isinstance(base, IncompleteNormal):
         whole = completed(site.value, base.loc, base._unbroadcasted_covariance)
         mean, variance = whole.mean, _variances(whole.covariance, whole.pattern)
     elif base.has_enumerate_support and base_event == 0:
@@ -174,6 +178,8 @@ def _draws(name: str, missing: Tensor, posterior: Posterior, num: int, seed: int
 def _drawn(site: SiteRecord, missing: Tensor, num: int) -> Tensor:
     """Completed data given the latents, shape (num,) + site."""
     base = base_distribution(site.fn)
+    if integrates(site):
+        return torch.where(missing, StatePosterior(site).sample_observations(num), site.value)
     draw: Tensor = base.sample((num,))
     if isinstance(base, IncompleteNormal):
         # The error of predicting a complete draw from its own observed cells is what a draw given them deviates by.

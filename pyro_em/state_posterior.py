@@ -24,7 +24,7 @@ from pyro_em.evidence.integrated import integrates
 from pyro_em.families.state_space import chain_of
 from pyro_em.model.density import clean_value
 from pyro_em.model.trace import SiteRecord
-from pyro_em.state_space.linear_gaussian import Smoothed, symmetric
+from pyro_em.state_space.linear_gaussian import Smoothed, regression_on_seen, symmetric
 from pyro_em.state_space.smoother import smooth
 from pyro_em.state_space.steps import gain
 
@@ -127,6 +127,35 @@ class StatePosterior:
             means.append((C @ m.unsqueeze(-1)).squeeze(-1) + d)
             covariances.append(symmetric(C @ P @ C.mT + R))
         return _normal(self._unflat(torch.stack(means, 1)), self._unflat(torch.stack(covariances, 1)))
+
+    def observations(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of every cell of y given the cells seen, B + (T, P); a seen cell has variance 0."""
+        C, fixed, extra = self._given_seen()
+        found = self._smoothed
+        mean = (C @ found.mean[:, 1:].unsqueeze(-1)).squeeze(-1) + fixed
+        covariance = C @ found.covariance[:, 1:] @ C.mT + extra
+        return self._unflat(mean), self._unflat(covariance.diagonal(dim1=-2, dim2=-1))
+
+    def sample_observations(self, num: int) -> Tensor:
+        """`num` joint draws of y given the cells seen, which stay as they are: (num,) + B + (T, P)."""
+        C, fixed, extra = self._given_seen()
+        states = self.sample(num).reshape(num, -1, *self._smoothed.mean.shape[1:])[:, :, 1:]
+        noise = torch.randn((*states.shape[:-1], extra.shape[-1]), dtype=torch.float64)
+        drawn = (C @ states.unsqueeze(-1)).squeeze(-1) + fixed + (_root(extra) @ noise.unsqueeze(-1)).squeeze(-1)
+        return drawn.reshape(num, *self.batch, *drawn.shape[2:])
+
+    def _given_seen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """y_t | z_t, cells seen ~ N(C z_t + fixed, extra), t = 1..T."""
+        chain, T = self.chain, self.chain.num_steps
+        assert chain.seen is not None
+        seen = chain.seen.expand(-1, T, -1).to(chain.y.dtype)
+        fill, extra = regression_on_seen(chain.R, seen)
+        residual = torch.where(chain.seen, chain.y - chain.d, torch.zeros_like(chain.y))
+        C = chain.C - fill @ chain.C
+        fixed = chain.d + (fill @ residual.unsqueeze(-1)).squeeze(-1)
+        later = (x[:, 1:] if x.shape[1] > 1 else x for x in (C, fixed, extra))
+        own, offset, spread = later
+        return own, offset, spread
 
     def _backward(self) -> tuple[Tensor, Tensor]:
         """Gains and covariances of z_t given z_{t+1} and y, t = 0..T-1."""

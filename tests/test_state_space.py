@@ -308,3 +308,52 @@ def test_draws_and_forecasts_of_states() -> None:
         _fit(wandering, max_iter=0).posterior().states("y").forecast(1)
     with pytest.raises(InputError, match="no sample site 'x'"):
         result.posterior().states("x")
+
+
+def test_missing_cells_and_steps() -> None:
+    """NaN cells are left out exactly: evidence, states and imputations are those of the joint normal of the rest."""
+    case = next(c for c in CASES if c.name == "offsets")
+    y = case.data.clone()
+    y[0, 2] = torch.nan
+    y[1, 3, 1] = torch.nan
+    y[2, 4:, 0] = torch.nan
+    y[2, 5] = torch.nan
+    init = {name: value.clone() for name, value in case.init.items()}
+    result = pyro_em.fit(case.model, y, init=init, missing="nan", max_iter=8, tol=0)
+    assert (np.diff(result.history["objective"]) >= 0).all()
+    own = case.dense(result.params)
+    total = 0.0
+    imputed = result.impute()["y"]
+    for row, series in enumerate(y):
+        seen = ~series.reshape(-1).isnan()
+        joint = own.observed()
+        S, gap = joint.covariance_matrix, (series.reshape(-1) - joint.mean)[seen]
+        part = torch.distributions.MultivariateNormal(joint.mean[seen], S[seen][:, seen])
+        total += float(part.log_prob(series.reshape(-1)[seen]))
+        gain = torch.linalg.solve(S[seen][:, seen], S[seen][:, ~seen]).mT
+        gone = series.isnan()
+        torch.testing.assert_close(imputed.mean[row][gone], joint.mean[~seen] + gain @ gap, rtol=1e-9, atol=1e-9)
+        variance = (S[~seen][:, ~seen] - gain @ S[seen][:, ~seen]).diagonal()
+        torch.testing.assert_close(imputed.variance[row][gone], variance, rtol=1e-9, atol=1e-9)
+    assert result.log_likelihood == pytest.approx(total, rel=1e-12)
+    draws = imputed.sample(4000)
+    torch.testing.assert_close(draws.mean(0)[y.isnan()], imputed.mean[y.isnan()], rtol=0, atol=0.1)
+    assert torch.equal(draws[0][~y.isnan()], y[~y.isnan()])
+
+
+def test_missing_steps_update_as_the_oracle_does() -> None:
+    """G6 with a gap: whole steps are missing, so that the noise is estimated from the others."""
+    case = next(c for c in CASES if c.name == "trend")
+    y = case.data.clone()
+    y[0, [3, 4, 9]] = torch.nan
+    init = {name: value.clone() for name, value in case.init.items()}
+    updated = pyro_em.fit(trend, y, init=init, missing="nan", max_iter=1, tol=0).params
+    before = case.dense(case.init)
+    mean, cov, H, d = before.joint()
+    seen = ~y[0, :, 0].isnan()
+    H, S = H[seen], (H @ cov @ H.mT + torch.block_diag(*before.R))[seen][:, seen]
+    gain = torch.linalg.solve(S, H @ cov).mT
+    m, V = mean + gain @ (y[0, seen, 0] - H @ mean - d[seen]), cov - gain @ H @ cov
+    residual = y[0, seen, 0] - H @ m
+    expected = (residual**2 + (H @ V @ H.mT).diagonal()).mean().sqrt()
+    torch.testing.assert_close(updated["r"], expected, rtol=1e-10, atol=0)

@@ -146,7 +146,7 @@ def _is_gaussian(distribution: Any) -> bool:
 
 
 def chain_of(args: Arguments, value: Tensor) -> tuple[Chain, torch.Size]:
-    """The chain of T + 1 states, S = batch in a row; its first step is not observed."""
+    """The chain of T + 1 states, S = batch in a row; nothing is observed of its first step, nor where data are NaN."""
     raw = {n: a.double() for n, a in args.items() if n in GaussianHMMFamily.arguments and isinstance(a, Tensor)}
     lead = {n: a.shape[: a.dim() - GaussianHMMFamily.arguments[n]] for n, a in raw.items()}
     own = [s if n.startswith("initial_dist") else s[:-1] for n, s in lead.items()]
@@ -173,8 +173,10 @@ def chain_of(args: Arguments, value: Tensor) -> tuple[Chain, torch.Size]:
         return x if x.shape[1] == 1 else torch.cat([x[:, :1], x], 1)
 
     y = value.double().expand(*batch, *value.shape[-2:]).reshape(-1, T, value.shape[-1])
-    seen = torch.ones(1, T + 1, 1, dtype=torch.bool)
-    seen[:, 0] = False
+    # Whoever allows NaN in the data (missing="nan") means cells that are missing.
+    known = ~y.isnan() if bool(y.isnan().any()) else torch.ones(1, 1, 1, dtype=torch.bool)
+    known = known.expand(-1, *y.shape[1:])
+    seen = torch.cat([torch.zeros_like(known[:, :1]), known], 1)
     return Chain(
         flattened["initial_dist.loc"],
         covariance("initial_dist"),
@@ -184,8 +186,8 @@ def chain_of(args: Arguments, value: Tensor) -> tuple[Chain, torch.Size]:
         late(flattened["observation_matrix"].mT),
         late(flattened["observation_dist.loc"]),
         late(covariance("observation_dist")),
-        torch.cat([torch.zeros_like(y[:, :1]), y], 1),
-        seen.expand(1, T + 1, y.shape[-1]),
+        torch.cat([torch.zeros_like(y[:, :1]), y.nan_to_num(0.0)], 1),
+        seen,
     ), batch
 
 

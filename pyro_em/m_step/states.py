@@ -88,7 +88,16 @@ class States:
         return moved, empty
 
     def _quadratic(self, params: Params, sufficient: Sufficient) -> QuadraticKernel:
-        """Q around the current values, over all entries of the block."""
+        """Q around the current values, over all entries; what was made for the score serves the update."""
+        version = sufficient.version(tuple(use for name in self.names for use in self.uses[name]))
+        known = sufficient.kernels.get(self.names[0])
+        if known is None or known[0] != version:
+            known = version, self._summed(params, sufficient)
+            sufficient.kernels[self.names[0]] = known
+        kernel: QuadraticKernel = known[1]
+        return kernel
+
+    def _summed(self, params: Params, sufficient: Sufficient) -> QuadraticKernel:
         size = self.size + 1  # the last place takes what is fixed
         h = torch.zeros(size, dtype=torch.float64)
         square = torch.zeros(size * size, dtype=torch.float64)

@@ -24,7 +24,7 @@ from torch.distributions import constraints
 from pyro_em.distributions import Coarse, IncompleteNormal
 from pyro_em.errors import InputError
 from pyro_em.model import compat
-from pyro_em.model.missing import INCOMPLETE, check_unread
+from pyro_em.model.missing import INCOMPLETE, SERIES, check_unread
 from pyro_em.model.timeline import Loop, Unplanned, running
 from pyro_em.model.trace import OBSERVE, Plate, combined_masks, quiet_store
 from pyro_em.shapes import broadcast_shapes
@@ -120,7 +120,7 @@ class _Observe(Messenger):
             return
         name, value = msg["name"], detach_provenance(msg["value"])
         if msg["is_observed"]:
-            _check_data(name, msg["fn"], value, msg["mask"])
+            _check_data(name, msg["fn"], value, msg["mask"], gaps=INCOMPLETE in msg["infer"])
         inputs = list((compat.raw_arguments(msg["fn"]) or {}).values())
         upstream = get_provenance([inputs, msg["value"], msg["mask"], msg["scale"]])
         if not inputs:
@@ -133,8 +133,11 @@ class _Observe(Messenger):
             msg["value"] = track_provenance(value, frozenset({name}))
 
 
-def _check_data(name: str, fn: Any, value: Tensor, mask: Any) -> None:
-    """Raise on observations that are NaN, infinite or outside the support, naming site and rows."""
+def _check_data(name: str, fn: Any, value: Tensor, mask: Any, gaps: bool) -> None:
+    """Raise on observations that are NaN, infinite or outside the support, naming site and rows.
+
+    :param gaps: NaN cells of the site are missing.
+    """
     if not isinstance(value, Tensor):
         raise InputError(f"Site '{name}': the observation is a {type(value).__name__}, not a torch tensor.")
     if 0 in tuple(fn.event_shape):
@@ -156,8 +159,9 @@ def _check_data(name: str, fn: Any, value: Tensor, mask: Any) -> None:
     base = compat.base_distribution(fn)
     infinite_values = isinstance(base, Coarse) and base.infinite_values
     finite = ~rows.isnan() if infinite_values or not rows.is_floating_point() else rows.isfinite()
-    if isinstance(base, IncompleteNormal):
+    if isinstance(base, IncompleteNormal) or (gaps and isinstance(base, SERIES)):
         finite = finite | rows.isnan()
+        rows = rows.nan_to_num(0.0) if isinstance(base, SERIES) else rows
     bad = (~finite & keep).reshape(*batch, -1).any(-1)
     if bool(bad.any()):
         raise InputError(

@@ -29,6 +29,7 @@ from pyro_em.errors import InputError, Refusal
 from pyro_em.model import compat
 from pyro_em.types import Model
 
+SERIES = (dist.GaussianHMM, dist.LinearHMM)  # their densities leave out cells that are NaN by themselves
 INCOMPLETE = "_pyro_em_incomplete"  # in a site's `infer`: which cells of its value are missing
 
 
@@ -60,6 +61,9 @@ class _Missing(Messenger):
             return
         name, fn = msg["name"], msg["fn"]
         gone = value.isnan()
+        if isinstance(compat.base_distribution(fn), SERIES):
+            msg["infer"] = {**msg["infer"], INCOMPLETE: gone}
+            return
         self._gone[name] = gone
         base_event = compat.base_distribution(fn).event_dim
         elements = fn.event_dim - base_event

@@ -147,7 +147,7 @@ def _observed(chain: Chain, m: Tensor, V: Tensor) -> LinearMoments:
     if chain.seen is not None:
         seen = chain.seen.expand(len(chain.seen), T, -1).to(m.dtype)
         any_seen = (seen > 0).any(-1).to(m.dtype)
-        fill, extra = _regression_on_seen(chain.R, seen)
+        fill, extra = regression_on_seen(chain.R, seen)
         keep = any_seen[..., None, None]
         C, extra = fill @ C * keep, extra * keep
         r = torch.where(chain.seen, r, torch.zeros_like(r))
@@ -161,7 +161,7 @@ def _observed(chain: Chain, m: Tensor, V: Tensor) -> LinearMoments:
     return LinearMoments(count, r, symmetric(square), outer(r, m) - C @ V, m, outer(m, m) + V)
 
 
-def _regression_on_seen(R: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+def regression_on_seen(R: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """(fill, extra): E[residual | seen cells] = fill · (residual with zeros for the rest), with covariance extra."""
     P = R.shape[-1]
     eye = torch.eye(P, dtype=R.dtype)
