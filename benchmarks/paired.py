@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.chains import Chain
 from benchmarks.harness import AGREED_AFTER, Contender, Fit, Record, assert_agreement, measure
 from benchmarks.machine import peak_bytes, set_threads
 from benchmarks.problems import LatentClasses, Mixture, Regressions
@@ -71,9 +72,9 @@ class Paired:
         return Contender(name, fit, TINY_COUNTS if tiny else entry.counts)
 
 
-def work(problem: Mixture | LatentClasses | Regressions, starts: int = 1) -> dict[str, int]:
+def work(problem: Mixture | LatentClasses | Regressions | Chain, starts: int = 1) -> dict[str, int]:
     """Floating point operations and exponentials of one update of all starts."""
-    if isinstance(problem, Regressions):
+    if isinstance(problem, Regressions | Chain):
         return problem.work()
     if isinstance(problem, LatentClasses):
         rows, features = len(problem.data.unique(dim=0)), 1 + problem.data.shape[1]

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from benchmarks.harness import Contender, Record, measure
 from benchmarks.paired import Make
-from benchmarks.problems import Mixture
 from benchmarks.workload import Spawn
 
 
@@ -24,7 +24,7 @@ class Scale:
     name: str
     title: str
     letter: str
-    problem: Callable[[int], Mixture]
+    problem: Callable[[int], Any]
     make: Make
     sizes: Sequence[int]
     units: Callable[[int], int]

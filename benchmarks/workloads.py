@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import peers, problems, regressions
+from benchmarks import chains, peers, problems, regressions
 from benchmarks.cold import Cold
 from benchmarks.gap import Gap, Problem
 from benchmarks.paired import OURS, Entry, Paired
@@ -42,6 +42,27 @@ def _mixture(
     )
 
 
+def _chain(
+    name: str,
+    title: str,
+    size: dict[str, int],
+    ours: tuple[int, int],
+    hmmlearn: tuple[int, int],
+    targets: tuple[float | None, float | None],
+) -> Paired:
+    small = {"steps": 60, "sequences": 2, "states": 2, **{k: 3 for k in ("features", "symbols") if k in size}}
+    return Paired(
+        name,
+        title,
+        lambda tiny: chains.chain(**(small if tiny else size)),
+        {
+            OURS: Entry(chains.ours, ours),
+            "hmmlearn": Entry(chains.hmmlearn_log, hmmlearn, targets[0]),
+            "hmmlearn scaling": Entry(chains.hmmlearn_scaling, hmmlearn, targets[1]),
+        },
+    )
+
+
 def _overlapping(num_rows: int) -> Callable[[bool], Problem]:
     """Components that stand one standard deviation apart."""
 
@@ -67,6 +88,38 @@ _ALL: tuple[Workload, ...] = (
     _mixture("A2", 1_000_000, 10, 8, (25, 50), ((1, 4), 6.0), ((1, 3), 12.0), peak_target=150_000_000),
     _mixture("A3", 20_000, 50, 32, (25, 55), ((1, 4), 3.0), ((1, 4), None)),
     _mixture("A4", 1_000_000, 20, 16, (25, 45), ((1, 4), 3.5), ((1, 2), 50.0), diagonal=True),
+    _chain(
+        "B1",
+        "Hidden Markov, Gaussian diagonal, T=100,000 K=5 D=2",
+        {"steps": 100_000, "sequences": 1, "states": 5, "features": 2},
+        (10, 60),
+        (1, 4),
+        (8.0, 2.0),
+    ),
+    _chain(
+        "B2",
+        "Hidden Markov, Gaussian diagonal, 1,000 sequences of 100, K=8 D=4",
+        {"steps": 100, "sequences": 1000, "states": 8, "features": 4},
+        (10, 60),
+        (1, 3),
+        (8.0, 2.0),
+    ),
+    _chain(
+        "B3",
+        "Hidden Markov, categorical, T=100,000 K=10 V=50",
+        {"steps": 100_000, "sequences": 1, "states": 10, "symbols": 50},
+        (10, 60),
+        (1, 3),
+        (8.0, 2.0),
+    ),
+    _chain(
+        "hmm-small",
+        "Hidden Markov, Gaussian, T=200 K=3",
+        {"steps": 200, "sequences": 1, "states": 3, "features": 1},
+        (10, 210),
+        (5, 105),
+        (0.5, 0.5),
+    ),
     Paired(
         "D",
         "Latent classes, N=100,000 J=20 binary K=5",
@@ -146,6 +199,17 @@ _ALL: tuple[Workload, ...] = (
         lambda width: 50_000 * features(width),
         "row and feature",
         tiny=(2, 3),
+    ),
+    Scale(
+        "scale-T",
+        "Hidden Markov, Gaussian diagonal, K=5 D=2",
+        "T",
+        lambda steps: chains.chain(steps, 1, 5, features=2),
+        chains.ours,
+        (10_000, 100_000, 1_000_000),
+        lambda steps: steps,
+        "step",
+        flat_within=0.5,
     ),
     Gap("gap-gaussian", "To within 1e-3 nat: overlapping Gaussians, N=2,000 K=3 D=2", _overlapping(2000), 4000, 5.0),
     Gap("gap-large", "To within 1e-3 nat: overlapping Gaussians, N=100,000 K=3 D=2", _overlapping(100_000), 1000, 5.0),
