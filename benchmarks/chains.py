@@ -46,8 +46,13 @@ class Chain:
     def start(self) -> Params:
         """For `model`."""
         states = self.num_states
-        own = {"probs": self.emission} if self.symbols else {"loc": self.emission, "scale": _scale(self.emission)}
-        return {"initial": torch.full((states,), 1 / states, dtype=torch.float64), "transition": self.transition, **own}
+        emission = self.emission.clone()  # Pyro turns an initial value into a leaf of its own
+        own = {"probs": emission} if self.symbols else {"loc": emission, "scale": torch.full_like(emission, 1.5**0.5)}
+        return {
+            "initial": torch.full((states,), 1 / states, dtype=torch.float64),
+            "transition": self.transition.clone(),
+            **own,
+        }
 
     def work(self) -> dict[str, int]:
         """Operations and exponentials of one update: emissions by products (by look-up for symbols), messages."""
@@ -56,10 +61,6 @@ class Chain:
         states = self.num_states
         exps = 0 if self.symbols else rows * states
         return {"flops": rows * (4 * states * features + 6 * states**2), "exps": exps}
-
-
-def _scale(loc: Tensor) -> Tensor:
-    return torch.full_like(loc, 1.5**0.5)
 
 
 def chain(steps: int, sequences: int, states: int, features: int = 0, symbols: int = 0) -> Chain:
