@@ -44,6 +44,10 @@ def loaded(file: str, loader: str = "load", **options: Any) -> Callable[[], tupl
     return lambda: arguments(getattr(module(file), loader)(**options))
 
 
+def simulated_covariates(num_steps: int) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: arguments(module("switching").simulate_covariates(num_steps))
+
+
 def no_guide(*args: Any) -> None:
     """All latents are enumerated."""
 
@@ -94,6 +98,11 @@ TABLE: list[tuple[str, str, Callable[[], tuple[Tensor, ...]]]] = [
     ("hmm", "categorical", simulated("hmm", num_steps=12, num_sequences=3, emission="categorical")),
     ("hmm", "poisson", simulated("hmm", num_steps=12, emission="poisson")),
     ("hmm", "poisson", loaded("hmm")),
+    ("switching", "autoregression", simulated("switching", num_steps=12)),
+    ("switching", "covariates", simulated_covariates(12)),
+    ("factorial_hmm", "model", simulated("factorial_hmm", num_steps=8)),
+    ("factorial_hmm", "model", simulated("factorial_hmm", num_steps=8, num_series=3)),
+    ("hsmm", "model", simulated("hsmm", num_steps=10)),
     ("dawid_skene", "model", simulated("dawid_skene")),
     ("dawid_skene", "model", loaded("dawid_skene")),
     ("genetics", "abo", categories(simulated("genetics"))),
