@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.harness import Contender, Record, measure
-from benchmarks.paired import Make
+from benchmarks.paired import Make, work
 from benchmarks.workload import Spawn
 
 
@@ -50,10 +50,9 @@ class Scale:
         return {"sizes": list(sizes), "units": units, "contenders": measure(contenders, rounds)}
 
 
-def _counts(problem: Mixture) -> tuple[int, int]:
+def _counts(problem: Any) -> tuple[int, int]:
     """Some seconds of updates, so that they outweigh the noise of the set-up, and at small sizes that of the clock."""
-    work = len(problem.data) * problem.num_components * features(problem.data.shape[1])
-    return 25, 25 + max(4, 10_000_000_000 // work)
+    return 25, 25 + max(4, 40_000_000_000 // work(problem)["flops"])
 
 
 def features(width: int) -> int:

@@ -27,6 +27,7 @@ from pyro_em.model.packing import align
 from pyro_em.model.sequences import BySequence, Sequence, sequences
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.problem import Problem
+from pyro_em.sequence_posterior import SequencePosterior
 from pyro_em.state_posterior import StatePosterior
 from pyro_em.statistics import with_integrated
 from pyro_em.terms import pointwise
@@ -121,6 +122,13 @@ class Posterior:
         gone = [i for i, d in enumerate(dims) if d not in kept]
         own = with_dims(weights.sum(gone) if gone else weights, "".join(kept))
         return _over_plates(own, record, symbol)
+
+    def sequence(self, latent: str) -> SequencePosterior:
+        """The states of a `pyro_em.markov` loop filtered, smoothed, forecast (see sequence_posterior.py)."""
+        if latent not in self._sequences:
+            raise InputError(f"'{latent}' is no sequence of states of a pyro_em.markov loop.")
+        factors = self.problem.factors(self._e_step[1])
+        return SequencePosterior(self.problem.graph, factors, self._sequences[latent])
 
     def marginal(self, site: str) -> dist.Distribution:
         """Marginal posterior of one latent, with the plates as batch shape.

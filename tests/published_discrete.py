@@ -13,6 +13,7 @@ import pyro_em
 from tests import classics
 from tests.published import CASES, Found, fit, read
 from tests.published_regression import election_by_party, negative_binomial_counts
+from tests.published_sequences import stationary_earthquakes
 
 ONE_CLASS: dict[str, Any] = {"init": "model", "restarts": 1}  # nothing to draw: one update is the maximum
 
@@ -194,6 +195,7 @@ def hmm_earthquakes() -> Found:
         "free-init K2 lambda": two.params["lam"].sort().values,
         "free-init loglik K3": three.log_likelihood,
         "free-init K3 lambda": three.params["lam"].sort().values,
+        **stationary_earthquakes(),
     }
 
 

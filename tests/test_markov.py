@@ -152,7 +152,7 @@ def test_what_differs_between_steps_is_refused() -> None:
         return z
 
     _refused(one_special_step, "another answer at some steps")
-    _refused(counting, "at step . alone")
+    _refused(counting, "at step . alone|with drawn latents")
     _refused(reversed_data, "at step . alone|dims that belong to none")
 
 
@@ -185,3 +185,35 @@ def test_plain_pyro_unrolls() -> None:
 def test_steps_that_are_none(steps: Any) -> None:
     with pytest.raises(pyro_em.InputError, match="markov"):
         pyro_em.markov(steps)
+
+
+def test_filtered_smoothed_forecast() -> None:
+    """Filtering is smoothing of the data so far; the one-step densities add up to the evidence."""
+    problem = BY_NAME["timed_ragged"]
+    y, seen = problem.args
+    result = pyro_em.fit(problem.model, y, seen, init=problem.start(), max_iter=2, tol=0)
+    posterior = result.posterior()
+    states = posterior.sequence("z")
+    torch.testing.assert_close(states.smooth(), posterior.responsibilities("z"), rtol=0, atol=1e-12)
+    torch.testing.assert_close(states.one_step().sum(0), result.log_prob(), rtol=1e-12, atol=1e-12)
+    for t in (0, 2):
+        so_far = seen & (torch.arange(len(y)).unsqueeze(-1) <= t)
+        there = pyro_em.fit(problem.model, y, so_far, init=result.params, max_iter=0).posterior()
+        torch.testing.assert_close(states.filter()[t], there.responsibilities("z")[t], rtol=0, atol=1e-12)
+    ahead = states.forecast(3)
+    last, A = states.smooth()[-1], result.params["A"]
+    torch.testing.assert_close(ahead[2], last @ A @ A @ A, rtol=0, atol=1e-12)
+    with pytest.raises(pyro_em.InputError, match="no sequence"):
+        posterior.sequence("y")
+    with pytest.raises(pyro_em.InputError, match="at least 1"):
+        states.forecast(0)
+
+
+def test_a_forecast_needs_the_transitions_to_come() -> None:
+    result = pyro_em.fit(mixture_in_states, *_data(6), pyro_em.markov, max_iter=0)
+    posterior = result.posterior()
+    assert posterior.sequence("z").filter().shape == (6, 3, 2)
+    with pytest.raises(pyro_em.InputError, match="vary with time"):
+        posterior.sequence("z").forecast(2)
+    with pytest.raises(pyro_em.InputError, match="no later step reads"):
+        posterior.sequence("c")

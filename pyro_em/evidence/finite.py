@@ -9,8 +9,11 @@ from torch import Tensor
 
 from pyro_em.errors import NonFiniteError
 from pyro_em.evidence.discrete import Evidence
+from pyro_em.evidence.forward import filtered
+from pyro_em.evidence.ring import LogDensityRing
+from pyro_em.evidence.timed import potentials
 from pyro_em.model.compat import detached, dims_of
-from pyro_em.model.graph import FactorGraph
+from pyro_em.model.graph import Component, FactorGraph
 
 
 def check_finite(graph: FactorGraph, evidence: Evidence, factors: Mapping[str, Tensor]) -> Evidence:
@@ -31,20 +34,31 @@ def check_finite(graph: FactorGraph, evidence: Evidence, factors: Mapping[str, T
         if bool((term == -torch.inf).any()):
             blocking = [n for n in component.factors if bool((factors[n] == -torch.inf).any())]
             name = (blocking or component.factors)[-1]
-            raise NonFiniteError(name, _impossible(graph, term, name))
+            raise NonFiniteError(name, _impossible(graph, term, name, _step(graph, component, factors)))
     for name in (*graph.constants, *graph.priors):
         if bool((factors[name] == -torch.inf).any()):
             raise NonFiniteError(name, _impossible(graph, detached(factors[name]), name))
     raise NonFiniteError("", "The log-likelihood is not finite, though every factor is.")
 
 
-def _impossible(graph: FactorGraph, term: Tensor, name: str) -> str:
+def _step(graph: FactorGraph, component: Component, factors: Mapping[str, Tensor]) -> str:
+    """At which step of a loop over time the first chain that is impossible ends."""
+    for loop in component.loops:
+        own = potentials(graph, loop, factors, LogDensityRing("sum", names=graph.symbol_sites), component.symbols)
+        _, evidences = filtered(own.start, own.unary, own.pair)
+        ends = (evidences == -torch.inf).any(1).nonzero()
+        if len(ends):
+            return f", from step {int(ends[0]) + loop.loop.history - 1} on,"
+    return ""
+
+
+def _impossible(graph: FactorGraph, term: Tensor, name: str, step: str = "") -> str:
     rows = (term == -torch.inf).nonzero().tolist()
     plates = [graph.plate_names[d] for d in dims_of(term)]
     shown = ", ".join(str(row[0]) if len(row) == 1 else str(tuple(row)) for row in rows[:5])
-    where = f"in rows {shown}{' ...' if len(rows) > 5 else ''} of plate {plates}" if plates else ""
+    where = f" in rows {shown}{' ...' if len(rows) > 5 else ''} of plate {plates}" if plates else ""
     return (
-        f"Site '{name}': the data {where} have probability zero under the parameters (a probability or rate "
+        f"Site '{name}': the data{where}{step} have probability zero under the parameters (a probability or rate "
         "that is exactly 0 meets an observation that needs it, or labels contradict each other or leave no "
         "state). Change the starting values or the structural zeros, or check these rows."
     )

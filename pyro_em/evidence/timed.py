@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 from pyro.ops.contract import contract_tensor_tree
@@ -35,6 +36,23 @@ from pyro_em.model.graph import FactorGraph
 Terms = list[tuple[str, Tensor]]  # packed dims and tensor
 
 
+@dataclass(frozen=True)
+class Potentials:
+    """Log-potentials of B chains of joint states S: `start` (B, S), `unary` (N, B, S), `pair` (N or 1, B or 1, S, S).
+
+    `batch` are the packed dims of the chains in order, `shape` their sizes; `states` the sizes of the carried
+    latents in S, in the order of the loop's; `plates` the plates among the dims.
+    """
+
+    start: Tensor
+    unary: Tensor
+    pair: Tensor
+    batch: str
+    shape: tuple[int, ...]
+    states: tuple[int, ...]
+    plates: frozenset[str]
+
+
 def loop_factor(
     graph: FactorGraph, loop: ChainedLoop, factors: Mapping[str, Tensor], ring: LogDensityRing, symbols: frozenset[str]
 ) -> tuple[frozenset[str], Tensor]:
@@ -43,6 +61,16 @@ def loop_factor(
     :param factors: packed log-densities of the component.
     :param symbols: enumeration symbols of the component.
     """
+    own = potentials(graph, loop, factors, ring, symbols)
+    result = chain_evidence(own.start, own.unary, own.pair, ring.elimination)
+    kept = "".join(d for d, n in zip(own.batch, own.shape, strict=True) if n > 1)
+    return own.plates, with_dims(result.reshape([n for n in own.shape if n > 1]), kept)
+
+
+def potentials(
+    graph: FactorGraph, loop: ChainedLoop, factors: Mapping[str, Tensor], ring: LogDensityRing, symbols: frozenset[str]
+) -> Potentials:
+    """The loop as chains of joint states, everything else contracted; arguments as in `loop_factor`."""
     own = {name: factors[name] for name in (*loop.heads, *loop.rest) if name in factors}
     inside = {d for name in own for d in (graph.factors[name].symbol,) if d is not None} & symbols
     plates = _chain_plates(graph, loop)
@@ -69,11 +97,8 @@ def loop_factor(
     back = [c.previous for c in loop.carried]
     start = _total(heads, batch + "".join(back), size).reshape(math.prod(size.get(d, 1) for d in batch), states)
     unary, pair = _split(rest, loop, batch, size)
-    result = chain_evidence(start, unary, pair, ring.elimination)
-    shape = [size.get(d, 1) for d in batch]
-    kept = "".join(d for d in batch if size.get(d, 1) > 1)
-    packed = with_dims(result.reshape([n for n in shape if n > 1]), kept)
-    return plates, packed
+    sizes = tuple(size[d] for d in back)
+    return Potentials(start, unary, pair, batch, tuple(size.get(d, 1) for d in batch), sizes, plates)
 
 
 def _chain_plates(graph: FactorGraph, loop: ChainedLoop) -> frozenset[str]:
@@ -122,7 +147,7 @@ def _split(rest: Terms, loop: ChainedLoop, batch: str, size: Mapping[str, int]) 
     now = [c.current for c in loop.carried if c.lag == 1]
     size = {**size, loop.plate: loop.loop.steps - loop.loop.history}
     lead = loop.plate + batch
-    looks_back = [(dims, term) for dims, term in rest if set(dims) & set(back)]
+    looks_back = [_constant_dims_dropped(dims, term, lead) for dims, term in rest if set(dims) & set(back)]
     here = [(dims, term) for dims, term in rest if not set(dims) & set(back)]
     unary = _total(here, lead + "".join(now), size)
     # States of longer lags are shifted states of before: what happens now does not depend on them.
@@ -135,6 +160,14 @@ def _split(rest: Terms, loop: ChainedLoop, batch: str, size: Mapping[str, int]) 
     pair = _total(looks_back, lead + "".join(back) + "".join(now), own)
     pair = pair.reshape(len(pair), math.prod(pair.shape[1 : len(lead)]), *pair.shape[len(lead) :])
     return unary.reshape(len(unary), -1, unary.shape[-1]), _shift(pair, loop, size)
+
+
+def _constant_dims_dropped(dims: str, term: Tensor, lead: str) -> tuple[str, Tensor]:
+    """Without those of the dims `lead` along which the term is only expanded: one table serves all steps."""
+    for d in lead:
+        if d in dims and term.stride(dims.index(d)) == 0:
+            term, dims = term.select(dims.index(d), 0), dims.replace(d, "")
+    return dims, term
 
 
 def _shift(pair: Tensor, loop: ChainedLoop, size: Mapping[str, int]) -> Tensor:
