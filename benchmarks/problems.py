@@ -124,6 +124,23 @@ def latent_classes(num_rows: int, num_items: int, num_classes: int) -> LatentCla
 
 
 @dataclass(frozen=True)
+class LinearSystems:
+    """Series (S, T, P), and a start of F (D, D), H (D, P), Q and R."""
+
+    data: Tensor
+    start: Params
+
+    @property
+    def num_states(self) -> int:
+        return len(self.start["F"])
+
+    def work(self) -> dict[str, int]:
+        """Filtered, predicted and smoothed means, innovations, and the second moments of one update."""
+        steps, D, P = self.data[..., 0].numel(), self.num_states, self.data.shape[-1]
+        return {"flops": 2 * steps * (3 * D * D + 3 * D * P + (2 * D) ** 2 + (D + P) ** 2), "exps": 0}
+
+
+@dataclass(frozen=True)
 class Regressions:
     """Response (N,), covariates (N, P) without the constant, and a start."""
 
