@@ -250,7 +250,8 @@ def integrate(
             joint = multiply(onto(own, dims_of(factors[name])), inside) if mixed else inside
             assert joint is not None
             weights[name] = joint
-    return dataclasses.replace(evidence, weights=weights, parts=parts, states=states), run
+    size = evidence.magnitude + sum(part.magnitude for part in parts)
+    return dataclasses.replace(evidence, weights=weights, parts=parts, states=states, magnitude=size), run
 
 
 def without_latents(

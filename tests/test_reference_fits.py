@@ -18,6 +18,7 @@ from tests import (
     published_data,
     published_discrete,
     published_gaussian,
+    published_latent,
     published_missing,
     published_quadrature,
     published_regression,
@@ -36,6 +37,8 @@ ELSEWHERE = {
     "lca_balance": ("loglik_K3_age",),
     "ms_fedfunds_const": ("EM llf with free/short EM",),
     "ms_hamilton_gnp": ("short EM (statsmodels 5-iteration) stalls at",),
+    "lmm_sleepstudy": ("loglik uncorrelated (Days||Subject)", "loglik random intercept only", "REML loglik"),
+    "lmm_rats30": ("both groups loglik",),
     "hmm_earthquakes": (
         "stationary loglik K4",
         "free-init loglik K4 at least",
@@ -45,6 +48,7 @@ ELSEWHERE = {
 
 MODULES = (
     published_gaussian,
+    published_latent,
     published_discrete,
     published_regression,
     published_data,

@@ -84,7 +84,15 @@ class ConjugateRoute:
         (name,) = self.latents.names
         peak = q.log_prob(self.kind.mode(coefficients.detach())).sum(-1)
         placed = posterior.placed(atoms).to(self.dtype)
-        return Eliminated(self._packed(energy), self._packed(peak.detach()), {name: placed}, weights, posterior)
+        size = float(self.kind.magnitude(coefficients.detach()).sum())
+        return Eliminated(
+            self._packed(energy),
+            self._packed(peak.detach()),
+            {name: placed},
+            weights,
+            posterior,
+            magnitude=size,
+        )
 
     def certify(self, run_at: RunAt) -> None:
         """Refuse if the log joint is of another form at these parameters."""

@@ -68,6 +68,10 @@ class Kind(ABC):
     def mode(self, coefficients: Tensor) -> Tensor:
         """Where the density is highest, NaN where it is unbounded."""
 
+    @abstractmethod
+    def magnitude(self, coefficients: Tensor) -> Tensor:
+        """Size of the terms of the normaliser, which cancel against those of the prior."""
+
 
 class _Positive(Kind):
     """Coefficients (a, b, c)."""
@@ -114,6 +118,10 @@ class GammaKind(_Positive):
         spread = (-torch.expm1(2 * gap)).clamp(min=0).sqrt()
         return mean * torch.exp(2 * gap) / (1 + spread), mean * (1 + spread)
 
+    def magnitude(self, coefficients: Tensor) -> Tensor:
+        a, b, _ = coefficients.unbind(-1)
+        return ((a + 1) * b.log()).abs() + torch.lgamma(a + 1).abs()
+
     def mode(self, coefficients: Tensor) -> Tensor:
         a, b, _ = coefficients.unbind(-1)
         return torch.where(a >= 0, a / b, torch.nan)
@@ -141,6 +149,10 @@ class InverseGammaKind(_Positive):
         reciprocal = torch.stack([-a - 2, c, torch.zeros_like(c)], -1)
         low, high = GammaKind().atoms(reciprocal)
         return 1 / low, 1 / high
+
+    def magnitude(self, coefficients: Tensor) -> Tensor:
+        a, _, c = coefficients.unbind(-1)
+        return ((a + 1) * c.log()).abs() + torch.lgamma(-a - 1).abs()
 
     def mode(self, coefficients: Tensor) -> Tensor:
         a, _, c = coefficients.unbind(-1)
@@ -181,6 +193,10 @@ class BetaKind(Kind):
         root = (s * s - 4 * square).clamp(min=0).sqrt()
         high = (s + root) / 2
         return square / high, high
+
+    def magnitude(self, coefficients: Tensor) -> Tensor:
+        a, b = coefficients.unbind(-1)
+        return torch.lgamma(a + 1).abs() + torch.lgamma(b + 1).abs() + torch.lgamma(a + b + 2).abs()
 
     def mode(self, coefficients: Tensor) -> Tensor:
         a, b = coefficients.unbind(-1)

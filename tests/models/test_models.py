@@ -66,6 +66,11 @@ def complete_rows(data: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[
     return lambda: tuple(table[~table.isnan().any(-1)] for table in data())
 
 
+def with_factors(data: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+    """Which of two factors each measurement loads on."""
+    return lambda: (data()[0], torch.arange(data()[0].shape[-1]) % 2)
+
+
 # (file, model function, data): each function on simulated data, and on its real data where it has any.
 TABLE: list[tuple[str, str, Callable[[], tuple[Tensor, ...]]]] = [
     *(
@@ -138,10 +143,40 @@ TABLE: list[tuple[str, str, Callable[[], tuple[Tensor, ...]]]] = [
     *(("irt", function, categories(loaded("irt"))) for function in ("model", "common_slope", "rasch")),
     ("glmm", "model", loaded("glmm")),
     ("glmm", "grouped", simulated("glmm")),
+    ("factor_analysis", "model", simulated("factor_analysis")),
+    ("factor_analysis", "model", loaded("factor_analysis")),
+    ("factor_analysis", "ppca", loaded("factor_analysis")),
+    ("factor_analysis", "confirmatory", with_factors(simulated("factor_analysis"))),
+    ("factor_analysis", "mixture", loaded("factor_analysis")),
+    ("linear_mixed", "model", simulated("linear_mixed")),
+    ("linear_mixed", "model", loaded("linear_mixed")),
+    ("linear_mixed", "slopes", lambda: arguments(module("linear_mixed").simulate_slopes())),
+    ("linear_mixed", "slopes", loaded("linear_mixed", "load_sleepstudy")),
+    ("linear_mixed", "crossed", lambda: arguments(module("linear_mixed").simulate_crossed())),
+    ("linear_mixed", "crossed", loaded("linear_mixed", "load_penicillin")),
+    ("linear_mixed", "nested", lambda: arguments(module("linear_mixed").simulate_nested())),
+    ("eight_schools", "model", simulated("eight_schools")),
+    ("eight_schools", "model", loaded("eight_schools")),
+    ("eight_schools", "bayesian", loaded("eight_schools")),
+    ("student_t", "model", simulated("student_t")),
+    ("student_t", "model", loaded("student_t")),
+    ("student_t", "estimated", simulated("student_t")),
+    ("overdispersed", "gamma_poisson", simulated("overdispersed")),
+    ("overdispersed", "gamma_poisson", loaded("overdispersed")),
+    ("overdispersed", "beta_binomial", lambda: arguments(module("overdispersed").simulate_trials())),
+    ("overdispersed", "beta_binomial", categories(loaded("overdispersed", "load_families"))),
     ("vae", "model", simulated("vae")),
     ("vae", "model", loaded("vae")),
 ]
-CONTINUOUS = ("irt", "glmm")  # files whose latents are not enumerated
+CONTINUOUS = (  # files whose latents are not all enumerated
+    "irt",
+    "glmm",
+    "factor_analysis",
+    "linear_mixed",
+    "eight_schools",
+    "student_t",
+    "overdispersed",
+)
 each_case = pytest.mark.parametrize(
     ("file", "function", "data"),
     TABLE,
@@ -214,7 +249,8 @@ def test_log_joint_and_its_gradient_are_finite(
     if file == "vae":
         loss = Trace_ELBO().differentiable_loss(model, module(file).guide, *args)
     else:
-        guide = AutoDelta(poutine.block(model, hide_fn=lambda site: site["name"] in ("x", "z")))
+        discrete = ("k", "x") if file in CONTINUOUS else ("x", "z")
+        guide = AutoDelta(poutine.block(model, hide_fn=lambda site: site["name"] in discrete))
         elbo = TraceEnum_ELBO(max_plate_nesting=2, strict_enumeration_warning=False)
         chosen = guide if function == "bayesian" or file in CONTINUOUS else no_guide
         loss = elbo.differentiable_loss(config_enumerate(model), chosen, *args)
