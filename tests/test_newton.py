@@ -251,3 +251,28 @@ def test_slopes_and_scales_are_fitted_together() -> None:
     found = minimize(negative, np.zeros(2 * P), method="BFGS", options={"gtol": 1e-8})
     assert [result.plan.route(n) for n in ("b", "g")] == ["closed", "newton"]
     np.testing.assert_allclose(torch.cat([result.params["b"], result.params["g"]]).numpy(), found.x, atol=1e-5)
+
+
+def test_one_parameter_behind_several_cells_of_a_prior() -> None:
+    """The rate of a prior over a vector: its slope is the sum over the vector's elements, once."""
+    counts = torch.tensor([0.0, 1.0, 2.0, 7.0, 8.0])
+
+    def model(counts: Tensor) -> None:
+        weight = pyro.sample("weight", dist.Beta(2.0, 2.0))
+        rate = pyro.sample("rate", dist.Gamma(torch.tensor([2.0, 3.0]), weight).to_event(1))
+        with pyro.plate("days", len(counts)):
+            z = pyro.sample("z", dist.Bernoulli(weight))
+            pyro.sample("count", dist.Poisson(rate[z.long()]), obs=counts)
+
+    def loss(u: np.ndarray) -> float:
+        weight, rate = torch.sigmoid(torch.tensor(u[0])), torch.tensor(u[1:]).exp()
+        prior = dist.Beta(2.0, 2.0).log_prob(weight) + dist.Gamma(torch.tensor([2.0, 3.0]), weight).log_prob(rate).sum()
+        mass = dist.Poisson(rate[:, None]).log_prob(counts) + torch.stack([1 - weight, weight]).log()[:, None]
+        return -float(prior + mass.logsumexp(0).sum())
+
+    init = {"weight": torch.tensor(0.5), "rate": torch.tensor([1.0, 6.0])}
+    roles = {"weight": "parameter", "rate": "parameter"}
+    result = pyro_em.fit(model, counts, algorithm="map-em", init=init, roles=roles, tol=1e-10)
+    found = minimize(loss, [0.0, 0.0, np.log(6.0)], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-12})
+    assert result.converged
+    assert result.log_posterior == pytest.approx(-found.fun, abs=1e-9)

@@ -23,6 +23,7 @@ from torch.nn.functional import logsigmoid
 
 from pyro_em.families.base import IDENTITY, LOGIT, NORMALISED, SOFTMAX, Link
 from pyro_em.kernels import BetaKernel, Kernel, PowerKernel, QuadraticKernel, SimplexKernel
+from pyro_em.shapes import broadcast_shapes
 
 Derivatives = tuple[Tensor, Tensor]
 
@@ -107,6 +108,8 @@ def _automatic(function: Callable[[Tensor], Tensor]) -> Curve:
     """Elementwise: the derivative of a sum over cells is that of every cell."""
 
     def derivatives(eta: Tensor) -> Derivatives:
+        # One η for several cells of the kernel: each has a slope of its own, which the design adds up.
+        eta = eta.expand(broadcast_shapes(eta.shape, function(eta).shape))
         slope, curvature = cellwise_derivatives(lambda etas: function(etas[0]), [eta])
         return slope[0], curvature[0][0]
 
