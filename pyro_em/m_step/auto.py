@@ -11,7 +11,7 @@ identity), which is what the stopping rule reads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from pyro_em.e_step.base import Expectation
 from pyro_em.families import LOCATIONS
 from pyro_em.m_step.choose import certificate_bound, choose, moments_by_weight, opened, options_of
 from pyro_em.m_step.newton import Newton
-from pyro_em.m_step.numeric import Block, ascend, ascend_with, maximise
+from pyro_em.m_step.numeric import NEWTON_LIMIT, Block, ascend, ascend_with, maximise
 from pyro_em.m_step.separate import Separate
 from pyro_em.model.use import Use
 from pyro_em.problem import Problem
@@ -29,6 +29,7 @@ from pyro_em.sufficient import Sufficient, raw_arguments
 from pyro_em.types import Params
 
 MAX_ROUNDS = 30
+CLIMB = 20  # L-BFGS steps of an M-step over many opaque parameters
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class MStep:
         self.closed = tuple(name for unit in self.units for name in unit.names)
         self.numeric = tuple(n for n in names if self.choices[n].route == "numeric")
         self.gradient = tuple(n for n in names if self.choices[n].route == "gradient")
+        self._large = sum(problem.parameters[n].value.numel() for n in self.numeric) > NEWTON_LIMIT
+        if self._large:  # a network: each M-step climbs, a maximum of it is not worth to be found
+            for name in self.numeric:
+                reason = f"{self.choices[name].reason}; L-BFGS steps that raise Q"
+                self.choices[name] = replace(self.choices[name], reason=reason)
         self._count = 0
         self._coupled = bool(self.numeric and self.closed)
 
@@ -131,7 +137,7 @@ class MStep:
             before = params
             params, found = self._round(params, expectation)
             empty |= found
-            if not check or not (self.closed or self.numeric):
+            if not check or self._large or not (self.closed or self.numeric):
                 break
             certificate = self._certificate(params, expectation, sufficient) / scale
             if certificate <= bound or all(torch.equal(before[n], params[n]) for n in self.free):
@@ -154,6 +160,8 @@ class MStep:
         if self.numeric:
             block = Block.of_q(expectation.sufficient.problem, params, expectation.weights, self.numeric)
             scale = self.problem.graph.num_observations
+            if self._large:
+                return ascend(block, num_steps=CLIMB), empty
             params = maximise(block, tolerance=0.1 * certificate_bound(params) * scale)
             if self.closed:
                 sufficient.take(self._refreshed(params, expectation))
