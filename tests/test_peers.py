@@ -125,6 +125,9 @@ def test_auto_delta(problem: Problem) -> None:
         return elbo.differentiable_loss(model, guide, *problem.args)
 
     loss()  # creates the parameters
+    for name, value in problem.start().items():
+        if name in pyro.get_param_store():
+            pyro.get_param_store()[name] = value
     leaves = [p.unconstrained() for p in pyro.get_param_store().values()]
     for optimiser, steps in (
         (torch.optim.Adam(leaves, lr=0.05), 50),
