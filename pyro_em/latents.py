@@ -26,6 +26,7 @@ from pyro_em.model.compat import dims_of
 from pyro_em.model.density import log_density
 from pyro_em.model.graph import FactorGraph, FactorInfo
 from pyro_em.model.packing import multiply, onto
+from pyro_em.model.switching import refuse_switching
 from pyro_em.model.trace import Run
 from pyro_em.model.use import VALUE, Use
 from pyro_em.types import Params
@@ -45,6 +46,7 @@ def check_kinds(capture: Capture, names: tuple[str, ...], rules: Mapping[str, Qu
                 "enumeration cannot sum.",
                 "truncate it (a Categorical over 0..M), or use algorithm='svi' with a guide for it.",
             )
+    refuse_switching(capture, names)
 
 
 def draw(capture: Capture, names: tuple[str, ...], seed: int) -> Values:

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import pyro_em
-from pyro_em.errors import InputError, NonFiniteError
+from pyro_em.errors import InputError, NonFiniteError, Refusal
 from tests.laws import largest_score, perturbed, to_constrained, to_free
+from tests.published_state_space import local_level
 from tests.state_space import CASES, Case, Dense, full, trend
 
 EPS = torch.finfo(torch.float64).eps
@@ -357,3 +358,42 @@ def test_missing_steps_update_as_the_oracle_does() -> None:
     residual = y[0, seen, 0] - H @ m
     expected = (residual**2 + (H @ V @ H.mT).diagonal()).mean().sqrt()
     torch.testing.assert_close(updated["r"], expected, rtol=1e-10, atol=0)
+
+
+def _switching(y: Tensor, in_states: bool) -> None:
+    """A regime at every step that moves the states, or else only what is seen of them."""
+    P = pyro.param("P", torch.tensor([[0.9, 0.1], [0.1, 0.9]]), constraint=constraints.simplex)
+    a = pyro.param("a", torch.tensor([0.9, 0.1]))
+    s, x = torch.tensor(0), torch.zeros(())
+    for t in pyro.markov(range(len(y))):
+        s = pyro.sample(f"s_{t}", dist.Categorical(P[s]))
+        x = pyro.sample(f"x_{t}", dist.Normal(a[s] * x if in_states else 0.5 * x, 1.0))
+        pyro.sample(f"y_{t}", dist.Normal(x if in_states else a[s] * x, 1.0), obs=y[t])
+
+
+@pytest.mark.parametrize(("in_states", "site"), [(True, "x_0"), (False, "y_0")])
+def test_switching_systems_are_refused(in_states: bool, site: str) -> None:
+    with pytest.raises(Refusal, match=rf"'{site}'.*switches.*svi"):
+        pyro_em.fit(_switching, torch.randn(5), in_states)
+
+
+def test_a_loop_over_steps_is_the_same_chain() -> None:
+    """The local level written as a `pyro.markov` loop: the known iterates of the Nile on its first years."""
+
+    def loop(y: Tensor) -> None:
+        q = pyro.param("q", torch.tensor(1000.0), constraint=constraints.positive)
+        r = pyro.param("r", torch.tensor(10000.0), constraint=constraints.positive)
+        x = torch.tensor(1000.0)
+        for t in pyro.markov(range(len(y))):
+            x = pyro.sample(f"x_{t}", dist.Normal(x, torch.tensor(1000.0) if t == 0 else q.sqrt()))
+            pyro.sample(f"y_{t}", dist.Normal(x, r.sqrt()), obs=y[t])
+
+    y = torch.tensor([1120.0, 1160, 963, 1210, 1160])
+    by_loop = pyro_em.fit(loop, y, max_iter=3, tol=0)
+    by_site = pyro_em.fit(local_level, y, 1000.0, 1e6, max_iter=3, tol=0, init={"q": 1000.0, "r": 10000.0})
+    assert by_loop.history["objective"] == pytest.approx(by_site.history["objective"], rel=1e-12)
+    for name in ("q", "r"):
+        torch.testing.assert_close(by_loop.params[name], by_site.params[name], rtol=1e-10, atol=0)
+    states = by_site.posterior().states("y")
+    loop_mean = torch.stack([by_loop.posterior().mean(f"x_{t}") for t in range(5)])
+    torch.testing.assert_close(states.mean[1:, 0], loop_mean.reshape(-1), rtol=1e-9, atol=1e-9)
