@@ -36,10 +36,14 @@ def at_start(problem: Problem, params: Params) -> None:
 
 
 def _same_for_all_states(site: SiteRecord, symbol: str) -> bool:
-    """No argument of the site varies along the latent's dim (a site that hides its arguments may)."""
+    """No argument or mask of the site varies along the latent's dim (a site that hides its arguments may)."""
     dim = next(d for d, s in site.symbols.items() if s == symbol)
     if site.family is None or site.arguments is None or site.family.integrates:
         return False
+    for mask, trailing in ((site.mask, 0), (site.element_mask, site.element_dims)):
+        position = -1 if mask is None else mask.dim() - trailing + dim
+        if mask is not None and position >= 0 and mask.shape[position] > 1:
+            return False  # which of the data count depends on the latent
     for name, value in site.arguments.items():
         position = value.dim() - site.family.arguments[name] - site.element_dims + dim
         if position < 0 or value.shape[position] == 1:

@@ -235,6 +235,8 @@ def _features(problem: Problem, run: Run, name: str) -> Tensor | None:
             continue  # labels and other constraints are no measurements
         order = _plate_order(run, other.name)
         value, event = clean_value(other).double(), other.fn.event_dim
+        if value.dim() - event > len(other.fn.batch_shape):
+            value = other.value.double()  # its mask depends on a latent, and so on no row alone
         if other.family is not None and other.family.latent_response:
             value = other.family.location(value)
             event += other.family.location_dim - other.family.event_dim

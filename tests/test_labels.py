@@ -14,6 +14,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 import pyro_em
+from models import robust_mixture, semi_supervised
 from pyro_em.errors import InputError, NonFiniteError, Refusal
 from tests import zoo_data, zoo_structured
 from tests.problems import BY_NAME
@@ -118,6 +119,40 @@ def test_sets_of_allowed_states() -> None:
     assert by_exclusion.plan.engine.startswith("plated")
     probs = by_factor.posterior().marginal("z").probs
     assert (probs[~allowed] == 0).all()
+
+
+def test_a_mask_may_depend_on_a_latent() -> None:
+    """models/robust_mixture.py: which of two laws of the data counts depends on a latent that neither reads."""
+    x = robust_mixture.simulate(120)
+    result = pyro_em.fit(robust_mixture.model, x)
+    share, w, loc, scale = (result.params[n].numpy() for n in ("share", "weights", "loc", "scale"))
+    low, high = x.numpy().min(0), x.numpy().max(0)
+    box = np.prod(1.002 * (high - low))
+    inside = sum(w[k] * norm.pdf(x.numpy(), loc[k], scale[k]).prod(1) for k in range(2))
+    density = (1 - share) * inside + share / box
+    assert result.converged
+    assert [row.route for row in result.plan.m_step] == ["closed"] * 4
+    assert result.log_likelihood == pytest.approx(np.log(density).sum(), rel=1e-12)
+    outlier = result.posterior().marginal("outlier").probs.numpy()
+    np.testing.assert_allclose(outlier, share / box / density, atol=1e-12)
+    assert np.sort(loc[:, 0]) == pytest.approx([-3.0, 3.0], abs=0.5)  # the background does not pull them
+    loss = TraceEnum_ELBO(max_plate_nesting=1).loss(config_enumerate(robust_mixture.model), lambda x: None, x)
+    assert -loss == pytest.approx(result.log_likelihood, rel=1e-8)
+
+
+def test_ways_of_the_models_folder_agree() -> None:
+    """models/semi_supervised.py iterate by iterate."""
+    x, labels = semi_supervised.load()
+    first = pyro_em.fit(semi_supervised.model, x, labels, max_iter=5, tol=0)
+    second = pyro_em.fit(semi_supervised.masked, x, labels, max_iter=5, tol=0)
+    allowed = torch.nn.functional.one_hot(labels.clamp(min=0), 3).bool() | (labels < 0).unsqueeze(-1)
+    third = pyro_em.fit(semi_supervised.restricted, x, allowed, max_iter=5, tol=0)
+    for other in (second, third):
+        assert other.log_likelihood == pytest.approx(first.log_likelihood, rel=1e-12)
+    x, allowed = semi_supervised.load_restricted()
+    result = pyro_em.fit(semi_supervised.restricted, x, allowed)
+    assert result.converged
+    assert (result.posterior().marginal("z").probs[~allowed] == 0).all()
 
 
 def test_drawn_starts_respect_the_labels() -> None:

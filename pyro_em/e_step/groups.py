@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.e_step.base import NotCompiled
+from pyro_em.model.compat import dims_of
 from pyro_em.model.density import clean_value
 from pyro_em.model.graph import FactorInfo
 from pyro_em.model.packing import align
@@ -139,6 +140,8 @@ def make_groups(
 def _lay_out(
     site: SiteRecord, factor: Tensor, info: FactorInfo, uses: Sequence[Use], dims: str, num_enumerated: int
 ) -> _Layout:
+    if not set(dims_of(factor)) <= set(dims):
+        raise NotCompiled(f"the mask of site '{site.name}' depends on a latent that its arguments do not read")
     layout = _Layout(site, dims, tuple(align(factor, dims).shape), num_enumerated)
     tensors = layout.tensors
     if info.weight is not None:

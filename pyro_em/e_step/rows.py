@@ -86,6 +86,8 @@ def _layout(
             full[rank - len(elements) + plate.dim] = plate.size
         for i, size in enumerate(elements):
             full[rank - len(elements) + i] = size
+        if any(own not in (1, size) for own, size in zip(x.shape, full, strict=False)):
+            raise NotCompiled(f"the mask of site '{site.name}' depends on a latent")
         x = torch.broadcast_to(x, (*full, *x.shape[rank:]))
         outer = [rank - len(elements) + d for d in at_root]
         rest = [i for i in range(x.dim()) if i not in outer]

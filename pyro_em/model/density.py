@@ -88,8 +88,13 @@ def packed_log_density(site: SiteRecord) -> Tensor:
 
 def factor_shape(site: SiteRecord) -> Tensor:
     """A packed tensor of the shape of the site's log-density, without the work and memory of it."""
-    batch = site.value.shape[: site.value.dim() - site.fn.event_dim]
-    return _pack(torch.zeros(()).expand(broadcast_shapes(batch, site.batch_shape)), site)
+    batch = broadcast_shapes(site.value.shape[: site.value.dim() - site.fn.event_dim], site.batch_shape)
+    if site.mask is not None and not site.enumerated:
+        batch = broadcast_shapes(batch, site.mask.shape)  # a mask may depend on a latent that the arguments do not read
+    if site.element_mask is not None:
+        own = site.element_mask.shape
+        batch = broadcast_shapes(batch, own[: max(0, len(own) - site.element_dims)])
+    return _pack(torch.zeros(()).expand(batch), site)
 
 
 def _pack(density: Tensor, site: SiteRecord) -> Tensor:
