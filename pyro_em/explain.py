@@ -17,9 +17,16 @@ OBJECTIVES = {
 }
 
 
-def explain(problem: Problem, m_step: MStep, engine: Engine, algorithm: str, annealed: bool = False) -> Plan:
-    """The plan of an exact algorithm."""
-    e_rows, m_rows, notes = [], [], []
+def explain(
+    problem: Problem,
+    m_step: MStep,
+    engine: Engine,
+    algorithm: str,
+    annealed: bool = False,
+    remarks: tuple[str, ...] = (),
+) -> Plan:
+    """The plan of an exact algorithm; `remarks` go to its notes."""
+    e_rows, m_rows, notes = [], [], list(remarks)
     graph = problem.graph
     for name, role in problem.roles.items():
         site = problem.capture.sites[name]

@@ -20,6 +20,7 @@ from pyro_em.evaluator import Evaluator
 from pyro_em.evidence.rule import Quadrature
 from pyro_em.explain import explain
 from pyro_em.initialise import initial_starts
+from pyro_em.integration import numerical_error
 from pyro_em.loop import Callback, EMMap, Ended, History, Steps, drive, run_from
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.missing import complete_cases
@@ -138,6 +139,7 @@ def fit(
     with isolated_rng(seed), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", EMWarning)
         problem = _bind(model, args, kwargs, algorithm, guide, roles, weights, rules)
+        numerical_error(problem, problem.start)
         unobserved_cells(problem)
         m = MStep(problem, m_step, algorithm, optim)
         collinear(m.collinear)
@@ -212,7 +214,8 @@ def plan(
     with isolated_rng(0):
         problem = _bind(model, args, kwargs, algorithm, guide, roles, weights, rules)
         m = MStep(problem, m_step, algorithm)
-        return explain(problem, m, _engine(problem, m, algorithm), algorithm, temperature is not None)
+        notes = numerical_error(problem, problem.start)
+        return explain(problem, m, _engine(problem, m, algorithm), algorithm, temperature is not None, notes)
 
 
 def _engine(problem: Problem, m: MStep, algorithm: str) -> Engine:
@@ -255,6 +258,7 @@ def _result(
     annealed: bool,
 ) -> FitResult:
     params = {n: v.detach().to(problem.parameters[n].value.dtype).clone() for n, v in best.last.params.items()}
+    notes = numerical_error(problem, params)
     log_likelihood, log_prior = verified(problem, engine, dataclasses.replace(best.last, params=params))
     return FitResult(
         algorithm=algorithm,
@@ -266,7 +270,7 @@ def _result(
         outcome=best.outcome,
         num_iterations=best.last.iteration,
         history=best.history.as_dict(),
-        plan=explain(problem, m, engine, algorithm, annealed),
+        plan=explain(problem, m, engine, algorithm, annealed, notes),
         warnings=messages,
         restarts=tuple((run.last.objective, run.outcome.name) for run in runs),
         seed=seed,

@@ -22,6 +22,7 @@ from pyro_em.errors import InputError, Refusal
 from pyro_em.evidence.discrete import Evidence, evaluate, weighted_sum
 from pyro_em.evidence.elimination import Continuous
 from pyro_em.evidence.finite import check_finite
+from pyro_em.evidence.grids import on_grids
 from pyro_em.evidence.integrated import Integrated
 from pyro_em.evidence.rule import Quadrature
 from pyro_em.families import Family
@@ -65,15 +66,9 @@ class Problem:
         """The model at `params`; continuous latents stand at their current atoms."""
         if self.continuous is not None:
             return self.continuous.runs.several(dict(params), self.continuous.values)
+        nesting, loops = self.capture.max_plate_nesting, self.capture.loops
         with quiet_store(), pyro.validation_enabled(False):
-            return run_model(
-                self.model,
-                self.args,
-                self.kwargs,
-                params,
-                max_plate_nesting=self.capture.max_plate_nesting,
-                loops=self.capture.loops,
-            )
+            return run_model(self.model, self.args, self.kwargs, params, max_plate_nesting=nesting, loops=loops)
 
     def at_atoms(self, values: Mapping[str, Tensor]) -> Problem:
         """The same problem with its continuous latents at other atoms."""
@@ -229,10 +224,12 @@ def bind(
     :param rules: of the latents that are to be integrated by quadrature, by site.
     :raises Refusal, InputError, ResourceError: see the modules in `pyro_em.model`.
     """
+    rules = rules or {}
+    model = on_grids(model, rules)
     seen = capture(model, args, kwargs)
     assigned = assign_roles(seen, roles, deltas)
     latent = tuple(n for n, role in assigned.items() if role.role == "latent" and not seen.sites[n].enumerable)
-    latents.check_kinds(seen, latent, rules or {})
+    latents.check_kinds(seen, latent, rules)
     if latent:  # their atoms take one more dim left of the plates
         seen = dataclasses.replace(seen, max_plate_nesting=seen.max_plate_nesting + 1, loops=())
     check_states(seen)
@@ -267,7 +264,7 @@ def bind(
     continuous, seen_at = None, first
     if latent:
         runs = AtomRuns(model, args, kwargs, -seen.max_plate_nesting, {n: seen.sites[n].shapes for n in latent})
-        continuous = latents.bind_continuous(seen, latent, runs, (start, elsewhere), rules or {})
+        continuous = latents.bind_continuous(seen, latent, runs, (start, elsewhere), rules)
         with torch.no_grad():
             seen_at = continuous.runs.several(start, continuous.values)
     shapes = {name: _shape(site, seen) for name, site in seen_at.sites.items()}
@@ -282,7 +279,7 @@ def bind(
     uses = recognise(first, second, records, priors, (leaves, others))
     if continuous is not None:
         uses = latents.without_latents(uses, continuous.runs, (start, elsewhere), latents.draw(seen, latent, 2))
-    return Problem(model, args, kwargs, seen, assigned, graph, records, uses, with_prior, continuous, rules or {})
+    return Problem(model, args, kwargs, seen, assigned, graph, records, uses, with_prior, continuous, rules)
 
 
 def _shape(site: SiteRecord, seen: Capture) -> Tensor:

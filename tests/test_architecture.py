@@ -21,8 +21,9 @@ LAYERS = """
     types errors settings files shapes version
     constraint_names charts distributions kernels table tape state_space | slopes families | model
     store stop evidence | latents | problem options | statistics terms | state_posterior sequence_posterior
-    posterior predict design | sufficient impute | e_step.base | m_step | evaluator | loop explain information
-    pointwise e_step accelerate checks progress | initialise anneal | elbo result | em guides | ascent | svi | fit
+    posterior predict design | sufficient impute | e_step.base | m_step | evaluator
+    loop explain information integration | pointwise e_step accelerate checks progress | initialise anneal
+    elbo result | em guides | ascent | svi | fit
     summary plots checkpoint | arviz | __init__ | cli | __main__ | mini
 """
 ORDER = {name: place for place, layer in enumerate(LAYERS.replace("\n", "|").split("|")) for name in layer.split()}

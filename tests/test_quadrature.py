@@ -212,6 +212,55 @@ def test_error_estimate_is_honest() -> None:
         _at_start(zoo.ability, y, rule=Quadrature(3))
 
 
+def test_a_fixed_grid_agrees_with_adaptive_nodes() -> None:
+    y = _answers(30)
+    y[torch.rand(30, 4, generator=torch.Generator().manual_seed(1)) < 0.1] = NAN
+    options: dict[str, Any] = {"missing": "nan", "max_iter": 3, "tol": 0}
+    adaptive = pyro_em.fit(zoo.ability, y, e_step={"theta": Quadrature(41)}, **options)
+    fixed = pyro_em.fit(zoo.ability, y, e_step={"theta": Quadrature(121, adaptive=False)}, **options)
+    assert fixed.log_likelihood == pytest.approx(adaptive.log_likelihood, abs=1e-7)
+    for name, value in adaptive.params.items():
+        torch.testing.assert_close(fixed.params[name], value, atol=1e-6, rtol=0)
+    torch.testing.assert_close(fixed.log_prob(), adaptive.log_prob(), atol=1e-8, rtol=0)
+    torch.testing.assert_close(fixed.log_prob(y[:7]), adaptive.log_prob()[:7], atol=1e-8, rtol=0)
+    for moment in ("mean", "variance"):
+        found, expected = (getattr(r.posterior(), moment)("theta").ravel() for r in (fixed, adaptive))
+        torch.testing.assert_close(found, expected, atol=1e-7, rtol=0)
+    assert any("error of the log-likelihood" in note for note in fixed.plan.notes)
+    with pytest.raises(Refusal, match=r"'theta'.*9 nodes.*num_nodes=17"):
+        pyro_em.fit(zoo.ability, y, e_step={"theta": Quadrature(9, adaptive=False)}, **options)
+
+
+def _moving_prior(y: Tensor) -> None:
+    s = pyro.param("s", torch.tensor(1.0))
+    with pyro.plate("rows", len(y)):
+        theta = pyro.sample("theta", dist.Normal(0.0, s))
+        pyro.sample("y", dist.Poisson(theta.exp()), obs=y.abs().round())
+
+
+def _unequal_priors(y: Tensor) -> None:
+    a = pyro.param("a", torch.tensor(1.0))
+    with pyro.plate("rows", len(y)):
+        theta = pyro.sample("theta", dist.Normal(y, 1.0))
+        pyro.sample("y", dist.Poisson((a * theta).exp()), obs=y.abs().round())
+
+
+def _student(y: Tensor) -> None:
+    a = pyro.param("a", torch.tensor(1.0))
+    with pyro.plate("rows", len(y)):
+        theta = pyro.sample("theta", dist.StudentT(4.0))
+        pyro.sample("y", dist.Poisson((a * theta).exp()), obs=y.abs().round())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(_moving_prior, "depends on parameters"), (_unequal_priors, "from element to element"), (_student, "StudentT")],
+)
+def test_fixed_grids_that_are_refused(model: Any, message: str) -> None:
+    with pytest.raises(Refusal, match=message):
+        pyro_em.fit(model, torch.linspace(0.5, 2.0, 6), e_step={"theta": Quadrature(61, adaptive=False)})
+
+
 def test_missing_answers_and_repeated_rows() -> None:
     y = _answers(10)
     partly = y.clone()
@@ -302,6 +351,7 @@ BAD: list[tuple[Any, str]] = [
     ("quadrature", "'quadrature'.*pyro_em.Quadrature"),
     ({"theta": 21}, "pyro_em.Quadrature"),
     ({"z": Quadrature()}, r"no continuous latent 'z'.*'theta'"),
+    ({"z": Quadrature(61, adaptive=False), "theta": Quadrature()}, "no continuous latent 'z'"),
 ]
 
 
@@ -311,7 +361,16 @@ def test_bad_options(e_step: Any, message: str) -> None:
         pyro_em.fit(zoo.ability, _answers(), e_step=e_step)
 
 
-@pytest.mark.parametrize("options", [{"num_nodes": 0}, {"num_nodes": 2.5}, {"num_nodes": 500}, {"tolerance": -1.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_nodes": 0},
+        {"num_nodes": 2.5},
+        {"num_nodes": 500},
+        {"tolerance": -1.0},
+        {"num_nodes": 1, "adaptive": False},
+    ],
+)
 def test_bad_rules(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="Quadrature"):
         Quadrature(**options)

@@ -20,8 +20,8 @@ ROUTES: tuple[Callable[[Candidate], Route], ...] = (recognise_gaussian, recognis
 
 def check_rules(names: tuple[str, ...], rules: Mapping[str, Quadrature]) -> None:
     """Raise `InputError` for a rule of something that is no continuous latent."""
-    for name in rules:
-        if name not in names:
+    for name, rule in rules.items():
+        if name not in names and rule.adaptive:
             known = ", ".join(repr(n) for n in names) or "none"
             raise InputError(f"e_step: the model has no continuous latent '{name}'. Its continuous latents: {known}.")
 

@@ -20,6 +20,7 @@ from pyro_em.families.base import (
 )
 from pyro_em.families.categorical import CategoricalFamily, MultinomialFamily, OneHotCategoricalFamily
 from pyro_em.families.dirichlet import BetaFamily, DirichletFamily
+from pyro_em.families.grid import GridNormalFamily
 from pyro_em.families.heavy import CauchyFamily, HalfCauchyFamily, LaplaceFamily, StudentTFamily
 from pyro_em.families.incomplete_normal import IncompleteNormalFamily
 from pyro_em.families.moments import EXPECTED
@@ -49,6 +50,7 @@ _FAMILIES: tuple[Family, ...] = (
     GammaFamily(),
     InverseGammaFamily(),
     NormalFamily(),
+    GridNormalFamily(),
     LogNormalFamily(),
     HalfNormalFamily(),
     MultivariateNormalFamily(),

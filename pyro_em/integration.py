@@ -1,0 +1,59 @@
+"""Is a log-likelihood that was integrated numerically as accurate as its rules promise?
+
+Adaptive rules double their nodes (evidence/quadrature.py), fixed grids halve their spacing, at given parameters.
+"""
+
+from __future__ import annotations
+
+from pyro_em.distributions.grid import GridNormal
+from pyro_em.errors import InputError, Refusal
+from pyro_em.evidence.grids import refined
+from pyro_em.evidence.quadrature import QuadratureRoute
+from pyro_em.model.compat import base_distribution
+from pyro_em.problem import Problem
+from pyro_em.types import Params
+
+
+def numerical_error(problem: Problem, params: Params) -> tuple[str, ...]:
+    """The error of the log-likelihood at `params`, as sentences for the plan; none without numerical integration.
+
+    :raises Refusal: if it exceeds the tolerance of a rule.
+    :raises InputError: for the rule of a site that the model does not have.
+    """
+    if not problem.rules:
+        return ()
+    fixed = {name: rule for name, rule in problem.rules.items() if not rule.adaptive}
+    for name in fixed:
+        site = problem.capture.sites.get(name)
+        if site is None or not isinstance(base_distribution(site.fn), GridNormal):
+            raise InputError(f"e_step: the model has no continuous latent '{name}'.")
+    notes = []
+    if problem.continuous is not None:
+        routes = [route for route in problem.continuous.routes if isinstance(route, QuadratureRoute)]
+        for route in routes:
+            route.due = True
+        problem.evidence(params)
+        notes = [_sentence(route.latents.names, route.error) for route in routes]
+    if fixed:
+        coarse = float(problem.evidence(params)[0].log_likelihood)
+        with refined():
+            fine = float(problem.evidence(params)[0].log_likelihood)
+        error, first = abs(fine - coarse), next(iter(fixed))
+        allowed = min(rule.tolerance for rule in fixed.values()) * (1.0 + abs(coarse))
+        if not error <= allowed:
+            count = fixed[first].num_nodes
+            raise Refusal(
+                first,
+                f"a fixed grid of {count} nodes leaves an error of {error:.1e} in the log-likelihood (found by halving "
+                f"its spacing), more than the tolerance allows ({allowed:.1e}).",
+                f"use num_nodes={2 * count - 1}, or adaptive nodes.",
+            )
+        notes.append(_sentence(tuple(fixed), error))
+    return tuple(notes)
+
+
+def _sentence(names: tuple[str, ...], error: float) -> str:
+    return (
+        f"{', '.join(map(repr, names))} integrated numerically; error of the log-likelihood by doubling the nodes "
+        f"{error:.1e}."
+    )
