@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import pyro_em
+from pyro_em.arviz import to_datatree
 from pyro_em.e_step.interpreted import Interpreted
 from pyro_em.m_step.auto import MStep
 from pyro_em.problem import bind
@@ -120,6 +121,16 @@ def test_pointwise_log_likelihood_is_by_group() -> None:
         ).log_prob(y[own])
         torch.testing.assert_close(pointwise[group], expected, rtol=1e-11, atol=1e-11)
     assert result.num_observations == 5
+
+
+def test_inference_data() -> None:
+    """Log-likelihoods are evaluated without gradients around them, the elimination takes its own."""
+    problem = BY_NAME["random_slopes"]
+    result = _fit(problem, max_iter=3, tol=0)
+    tree = to_datatree(result, num_draws=20, num_log_likelihood_draws=4)
+    (found,) = tree["log_likelihood"].data_vars.values()
+    assert bool(np.isfinite(found).all())
+    assert found.shape[-1] == 5
 
 
 def test_samples_have_the_posterior_moments() -> None:

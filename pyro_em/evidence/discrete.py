@@ -104,11 +104,11 @@ def evaluate(graph: FactorGraph, factors: Packed) -> Evidence:
     :param factors: packed log-density of every site.
     """
     leaves: dict[str, Tensor] = {}
-    for component in graph.components:
-        for name in component.factors:
-            leaf = factors[name].detach().clone().requires_grad_(True)
-            leaves[name] = with_dims(leaf, dims_of(factors[name]))
-    with torch.enable_grad():
+    with torch.enable_grad():  # packing makes a view, through which the gradient has to come back
+        for component in graph.components:
+            for name in component.factors:
+                leaf = factors[name].detach().clone().requires_grad_(True)
+                leaves[name] = with_dims(leaf, dims_of(factors[name]))
         terms = tuple(contract(graph, component, leaves) for component in graph.components)
         names = list(leaves)
         finite = [torch.where(term.isfinite(), term, torch.zeros_like(term)).sum() for term in terms]
