@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from pyro_em.e_step.base import Expectation
@@ -56,4 +58,22 @@ def expectation(
         sufficient=Sufficient(problem, run.sites, raw_arguments(run.sites), moments_of),
         posterior=lambda: weights,
         error=sum(part.error for part in evidence.parts),
+    )
+
+
+def from_totals(problem: Problem, params: Params, totals: Tensor, sufficient: Sufficient) -> Expectation:
+    """The E-step of a compiled engine, by the reference where the data are impossible: it names the site and the rows.
+
+    :param totals: log p(x|θ), log p(θ) and Σ|ll_n|, (3,).
+    """
+    likelihood, prior, magnitude = totals.tolist()
+    if not math.isfinite(likelihood):
+        evidence, run = problem.evidence(params)
+        return expectation(problem, run, evidence)
+    return Expectation(
+        log_likelihood=likelihood,
+        log_prior=prior,
+        magnitude=magnitude,
+        sufficient=sufficient,
+        posterior=lambda: problem.evidence(params)[0].weights,
     )

@@ -15,8 +15,6 @@ low goes to the reference path, which names it.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Sequence
 
 import torch
@@ -24,15 +22,13 @@ from torch import Tensor
 
 from pyro_em.e_step import direct
 from pyro_em.e_step.base import Expectation, NotCompiled, OtherLayout, Stage
-from pyro_em.e_step.interpreted import expectation
+from pyro_em.e_step.interpreted import from_totals
+from pyro_em.e_step.outside import Outside
 from pyro_em.e_step.product import Prepared, Sums
 from pyro_em.e_step.program import IMPOSSIBLE, compile_program
-from pyro_em.evidence.discrete import weighted_sum
 from pyro_em.families.base import AnyStatistic
-from pyro_em.model import compat
-from pyro_em.model.density import packed_log_density
 from pyro_em.problem import Problem
-from pyro_em.statistics import SiteMoments, argument_cells, site_center, site_moments, site_statistics, site_weight
+from pyro_em.statistics import SiteMoments, site_moments, site_statistics
 from pyro_em.sufficient import Arguments, Sufficient, raw_arguments
 from pyro_em.types import Params
 
@@ -62,7 +58,7 @@ class Plated:
         self.generation = 0
         self.programs = [compile_program(problem, run, component, complement=True) for component in graph.components]
         self.owner = {n: i for i, p in enumerate(self.programs) for n in p.component.factors}
-        self._fixed: dict[str, SiteMoments] = {}
+        self._outside = Outside(problem, run)
         self._statistics: dict[str, tuple[AnyStatistic, ...]] = {}
         self._magnitude = torch.zeros((), dtype=torch.float64)  # Σ|ll_n| of the last E-step
 
@@ -94,18 +90,8 @@ class Plated:
     def expectation(self, params: Params, sums: Sequence[Tensor]) -> Expectation:
         """The E-step whose `core` gave `sums`."""
         totals, sufficient = self.after(params, sums)
-        likelihood, prior, magnitude = totals.tolist()
-        if not math.isfinite(likelihood):
-            evidence, run = self.problem.evidence(params)  # names the site and the rows
-            return expectation(self.problem, run, evidence)
         self._magnitude = totals[2]
-        return Expectation(
-            log_likelihood=likelihood,
-            log_prior=prior,
-            magnitude=magnitude,
-            sufficient=sufficient,
-            posterior=lambda: self.problem.evidence(params)[0].weights,
-        )
+        return from_totals(self.problem, params, totals, sufficient)
 
     def before(self, params: Params, magnitude: Tensor) -> Stage:
         """W of every component. `magnitude` () is Σ|ll_n| near `params`, the rounding that is allowed; 0 is any.
@@ -152,7 +138,7 @@ class Plated:
         evidence = torch.stack([x.evidence for x in own]).sum(0) if len(own) > 1 else own[0].evidence
         likelihood, magnitude = evidence.unbind()
         likelihood = torch.where(likelihood > 0.1 * IMPOSSIBLE, likelihood, -torch.inf)
-        constants, size, prior = self._outside(sufficient)
+        constants, size, prior = self._outside.log_density(sufficient)
         return torch.stack([likelihood + constants, prior, magnitude + size]), sufficient
 
     def spot_check(self, params: Params) -> tuple[float, float]:
@@ -183,7 +169,7 @@ class Plated:
     def _moments(self, name: str, arguments: dict[str, Tensor], sums: list[Sums]) -> SiteMoments:
         """Moments of a latent (the counts of its states), or of a site that no latent reaches."""
         if name not in self.owner:
-            return self._moments_outside(name, arguments)
+            return self._outside.moments(name, arguments)
         program, totals = self.programs[self.owner[name]], sums[self.owner[name]].totals
         states = program.states
         dims = dict(zip(states.dims, states.sizes, strict=True))
@@ -192,32 +178,6 @@ class Plated:
         if name not in self._statistics:
             self._statistics[name] = site_statistics(site, arguments, None)
         return site_moments(site, arguments, weight, None, self._statistics[name])
-
-    def _moments_outside(self, name: str, arguments: dict[str, Tensor]) -> SiteMoments:
-        """Sites that no latent reaches have the same moments at every E-step, unless their response is latent."""
-        site = self.run.sites[name]
-        assert site.family is not None
-        if name not in self._fixed or site.family.latent_response:
-            weight = site_weight(site, self.problem.graph.factors[name], None)
-            center = site_center(site, argument_cells(site, arguments))
-            self._fixed[name] = site_moments(site, arguments, weight, center)
-        return self._fixed[name]
-
-    def _outside(self, sufficient: Sufficient) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-density of sites that no latent reaches, its magnitude, and the log prior."""
-        graph = self.problem.graph
-        total, size, prior = torch.zeros(3, dtype=torch.float64).unbind()
-        for name in (*graph.constants, *graph.priors):
-            site = dataclasses.replace(sufficient.sites[name], arguments=sufficient.arguments[name])
-            packed = packed_log_density(site)
-            weight = graph.factors[name].weight
-            own = weighted_sum(packed, weight)
-            if name in graph.priors:
-                prior = prior + own
-            else:
-                total = total + own
-                size = size + weighted_sum(compat.with_dims(packed.abs(), compat.dims_of(packed)), weight)
-        return total, size, prior
 
 
 def compile_plated(problem: Problem) -> Plated:

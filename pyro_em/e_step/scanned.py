@@ -11,7 +11,6 @@ Not compiled here: several latents in a step, longer histories, tables or emissi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from pyro_em.e_step.base import Expectation, NotCompiled, Stage
 from pyro_em.e_step.direct import NUM_PREPARED
-from pyro_em.e_step.interpreted import expectation
+from pyro_em.e_step.interpreted import from_totals
 from pyro_em.e_step.outside import Outside
 from pyro_em.e_step.product import Prepared
 from pyro_em.e_step.scan_layout import placed
@@ -79,18 +78,8 @@ class Scanned:
     def expectation(self, params: Params, sums: Sequence[Tensor]) -> Expectation:
         """The E-step whose `core` gave `sums`."""
         totals, sufficient = self.after(params, sums)
-        likelihood, prior, magnitude = totals.tolist()
-        if not math.isfinite(likelihood):
-            evidence, run = self.problem.evidence(params)  # names the site and the rows
-            return expectation(self.problem, run, evidence)
         self._magnitude = totals[2]
-        return Expectation(
-            log_likelihood=likelihood,
-            log_prior=prior,
-            magnitude=magnitude,
-            sufficient=sufficient,
-            posterior=lambda: self.problem.evidence(params)[0].weights,
-        )
+        return from_totals(self.problem, params, totals, sufficient)
 
     def before(self, params: Params, magnitude: Tensor) -> Stage:
         """W, initial distribution and transition table of every component."""
