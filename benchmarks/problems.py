@@ -61,6 +61,19 @@ class LatentClasses:
         return {"weights": self.weights, "probs": torch.stack([1 - self.success, self.success], -1)}
 
 
+@dataclass(frozen=True)
+class ItemResponse:
+    """Answers (N, J) of people, 0 or 1, and the number of nodes of the abilities."""
+
+    data: Tensor
+    num_nodes: int
+
+    def work(self) -> dict[str, int]:
+        """Two products of the answers and a one with the nodes, and a softmax over the nodes."""
+        rows, items = self.data.shape
+        return {"flops": 4 * rows * self.num_nodes * (1 + items), "exps": rows * self.num_nodes}
+
+
 def mixture(
     num_rows: int, num_components: int, num_features: int, *, diagonal: bool = False, sep: float = 2.0
 ) -> Mixture:
