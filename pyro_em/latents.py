@@ -19,7 +19,6 @@ from pyro_em.evidence.elimination import Candidate, Continuous, Eliminated, Late
 from pyro_em.evidence.finite import check_finite
 from pyro_em.evidence.routes import check_rules, choose_route
 from pyro_em.evidence.rule import Quadrature
-from pyro_em.model.affine import linear_part
 from pyro_em.model.atoms import AtomRuns
 from pyro_em.model.capture import Capture
 from pyro_em.model.compat import dims_of
@@ -28,7 +27,6 @@ from pyro_em.model.graph import FactorGraph, FactorInfo
 from pyro_em.model.packing import multiply, onto
 from pyro_em.model.switching import refuse_switching
 from pyro_em.model.trace import Run
-from pyro_em.model.use import VALUE, Use
 from pyro_em.types import Params
 
 SYMBOLS = "①②③④⑤⑥⑦⑧⑨⑩⑪⑫⑬⑭⑮⑯⑰⑱⑲⑳"  # of the atoms of each set; Pyro's own symbols are letters
@@ -254,45 +252,3 @@ def integrate(
             weights[name] = joint
     size = evidence.magnitude + sum(part.magnitude for part in parts)
     return dataclasses.replace(evidence, weights=weights, parts=parts, states=states, magnitude=size), run
-
-
-def without_latents(
-    uses: Mapping[str, tuple[Use, ...]], runs: AtomRuns, params: tuple[Params, Params], values: Values
-) -> dict[str, tuple[Use, ...]]:
-    """Uses whose form holds for all values of the latents; a coefficient that moves with them is none.
-
-    (The location w·z is "z times an entry of w" at one z only.) Checked at other values of the latents, for both
-    parameters. An affine predictor keeps its terms if they are right there, without the part that moves.
-    """
-    with torch.no_grad():
-        first, second = (runs.one(p, values) for p in params)
-    found = {}
-    for name, own in uses.items():
-        found[name] = tuple(_without_latents(use, first, second, params) for use in own)
-    return found
-
-
-def _without_latents(use: Use, first: Run, second: Run, params: tuple[Params, Params]) -> Use:
-    before = (first.sites[use.site].arguments or {}).get(use.slot)
-    after = (second.sites[use.site].arguments or {}).get(use.slot)
-    if use.slot == VALUE or before is None or after is None:
-        return use
-    if use.index is not None:
-        if _near(use.argument(params[1][use.parameter], after), after):
-            return use
-    elif use.predictor is not None:
-        predictor = use.predictor
-        step = {n: params[1][n].detach() - params[0][n].detach() for n in predictor.parameters}
-        change = predictor.inverse(after.double()) - predictor.inverse(before.double())
-        expected = linear_part(predictor.terms, step, torch.zeros_like(change))
-        outside = predictor.offset is None  # other parameters move the argument too
-        if not outside and _near(expected, change):
-            moves = not _near(predictor.argument(params[0]), before)
-            return dataclasses.replace(use, predictor=dataclasses.replace(predictor, offset=None)) if moves else use
-    else:
-        return use
-    return Use(use.parameter, use.site, use.slot, None, reason="it multiplies a continuous latent")
-
-
-def _near(found: Tensor, truth: Tensor) -> bool:
-    return torch.allclose(found.to(truth), truth, rtol=1e-5, atol=1e-6 * (1 + float(truth.abs().max())), equal_nan=True)

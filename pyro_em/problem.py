@@ -26,6 +26,7 @@ from pyro_em.evidence.grids import on_grids
 from pyro_em.evidence.integrated import Integrated
 from pyro_em.evidence.rule import Quadrature
 from pyro_em.families import Family
+from pyro_em.latent_uses import without_latents
 from pyro_em.model.atoms import AtomRuns
 from pyro_em.model.capture import Capture, ParameterRecord, capture
 from pyro_em.model.certify import certify_factors
@@ -278,7 +279,7 @@ def bind(
         second = run(others)
     uses = recognise(first, second, records, priors, (leaves, others))
     if continuous is not None:
-        uses = latents.without_latents(uses, continuous.runs, (start, elsewhere), latents.draw(seen, latent, 2))
+        uses = without_latents(uses, continuous.runs, (start, elsewhere), latents.draw(seen, latent, 2))
     return Problem(model, args, kwargs, seen, assigned, graph, records, uses, with_prior, continuous, rules)
 
 

@@ -1,4 +1,4 @@
-"""Published fits of models with continuous latents: probabilistic PCA, mixed models, scale mixtures, overdispersion."""
+"""Published fits of models with continuous latents: factor analysis, mixed models, scale mixtures, overdispersion."""
 
 from __future__ import annotations
 
@@ -24,6 +24,50 @@ def _groups(name: str, response: str, *columns: str) -> tuple[Tensor, list[Tenso
         names = sorted({row[column] for row in rows})
         codes.append(torch.tensor([names.index(row[column]) for row in rows]))
     return torch.tensor([float(row[response]) for row in rows]), codes, rows
+
+
+def _with_covariance(S: Tensor, num_rows: int) -> Tensor:
+    """Data of mean 0 whose second moment, divided by N, is exactly S."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(num_rows, len(S), generator=generator, dtype=torch.float64)
+    x = x - x.mean(0)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(x.T @ x / num_rows), x.T, upper=False).T @ (
+        torch.linalg.cholesky(S).T
+    )
+
+
+def fa_ability() -> Found:
+    """Only the covariance is published: data with exactly that second moment, on the correlation scale."""
+    S = read("ability_cov", "general", "picture", "blocks", "maze", "reading", "vocab")
+    sd = S.diagonal().sqrt()
+    R, n = S / sd / sd.unsqueeze(-1), 112
+    x = _with_covariance(R, n)
+    found: Found = {}
+    saturated = -n / 2 * (6 * math.log(2 * math.pi) + float(torch.logdet(R)) + 6)
+    for k, factor in ((1, n - 1 - (2 * 6 + 5) / 6 - 2 / 3), (2, n - 1 - (2 * 6 + 5) / 6 - 4 / 3)):
+        result = fit(factor_analysis.model, x, k, **FAST)
+        discrepancy = 2 * (saturated - result.log_likelihood) / n
+        found[f"k={k} uniquenesses"] = result.params["scale"] ** 2
+        found[f"k={k} chi2 (df {9 if k == 1 else 4})"] = factor * discrepancy
+        found[f"k={k} discrepancy F"] = discrepancy
+        found[f"k={k} loglik on corr scale, n=112"] = result.log_likelihood
+    return found
+
+
+def cfa_hs1939() -> Found:
+    x = read("holzinger1939", *(f"x{i}" for i in range(1, 10)))
+    factor = torch.arange(9) // 3
+    result = fit(factor_analysis.confirmatory, x, factor, **FAST)
+    C = result.params["covariance"]
+    sd = C.diagonal().sqrt()
+    loading = torch.ones(9).index_put((torch.tensor([1, 2, 4, 5, 7, 8]),), result.params["loading"])
+    R = C / sd / sd.unsqueeze(-1)
+    return {
+        "loglik": result.log_likelihood,
+        "loadings (std.lv)": loading * sd[factor],
+        "residual var": result.params["scale"] ** 2,
+        "factor corr (12,13,23)": torch.stack([R[0, 1], R[0, 2], R[1, 2]]),
+    }
 
 
 def ppca_iris() -> Found:

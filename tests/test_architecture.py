@@ -20,7 +20,8 @@ MINI = PACKAGE / "mini.py"  # the idea on one page: it stands alone, so it has p
 LAYERS = """
     types errors settings files shapes version
     constraint_names charts distributions kernels table tape state_space | slopes families | model
-    store stop evidence | latents | problem options | statistics terms | state_posterior sequence_posterior
+    store stop evidence | latents latent_uses | problem options | statistics terms
+    state_posterior sequence_posterior
     posterior predict design | sufficient impute | e_step.base | m_step | evaluator
     loop explain information integration | pointwise e_step accelerate checks progress | initialise anneal
     elbo result | em guides | ascent | svi | fit

@@ -14,6 +14,7 @@ another family); these are maximised numerically.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ from pyro_em.m_step.location import (
     total_moments,
 )
 from pyro_em.m_step.unit import connected, weight_of
-from pyro_em.model.affine import at_entry
+from pyro_em.model.affine import at_entry, terms_at
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.model.use import VALUE, Use
 from pyro_em.problem import Problem
@@ -135,8 +136,26 @@ class Linear:
         for own in self.sites:
             if own.name not in sufficient.locations:
                 weight = weight_of(self.problem, own.name, sufficient)
+                designs = self._designs_at(own, params, sufficient) if own.moving else own.designs
+                own = dataclasses.replace(own, designs=designs)
                 sufficient.locations[own.name] = own.open(weight, sufficient, self.size)
         return [sufficient.locations[own.name] for own in self.sites]
+
+    def _designs_at(self, own: LocationSite, params: Params, sufficient: Sufficient) -> tuple[Design, ...]:
+        """Designs whose coefficients are values of continuous latents: at the atoms of this E-step."""
+        leaves = {n: params[n].detach().clone().requires_grad_(True) for n in self.names}
+        with torch.enable_grad():
+            run = sufficient.problem.run({**params, **leaves})
+        site = run.sites[own.name]
+        argument = (site.arguments or {})[own.slot]
+        reached = [n for n in self.names if any(use.site == own.name and use.slot != VALUE for use in self.uses[n])]
+        terms = [term for n in reached for term in terms_at(n, run.leaves[n], argument)]
+        cells = full_cells(site)
+        if not own.vector:
+            return (Design(terms, self.starts, self.size, cells),)
+        return tuple(
+            Design([at_entry(t, d) for t in terms], self.starts, self.size, cells) for d in range(len(own.designs))
+        )
 
     def _priors(self, sufficient: Sufficient) -> list[tuple[str, QuadraticKernel]]:
         found = []
@@ -219,7 +238,9 @@ def _location_site(
     varying = {d for design in designs for group in design.groups for d in group.dims}
     elsewhere = [u for u in _others_uses(site.name, slot, uses) if u.index is None]
     summed = not vector and not (others & varying) and not elsewhere
-    return LocationSite(site.name, slot, designs, vector, others if summed else None, free, total_moments(site, vector))
+    moving = predictor is not None and predictor.moving
+    kept = others if summed else None
+    return LocationSite(site.name, slot, designs, vector, kept, free, total_moments(site, vector), moving)
 
 
 def _others_uses(site: str, slot: str, uses: Mapping[str, tuple[Use, ...]]) -> list[Use]:

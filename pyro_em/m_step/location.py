@@ -47,6 +47,7 @@ class LocationSite:
     keep: frozenset[int] | None
     free: Tensor | None  # 0/1 over the cells: where a parameter reaches the location
     total: SiteMoments  # of all data around their mean, one cell
+    moving: bool = False  # the designs depend on continuous latents, and are those of one E-step
 
     def open(self, weight: Tensor, sufficient: Sufficient, size: int) -> Location:
         """The site at the parameters of an E-step."""

@@ -243,6 +243,8 @@ def _curve(slot: Slot, site: SiteRecord, sufficient: Sufficient) -> Curve:
 
 def is_behind_predictor(use: Use, site: SiteRecord) -> bool:
     """Whether this use of a parameter is one that a `PredictorSite` serves."""
+    if use.predictor is not None and use.predictor.moving:
+        return False  # its terms are those at one value of the continuous latents
     family = site.family
     if family is None or site.arguments is None or family.integrates or family.latent_response:
         return False

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_em.errors import ResourceError
 from pyro_em.model.links import INNER, LINKS, PredictorLink
 
 MAX_SLICES = 4096  # tangents that are worth to be pushed for one parameter
@@ -42,6 +43,7 @@ class Term:
 class Predictor:
     """link⁻¹(argument) = offset + Σ terms. `offset` is None if it depends on parameters outside of the terms.
 
+    With `moving` the coefficients depend on continuous latents: the terms are those at one value, see `terms_at`.
     `fixed`, if given, holds the argument where no parameter reaches it (a structural zero may have no η), else NaN.
     """
 
@@ -51,6 +53,7 @@ class Predictor:
     terms: tuple[Term, ...]
     offset: Tensor | None
     fixed: Tensor | None = None
+    moving: bool = False
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -148,6 +151,21 @@ def find_predictor(
         if _close(link.inverse(v2), end, tolerance):
             return Predictor(site, slot, link, tuple(terms), _compressed(offset, rounding), fixed)
     return None
+
+
+def terms_at(name: str, leaf: Tensor, argument: Tensor) -> list[Term]:
+    """Terms of an argument that is known to be affine in a parameter, at the run that gave it."""
+    push, draw = _push(argument, leaf), _draw(leaf, torch.Generator().manual_seed(0))
+    value = argument.detach().double()
+    tolerance = 1e-9 if argument.dtype == torch.float64 else 1e-4
+    still = torch.zeros_like(value, dtype=torch.bool)
+    found = _design(name, leaf, push, value, LINKS[0], draw, push(draw).double(), tolerance, still)
+    if found is None:
+        raise ResourceError(
+            f"Parameter '{name}' has {leaf.numel()} entries that continuous latents multiply, more than {MAX_SLICES} "
+            f"that are solved for jointly. Use m_step={{'{name}': 'gradient'}}."
+        )
+    return found
 
 
 def _draw(leaf: Tensor, generator: torch.Generator) -> Tensor:

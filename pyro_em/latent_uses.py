@@ -1,0 +1,72 @@
+"""What a parameter does in a model with continuous latents: uses whose form holds for all values of these.
+
+Uses are recognised at one value of the latents (model/recognise.py), where w·z is "z times an entry of w" and
+z @ W.T + b an affine predictor. Both forms hold at every value, but their coefficients move: such a use is kept as a
+predictor with `moving` terms, which the M-step reads off anew at the atoms of each E-step (m_step/linear.py), so
+that loadings are solved for like the slopes of a regression. Whatever else moves is opaque.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pyro_em.model.affine import Predictor, Term, linear_part
+from pyro_em.model.atoms import AtomRuns
+from pyro_em.model.links import LINKS
+from pyro_em.model.trace import Run
+from pyro_em.model.use import VALUE, Use
+from pyro_em.types import Params
+
+Values = dict[str, Tensor]
+
+
+def without_latents(
+    uses: Mapping[str, tuple[Use, ...]], runs: AtomRuns, params: tuple[Params, Params], values: Values
+) -> dict[str, tuple[Use, ...]]:
+    """Uses whose form holds for all values of the latents; a coefficient that moves with them is none.
+
+    (The location w·z is "z times an entry of w" at one z only.) Checked at other values of the latents, for both
+    parameters. An affine predictor keeps its terms if they are right there, without the part that moves.
+    """
+    with torch.no_grad():
+        first, second = (runs.one(p, values) for p in params)
+    found = {}
+    for name, own in uses.items():
+        found[name] = tuple(_without_latents(use, first, second, params) for use in own)
+    return found
+
+
+def _without_latents(use: Use, first: Run, second: Run, params: tuple[Params, Params]) -> Use:
+    before = (first.sites[use.site].arguments or {}).get(use.slot)
+    after = (second.sites[use.site].arguments or {}).get(use.slot)
+    if use.slot == VALUE or before is None or after is None:
+        return use
+    if use.index is not None:
+        if _near(use.argument(params[1][use.parameter], after), after):
+            return use
+        if use.slot == "loc" and use.power == 1 and not use.exponential and use.coefficient is not None:
+            term = Term(use.parameter, use.index, use.coefficient.double())
+            alone = Predictor(use.site, use.slot, LINKS[0], (term,), None, moving=True)
+            return Use(use.parameter, use.site, use.slot, None, predictor=alone)
+    elif use.predictor is not None:
+        predictor = use.predictor
+        step = {n: params[1][n].detach() - params[0][n].detach() for n in predictor.parameters}
+        change = predictor.inverse(after.double()) - predictor.inverse(before.double())
+        expected = linear_part(predictor.terms, step, torch.zeros_like(change))
+        outside = predictor.offset is None  # other parameters move the argument too
+        if not outside and _near(expected, change):
+            moves = not _near(predictor.argument(params[0]), before)
+            return dataclasses.replace(use, predictor=dataclasses.replace(predictor, offset=None)) if moves else use
+        if not outside and predictor.link is LINKS[0] and use.slot == "loc":
+            return dataclasses.replace(use, predictor=dataclasses.replace(predictor, offset=None, moving=True))
+    else:
+        return use
+    return Use(use.parameter, use.site, use.slot, None, reason="it multiplies a continuous latent")
+
+
+def _near(found: Tensor, truth: Tensor) -> bool:
+    return torch.allclose(found.to(truth), truth, rtol=1e-5, atol=1e-6 * (1 + float(truth.abs().max())), equal_nan=True)
