@@ -5,6 +5,7 @@ Oracles: enumeration of all assignments, k-means of scikit-learn, and the modes 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import pyro_em
 from pyro_em.anneal import temperatures
+from pyro_em.cli import main
 from pyro_em.errors import InputError, Refusal
 from pyro_em.evidence.assigned import assign
 from pyro_em.problem import bind
@@ -272,3 +274,13 @@ def test_a_stop_by_callback_and_max_iter_zero() -> None:
         assert stopped.num_iterations == 2
         start = _fit("gmm_diagonal", max_iter=0, seed=0, **options)
         assert all(torch.equal(start.params[n], v) for n, v in BY_NAME["gmm_diagonal"].start().items())
+
+
+def test_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    models = Path(__file__).resolve().parent.parent / "models"
+    page = ["fit", f"{models}/gmm.py:univariate", "--data", f"{models}/data/faithful.csv", "--columns", "waiting"]
+    assert main([*page, "--algorithm", "cem", "--temperature", "2"]) == 2
+    assert "temperature belongs to the exact algorithms" in capsys.readouterr().err
+    for options, words in [(["--temperature", "1.05"], "em: "), (["--algorithm", "sem"], "sem: The requested number")]:
+        assert main([*page, "--max-iter", "20", *options]) == 0
+        assert capsys.readouterr().out.startswith(words)
