@@ -290,3 +290,10 @@ def test_rows_may_be_permuted_and_units_changed() -> None:
     third = pyro_em.fit(regressions, X, 10 * y + 5, init=scaled, **options)
     assert third.log_likelihood + N * np.log(10) == pytest.approx(first.log_likelihood, rel=1e-10)
     torch.testing.assert_close(third.params["b"], 10 * first.params["b"], rtol=1e-9, atol=1e-9)
+
+
+def test_a_covariate_that_is_nan_is_named() -> None:
+    missing = X.clone()
+    missing[7, 1] = torch.nan
+    with pytest.raises(pyro_em.InputError, match=r"Site 'y': its argument 'loc' is NaN in row 7\."):
+        pyro_em.fit(regressions, missing, Y)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +121,10 @@ class _Observe(Messenger):
         name, value = msg["name"], detach_provenance(msg["value"])
         if msg["is_observed"]:
             _check_data(name, msg["fn"], value, msg["mask"], gaps=INCOMPLETE in msg["infer"])
-        inputs = list((compat.raw_arguments(msg["fn"]) or {}).values())
+        raw = compat.raw_arguments(msg["fn"]) or {}
+        if msg["is_observed"]:
+            _check_arguments(name, raw)
+        inputs = list(raw.values())
         upstream = get_provenance([inputs, msg["value"], msg["mask"], msg["scale"]])
         if not inputs:
             upstream = upstream | get_provenance(msg["fn"].log_prob(value))
@@ -191,6 +194,20 @@ def _plain_support(fn: Any) -> Any:
         return fn.support
     except NotImplementedError:
         return None
+
+
+def _check_arguments(name: str, raw: Mapping[str, Any]) -> None:
+    """Raise on arguments that are NaN: what the data depend on (covariates, offsets) is not known."""
+    for argument, value in raw.items():
+        value = detach_provenance(value)
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not bool(value.sum().isnan()):
+            continue
+        bad = value.isnan()
+        if bool(bad.any()):  # a sum of infinities of both signs is NaN, too
+            raise InputError(
+                f"Site '{name}': its argument '{argument}' is NaN in row {_first(bad)}. A covariate, an offset or a "
+                "starting value is NaN there; correct it, or leave the row out."
+            )
 
 
 def _first(bad: Tensor) -> str:
