@@ -166,7 +166,7 @@ class Problem:
         with torch.no_grad():
             run = self.run(params)
             factors = self.factors(run)
-        return check_finite(self.graph, evaluate(self.graph, factors), factors), run
+        return check_finite(self.graph, evaluate(self.graph, factors), factors, self.with_prior), run
 
     def integrated_factors(self, params: Params) -> tuple[dict[str, Tensor], Run]:
         """Factors of `reduced_graph`, differentiable in `params`, and a run of the model."""

@@ -121,7 +121,8 @@ class Grouped:
             sufficient.put(theta, program.uses[name])
         posterior = self._posterior(arguments)
         log_prior = self._log_prior(sufficient)
-        if not (math.isfinite(posterior.log_likelihood) and math.isfinite(log_prior)):
+        finite = math.isfinite(log_prior) or not problem.with_prior
+        if not (math.isfinite(posterior.log_likelihood) and finite):
             with torch.enable_grad():
                 evidence, run = problem.evidence(params)  # names the site and the rows
             return expectation(problem, run, evidence)

@@ -16,12 +16,15 @@ from pyro_em.model.compat import detached, dims_of
 from pyro_em.model.graph import Component, FactorGraph
 
 
-def check_finite(graph: FactorGraph, evidence: Evidence, factors: Mapping[str, Tensor]) -> Evidence:
+def check_finite(
+    graph: FactorGraph, evidence: Evidence, factors: Mapping[str, Tensor], with_prior: bool = True
+) -> Evidence:
     """The evidence itself.
 
+    :param with_prior: priors count; otherwise a parameter may lie where its prior's density is zero.
     :raises NonFiniteError: if a log-density is NaN or +infinite, or an observation has density zero.
     """
-    if bool(evidence.log_likelihood.isfinite()) and bool(evidence.log_prior.isfinite()):
+    if bool(evidence.log_likelihood.isfinite()) and (bool(evidence.log_prior.isfinite()) or not with_prior):
         return evidence
     for name, factor in factors.items():
         if bool(factor.isnan().any()) or bool((factor == torch.inf).any()):

@@ -69,6 +69,9 @@ def _certify(loop: ChainedLoop, together: Run, alone: Run) -> None:
                 raise Refusal(name, f"the pyro_em.markov loop has no such site at step {step}.", REMEDY)
             found = packed_log_density(own)
             dims = compat.dims_of(found)
+            # Plates lie in the same dims, even where their names have the step in them.
+            places = together.sites[name].symbols
+            symbols.update({own.symbols[p.dim]: places[p.dim] for p in own.plates if p.dim in places})
             strange = [d for d in dims if d not in symbols]
             expected = _slice(together.sites[name], loop, step)
             if not strange:
@@ -83,7 +86,7 @@ def _certify(loop: ChainedLoop, together: Run, alone: Run) -> None:
 
 def _symbols(loop: ChainedLoop, together: Run, alone: Run, steps: list[int], place: int) -> dict[str, str]:
     """What each symbol of the run at single steps is in the run of all together, seen from one step."""
-    found = {s: together.plate_symbols[n] for n, s in alone.plate_symbols.items() if n in together.plate_symbols}
+    found: dict[str, str] = {}
     for name, site in together.sites.items():
         if site.symbol is None:
             continue
