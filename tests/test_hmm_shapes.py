@@ -1,4 +1,4 @@
-"""The model shapes of Pyro's `examples/hmm.py`, written afresh: plain, batched, autoregressive, factorial, tied, smoothed.
+"""The shapes of Pyro's `examples/hmm.py` afresh: plain, batched, autoregressive, factorial, coupled, of order two.
 
 A small set of three sequences of chords over four tones, of unequal length, fitted by `em` and `map-em`. Every shape
 is written once, with time first; the loop is `pyro.markov` over single steps or `pyro_em.markov` over all at once,

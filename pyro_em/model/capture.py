@@ -27,6 +27,7 @@ from pyro_em.model import compat
 from pyro_em.model.missing import INCOMPLETE, SERIES, check_unread
 from pyro_em.model.timeline import Loop, Unplanned, running
 from pyro_em.model.trace import OBSERVE, Plate, combined_masks, quiet_store
+from pyro_em.model.unfold import Unfold
 from pyro_em.shapes import broadcast_shapes
 from pyro_em.types import Model
 
@@ -237,7 +238,7 @@ def _capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], kind: 
     with quiet_store(), poutine.block(), compat.recording_arguments(), labels, torch.no_grad(), quiet:
         try:
             with running(kind, loops) as met:
-                trace: Any = poutine.trace(observe(model)).get_trace(*args, **kwargs)
+                trace: Any = poutine.trace(observe(Unfold()(model))).get_trace(*args, **kwargs)
         except ZeroDivisionError as error:
             if "size cannot be zero" not in str(error):
                 raise

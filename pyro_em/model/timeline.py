@@ -145,6 +145,11 @@ class _Mode:
 _active: list[_Mode] = []
 
 
+def is_active() -> bool:
+    """Whether the package is looking at a model, so that loops are run as planned."""
+    return bool(_active)
+
+
 class Unplanned(Exception):
     """A loop was met in a run that did not expect one."""
 

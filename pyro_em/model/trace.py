@@ -30,6 +30,7 @@ from pyro_em.model.first import FirstElements
 from pyro_em.model.labels import observe_labels
 from pyro_em.model.missing import first_of, observe_where
 from pyro_em.model.timeline import Loop, running
+from pyro_em.model.unfold import Unfold
 from pyro_em.types import Model
 
 
@@ -279,6 +280,7 @@ def run_model(
         stack.enter_context(substitute)
         if first is not None:
             stack.enter_context(first)
+        model = Unfold()(model)
         if enumerated:
             stack.enter_context(compat.enumeration(max_plate_nesting))
             model = poutine.infer_config(config_enumerate(model, default="parallel"), config_fn=_enumerate_discrete)
