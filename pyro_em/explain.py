@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from pyro_em.e_step.base import Engine
+from pyro_em.evidence.integrated import has_states
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.compat import base_distribution
 from pyro_em.model.plan import Plan, Row
@@ -33,7 +34,9 @@ def explain(
         family = type(base_distribution(site.fn)).__name__
         plates = ", ".join(f"{plate.name}={plate.size}" for plate in site.plates)
         if role.role == "data":
-            e_rows.append(Row(name, "data", "observed", family + (f" in plates {plates}" if plates else "")))
+            inside = ", its states integrated out by a Kalman filter" if has_states(site.fn) else ""
+            where = f" in plates {plates}" if plates else ""
+            e_rows.append(Row(name, "data", "observed", family + where + inside))
         elif role.role == "latent" and not site.enumerable:
             assert problem.continuous is not None
             number = problem.continuous.set_of(name)

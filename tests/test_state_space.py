@@ -47,6 +47,7 @@ def test_monotone_and_closed(case: Case) -> None:
     assert objective[0] == pytest.approx(float(case.objective(case.init)), rel=1e-12)
     assert objective[-1] == pytest.approx(float(case.objective(result.params)), rel=1e-12)
     assert {row.route for row in result.plan.m_step} == {"closed"}
+    assert "integrated out by a Kalman filter" in result.plan.e_step[0 if case.log_prior is None else -1].reason
 
 
 @every

@@ -20,6 +20,7 @@ from pyro_em.e_step.plated import Plated, compile_plated
 from pyro_em.e_step.predicted import compile_predicted
 from pyro_em.e_step.scanned import Scanned, compile_scanned
 from pyro_em.errors import PyroEMError
+from pyro_em.evidence.integrated import has_states
 from pyro_em.loop import Iterate
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.resources import predicted_bytes
@@ -36,7 +37,7 @@ def choose_engine(problem: Problem, m_step: MStep) -> Engine:
     """The first compiled engine that accepts the problem, else the interpreter with the reasons."""
     if problem.continuous is not None:
         return Interpreted(problem, "; ".join(f"{r.name} latents" for r in problem.continuous.routes))
-    if m_step.all_closed and any(site.family is not None and site.family.integrates for site in problem.sites):
+    if m_step.all_closed and any(has_states(site.fn) for site in problem.capture.sites.values()):
         with contextlib.suppress(NotCompiled):
             return compile_inside(problem)
     if not m_step.separate:

@@ -10,9 +10,12 @@ sites have posterior weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from pyro_em.families import family_for
+from pyro_em.model.compat import base_distribution
 from pyro_em.model.density import clean_value, naming_singular_steps
 from pyro_em.model.trace import SiteRecord
 
@@ -37,6 +40,12 @@ class Integrated:
 def integrates(site: SiteRecord) -> bool:
     """Whether the site's distribution has latents inside."""
     return site.family is not None and site.family.integrates
+
+
+def has_states(distribution: Any) -> bool:
+    """The same of a distribution that was not recorded: without a run of the model."""
+    family = family_for(base_distribution(distribution))
+    return family is not None and family.integrates
 
 
 def integrate(site: SiteRecord, weight: Tensor) -> Integrated:
