@@ -123,14 +123,14 @@ class _Observe(Messenger):
         if msg["is_observed"]:
             _check_data(name, msg["fn"], value, msg["mask"], gaps=INCOMPLETE in msg["infer"])
         raw = compat.raw_arguments(msg["fn"]) or {}
-        if msg["is_observed"]:
-            _check_arguments(name, raw)
         inputs = list(raw.values())
         upstream = get_provenance([inputs, msg["value"], msg["mask"], msg["scale"]])
         if not inputs:
             upstream = upstream | get_provenance(msg["fn"].log_prob(value))
         self.upstream[name] = upstream - {name}
         check_unread(name, self.upstream[name], self.incomplete)
+        if msg["is_observed"]:
+            _check_arguments(name, raw)
         if INCOMPLETE in msg["infer"]:
             self.incomplete |= {name}
         if not msg["is_observed"] or name in self.incomplete:
