@@ -128,7 +128,7 @@ class MStep:
         sufficient = opened(expectation)
         self._count += 1
         check = self._coupled or self._count <= 3 or self._count % 10 == 0
-        scale = self.problem.graph.num_observations
+        scale = _elements(self.problem)
         bound = certificate_bound(params)
         certificate, empty = None, set()
         rounds = 0
@@ -159,7 +159,7 @@ class MStep:
         params, empty = self.closed_update(params, sufficient)
         if self.numeric:
             block = Block.of_q(expectation.sufficient.problem, params, expectation.weights, self.numeric)
-            scale = self.problem.graph.num_observations
+            scale = _elements(self.problem)
             if self._large:
                 return ascend(block, num_steps=CLIMB), empty
             params = maximise(block, tolerance=0.1 * certificate_bound(params) * scale)
@@ -187,3 +187,8 @@ class MStep:
 
 def _largest(x: Tensor) -> float:
     return float(x.abs().max()) if x.numel() else 0.0
+
+
+def _elements(problem: Problem) -> float:
+    """Elements of the data plates, or steps of a longer loop over time: the rounding of ∂Q/∂u grows with them."""
+    return max(problem.graph.num_observations, *(loop.loop.steps for loop in problem.graph.loops), 0.0)
