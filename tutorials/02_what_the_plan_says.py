@@ -213,7 +213,8 @@ print("".join("#" if state == busy else "." for state in path.tolist()), " 1900 
 # ## Refusals
 #
 # The exact algorithms never approximate in silence. Where a posterior cannot be summed exactly, `plan` and `fit` stop
-# with the site, the reason and a remedy. A continuous latent:
+# with the site, the reason and a remedy. Continuous latents are integrated exactly where their posterior is known to
+# be Gaussian, Gamma, InverseGamma or Beta; that of a log-intensity is none of these:
 
 
 # %%
@@ -237,14 +238,23 @@ def refusal(model, *args, **options):
 continuous = refusal(overdispersed, quakes)
 
 # %% [markdown]
-# The first remedy is the swap of one word. The plan then says what becomes of the latent. Mind its first line: the
-# result is a bound, and here nothing tells how far it is below the likelihood (`result.gap` is None).
+# The first remedy integrates the latent numerically, at nodes that follow each year's posterior:
+
+# %%
+integrated = pyro_em.fit(
+    overdispersed, quakes, e_step={"intensity": pyro_em.Quadrature(num_nodes=21)}, accelerate="squarem", tol=1e-5
+)
+print(f"quadrature: log-likelihood {integrated.log_likelihood:.5f}, spread {integrated.params['spread']:.5f}")
+
+# %% [markdown]
+# The other is the swap of one word. The plan then says what becomes of the latent. Mind its first line: the result is
+# a bound, and here nothing tells how far it is below the likelihood (`result.gap` is None).
 
 # %%
 print(pyro_em.plan(overdispersed, quakes, algorithm="svi"))
 
 # %% [markdown]
-# Another way out is a model that says nearly the same and is exact: let the intensity take values on a grid (of
+# A third way out is a model that says nearly the same and is exact: let the intensity take values on a grid (of
 # Gauss and Hermite). How fine a grid it needs can be seen from the log-likelihood. Each fit starts at the one before.
 
 
@@ -322,6 +332,8 @@ assert hmm.converged
 assert torch.equal(hmm.params["initial"], torch.tensor([0.5, 0.5]))
 assert "initial" not in errors or not errors["initial"].any()
 assert abs(grids[33] - grids[17]) < abs(grids[17] - grids[9]) < abs(grids[9] - grids[5])
-assert (continuous.site, infinite.site) == ("intensity", "count")
+assert abs(integrated.log_likelihood - grids[33]) < 1e-3
+assert "intensity" in continuous.reason
+assert infinite.site == "count"
 assert isinstance(too_large, pyro_em.ResourceError)
 assert "effort" in insisted.reason
