@@ -135,7 +135,7 @@ _ALL: tuple[Workload, ...] = (
         "20 restarts of a Gaussian mixture, full, N=20,000 K=10 D=10",
         lambda tiny: problems.mixture(*((1000, 2, 3) if tiny else (20_000, 10, 10)), sep=1.5),
         {
-            OURS: Entry(peers.ours_restarts, (25, 35)),
+            OURS: Entry(peers.ours_restarts, (25, 85)),
             "scikit-learn": Entry(peers.scikit_learn_restarts, (1, 6), 8.0),
         },
         starts=peers.RESTARTS,
