@@ -159,7 +159,7 @@ class MStep:
         params, empty = self.closed_update(params, sufficient)
         if self.numeric:
             block = Block.of_q(expectation.sufficient.problem, params, expectation.weights, self.numeric)
-            scale = _elements(self.problem)
+            scale = self.problem.graph.num_observations
             if self._large:
                 return ascend(block, num_steps=CLIMB), empty
             params = maximise(block, tolerance=0.1 * certificate_bound(params) * scale)
