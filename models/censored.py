@@ -68,10 +68,14 @@ def _beyond(loc: Tensor, scale: Tensor, limit: Tensor, side: Tensor) -> Tensor:
 
 
 def regression(y: Tensor, design: Tensor, side: Tensor) -> None:
-    """Start: the line of least squares through all values, limits included."""
-    start = torch.linalg.lstsq(design, y.unsqueeze(-1)).solution.squeeze(-1)
+    """Start: the line of least squares through all values, limits included.
+
+    Rounded, as the last digits of a solver depend on where the data lie in memory.
+    """
+    start = torch.linalg.lstsq(design, y.unsqueeze(-1)).solution.squeeze(-1).round(decimals=6)
     coefficients = pyro.param("coefficients", start)
-    scale = pyro.param("scale", (y - design @ start).std(correction=0), constraint=constraints.positive)
+    spread = (y - design @ start).std(correction=0).round(decimals=6)
+    scale = pyro.param("scale", spread, constraint=constraints.positive)
     with pyro.plate("rows", len(y)):
         loc = design @ coefficients
         with pyro.poutine.mask(mask=side == 0):

@@ -118,7 +118,7 @@ def model(group: Tensor, y: Tensor) -> None:
 def slopes(x: Tensor, group: Tensor, y: Tensor) -> None:
     """Random intercepts and slopes with any covariance D; start: the regression that ignores the groups."""
     design = torch.stack([torch.ones_like(x), x], -1)
-    beta = pyro.param("beta", lambda: torch.linalg.lstsq(design, y).solution)
+    beta = pyro.param("beta", lambda: torch.linalg.lstsq(design, y).solution.round(decimals=6))
     D = pyro.param(
         "D",
         lambda: torch.diag(_start(y) ** 2 / torch.stack([torch.ones_like(x), x]).square().mean(-1)),

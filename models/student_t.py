@@ -41,9 +41,11 @@ def simulate(num_rows: int = 100, *, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def _regression(x: Tensor, y: Tensor, dof: Tensor) -> None:
-    beta = pyro.param("beta", lambda: torch.linalg.lstsq(x, y).solution)
+    beta = pyro.param("beta", lambda: torch.linalg.lstsq(x, y).solution.round(decimals=6))
     scale = pyro.param(
-        "scale", lambda: (y - x @ torch.linalg.lstsq(x, y).solution).std(), constraint=constraints.positive
+        "scale",
+        lambda: (y - x @ torch.linalg.lstsq(x, y).solution).std().round(decimals=6),
+        constraint=constraints.positive,
     )
     with pyro.plate("rows", len(y)):
         u = pyro.sample("u", dist.Gamma(dof / 2, dof / 2))
