@@ -67,9 +67,9 @@ def switching_autoregression(y: Tensor, order: int = 4) -> None:
 def stationary_earthquakes() -> Found:
     """Quantities of `hmm_earthquakes` in the convention of the book."""
     counts = read("earthquakes", "count")[:, 0]
-    two, three = (
+    two, three, four = (
         pyro_em.fit(poisson_hmm, counts, torch.tensor(rate), tol=1e-6, accelerate="squarem")
-        for rate in ([15.0, 25.0], [13.0, 20.0, 30.0])
+        for rate in ([15.0, 25.0], [13.0, 20.0, 30.0], [10.0, 15.0, 21.0, 31.0])
     )
     return {
         "stationary loglik K2": two.log_likelihood,
@@ -77,6 +77,7 @@ def stationary_earthquakes() -> Found:
         "stationary K2 Gamma diag": two.params["A"].diagonal(),
         "stationary loglik K3": three.log_likelihood,
         "stationary K3 lambda": three.params["lam"],
+        "stationary loglik K4": four.log_likelihood,
     }
 
 

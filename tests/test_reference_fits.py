@@ -29,7 +29,7 @@ from tests.published import CASES, Found
 
 REFERENCE = {case["id"]: case for case in json.loads((CASES / "reference_fits.json").read_text())}
 
-# Quantities of other models (ages that are not in the file, stationary chains) and of another estimator: poLCA's
+# Quantities of other models (ages that are not in the file) and of another estimator: poLCA's
 # standard errors invert the outer product of the scores, not the observed information. Named, so that none is lost.
 ELSEWHERE = {
     "lca_cheating_2": ("SE class prob",),
@@ -40,10 +40,6 @@ ELSEWHERE = {
     "lmm_sleepstudy": ("loglik uncorrelated (Days||Subject)", "loglik random intercept only", "REML loglik"),
     "lmm_rats30": ("both groups loglik",),
     "cfa_hs1939": ("SE loadings",),  # of another parametrisation: factors of unit variance
-    "hmm_earthquakes": (
-        "stationary loglik K4",
-        "free-init loglik K4 at least",
-    ),
 }
 
 
