@@ -38,6 +38,15 @@ def poisson_hmm(counts: Tensor, rate: Tensor) -> None:
         pyro.sample(f"x_{t}", dist.Poisson(lam[z]), obs=counts[t])
 
 
+def bernoulli_hmm(x: Tensor, p: Tensor, A: Tensor) -> None:
+    A = pyro.param("A", A, constraint=simplex)
+    p = pyro.param("p", p, constraint=constraints.unit_interval)
+    z = None
+    for t in pyro_em.markov(len(x)):
+        z = pyro.sample(f"z_{t}", dist.Categorical(stationary(A) if z is None else A[z]))
+        pyro.sample(f"x_{t}", dist.Bernoulli(p[z]), obs=x[t])
+
+
 def switching_mean(y: Tensor) -> None:
     """Two means, one variance."""
     A = pyro.param("A", _sticky(2), constraint=simplex)
@@ -79,6 +88,14 @@ def stationary_earthquakes() -> Found:
         "stationary K3 lambda": three.params["lam"],
         "stationary loglik K4": four.log_likelihood,
     }
+
+
+def hmm_geyser_bernoulli() -> Found:
+    """Long eruptions of Old Faithful: a short one is always followed by a long one."""
+    x = read("geyser_binary", "long")[:, 0]
+    start = torch.tensor([0.3, 0.9]), torch.tensor([[0.2, 0.8], [0.8, 0.2]])
+    two = pyro_em.fit(bernoulli_hmm, x, *start, tol=1e-5)
+    return {"stationary loglik K2": two.log_likelihood, "K2 p": two.params["p"], "K2 Gamma": two.params["A"]}
 
 
 def ms_fedfunds_const() -> Found:
