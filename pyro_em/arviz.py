@@ -27,6 +27,7 @@ import torch
 import xarray
 from torch import Tensor
 
+from pyro_em.device import seeded_normal
 from pyro_em.errors import InputError
 from pyro_em.information import Information
 from pyro_em.model.capture import PlainSite
@@ -138,7 +139,7 @@ def _why_no_log_likelihood(problem: Problem, no_draws: bool) -> str:
 def _draw(information: Information, num: int, seed: int) -> Tensor:
     """Free coordinates, (num, P), from N(estimate, covariance); a singular covariance is welcome."""
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(num, len(information.estimate), generator=generator, dtype=torch.float64)
+    noise = seeded_normal((num, len(information.estimate)), generator)
     variances, axes = torch.linalg.eigh(information.covariance)
     return information.estimate + (noise * variances.clamp(min=0).sqrt()) @ axes.mT
 

@@ -18,6 +18,7 @@ from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor
 
+from pyro_em.device import on_device
 from pyro_em.errors import Refusal
 from pyro_em.evidence.discrete import contract, weighted_sum
 from pyro_em.model.density import packed_log_density
@@ -46,8 +47,9 @@ class ExactELBO(ELBO):
         if self.max_plate_nesting == float("inf"):
             self._guess_max_plate_nesting(model, guide, args, kwargs)
         total = torch.zeros((), dtype=torch.float64)
-        for _ in range(self.num_particles):
-            total = total + self._particle(model, guide, args, kwargs) / self.num_particles
+        with on_device(args, kwargs):
+            for _ in range(self.num_particles):
+                total = total + self._particle(model, guide, args, kwargs) / self.num_particles
         return -total
 
     def _particle(self, model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

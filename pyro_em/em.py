@@ -13,6 +13,7 @@ import pyro
 from torch import Tensor
 
 from pyro_em.checks import collinear
+from pyro_em.device import on_device
 from pyro_em.e_step.auto import choose_engine
 from pyro_em.e_step.base import Engine, Expectation
 from pyro_em.errors import InputError, MonotonicityError
@@ -124,6 +125,10 @@ class EM:
 
         :raises MonotonicityError: if the update lowers the objective.
         """
+        with on_device(args, kwargs):
+            return self._step(args, kwargs)
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         bound, current, expectation = self._e_step(args, kwargs)
         problem, m_step = bound.problem, bound.m_step
         params, _ = m_step.update(current.params, expectation)
@@ -136,7 +141,8 @@ class EM:
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss at the current parameters, without an update."""
-        return -self._e_step(args, kwargs)[1].objective
+        with on_device(args, kwargs):
+            return -self._e_step(args, kwargs)[1].objective
 
     def run(self, *args: Any, num_steps: int = 1000, **kwargs: Any) -> list[float]:
         """`num_steps` steps; their losses."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_em.accelerate import choose_accelerator
 from pyro_em.anneal import Temperature, annealed, check_temperature, stochastic, temperatures
 from pyro_em.checks import after_fit, at_start, collinear, separated, unobserved_cells
+from pyro_em.device import on_device
 from pyro_em.e_step.assigned import Assigned
 from pyro_em.e_step.auto import choose_engine, in_double, verified
 from pyro_em.e_step.base import Engine, Expectation
@@ -136,7 +137,7 @@ def fit(
             optim=optim, num_particles=num_particles, callbacks=callbacks, progress=progress, roles=roles,
             missing=missing,
         )  # fmt: skip
-    with isolated_rng(seed), warnings.catch_warnings(record=True) as caught:
+    with on_device(args, kwargs), isolated_rng(seed), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", EMWarning)
         problem = _bind(model, args, kwargs, algorithm, guide, roles, weights, rules)
         numerical_error(problem, problem.start)
@@ -211,7 +212,7 @@ def plan(
         from pyro_em.svi import plan_svi
 
         return plan_svi(model, args, kwargs, guide=guide, roles=roles)
-    with isolated_rng(0):
+    with on_device(args, kwargs), isolated_rng(0):
         problem = _bind(model, args, kwargs, algorithm, guide, roles, weights, rules)
         m = MStep(problem, m_step, algorithm)
         notes = numerical_error(problem, problem.start)

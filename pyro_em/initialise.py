@@ -189,7 +189,7 @@ def _matched(clusters: Tensor, possible: Tensor) -> Tensor:
         return clusters
     votes = torch.zeros(states, states)
     votes.index_put_((clusters[known], possible[known].long().argmax(-1)), torch.ones(()), accumulate=True)
-    _, number = linear_sum_assignment(votes.numpy(), maximize=True)
+    _, number = linear_sum_assignment(votes.cpu().numpy(), maximize=True)
     return torch.as_tensor(number)[clusters]
 
 
@@ -253,7 +253,7 @@ def _features(problem: Problem, run: Run, name: str) -> Tensor | None:
 def _cluster(rows: Tensor, num_clusters: int, rng: np.random.Generator) -> np.ndarray:
     if num_clusters >= len(rows):
         return np.arange(len(rows)) % num_clusters
-    data = rows.numpy()
+    data = rows.cpu().numpy()
     for _ in range(TRIES):
         try:
             return np.asarray(kmeans2(data, num_clusters, minit="++", iter=5, missing="raise", rng=rng)[1])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_em.device import seeded_normal
 from pyro_em.errors import NonFiniteError, Refusal
 from pyro_em.evidence.discrete import Evidence, evaluate
 from pyro_em.evidence.elimination import Candidate, Continuous, Eliminated, LatentSet, Route
@@ -55,7 +56,7 @@ def draw(capture: Capture, names: tuple[str, ...], seed: int) -> Values:
         site = capture.sites[name]
         bijection = biject_to(site.fn.support)
         shape = bijection.inverse_shape(site.value.shape)
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        noise = seeded_normal(shape, generator)
         found[name] = bijection(noise).to(site.value.dtype)
     return found
 

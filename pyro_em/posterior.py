@@ -15,6 +15,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_em.device import on_own_device
 from pyro_em.errors import InputError
 from pyro_em.evidence.discrete import Evidence, contract
 from pyro_em.evidence.elimination import SetPosterior
@@ -37,6 +38,7 @@ DRAWS = "⊗"  # symbol of the extra plate over draws
 CHUNK_CELLS = 2**23  # cells of factor tables held at once while drawing
 
 
+@on_own_device("params")
 class Posterior:
     """p(z | x, θ), exact. Made by `FitResult.posterior(*args)`.
 
@@ -294,6 +296,5 @@ def _with_draws(graph: FactorGraph) -> FactorGraph:
     """The same graph inside of one more plate, over draws."""
     factors = {n: dataclasses.replace(f, plates=f.plates | {DRAWS}) for n, f in graph.factors.items()}
     components = tuple(dataclasses.replace(c, root=c.root | {DRAWS}) for c in graph.components)
-    return dataclasses.replace(
-        graph, factors=factors, components=components, plate_names={**graph.plate_names, DRAWS: "draws"}
-    )
+    plate_names = {**graph.plate_names, DRAWS: "draws"}
+    return dataclasses.replace(graph, factors=factors, components=components, plate_names=plate_names)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_em.charts import free_dimension
+from pyro_em.device import on_own_device
 from pyro_em.errors import InputError
 from pyro_em.evidence.rule import Quadrature
 from pyro_em.impute import Imputation, impute
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pyro_em.plots import Figure
 
 
+@on_own_device("params")
 @dataclass
 class FitResult:
     """Parameters, how good they are, how they were found, and what they say about the latents.

@@ -26,12 +26,14 @@ def isolated_rng(seed: int | None) -> Iterator[None]:
 
     Without a seed it follows from torch's current state (`torch.manual_seed`), which is not advanced.
     """
-    with LOCK, quick_shapes():  # the random state is global too
+    here = torch.get_default_device()  # of the data (device.py)
+    devices = [here.index or 0] if here.type == "cuda" else []
+    with LOCK, quick_shapes(), torch.random.fork_rng(devices):  # the random state is global too
         before = get_rng_state()
         if seed is None:
             current = torch.Generator()
             current.set_state(torch.get_rng_state())
-            seed = int(torch.randint(2**31 - 1, (), generator=current))
+            seed = int(torch.randint(2**31 - 1, (), generator=current, device=current.device))
         try:
             set_rng_seed(seed)
             yield

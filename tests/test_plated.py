@@ -141,8 +141,9 @@ def test_memory_is_bounded_by_the_chunk() -> None:
     x = torch.randn(400_000)
     engine = Plated(bind(_mixture, (x, torch.tensor([-1.0, 1.0])), {}, with_prior=False))
     features = engine.programs[0].product.features
-    assert features.whole is not None  # 3 features: small enough to keep
-    assert features.chunk * features.num_features * 8 <= 4 * 2**20
+    chunks = [phi for _, phi in features.chunks()]
+    assert sum(phi.shape[1] for phi in chunks) == 400_000 and len(chunks) == engine.programs[0].product.num_chunks > 1
+    assert all(phi.is_contiguous() and phi.numel() * 8 <= 4 * 2**20 for phi in chunks)
 
 
 def test_an_impossible_row_is_named() -> None:

@@ -44,9 +44,9 @@ def _normal(lower: Tensor, upper: Tensor) -> Tensor:
     flip = lower > 0
     low, high = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
     u = torch.rand(low.shape, dtype=torch.float64)
-    at_high = torch.as_tensor(log_ndtr(high.double().numpy())) + u.log()
-    at_low = torch.as_tensor(log_ndtr(low.double().numpy())) + torch.log1p(-u)
-    x = torch.as_tensor(ndtri_exp(torch.logaddexp(at_high, at_low).numpy())).to(low)
+    at_high = torch.as_tensor(log_ndtr(high.double().cpu().numpy())) + u.log()
+    at_low = torch.as_tensor(log_ndtr(low.double().cpu().numpy())) + torch.log1p(-u)
+    x = torch.as_tensor(ndtri_exp(torch.logaddexp(at_high, at_low).cpu().numpy())).to(low)
     x = torch.minimum(torch.maximum(x, low), high)
     return torch.where(flip, -x, x)
 

@@ -151,7 +151,7 @@ class _PoissonMass(torch.autograd.Function):
 
 def _by_numpy(function: Any, shape: Tensor, rate: Tensor) -> Tensor:
     """scipy's incomplete gamma functions: torch's keep ten digits only."""
-    return torch.as_tensor(function(shape.double().numpy(), rate.double().numpy())).to(rate)
+    return torch.as_tensor(function(shape.double().cpu().numpy(), rate.double().cpu().numpy())).to(rate)
 
 
 def _poisson_at_least(rate: Tensor, count: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def collapse(
     number = torch.zeros(num_rows, dtype=torch.long)
     for row, size in zip(table, radix, strict=True):
         number = number * size + row
-    _, first, inverse = np.unique(number.numpy(), return_index=True, return_inverse=True)
+    _, first, inverse = np.unique(number.cpu().numpy(), return_index=True, return_inverse=True)
     if len(first) > WORTH * num_rows:
         return blocks, weight, base, num_rows
     ones = torch.ones(num_rows, dtype=torch.float64) if weight is None else weight

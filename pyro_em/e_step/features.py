@@ -8,6 +8,7 @@ products are formed chunk by chunk, so that memory is bounded by the chunk. A sm
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -94,36 +95,34 @@ def _outer(x: Tensor, out: Tensor, positions: int, width: int) -> None:
 
 
 class Features:
-    """Φ over all blocks, by chunks of rows."""
+    """Φ over all blocks, in chunks of `chunk` rows, `max_chunk` at most. A small Φ is kept, each chunk in one piece of
+    memory, as the columns of a wide matrix are not."""
 
-    def __init__(self, blocks: list[Block], num_rows: int) -> None:
+    def __init__(self, blocks: list[Block], num_rows: int, max_chunk: int) -> None:
         self.blocks, self.num_rows = blocks, num_rows
         self.num_features = 1 + sum(block.num_features for block in blocks)
-        self.whole: Tensor | None = None
         size = 8 * self.num_features
         # Of 256 rows at least: below that the overhead of a call outweighs the cache.
-        self.chunk = max(256, 2 ** int(math.log2(max(1, CHUNK_BYTES // size))))
-        self.chunk = min(self.chunk, num_rows)
+        self.chunk = min(num_rows, max(256, min(max_chunk, 2 ** round(math.log2(CHUNK_BYTES / size)))))
+        self._kept: list[Tensor] = []
+        self._buffer = torch.empty(self.num_features * self.chunk, dtype=torch.float64)
         if size * num_rows <= KEEP_BYTES:
-            self.whole = torch.empty(self.num_features, num_rows, dtype=torch.float64)
-            self._fill(self.whole, 0, num_rows)
-        else:
-            self._buffer = torch.empty(self.num_features, self.chunk, dtype=torch.float64)
-
-        first = self.rows(0, self.chunk)
+            self._kept = [self._filled(begin).clone() for begin in range(0, num_rows, self.chunk)]
+            del self._buffer
+        _, first = next(self.chunks())
         self.rms = (first * first).mean(1).sqrt()  # of every feature, from the first chunk
 
-    def _fill(self, out: Tensor, begin: int, end: int) -> None:
+    def _filled(self, begin: int) -> Tensor:
+        end = min(begin + self.chunk, self.num_rows)
+        out = self._buffer[: self.num_features * (end - begin)].view(self.num_features, end - begin)
         out[0].fill_(1.0)
         row = 1
         for block in self.blocks:
             block.fill(out[row : row + block.num_features], begin, end)
             row += block.num_features
-
-    def rows(self, begin: int, end: int) -> Tensor:
-        """Φ of rows begin..end, (num_features, end - begin); valid until the next call."""
-        if self.whole is not None:
-            return self.whole[:, begin:end]
-        out = self._buffer[:, : end - begin]
-        self._fill(out, begin, end)
         return out
+
+    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """The first row of every chunk, and its Φ (num_features, n), valid until the next one is asked for."""
+        for place, begin in enumerate(range(0, self.num_rows, self.chunk)):
+            yield begin, self._kept[place] if self._kept else self._filled(begin)

@@ -24,6 +24,11 @@ from pyro_em.e_step.layout import SiteLayout
 CHUNK_CELLS = 2**17  # of L, in one start's W or several: what the processor's cache holds beside Φ
 
 
+def rows_of_cells(states: int) -> int:
+    """Rows that go through the products together, at most."""
+    return max(256, CHUNK_CELLS // states // 64 * 64)
+
+
 Normal = tuple[Tensor, Tensor, Tensor]  # what direct.py prepares
 
 
@@ -55,32 +60,34 @@ class Product:
 
     @property
     def num_chunks(self) -> int:
-        """Chunks of rows, for one start."""
-        return math.ceil(self.features.num_rows / self._chunk(1))
+        """Chunks of rows."""
+        return math.ceil(self.features.num_rows / self.features.chunk)
 
     def sums(self, prepared: Sequence[Prepared]) -> list[Sums]:
         """One `Sums` per start; all must evaluate the same sites directly."""
         w, sites = self._stacked(prepared)
         totals: Tensor | None = None
         evidence: Tensor | None = None
-        num_rows, chunk = self.features.num_rows, self._chunk(len(w))
-        for begin in range(0, num_rows, chunk):
-            end = min(begin + chunk, num_rows)
-            phi = self.features.rows(begin, end)
-            log_joint = self._log_joint(w, sites, phi, begin, end)
-            r, found = self._responsibilities(log_joint, len(prepared), begin, end)
-            if totals is None or evidence is None:
-                totals, evidence = r @ phi.mT, found
-            else:
-                totals.addmm_(r, phi.mT)
-                evidence += found
+        step = rows_of_cells(len(w))
+        for first, whole in self.features.chunks():
+            for begin in range(0, whole.shape[1], step):
+                phi = whole[:, begin : begin + step]
+                row = first + begin
+                log_joint = self._log_joint(w, sites, phi, row)
+                r, found = self._responsibilities(log_joint, len(prepared), row)
+                if totals is None or evidence is None:
+                    totals, evidence = r @ phi.mT, found
+                else:
+                    totals.addmm_(r, phi.mT)
+                    evidence += found
         assert totals is not None and evidence is not None
         split = zip(totals.chunk(len(prepared)), evidence.unbind(0), strict=True)
         return [Sums(own, found) for own, found in split]
 
-    def log_joint(self, prepared: Sequence[Prepared], begin: int, end: int) -> Tensor:
-        """log p(x_n, z = j) of some rows without their base measure, (R·J, n)."""
-        return self._log_joint(*self._stacked(prepared), self.features.rows(begin, end), begin, end)
+    def log_joint(self, prepared: Sequence[Prepared]) -> Tensor:
+        """log p(x_n, z = j) of the first rows without their base measure, (R·J, n)."""
+        _, phi = next(self.features.chunks())
+        return self._log_joint(*self._stacked(prepared), phi, 0)
 
     def _stacked(self, prepared: Sequence[Prepared]) -> tuple[Tensor, list[tuple[SiteLayout, Normal]]]:
         first = prepared[0]
@@ -88,14 +95,15 @@ class Product:
         return w, [(self.layouts[i], _stacked(prepared, place)) for place, i in enumerate(first.direct)]
 
     @staticmethod
-    def _log_joint(w: Tensor, sites: list[tuple[SiteLayout, Normal]], phi: Tensor, begin: int, end: int) -> Tensor:
+    def _log_joint(w: Tensor, sites: list[tuple[SiteLayout, Normal]], phi: Tensor, begin: int) -> Tensor:
         log_joint = w @ phi if w.shape[1] > 1 else w
         for layout, own in sites:
-            log_joint = log_joint + centered_log_density(layout, own, begin, end)
+            log_joint = log_joint + centered_log_density(layout, own, begin, begin + phi.shape[1])
         return log_joint
 
-    def _responsibilities(self, log_joint: Tensor, starts: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    def _responsibilities(self, log_joint: Tensor, starts: int, begin: int) -> tuple[Tensor, Tensor]:
         """Weighted responsibilities (R·J, n), and the evidence of the chunk (R, 2)."""
+        end = begin + log_joint.shape[-1]
         by_start = log_joint.unflatten(0, (starts, -1))
         r = torch.softmax(by_start, 1)
         # softmax leaves max R = exp(max L - lse), so that lse costs no second pass over exp.
@@ -107,11 +115,6 @@ class Product:
             r = r * own
             lse = torch.where(own == 0, lse.new_zeros(()), lse * own)
         return r.flatten(0, 1), torch.stack([lse.sum(-1), lse.abs().sum(-1)], -1)
-
-    def _chunk(self, states: int) -> int:
-        """Rows of a chunk: those of the features, fewer for many states."""
-        fits = max(256, CHUNK_CELLS // states)
-        return min(self.features.chunk, fits)
 
 
 def _stacked(prepared: Sequence[Prepared], place: int) -> Normal:

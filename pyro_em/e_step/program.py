@@ -20,7 +20,7 @@ from pyro_em.e_step.collapse import collapse
 from pyro_em.e_step.features import Features
 from pyro_em.e_step.layout import SiteLayout, weights_of
 from pyro_em.e_step.natural import NATURAL
-from pyro_em.e_step.product import Prepared, Product
+from pyro_em.e_step.product import Prepared, Product, rows_of_cells
 from pyro_em.e_step.rows import site_layouts
 from pyro_em.e_step.states import JointStates, joint_states
 from pyro_em.model.graph import Component
@@ -100,9 +100,8 @@ class Program:
 
     def spot_check(self, prepared: Prepared, arguments: Arguments) -> tuple[float, float]:
         """Log-likelihood of the first rows (unweighted) by the product, and by the families' own log-densities."""
-        features = self.product.features
-        end = min(features.chunk, features.num_rows)
-        log_joint = self.product.log_joint([prepared], 0, end)
+        log_joint = self.product.log_joint([prepared])
+        end = log_joint.shape[1]
         expected = log_joint.new_zeros(self.states.num, end)
         for name in self.component.factors:
             if self.run.sites[name].enumerated:
@@ -122,7 +121,8 @@ def compile_program(problem: Problem, run: Run, component: Component, *, complem
     weight = _row_weight(problem, run, component, num_rows)
     blocks, weight, base, num_rows = collapse(blocks, weight, base, num_rows)
     own = tuple(dataclasses.replace(x, block=block) for x, block in zip(layouts, blocks, strict=True))
-    return Program(run, component, states, own, Product(Features(blocks, num_rows), own, weight, base))
+    features = Features(blocks, num_rows, rows_of_cells(states.num))
+    return Program(run, component, states, own, Product(features, own, weight, base))
 
 
 def _row_weight(problem: Problem, run: Run, component: Component, num_rows: int) -> Tensor | None:

@@ -179,7 +179,7 @@ def _distinct(parts: Sequence[Block], num_rows: int) -> tuple[Tensor, Tensor] | 
     number = torch.zeros(num_rows, dtype=torch.long)
     for row, size in zip(table, radix, strict=True):
         number = number * size + row
-    _, first, inverse = np.unique(number.numpy(), return_index=True, return_inverse=True)
+    _, first, inverse = np.unique(number.cpu().numpy(), return_index=True, return_inverse=True)
     if len(first) > max(16, FEW * num_rows):
         return None
     return torch.as_tensor(first), torch.as_tensor(inverse.reshape(-1))

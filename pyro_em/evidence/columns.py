@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_em.device import seeded_normal
 from pyro_em.errors import Refusal
 from pyro_em.evidence.elimination import Candidate, Values
 from pyro_em.evidence.residuals import is_normal, whitened
@@ -167,7 +168,7 @@ def _readings(
         n = shape[0].numel()
         ones = torch.ones(n, dtype=torch.float64)
         code = torch.arange(1, n + 1, dtype=torch.float64)
-        draw = torch.randn(n, generator=generator, dtype=torch.float64)
+        draw = seeded_normal((n,), generator)
         ways = [direction(column, shape, along) for along in (ones, code, draw)]
         by_one, by_code, by_draw = push(outputs, leaves[column.site], ways, graph=False)
         for i, name in enumerate(names):
@@ -183,7 +184,7 @@ def _readings(
 def check_affine_in(names: Sequence[str], outputs: Sequence[Tensor], leaves: Values) -> None:
     """Refuse residuals whose tangent in a random direction itself has a tangent."""
     generator = torch.Generator().manual_seed(1)
-    ways = {n: torch.randn(v.shape, generator=generator, dtype=torch.float64) for n, v in leaves.items()}
+    ways = {n: seeded_normal(v.shape, generator) for n, v in leaves.items()}
     for i, name in enumerate(names):
         if not outputs[i].requires_grad:
             continue

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_em.device import seeded_normal
 from pyro_em.errors import NonFiniteError, Refusal
 from pyro_em.evidence.assembly import Geometry, Reading, Rows, to_elements
 from pyro_em.evidence.columns import direction, push, readings_of
@@ -138,7 +139,7 @@ class ConjugateRoute:
 
     def _certify(self, run_at: RunAt, coefficients: Tensor, center: Tensor) -> None:
         generator = torch.Generator().manual_seed(3)
-        noise = torch.randn(center.shape, generator=generator, dtype=torch.float64)
+        noise = seeded_normal(center.shape, generator)
         positive = self.kind.num_probes == 3
         z = center * noise.exp() if positive else torch.sigmoid(torch.logit(center) + noise)
         gradient, _ = self._gradient(run_at, z, graph=False)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pyro_em import settings
+from pyro_em.device import seeded_normal
 from pyro_em.errors import NonFiniteError, ResourceError
 from pyro_em.evidence.assembly import Geometry, Reading, Rows, assemble, gradient, to_elements
 from pyro_em.evidence.blocks import factor, simplex
@@ -144,10 +145,10 @@ class GaussianRoute:
         generator = torch.Generator().manual_seed(2)
         m, lead = len(self.geometry.layout), tuple(range(z_a.dim() - 1 - len(self.geometry.layout)))
         a = z_a.mean(lead) if lead else z_a
-        a = a + 2 * (1 + a.abs()) * torch.randn(a.shape, generator=generator, dtype=torch.float64)
+        a = a + 2 * (1 + a.abs()) * seeded_normal(a.shape, generator)
         b = z_b
         if b is not None:
-            b = b + 2 * (1 + b.abs()) * torch.randn(b.shape, generator=generator, dtype=torch.float64)
+            b = b + 2 * (1 + b.abs()) * seeded_normal(b.shape, generator)
         values = self._drawn(a, b)
         with torch.no_grad():
             run = run_at(values)

@@ -127,10 +127,10 @@ def _draw(weights: Tensor) -> Tensor:
 
 def followed(maps: Tensor, last: Tensor) -> Tensor:
     """Paths (T, B) from the last state (B,) and the maps (T-1, B, S) from a state to the one before it."""
-    table = maps.numpy()
+    table = maps.cpu().numpy()
     chains = np.arange(table.shape[1])
     path = np.empty((len(table) + 1, table.shape[1]), dtype=np.int64)
-    path[-1] = last.numpy()
+    path[-1] = last.cpu().numpy()
     if table.shape[1] == 1:
         state = int(last[0])
         for t, row in zip(range(len(table) - 1, -1, -1), reversed(table[:, 0].tolist()), strict=True):
@@ -138,4 +138,4 @@ def followed(maps: Tensor, last: Tensor) -> Tensor:
     else:
         for t in range(len(table) - 1, -1, -1):
             path[t] = table[t, chains, path[t + 1]]
-    return torch.from_numpy(path)
+    return torch.as_tensor(path, device=last.device)

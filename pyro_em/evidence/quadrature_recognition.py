@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_em.device import seeded_normal
 from pyro_em.errors import Refusal
 from pyro_em.evidence.columns import Column, direction, push
 from pyro_em.evidence.elimination import Candidate, Values
@@ -139,7 +140,7 @@ def _indices(run: Run, name: str, leaves: Values, candidate: Candidate) -> list[
         batch, event = candidate.latents.shapes[latent]
         n = batch.numel()
         one, code = torch.ones(n, dtype=torch.float64), torch.arange(1, n + 1, dtype=torch.float64)
-        draw = torch.randn(n, generator=generator, dtype=torch.float64)
+        draw = seeded_normal((n,), generator)
         for e in range(event.numel()):
             ways = [direction(Column(latent, e), (batch, event), along) for along in (one, code, draw)]
             ((ones,), (codes,), (drawn,)) = push([density], leaves[latent], ways, graph=False)
@@ -197,7 +198,7 @@ def _check_discrete(candidate: Candidate, plates: Sequence[object], rows: Mappin
 def _batched(candidate: Candidate, layout: Layout, dtypes: Mapping[str, torch.dtype]) -> bool:
     """Whether one run at two nodes gives what two runs give (a latent indexed by position does not)."""
     generator = torch.Generator().manual_seed(3)
-    z = torch.randn(2, *layout.sizes[1:], layout.num_columns, generator=generator, dtype=torch.float64)
+    z = seeded_normal((2, *layout.sizes[1:], layout.num_columns), generator)
     with torch.no_grad():
         single = [layout.total(candidate.run_at[0], layout.values(z[i : i + 1], dtypes)) for i in (0, 1)]
         try:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_em.device import seeded_normal
 from pyro_em.errors import ResourceError
 from pyro_em.model.links import INNER, LINKS, PredictorLink
 
@@ -169,7 +170,7 @@ def terms_at(name: str, leaf: Tensor, argument: Tensor) -> list[Term]:
 
 
 def _draw(leaf: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+    return seeded_normal(leaf.shape, generator).to(leaf)
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.charts import chart
+from pyro_em.device import seeded_normal
 from pyro_em.model.affine import Point, find_predictor
 from pyro_em.model.capture import ParameterRecord
 from pyro_em.model.density import log_density
@@ -61,7 +62,7 @@ def second_point(record: ParameterRecord, generator: torch.Generator) -> Tensor:
     value = record.value
     own = chart(record.constraint, value)
     u = own.to_free(value)
-    noise = torch.randn(u.shape, generator=generator, dtype=torch.float64).to(u)
+    noise = seeded_normal(u.shape, generator).to(u)
     return own.from_free(u + 0.5 * noise).detach()
 
 
@@ -155,7 +156,7 @@ def _argument_uses(
     leaf, other = leaves
     code = torch.arange(1, leaf.numel() + 1, dtype=leaf.dtype, device=leaf.device).reshape(leaf.shape)
     ones = torch.ones_like(leaf)
-    draw = torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+    draw = seeded_normal(leaf.shape, generator).to(leaf)
     by_code, by_one, by_draw = tangents([s.first for s in slots], leaf, [code, ones, draw])
     (other_one, other_draw) = tangents([s.second for s in slots], other, [ones, draw])
     uses = []
