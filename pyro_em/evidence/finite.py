@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pyro_em.errors import NonFiniteError
-from pyro_em.evidence.discrete import Evidence
+from pyro_em.evidence.discrete import Evidence, contract
 from pyro_em.evidence.forward import filtered
 from pyro_em.evidence.ring import LogDensityRing
 from pyro_em.evidence.timed import potentials
@@ -35,13 +36,35 @@ def check_finite(
             )
     for term, component in zip(evidence.terms, graph.components, strict=True):
         if bool((term == -torch.inf).any()):
-            blocking = [n for n in component.factors if bool((factors[n] == -torch.inf).any())]
-            name = (blocking or component.factors)[-1]
+            name, term = _first_site(graph, component, factors, term)
             raise NonFiniteError(name, _impossible(graph, term, name, _step(graph, component, factors)))
     for name in (*graph.constants, *graph.priors):
         if bool((factors[name] == -torch.inf).any()):
             raise NonFiniteError(name, _impossible(graph, detached(factors[name]), name))
     raise NonFiniteError("", "The log-likelihood is not finite, though every factor is.")
+
+
+def _first_site(
+    graph: FactorGraph, component: Component, factors: Mapping[str, Tensor], term: Tensor
+) -> tuple[str, Tensor]:
+    """The first site in program order with which the data are impossible, and log Z of the sites so far.
+
+    Found by bisection: sites that are still to come sum to one, and what is impossible stays so.
+    """
+    if component.loops:  # its sites are of many steps at once; `_step` tells which
+        blocking = [n for n in component.factors if bool((factors[n] == -torch.inf).any())]
+        return (blocking or component.factors)[-1], term
+    possible, impossible = 0, len(component.factors)
+    while impossible - possible > 1:
+        middle = (possible + impossible) // 2
+        names = component.factors[:middle]
+        symbols = component.symbols & set("".join(dims_of(factors[name]) for name in names))
+        found = detached(contract(graph, replace(component, factors=names, symbols=symbols), factors))
+        if bool((found == -torch.inf).any()):
+            impossible, term = middle, found
+        else:
+            possible = middle
+    return component.factors[impossible - 1], term
 
 
 def _step(graph: FactorGraph, component: Component, factors: Mapping[str, Tensor]) -> str:

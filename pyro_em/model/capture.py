@@ -25,7 +25,7 @@ from pyro_em.distributions import Coarse, IncompleteNormal
 from pyro_em.errors import InputError
 from pyro_em.model import compat
 from pyro_em.model.missing import INCOMPLETE, SERIES, check_unread
-from pyro_em.model.timeline import Loop, Unplanned, running
+from pyro_em.model.timeline import Loop, Unplanned, open_loop, running
 from pyro_em.model.trace import OBSERVE, Plate, combined_masks, quiet_store
 from pyro_em.model.unfold import Unfold
 from pyro_em.shapes import broadcast_shapes
@@ -169,7 +169,7 @@ def _check_data(name: str, fn: Any, value: Tensor, mask: Any, gaps: bool) -> Non
     bad = (~finite & keep).reshape(*batch, -1).any(-1)
     if bool(bad.any()):
         raise InputError(
-            f"Site '{name}': the observation in row {_first(bad)} is NaN or infinite. Correct it, or declare it "
+            f"Site '{name}': the observation in {_row(bad)} is NaN or infinite. Correct it, or declare it "
             "missing: missing='nan' for all NaN observations, or pyro.poutine.mask(mask=...) around the site, true "
             "where the value is known."
         )
@@ -179,7 +179,7 @@ def _check_data(name: str, fn: Any, value: Tensor, mask: Any, gaps: bool) -> Non
     bad = ~inside.expand(batch) & keep.reshape(*batch, -1).any(-1)
     if bool(bad.any()):
         raise InputError(
-            f"Site '{name}': the observation in row {_first(bad)} lies outside of the support of "
+            f"Site '{name}': the observation in {_row(bad)} lies outside of the support of "
             f"{type(compat.base_distribution(fn)).__name__}, {support}. Check the coding of the data "
             "(categories count from 0, counts are non-negative integers)."
         )
@@ -209,6 +209,19 @@ def _check_arguments(name: str, raw: Mapping[str, Any]) -> None:
                 f"Site '{name}': its argument '{argument}' is NaN in row {_first(bad)}. A covariate, an offset or a "
                 "starting value is NaN there; correct it, or leave the row out."
             )
+
+
+def _row(bad: Tensor) -> str:
+    """The first bad row of a site; time, where the steps of a loop are run together, is its leftmost plate."""
+    loop = open_loop()
+    if loop is None or bad.dim() < 1 + loop.depth or bad.shape[-1 - loop.depth] != loop.steps - loop.history:
+        return f"row {_first(bad)}"
+    where = bad.movedim(-1 - loop.depth, 0)
+    steps = where.reshape(len(where), -1).any(1).nonzero().reshape(-1)
+    step = int(steps[0])
+    row = f"row {_first(where[step])} of " if where.dim() > 1 else ""
+    more = f" (and {len(steps) - 1} more steps)" if len(steps) > 1 else ""
+    return f"{row}step {step + loop.history}{more}"
 
 
 def _first(bad: Tensor) -> str:
@@ -245,6 +258,10 @@ def _capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], kind: 
             raise InputError("A plate of the model is empty. There are no data to fit.") from error
         declared = pyro.get_param_store().get_state()["constraints"]
     trace = compat.prune_and_symbolize(trace)
+    if not any(site["type"] == "sample" for site in trace.nodes.values()):
+        raise InputError(
+            "The model has no sites: there is nothing to fit. Is a loop over its data empty (a sequence of length 0)?"
+        )
     sites: dict[str, PlainSite] = {}
     depth = 0
     for name, site in trace.nodes.items():

@@ -150,6 +150,12 @@ def is_active() -> bool:
     return bool(_active)
 
 
+def open_loop() -> Loop | None:
+    """The loop whose steps are being run together, None outside of such."""
+    loop = _active[-1].open if _active and _active[-1].kind == "together" else None
+    return loop if loop is not None and loop.together else None
+
+
 class Unplanned(Exception):
     """A loop was met in a run that did not expect one."""
 

@@ -1,0 +1,139 @@
+"""What sequences get that are not as they should be, or not all known; by `pyro.markov` and by `pyro_em.markov`."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+
+import pyro_em
+
+simplex = constraints.simplex
+Loop = Callable[[int], Any]
+START = {
+    "pi": torch.tensor([0.6, 0.4], dtype=torch.float64),
+    "A": torch.tensor([[0.7, 0.3], [0.2, 0.8]], dtype=torch.float64),
+    "B": torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6]], dtype=torch.float64),
+}
+
+
+def one_by_one(steps: int) -> Any:
+    return pyro.markov(range(steps))
+
+
+LOOPS = pytest.mark.parametrize("loop", [pyro_em.markov, one_by_one], ids=["together", "one by one"])
+
+
+def chain(x: Tensor, loop: Loop, labels: Tensor | None = None, known: Tensor | None = None) -> None:
+    """Symbols (T, N); where `known` (T, N) the states are `labels`."""
+    pi, A, B = (pyro.param(name, value, constraint=simplex) for name, value in START.items())
+    with pyro.plate("sequences", x.shape[1]):
+        z = None
+        for t in loop(len(x)):
+            seen = {} if known is None or labels is None else {"obs": labels[t], "obs_mask": known[t]}
+            z = pyro.sample(f"z_{t}", dist.Categorical(pi if z is None else A[z]), **seen)
+            pyro.sample(f"x_{t}", dist.Categorical(B[z]), obs=x[t])
+
+
+def _symbols(steps: int = 6, sequences: int = 3) -> Tensor:
+    return torch.randint(3, (steps, sequences), generator=torch.Generator().manual_seed(0))
+
+
+@LOOPS
+def test_no_steps(loop: Loop) -> None:
+    with pytest.raises(pyro_em.InputError, match=r"0 steps|sequence of length 0"):
+        pyro_em.fit(chain, _symbols()[:0], loop)
+
+
+@LOOPS
+def test_one_step(loop: Loop) -> None:
+    x = _symbols(1)
+    found = pyro_em.fit(chain, x, loop, max_iter=0).log_likelihood
+    assert found == pytest.approx(float((START["pi"] @ START["B"])[x[0]].log().sum()), rel=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("loop", "where"),
+    [(pyro_em.markov, "'x_1:6': the observation in row 1 of step 4"), (one_by_one, "'x_4': the observation in row 1")],
+)
+def test_symbols_out_of_range(loop: Loop, where: str) -> None:
+    x = _symbols()
+    x[4, 1] = 3
+    with pytest.raises(pyro_em.InputError, match=where + " lies outside of the support"):
+        pyro_em.fit(chain, x, loop)
+    y = _symbols().double()
+    y[4, 1] = torch.nan
+    with pytest.raises(pyro_em.InputError, match=where + " is NaN"):
+        pyro_em.fit(chain, y, loop)
+
+
+@pytest.mark.parametrize(
+    ("loop", "where"),
+    [
+        (pyro_em.markov, r"rows 2 of plate \['sequences'\], from step 3 on,"),
+        (one_by_one, r"'x_3': the data in rows 2 of plate \['sequences'\]"),
+    ],
+)
+def test_impossible_sequences_are_named(loop: Loop, where: str) -> None:
+    """The first state never gives the last symbol, and is never left."""
+    start = {"A": torch.eye(2), "pi": torch.tensor([1.0, 0.0]), "B": torch.tensor([[0.5, 0.5, 0.0], [0.1, 0.3, 0.6]])}
+    x = _symbols().clamp(max=1)
+    x[3, 2] = 2
+    with pytest.raises(pyro_em.NonFiniteError, match=where):
+        pyro_em.fit(chain, x, loop, init={name: value.double() for name, value in start.items()})
+
+
+@LOOPS
+def test_labels_that_contradict_the_chain_are_named(loop: Loop) -> None:
+    labels = torch.tensor([[0], [0], [1], [0]])
+    start = {**START, "A": torch.tensor([[0.5, 0.5], [0.0, 1.0]], dtype=torch.float64)}
+    with pytest.raises(pyro_em.NonFiniteError, match="step 3" if loop is pyro_em.markov else "'z_3"):
+        pyro_em.fit(chain, _symbols(4, 1), loop, labels, torch.ones(4, 1, dtype=torch.bool), init=start)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_em.BoundaryEstimate")  # of the forbidden one
+@LOOPS
+def test_forbidden_transitions_stay_zero(loop: Loop) -> None:
+    start = {**START, "A": torch.tensor([[0.5, 0.5], [0.0, 1.0]], dtype=torch.float64)}
+    x = torch.tensor([[0, 0, 1], [0, 1, 0], [1, 2, 2], [2, 2, 1]])
+    found = pyro_em.fit(chain, x, loop, init=start, max_iter=5, tol=0).params["A"]
+    assert float(found[1, 0]) == 0.0 and float(found[0, 1]) > 0.0
+
+
+@LOOPS
+def test_partly_known_states(loop: Loop) -> None:
+    """One update against the sums over all paths that agree with what is known."""
+    x = _symbols(5, 3)
+    generator = torch.Generator().manual_seed(1)
+    labels, known = torch.randint(2, (5, 3), generator=generator), torch.rand(5, 3, generator=generator) < 0.4
+    assert bool(known.any()) and not bool(known.all())
+    result = pyro_em.fit(chain, x, loop, labels, known, max_iter=1, tol=0)
+    evidence, pairs, symbols = 0.0, torch.zeros(2, 2), torch.zeros(2, 3)
+    for i in range(3):
+        total, own = 0.0, (torch.zeros(2, 2), torch.zeros(2, 3))
+        for path in itertools.product(range(2), repeat=5):
+            if any(known[t, i] and path[t] != labels[t, i] for t in range(5)):
+                continue
+            p = float(START["pi"][path[0]]) * math.prod(float(START["A"][path[t - 1], path[t]]) for t in range(1, 5))
+            p *= math.prod(float(START["B"][path[t], x[t, i]]) for t in range(5))
+            total += p
+            for t in range(5):
+                own[1][path[t], x[t, i]] += p
+                if t:
+                    own[0][path[t - 1], path[t]] += p
+        evidence += math.log(total)
+        pairs, symbols = pairs + own[0] / total, symbols + own[1] / total
+    assert result.history["log_likelihood"][0] == pytest.approx(evidence, rel=1e-12)
+    for name, counts in (("A", pairs), ("B", symbols)):
+        torch.testing.assert_close(result.params[name], counts / counts.sum(1, keepdim=True), rtol=0, atol=1e-12)
+    if loop is pyro_em.markov:
+        mode = result.posterior().mode()["z"]
+        assert bool((mode == labels)[known].all())
