@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from pyro_em.types import Params
 
 WARM = 20  # ordinary evaluations before a recording: by then they have cost about as much as the recording does
 REFRESH = 100
+SINGLE = 4 * torch.finfo(torch.float32).eps  # error of a log-likelihood by products in float32, per Σ|ll_n|
 DEVIATIONS = 3  # replays in a row that did not hold, after which a new recording is made
 
 
@@ -38,6 +39,7 @@ class Request:
 
     params: Params
     magnitude: float
+    rough: bool = False  # products in float32 (precision.py); the first E-step of a run is not
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Mapped:
     updated: Params
     empty: frozenset[str]
     ordinary: Callable[[], Expectation]
+    error: float = 0.0  # of products in float32
 
     @cached_property
     def expectation(self) -> Expectation:
@@ -109,9 +112,7 @@ class Evaluator:
         if len(requests) < 2 or not all(request.magnitude for request in requests):
             return [_attempt(engine, request) for request in requests]
         try:
-            stages = [engine.before(r.params, torch.tensor(r.magnitude, dtype=torch.float64)) for r in requests]
-            sums = engine.core(stages)
-            return [engine.expectation(r.params, own) for r, own in zip(requests, sums, strict=True)]
+            return _together(engine, requests)
         except Exception:  # of one of them: each alone, so that it is known whose
             return [_attempt(engine, request) for request in requests]
 
@@ -167,9 +168,9 @@ class Evaluator:
             outputs = [_replay(tapes.whole, own) for own in inputs]
         else:
             assert tapes.before is not None and tapes.after is not None
-            for own in inputs:
+            for request, own in zip(requests, inputs, strict=True):
                 made = _replay(tapes.before, own)
-                stages.append(None if made is None else Stage(tuple(made), tapes.kind))
+                stages.append(None if made is None else Stage(tuple(made), tapes.kind, request.rough))
             going = [i for i, stage in enumerate(stages) if stage is not None]
             sums = engine.core([stage for stage in stages if stage is not None]) if going else []
             for i, own_sums in zip(going, sums, strict=True):
@@ -189,15 +190,30 @@ class Evaluator:
         if not (math.isfinite(likelihood) and math.isfinite(prior)):  # the ordinary way says why
             return None
         updated = dict(zip(tapes.names, output[1:], strict=True))
-        return Mapped(likelihood, prior, magnitude, score, updated, tapes.empty, lambda: engine.e_step(request.params))
+        ordinary, error = partial(engine.e_step, request.params), _error(request, magnitude)
+        return Mapped(likelihood, prior, magnitude, score, updated, tapes.empty, ordinary, error)
 
 
 def _as_staged(engine: Engine) -> Staged | None:
     return engine if hasattr(engine, "before") else None  # type: ignore[return-value]
 
 
+def _error(request: Request, magnitude: float) -> float:
+    """What float32 cannot see of the log-likelihood."""
+    return SINGLE * magnitude if request.rough and request.magnitude else 0.0
+
+
+def _together(engine: Staged, requests: Sequence[Request]) -> list[Evaluated | Exception]:
+    stages = [engine.before(r.params, torch.tensor(r.magnitude, dtype=torch.float64)) for r in requests]
+    sums = engine.core([replace(stage, rough=r.rough) for stage, r in zip(stages, requests, strict=True)])
+    found = [engine.expectation(r.params, own) for r, own in zip(requests, sums, strict=True)]
+    return [replace(x, error=x.error + _error(r, x.magnitude)) for r, x in zip(requests, found, strict=True)]
+
+
 def _attempt(engine: Engine, request: Request) -> Evaluated | Exception:
     try:
+        if request.rough and request.magnitude:
+            return _together(engine, [request])[0]  # type: ignore[arg-type]
         return engine.e_step(request.params)
     except Exception as error:
         return error

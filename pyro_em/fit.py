@@ -27,6 +27,7 @@ from pyro_em.m_step.auto import MStep
 from pyro_em.model.missing import complete_cases
 from pyro_em.model.plan import Plan
 from pyro_em.options import HARD, check_algorithm, check_restarts, checked_rules, point_estimated
+from pyro_em.precision import check_precision, rough_first, worthwhile
 from pyro_em.problem import Problem, bind
 from pyro_em.progress import progress_bar
 from pyro_em.result import FitResult, count_parameters
@@ -51,6 +52,7 @@ def fit(
     e_step: Any = "auto",
     m_step: Any = "auto",
     missing: str | None = None,
+    precision: str = "float64",
     weights: Mapping[str, Tensor] | None = None,
     optim: Any = None,
     num_particles: int = 1,
@@ -93,6 +95,8 @@ def fit(
         of all other families (some cells of these are refused). A row without data adds 0 to the log-likelihood and
         does not count in the M-step. None: NaN is an error, and missing data are declared by `pyro.poutine.mask`
         around their site or by Pyro's `obs_mask`. `result.impute()` gives the missing values' posterior.
+    :param precision: "float64", or "mixed": E-steps over many rows by products in float32 as far as they carry, then in
+        float64, which alone decides on convergence and gives the result.
     :param m_step: "auto", "closed", "gradient", or a dict of these (or "fixed") by parameter.
     :param weights: `{"plate": (N,) tensor}`: multiply the log-evidence of the plate's elements.
     :param optim: for "svi" a Pyro or torch optimiser; for "gem" a function from parameters to a torch optimiser.
@@ -122,16 +126,18 @@ def fit(
     rules = checked_rules(e_step)
     model = complete_cases(model, missing)
     accelerator = choose_accelerator(accelerate)
+    check_precision(precision)
     check_temperature(temperature)
+    mixed = precision if precision == "mixed" else None
     if algorithm in HARD:
-        _refuse_with(algorithm, accelerate=accelerate, temperature=temperature)
+        _refuse_with(algorithm, accelerate=accelerate, temperature=temperature, precision=mixed)
     StoppingRule(max_iter, tol)  # checks them
     if algorithm == "svi":
         from pyro_em.svi import fit_svi
 
         other = None if m_step == "auto" else m_step
         given = {"weights": weights, "m_step": other, "accelerate": accelerate, "temperature": temperature}
-        _refuse_with(algorithm, **given, e_step=rules or None)
+        _refuse_with(algorithm, **given, e_step=rules or None, precision=mixed)
         return fit_svi(
             model, args, kwargs, guide=guide, init=init, restarts=restarts, seed=seed, max_iter=max_iter,
             optim=optim, num_particles=num_particles, callbacks=callbacks, progress=progress, roles=roles,
@@ -145,6 +151,7 @@ def fit(
         m = MStep(problem, m_step, algorithm, optim)
         collinear(m.collinear)
         engine = _engine(problem, m, algorithm)
+        rough = mixed is not None and worthwhile(engine)
         starts = list(initial_starts(problem, m, init, restarts, seed))
         if len(starts) == 1:  # one of several may be a saddle; the others are drawn
             at_start(problem, starts[0])
@@ -158,10 +165,13 @@ def fit(
                 if algorithm == "sem":
                     return stochastic(em, start, max_iter, shown, i)
 
-                def go_on(params: Params, history: History | None = None, iteration: int = 0) -> Steps[Ended]:
-                    rule, params = StoppingRule(max_iter, tol), in_double(engine, params)
+                def run(
+                    params: Params, history: History | None = None, iteration: int = 0, least: float = 0.0
+                ) -> Steps[Ended]:
+                    rule, params = StoppingRule(max_iter, max(tol, least)), in_double(engine, params)
                     return run_from(em, params, rule, shown, accelerator, i, history, iteration)
 
+                go_on = rough_first(em, run) if rough else run
                 if temperature is None:
                     return go_on(start)
                 return annealed(em, start, temperatures(temperature), max_iter, shown, i, go_on)

@@ -88,11 +88,10 @@ class Ended:
 
 
 def rounding(iterate: Iterate) -> float:
-    """Σ|ll_n| in units of the last place of the parameters' precision (and the error of numerical integration)."""
+    """Σ|ll_n| in units of the last place of the parameters' precision, and the E-step's own error."""
     eps = max((EPS[p.dtype] for p in iterate.params.values()), default=EPS[torch.float64])
     known = iterate.expectation
-    error = 0.0 if isinstance(known, Mapped) else known.error / MONOTONE
-    return eps * (1.0 + known.magnitude + abs(iterate.objective)) + error
+    return eps * (1.0 + known.magnitude + abs(iterate.objective)) + known.error / MONOTONE
 
 
 def at(problem: Problem, params: Params, expectation: Evaluated, iteration: int) -> Iterate:
@@ -127,12 +126,13 @@ class EMMap:
     m_step: MStep
     num_e_steps: int = 0
     empty: set[str] = field(default_factory=set)
+    rough: bool = False  # ask for E-steps with products in float32 (precision.py)
     _magnitude: float = 0.0
 
     def at(self, params: Params, iteration: int) -> Steps[Iterate]:
         """E-step at `params`; counted even if it fails."""
         self.num_e_steps += 1
-        expectation = yield Request(params, self._magnitude)
+        expectation = yield Request(params, self._magnitude, self.rough)
         self._magnitude = expectation.magnitude
         return at(self.problem, params, expectation, iteration)
 
@@ -182,8 +182,8 @@ def run_from(
 
     Errors after the first E-step do not lose the last complete iterate: they come back in `Ended.error`.
     """
-    began = time.perf_counter()
     history = History() if history is None else history
+    began = time.perf_counter() - (history.seconds[-1] if history.seconds else 0.0)
     callbacks = tuple(callbacks)
     stepper: Stepper = em if accelerator is None else accelerator(em)
     current = yield from em.at(start, iteration)

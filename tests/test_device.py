@@ -5,15 +5,18 @@ Without the hardware, on a device that is emulated (emulated.py): the results th
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 import pyro_em
 from tests.emulated import emulated_device
+from tests.latent_problems import BY_NAME as LATENT_BY_NAME
+from tests.latent_problems import LATENT_PROBLEMS
 from tests.problems import BY_NAME, PROBLEMS, Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_em.EMWarning")
@@ -55,3 +58,45 @@ def test_problems(name: str) -> None:
 @pytest.mark.parametrize("name", ["gmm_full", "categorical_hmm", "latent_class_map"])
 def test_replayed_updates(name: str) -> None:
     _compare(BY_NAME[name], 24)
+
+
+@pytest.mark.parametrize("name", [problem.name for problem in LATENT_PROBLEMS])
+def test_continuous_latents(name: str) -> None:
+    own = LATENT_BY_NAME[name]
+
+    def fit(device: torch.device) -> Any:
+        args, start, options = (_moved(x, device) for x in (own.args, own.start(), own.options))
+        return pyro_em.fit(own.model, *args, init=start, algorithm=own.algorithm, max_iter=2, tol=0, **options)
+
+    expected = fit(torch.device("cpu"))
+    with emulated_device() as device:
+        found = fit(device)
+        params = {name: value.cpu() for name, value in found.params.items()}
+    assert found.log_likelihood == expected.log_likelihood
+    assert all(torch.equal(params[name], expected.params[name]) for name in params)
+
+
+def test_results(tmp_path: Path) -> None:
+    """Drawn starts, posterior readings, predictions, files and tables."""
+    problem = BY_NAME["gmm_full"]
+
+    def all_of(device: torch.device) -> list[Any]:
+        args = _moved(problem.args, device)
+        result = pyro_em.fit(problem.model, *args, restarts=3, seed=0, max_iter=5, tol=0)
+        posterior = result.posterior(*args)
+        torch.manual_seed(3)  # draws of a posterior go on from the global state
+        draws = pyro_em.fit(problem.model, *args, init="random", seed=1, max_iter=1, tol=0).params
+        result.save(tmp_path / f"{device.type}.nc")
+        loaded = pyro_em.load(tmp_path / f"{device.type}.nc")
+        values = [
+            posterior.responsibilities("z"), posterior.mode()["z"], posterior.sample(3)["z"], posterior.entropy(),
+            result.log_prob(*args), result.icl, result.predictive(num_samples=2), draws, loaded.params,
+        ]  # fmt: skip
+        return [*(tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, values)), result.summary()]
+
+    expected = all_of(torch.device("cpu"))
+    with emulated_device() as device:
+        found = all_of(device)
+    for a, b in zip(found, expected, strict=True):
+        for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True):
+            assert torch.equal(x, y) if isinstance(x, Tensor) else x == y

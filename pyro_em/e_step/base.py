@@ -17,7 +17,7 @@ from pyro_em.types import Params
 @dataclass(frozen=True)
 class Expectation:
     """One E-step. `magnitude` is Σ|log p(x_n)|, the scale of rounding in `log_likelihood`; `error` is that of
-    numerical integration in it.
+    numerical integration in it, or of products in float32.
 
     `weights` are the posterior weights of every factor, which numeric M-steps need. Compiled engines do not
     form them; they are then computed by the reference path when somebody asks. `climbed` is what an update cannot
@@ -55,6 +55,7 @@ class Stage:
 
     tensors: tuple[Tensor, ...]
     kind: Any
+    rough: bool = False  # in float32, where the engine can
 
 
 class Staged(Engine, Protocol):

@@ -98,19 +98,19 @@ class Features:
     """Φ over all blocks, in chunks of `chunk` rows, `max_chunk` at most. A small Φ is kept, each chunk in one piece of
     memory, as the columns of a wide matrix are not."""
 
-    def __init__(self, blocks: list[Block], num_rows: int, max_chunk: int) -> None:
-        self.blocks, self.num_rows = blocks, num_rows
+    def __init__(self, blocks: list[Block], num_rows: int, max_chunk: int, dtype: torch.dtype = torch.float64) -> None:
+        self.blocks, self.num_rows, self.max_chunk, self.dtype = blocks, num_rows, max_chunk, dtype
         self.num_features = 1 + sum(block.num_features for block in blocks)
-        size = 8 * self.num_features
+        size = dtype.itemsize * self.num_features
         # Of 256 rows at least: below that the overhead of a call outweighs the cache.
         self.chunk = min(num_rows, max(256, min(max_chunk, 2 ** round(math.log2(CHUNK_BYTES / size)))))
         self._kept: list[Tensor] = []
-        self._buffer = torch.empty(self.num_features * self.chunk, dtype=torch.float64)
+        self._buffer = torch.empty(self.num_features * self.chunk, dtype=dtype)
         if size * num_rows <= KEEP_BYTES:
             self._kept = [self._filled(begin).clone() for begin in range(0, num_rows, self.chunk)]
             del self._buffer
         _, first = next(self.chunks())
-        self.rms = (first * first).mean(1).sqrt()  # of every feature, from the first chunk
+        self.rms = (first * first).mean(1, dtype=torch.float64).sqrt()  # of every feature, from the first chunk
 
     def _filled(self, begin: int) -> Tensor:
         end = min(begin + self.chunk, self.num_rows)

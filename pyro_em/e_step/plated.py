@@ -106,12 +106,11 @@ class Plated:
     def core(self, stages: Sequence[Stage]) -> list[tuple[Tensor, ...]]:
         """Sums over the data for every start; those that evaluate the same sites directly go together."""
         found: dict[int, tuple[Tensor, ...]] = {}
-        for kind in dict.fromkeys(stage.kind for stage in stages):
-            members = [i for i, stage in enumerate(stages) if stage.kind == kind]
+        for kind, rough in dict.fromkeys((stage.kind, stage.rough) for stage in stages):
+            members = [i for i, stage in enumerate(stages) if (stage.kind, stage.rough) == (kind, rough)]
             unpacked = [self._unpacked(stages[i]) for i in members]
-            sums = [
-                program.product.sums([own[place] for own in unpacked]) for place, program in enumerate(self.programs)
-            ]
+            products = [program.rough if rough and not any(kind) else program.product for program in self.programs]
+            sums = [product.sums([own[place] for own in unpacked]) for place, product in enumerate(products)]
             for place, i in enumerate(members):
                 found[i] = tuple(x for own in sums for x in (own[place].totals, own[place].evidence))
         return [found[i] for i in range(len(stages))]

@@ -66,6 +66,7 @@ class Product:
     def sums(self, prepared: Sequence[Prepared]) -> list[Sums]:
         """One `Sums` per start; all must evaluate the same sites directly."""
         w, sites = self._stacked(prepared)
+        w = w.to(self.features.dtype)
         totals: Tensor | None = None
         evidence: Tensor | None = None
         step = rows_of_cells(len(w))
@@ -76,9 +77,12 @@ class Product:
                 log_joint = self._log_joint(w, sites, phi, row)
                 r, found = self._responsibilities(log_joint, len(prepared), row)
                 if totals is None or evidence is None:
-                    totals, evidence = r @ phi.mT, found
-                else:
+                    totals, evidence = (r @ phi.mT).double(), found
+                elif phi.dtype == torch.float64:
                     totals.addmm_(r, phi.mT)
+                    evidence += found
+                else:  # the sum over chunks keeps its digits
+                    totals += r @ phi.mT
                     evidence += found
         assert totals is not None and evidence is not None
         split = zip(totals.chunk(len(prepared)), evidence.unbind(0), strict=True)
@@ -107,12 +111,12 @@ class Product:
         by_start = log_joint.unflatten(0, (starts, -1))
         r = torch.softmax(by_start, 1)
         # softmax leaves max R = exp(max L - lse), so that lse costs no second pass over exp.
-        lse = by_start.amax(1) - r.amax(1).log()
+        lse = (by_start.amax(1) - r.amax(1).log()).double()
         if self.base is not None:
             lse = lse + self.base[begin:end]
         if self.weight is not None:
             own = self.weight[begin:end]
-            r = r * own
+            r = r * own.to(r)
             lse = torch.where(own == 0, lse.new_zeros(()), lse * own)
         return r.flatten(0, 1), torch.stack([lse.sum(-1), lse.abs().sum(-1)], -1)
 

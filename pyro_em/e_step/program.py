@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,6 +43,13 @@ class Program:
     states: JointStates
     layouts: tuple[SiteLayout, ...]
     product: Product
+
+    @cached_property
+    def rough(self) -> Product:
+        """The same product in float32."""
+        features = self.product.features
+        own = Features(features.blocks, features.num_rows, features.max_chunk, torch.float32)
+        return dataclasses.replace(self.product, features=own)
 
     def prepared(self, arguments: Arguments, magnitude: Tensor) -> Prepared:
         """W, and the normal sites which it leaves out because rounding would show: they are evaluated directly.
