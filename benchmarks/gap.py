@@ -11,6 +11,7 @@ with torch's strong Wolfe line search.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from pyro_em.types import Params
 RATES = (0.003, 0.01, 0.03, 0.1)
 GAP = 1e-3  # nat
 TINY_LIMIT = 5
+SVI_NAME = "Pyro SVI"
 
 Climb = list[tuple[int, float, float]]  # evaluations, seconds, objective there
 
@@ -45,13 +47,18 @@ class Problem:
 
 @dataclass(frozen=True)
 class Gap:
-    """`limit` bounds the updates of each contender; `target` is E-steps of plain EM ÷ those of the best."""
+    """`limit` bounds the updates of each contender; `target` is E-steps of plain EM ÷ those of the best,
+    if one is asked for.
+
+    `names` are the contenders, all of them by default.
+    """
 
     name: str
     title: str
     problem: Callable[[bool], Problem]
     limit: int
-    target: float
+    target: float | None
+    names: tuple[str, ...] = ("em", "squarem", "anderson", "L-BFGS", SVI_NAME)
     calls: tuple[str, ...] = field(default=("climbs",), init=False)
 
     def collect(self, spawn: Spawn, rounds: int) -> Record:
@@ -61,9 +68,11 @@ class Gap:
     def climbs(self, rounds: int, tiny: bool) -> Record:
         """Each contender climbs once a round, all until their limit or convergence."""
         problem, limit = self.problem(tiny), TINY_LIMIT if tiny else self.limit
-        contenders = _contenders(limit)
-        rate = _best_rate(problem, 1 if tiny else limit // 4)
-        contenders["Pyro SVI"] = lambda p: by_svi(p, limit, rate)
+        contenders = {name: climb for name, climb in _contenders(limit).items() if name in self.names}
+        rate = None
+        if SVI_NAME in self.names:
+            rate = _best_rate(problem, 1 if tiny else limit // 4)
+            contenders[SVI_NAME] = functools.partial(by_svi, limit=limit, rate=rate)
         climbs: dict[str, list[Climb]] = {name: [] for name in contenders}
         for _ in range(rounds):
             for name, climb in contenders.items():
@@ -88,23 +97,24 @@ def arrivals(runs: list[Climb], optimum: float) -> Record:
 
 def _contenders(limit: int) -> dict[str, Callable[[Problem], Climb]]:
     return {
-        "em": lambda p: by_fit(p, limit, None),
-        "squarem": lambda p: by_fit(p, limit, "squarem"),
-        "anderson": lambda p: by_fit(p, limit, "anderson"),
+        "em": lambda p: by_fit(p, limit),
+        "squarem": lambda p: by_fit(p, limit, accelerate="squarem"),
+        "anderson": lambda p: by_fit(p, limit, accelerate="anderson"),
+        "em, mixed": lambda p: by_fit(p, limit, precision="mixed"),
         "L-BFGS": lambda p: by_lbfgs(p, limit),
     }
 
 
-def by_fit(problem: Problem, limit: int, accelerate: str | None) -> Climb:
+def by_fit(problem: Problem, limit: int, **options: Any) -> Climb:
     """`pyro_em.fit`; a callback tells the seconds, the history the E-steps."""
-    seconds: list[float] = []
+    seconds: dict[int, float] = {}  # by iteration: mixed precision says one of them twice, at its end in float64
     began = time.perf_counter()
     result = pyro_em.fit(
-        problem.model, *problem.args, init=problem.start, accelerate=accelerate, max_iter=limit, tol=1e-12,
-        callbacks=[lambda step: seconds.append(time.perf_counter() - began)], progress=False,
+        problem.model, *problem.args, init=problem.start, max_iter=limit, tol=1e-12, progress=False, **options,
+        callbacks=[lambda step: seconds.update({step.iteration: time.perf_counter() - began})],
     )  # fmt: skip
     history = result.history
-    return list(zip(map(int, history["num_e_steps"]), seconds, history["objective"], strict=True))
+    return list(zip(map(int, history["num_e_steps"]), seconds.values(), history["objective"], strict=True))
 
 
 def _loss(problem: Problem) -> tuple[Callable[[], Tensor], list[Tensor]]:

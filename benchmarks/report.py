@@ -63,7 +63,8 @@ def unevenness(record: Record) -> float:
 
 def fewest(record: Record, names: Iterable[str]) -> float:
     """Least median number of evaluations among the contenders; infinite if none arrived."""
-    found = [Spread.of(record["contenders"][name]["evaluations"]) for name in names]
+    contenders = record["contenders"]
+    found = [Spread.of(contenders[name]["evaluations"]) for name in names if name in contenders]
     return min((spread.median for spread in found if spread.resolved), default=math.inf)
 
 
@@ -122,12 +123,15 @@ def _gap_shortfalls(record: Record) -> list[str]:
         for own, values in contenders.items()
         if not Spread.of(values["evaluations"]).resolved
     ]
-    if plain < record["target"] * quickest:
+    if record["target"] is not None and plain < record["target"] * quickest:
         found.append(f"{name}: {plain / quickest:.1f}× fewer E-steps than plain EM, {record['target']:.0f}× was asked.")
     seconds = {own: Spread.of(values["seconds"]).median for own, values in contenders.items()}
-    best = min((seconds[own] for own in ("squarem", "anderson") if not math.isnan(seconds[own])), default=math.inf)
+    best = min(
+        (seconds[own] for own in ("squarem", "anderson") if not math.isnan(seconds.get(own, math.nan))),
+        default=math.inf,
+    )
     for peer in ("L-BFGS", "Pyro SVI"):
-        if seconds[peer] < best:
+        if seconds.get(peer, math.inf) < best:
             found.append(f"{name}: {peer} arrives in {seconds[peer]:.2f} s, we in {best:.2f} s.")
     return found
 

@@ -63,12 +63,12 @@ def _chain(
     )
 
 
-def _overlapping(num_rows: int) -> Callable[[bool], Problem]:
-    """Components that stand one standard deviation apart."""
+def _overlapping(num_rows: int, components: int = 3, features: int = 2, sep: float = 1.0) -> Callable[[bool], Problem]:
+    """Components whose means are `sep` standard deviations from their centre."""
 
     def make(tiny: bool) -> Problem:
-        own = problems.mixture(100 if tiny else num_rows, 3, 2, sep=1.0)
-        return Problem(gmm.model, (own.data, 3), own.start)
+        own = problems.mixture(*((100, 3, 2) if tiny else (num_rows, components, features)), sep=sep)
+        return Problem(gmm.model, (own.data, own.num_components), own.start)
 
     return make
 
@@ -213,6 +213,14 @@ _ALL: tuple[Workload, ...] = (
     ),
     Gap("gap-gaussian", "To within 1e-3 nat: overlapping Gaussians, N=2,000 K=3 D=2", _overlapping(2000), 4000, 5.0),
     Gap("gap-large", "To within 1e-3 nat: overlapping Gaussians, N=100,000 K=3 D=2", _overlapping(100_000), 1000, 5.0),
+    Gap(
+        "gap-mixed",
+        "To within 1e-3 nat: overlapping Gaussians, N=20,000 K=50 D=32, precision float64 and mixed",
+        _overlapping(20_000, 50, 32, sep=0.6),
+        400,
+        None,
+        ("em", "em, mixed"),
+    ),
     Gap("gap-poisson", "To within 1e-3 nat: two Poissons, London Times deaths", _death_notices, 4000, 5.0),
 )
 

@@ -107,7 +107,7 @@ def test_arrival_is_the_first_point_within_the_gap() -> None:
 
 def test_every_workload_is_listed() -> None:
     names = "A1 A2 A3 A4 B1 B2 B3 hmm-small D F small front-end whole-fit scale-N scale-K scale-D scale-T "
-    names += "gap-gaussian gap-large gap-poisson regressions poisson-regressions C2 C3 irt"
+    names += "gap-gaussian gap-large gap-mixed gap-poisson regressions poisson-regressions C2 C3 irt"
     assert names.split() == list(WORKLOADS)
     for name, workload in WORKLOADS.items():
         assert workload.name == name
@@ -138,6 +138,7 @@ def _here(workload: Workload) -> dict[str, Any]:
         "whole-fit",
         "scale-N",
         "gap-gaussian",
+        "gap-mixed",
         "gap-poisson",
         "poisson-regressions",
         "irt",
