@@ -126,10 +126,8 @@ def _gap_shortfalls(record: Record) -> list[str]:
     if record["target"] is not None and plain < record["target"] * quickest:
         found.append(f"{name}: {plain / quickest:.1f}× fewer E-steps than plain EM, {record['target']:.0f}× was asked.")
     seconds = {own: Spread.of(values["seconds"]).median for own, values in contenders.items()}
-    best = min(
-        (seconds[own] for own in ("squarem", "anderson") if not math.isnan(seconds.get(own, math.nan))),
-        default=math.inf,
-    )
+    arrived = [seconds[own] for own in ("squarem", "anderson") if own in seconds and not math.isnan(seconds[own])]
+    best = min(arrived, default=math.inf)
     for peer in ("L-BFGS", "Pyro SVI"):
         if seconds.get(peer, math.inf) < best:
             found.append(f"{name}: {peer} arrives in {seconds[peer]:.2f} s, we in {best:.2f} s.")

@@ -27,11 +27,13 @@ import torch
 import xarray
 
 import pyro_em
+from pyro_em.accelerate import ACCELERATORS
 from pyro_em.arviz import to_datatree
 from pyro_em.errors import EMWarning, InputError, PyroEMError
 from pyro_em.files import check_writable, replacing
 from pyro_em.information import standard_errors
 from pyro_em.options import ALGORITHMS
+from pyro_em.precision import PRECISIONS
 from pyro_em.result import FitResult
 from pyro_em.summary import MAX_HESSIAN, STATISTICS, Estimate, available_information, facts, render
 from pyro_em.table import read_table
@@ -103,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--seed", type=int, default=0, help="makes the fit reproducible (0)")
     fit.add_argument("--max-iter", type=int, default=1000, metavar="N", help="most iterations (1000)")
     fit.add_argument("--tol", type=float, default=1e-6, help="bound on the score per observation (1e-6)")
+    fit.add_argument("--accelerate", choices=ACCELERATORS, help="extrapolate where EM creeps")
+    fit.add_argument("--precision", choices=PRECISIONS, default="float64", help="of the E-step's products (float64)")
     fit.add_argument("--temperature", type=float, metavar="T", help="anneal, starting at this temperature")
     fit.add_argument("--init", choices=("model", "random", "kmeans++"), help="how to start")
     fit.add_argument("-o", "--output", type=Path, metavar="FILE.nc", help="write the fit for ArviZ (NetCDF)")
@@ -142,7 +146,7 @@ def _fit(options: argparse.Namespace) -> None:
     result = pyro_em.fit(
         model, data, algorithm=options.algorithm, restarts=options.restarts, seed=options.seed, init=options.init,
         max_iter=options.max_iter, tol=options.tol, temperature=options.temperature, missing=options.missing,
-        **keywords,
+        accelerate=options.accelerate, precision=options.precision, **keywords,
     )  # fmt: skip
     tree = to_datatree(result) if options.output is not None else None
     if tree is not None:

@@ -75,6 +75,16 @@ def test_json_is_one_object(capsys: Capture) -> None:
     assert found["outcome"] == "max_iter" and found["converged"] == 0
 
 
+def test_acceleration_and_precision(capsys: Capture) -> None:
+    assert main([*FIT, "--json", "--accelerate", "squarem", "--precision", "mixed"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    result = pyro_em.fit(gmm.model, gmm.load(), accelerate="squarem", precision="mixed", seed=0)
+    assert found["log_likelihood"] == result.log_likelihood and found["num_iterations"] == result.num_iterations
+    with pytest.raises(SystemExit):
+        main([*FIT, "--precision", "single"])
+    assert "--precision" in capsys.readouterr().err
+
+
 def test_plan_runs_no_inference(capsys: Capture) -> None:
     model = MODEL.replace(":model", ":univariate")
     assert main(["plan", model, "--data", DATA, "--columns", "waiting", "--algorithm", "gem"]) == 0
