@@ -24,7 +24,6 @@ from pyro_em.e_step.grouped import Grouped, compile_grouped
 from pyro_em.e_step.interpreted import Interpreted
 from pyro_em.e_step.predicted import Predicted
 from pyro_em.errors import NonFiniteError
-from pyro_em.evidence import chain
 from pyro_em.m_step.auto import MStep
 from pyro_em.m_step.separate import Separate
 from pyro_em.problem import Problem, bind
@@ -385,69 +384,3 @@ def test_impossible_data_are_named_as_by_the_reference() -> None:
     with pytest.raises(NonFiniteError) as expected:
         Interpreted(problem).e_step(params)
     assert str(found.value) == str(expected.value)
-
-
-def _brute(unary: Tensor, pair: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log Z, unary and pairwise posteriors of one chain by listing all paths."""
-    T, K = unary.shape
-    paths = torch.cartesian_prod(*[torch.arange(K)] * T).reshape(-1, T)
-    joint = unary[torch.arange(T), paths].sum(-1)
-    for t in range(1, T):
-        joint = joint + pair[t - 1, paths[:, t - 1], paths[:, t]]
-    w = torch.softmax(joint, 0)
-    hot = torch.nn.functional.one_hot(paths, K).double()
-    pairs = torch.einsum("p,pti,ptj->tij", w, hot[:, :-1], hot[:, 1:])
-    return joint.logsumexp(0), torch.einsum("p,pti->ti", w, hot), pairs
-
-
-@pytest.mark.parametrize("sequential", [0, 10**9])
-@pytest.mark.parametrize("short", [0, 10**9])
-@pytest.mark.parametrize("T", [2, 3, 5, 6, 7])
-@pytest.mark.parametrize(("lead", "width"), [(False, False), (True, False), (False, True), (True, True)])
-def test_smoothing_against_all_paths(
-    monkeypatch: pytest.MonkeyPatch, T: int, lead: bool, width: bool, sequential: int, short: int
-) -> None:
-    monkeypatch.setattr(chain, "SEQUENTIAL", sequential)
-    monkeypatch.setattr(chain, "SHORT", short)
-    B, K = 3, 3
-    unary = 3 * _normal(T, B, K)
-    pair = _rows(T - 1 if lead else 1, B if width else 1, K, K).log()
-    pair[..., 0, 1] = -torch.inf
-    found = chain.smooth(unary, pair)
-    weight = _rows(T - 1, B)
-    full = pair.expand(T - 1, B, K, K)
-    for b in range(B):
-        log_evidence, one, two = _brute(unary[:, b], full[:, b])
-        _same(found.log_evidence[b], log_evidence, "log Z")
-        _same(found.unary[:, b], one, "unary")
-        _same(found.pairs()[:, b], two, "pairs")
-    assert (found.pairs()[..., 0, 1] == 0).all()
-    _same(found.total_pairs(weight), (weight[..., None, None] * found.pairs()).sum((0, 1)), "total")
-
-
-@pytest.mark.parametrize("sequential", [0, 10**9])
-def test_smoothing_where_scaled_numbers_underflow(monkeypatch: pytest.MonkeyPatch, sequential: int) -> None:
-    """The only possible path has e^-900 of the density of the impossible ones at every step."""
-    monkeypatch.setattr(chain, "SEQUENTIAL", sequential)
-    monkeypatch.setattr(chain, "SHORT", 0)
-    T, B = 9, 2
-    unary = torch.zeros(T, B, 2)
-    unary[..., 0] = -900.0
-    unary[0, :, 1] = -torch.inf
-    pair = torch.tensor([[0.0, -torch.inf], [0.0, 0.0]]).reshape(1, 1, 2, 2)
-    found = chain.smooth(unary, pair)
-    _same(found.log_evidence, torch.full((B,), -900.0 * T), "log Z")
-    assert (found.unary[..., 0] == 1).all()
-    assert (found.pairs()[..., 0, 0] == 1).all()
-
-
-def test_smoothing_of_impossible_chains() -> None:
-    """Impossible chains have evidence zero and no posterior; their neighbours in the batch are right."""
-    unary = _normal(6, 2, 2)
-    unary[3, 0] = -torch.inf
-    pair = _rows(1, 1, 2, 2).log()
-    found = chain.smooth(unary, pair)
-    assert found.log_evidence[0] == -torch.inf
-    assert (found.unary[:, 0] == 0).all()
-    assert (found.pairs()[:, 0] == 0).all()
-    _same(found.unary[:, 1:], chain.smooth(unary[:, 1:], pair).unary, "unary")

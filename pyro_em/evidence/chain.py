@@ -1,4 +1,4 @@
-"""Exact smoothing of discrete chains, many at once, in a logarithmic number of steps.
+"""Exact smoothing of discrete chains, many at once.
 
 For log-potentials u_t (unary) and a_t (between t-1 and t), with W_t = exp(a_t) diag(exp u_t),
 
@@ -7,9 +7,9 @@ For log-potentials u_t (unary) and a_t (between t-1 and t), with W_t = exp(a_t) 
 and the posteriors are α_{t-1} W_t β_t, up to a constant. Three ways to the messages α and β:
 
     tree         products of neighbouring W_t, then of these, and so on; back down, every node passes α to
-                 its second half and β to its first. 2 log T batched products.
-    sequential   one step after the other, batched over chains: less arithmetic, T steps.
-    log-space    sequential with logsumexp; slower, and the only one without a certificate.
+                 its second half and β to its first. 2 log T batched products, for short chains.
+    two levels   blocks of time side by side, then from block to block (two_level.py); memory O(T·K).
+    log-space    the same with logsumexp; slower, and the only one without a certificate. Its pairs are a table.
 
 The first two work with scaled probabilities. A number below the smallest float is flushed to zero, which
 drops paths; their posterior mass is at most that number over the product of the scales it meets. So if that
@@ -21,20 +21,17 @@ Shapes: T steps, B chains, K states.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyro_em.evidence.ring import logsumexp
+from pyro_em.evidence.two_level import LINEAR, LOG, Messages
 
 LOWEST = -600.0  # what is flushed, below e^-708, is then less than e^-100 of the posterior mass
-SEQUENTIAL = 500  # B·K² above which the arithmetic of the tree costs more than the calls it saves
-SHORT = 16  # steps below which there are few calls to save
-
-
-_Transfer = Callable[[Tensor, int], Tensor]
+TREE = 500  # B·K² above which the arithmetic of the tree costs more than the calls it saves
+SHORT, LONG = 16, 2000  # steps between which the tree saves calls, and its memory does not matter
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ def smooth(unary: Tensor, pair: Tensor) -> ChainPosterior:
         return _single(unary, pair)
     shift, pair_shift = unary.amax(-1), pair.amax((-2, -1))
     emission, table = (unary - shift.unsqueeze(-1)).exp(), (pair - pair_shift[..., None, None]).exp()
-    messages = _sequential if B * K * K > SEQUENTIAL or T <= SHORT else _tree
+    messages = _tree if B * K * K <= TREE and SHORT < T <= LONG else _two_levels
     found = messages(emission, table)
     if not float(found.smallest) >= LOWEST:  # also when it is NaN
         return _log_space(unary, pair)
@@ -172,66 +169,39 @@ def _tree(emission: Tensor, table: Tensor) -> _Messages:
     return _Messages(log_scale, torch.cat([start, joint / norm]), alpha, right, smallest)
 
 
-def _sequential(emission: Tensor, table: Tensor) -> _Messages:
-    # (T, K, B): reductions over a small last dim are slow.
-    T, B, _ = emission.shape
-    likelihood = emission.mT.contiguous()
-    forward, backward = _transfers(table, T)
-    alpha, ahead = torch.empty_like(likelihood), torch.ones_like(likelihood)
-    sums = emission.new_empty(T, 1, B)
-    own, total, density = alpha.unbind(0), sums.unbind(0), likelihood.unbind(0)
-    torch.sum(density[0], 0, keepdim=True, out=total[0])
-    torch.div(density[0], total[0], out=own[0])
-    for t in range(1, T):
-        step = forward(own[t - 1], t)
-        step *= density[t]
-        torch.sum(step, 0, keepdim=True, out=total[t])
-        torch.div(step, total[t], out=own[t])
-    beta = ahead.unbind(0)
-    largest = emission.new_ones(T, 1, B)
-    size = largest.unbind(0)
-    for t in range(T - 1, 0, -1):
-        step = backward(density[t] * beta[t], t)
-        torch.amax(step, 0, keepdim=True, out=size[t - 1])
-        torch.div(step, size[t - 1], out=beta[t - 1])
-    joint = alpha * ahead
-    norm = joint.sum(1, keepdim=True)
-    smallest = torch.stack([sums.min(), largest.min(), norm.min()]).log().sum()
-    # α_{t-1} A (b_t β_t) = (norm_t) · (scale of step t), since α_t is that step divided by its scale.
-    right = likelihood[1:] * ahead[1:] / (norm[1:] * sums[1:])
-    return _Messages(
-        sums.squeeze(1).log().sum(0),
-        (joint / norm).mT,
-        alpha[:-1].mT,
-        right.mT,
-        smallest,
-    )
+def _two_levels(emission: Tensor, table: Tensor) -> _Messages:
+    alpha, beta = Messages(LINEAR, emission[0], emission[1:], table).forward_and_backward()
+    left = alpha[:-1]
+    predicted = _after(left, table)
+    right = emission[1:] * beta[1:]
+    step = (predicted * emission[1:]).sum(-1)  # what α is divided by
+    norm = (predicted * right).sum(-1, keepdim=True)
+    first = emission[0].sum(-1)
+    # What the messages are divided by, and what they meet: nothing else makes numbers small.
+    back = (right * table.sum(-2)).sum(-1)
+    smallest = torch.stack([step.min(), first.min(), norm.min(), back.min()]).log().sum()
+    joint = alpha * beta
+    return _Messages(first.log() + step.log().sum(0), joint / joint.sum(-1, keepdim=True), left, right / norm, smallest)
 
 
-def _transfers(table: Tensor, T: int) -> tuple[_Transfer, _Transfer]:
-    """v ↦ Aᵀv and v ↦ Av of the step into t, for v of shape (K, B)."""
-    shared = table.shape[1] == 1
-    matrices = (table[:, 0] if shared else table).expand(T - 1, *table.shape[1 + shared :]).unbind(0)
-    if shared:
-        return lambda v, t: matrices[t - 1].mT @ v, lambda v, t: matrices[t - 1] @ v
-    return (
-        lambda v, t: _rows(v.mT, matrices[t - 1]).mT.contiguous(),
-        lambda v, t: _columns(matrices[t - 1], v.mT).mT.contiguous(),
-    )
+def _after(left: Tensor, table: Tensor) -> Tensor:
+    """Σ_i left_i · table_ij, (T-1, B, K)."""
+    if table.shape[:2] == (1, 1):
+        return left @ table[0, 0]
+    return (left.unsqueeze(-1) * table).sum(-2)
 
 
 def _log_space(unary: Tensor, pair: Tensor) -> ChainPosterior:
-    T, B, K = unary.shape
-    pair = pair.expand(T - 1, B, K, K)
-    alpha, beta = [unary[0]], [torch.zeros_like(unary[0])]
-    for t in range(1, T):
-        alpha.append(logsumexp((alpha[-1].unsqueeze(-1) + pair[t - 1]).mT) + unary[t])
-        s = T - t
-        beta.append(logsumexp(pair[s - 1] + (unary[s] + beta[-1]).unsqueeze(-2)))
-    log_alpha, log_beta = torch.stack(alpha), torch.stack(beta[::-1])
-    log_evidence = logsumexp(alpha[-1])
-    joint = log_alpha[:-1].unsqueeze(-1) + pair + (unary[1:] + log_beta[1:]).unsqueeze(-2)
-    pairs = _normalised(joint.flatten(-2), log_evidence.expand(T - 1, B)).unflatten(-1, (K, K))
+    K = unary.shape[-1]
+    alpha, beta = Messages(LOG, unary[0], unary[1:], pair).forward_and_backward()
+    joint = alpha[:-1].unsqueeze(-1) + pair
+    step = logsumexp(joint.mT) + unary[1:]  # α of the next step before it is rescaled
+    log_evidence = logsumexp(unary[0]) + (logsumexp(step) - logsumexp(alpha[:-1])).sum(0)
+    log_evidence = torch.where(log_evidence.isnan(), -torch.inf, log_evidence)
+    possible = log_evidence.isfinite()
+    joint += (unary[1:] + beta[1:]).unsqueeze(-2)
+    pairs = _normalised(joint.flatten(-2), torch.where(possible, logsumexp(joint.flatten(-2)), -torch.inf))
+    both = alpha + beta
+    posterior = _normalised(both, torch.where(possible, logsumexp(both), -torch.inf))
     one = torch.ones_like(unary[1:])
-    posterior = _normalised(log_alpha + log_beta, log_evidence.expand(T, B))
-    return ChainPosterior(log_evidence, posterior, one, pairs, one)
+    return ChainPosterior(log_evidence, posterior, one, pairs.unflatten(-1, (K, K)), one)

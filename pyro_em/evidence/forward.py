@@ -1,10 +1,10 @@
-"""The forward pass of chains in log-space: filtered states and one-step evidences, step by step.
+"""The forward pass of chains in log-space: filtered states and one-step evidences.
 
     α_t(j) = p(s_t = j | x_0..x_t) ∝ exp u_t(j) Σ_i α_{t-1}(i) exp a_t(i, j),     p(x_t | x_0..x_{t-1}) = its sum
 
-for potentials that are log-densities of a directed model, each step normalised given the one before. Sequential
-over T steps, batched over B chains of S states. A step at which nothing is possible has evidence -inf; the states
-after it are all zero.
+for potentials that are log-densities of a directed model, each step normalised given the one before. B chains of
+S states and T steps, in blocks of time (two_level.py). A step at which nothing is possible has evidence -inf; the
+states after it are all zero.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from pyro_em.evidence.ring import logsumexp
+from pyro_em.evidence.two_level import LOG, Messages
+
+CELLS = 2**22  # of the tables of pairs that are held at once
 
 
 def filtered(start: Tensor, unary: Tensor, pair: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,19 +25,18 @@ def filtered(start: Tensor, unary: Tensor, pair: Tensor) -> tuple[Tensor, Tensor
     :param unary: of the states after it, (N, B, S).
     :param pair: of neighbours, (N or 1, B or 1, S, S), from rows to columns.
     """
-    states: list[Tensor] = []
-    evidences: list[Tensor] = []
-    log_joint = start
-    for t in range(len(unary) + 1):
-        if t:
-            step = pair[0 if len(pair) == 1 else t - 1]
-            log_joint = logsumexp((states[-1].unsqueeze(-1) + step).mT) + unary[t - 1]
-        evidence = logsumexp(log_joint)
-        possible = evidence.isfinite().unsqueeze(-1)
-        shift = torch.where(possible, evidence.unsqueeze(-1), 0.0)
-        states.append(torch.where(possible, log_joint - shift, -torch.inf))
-        evidences.append(evidence)
-    return torch.stack(states).exp(), torch.stack(evidences)
+    if not len(unary):
+        return torch.softmax(start, -1).nan_to_num(0.0).unsqueeze(0), logsumexp(start).unsqueeze(0)
+    messages, _ = Messages(LOG, start, unary, pair).forward_and_backward(backward=False)
+    total = logsumexp(messages).unsqueeze(-1)
+    states = torch.where(total.isfinite(), messages - torch.where(total.isfinite(), total, 0.0), -torch.inf)
+    evidences = [logsumexp(start).unsqueeze(0)]
+    chunk = max(1, CELLS // (start.numel() * start.shape[-1]))
+    for begin in range(0, len(unary), chunk):
+        end = min(begin + chunk, len(unary))
+        step = pair if len(pair) == 1 else pair[begin:end]
+        evidences.append(logsumexp(logsumexp((states[begin:end].unsqueeze(-1) + step).mT) + unary[begin:end]))
+    return states.exp(), torch.cat(evidences)
 
 
 def predicted(last: Tensor, pair: Tensor, num_steps: int) -> Tensor:

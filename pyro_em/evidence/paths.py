@@ -6,7 +6,8 @@ best path, or one drawn from the posterior. Paths are traced back through maps: 
 
     z_t = argmax_i δ_t(i) + a_{t+1}(i, z_{t+1})    or    z_t ~ α_t(i) exp a_{t+1}(i, z_{t+1}),
 
-for every possible z_{t+1} and all t at once; only following the maps is sequential.
+for every possible z_{t+1} and all t at once, δ_t being the best score of a path to it (two_level.py); only following
+the maps is sequential.
 
 log Z can be differentiated twice: the second time it is contracted as a tree of pairwise products.
 """
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from pyro_em.evidence.chain import ChainPosterior, smooth
 from pyro_em.evidence.ring import Elimination, logsumexp
+from pyro_em.evidence.two_level import MAX, Messages
 
 CELLS = 2**22  # of the tables of pairs that are held at once
 
@@ -91,16 +93,22 @@ def best_path(unary: Tensor, pair: Tensor) -> tuple[Tensor, Tensor]:
     :param unary: log-potentials of the states, (T, B, S).
     :param pair: of neighbours, (T-1 or 1, B or 1, S, S).
     """
-    score = unary[0]
     T, B, S = unary.shape
-    maps = torch.empty(max(0, T - 1), B, S, dtype=torch.int32)
-    pair = pair.expand(T - 1, *pair.shape[1:]) if T > 1 else pair
-    for t in range(1, T):
-        best = (score.unsqueeze(-1) + pair[t - 1]).max(-2)
-        score = best.values + unary[t]
-        maps[t - 1] = best.indices
-    value, last = score.max(-1)
-    return followed(maps, last), value
+    if T == 1:
+        value, path = unary.max(-1)
+        return path, value[0]
+    scores, _ = Messages(MAX, unary[0], unary[1:], pair).forward_and_backward(backward=False)
+    maps = torch.empty(T - 1, B, S, dtype=torch.int32)
+    chunk = max(1, CELLS // (B * S * S))
+    for begin in range(0, T - 1, chunk):
+        end = min(begin + chunk, T - 1)
+        step = pair if len(pair) == 1 else pair[begin:end]
+        maps[begin:end] = (scores[begin:end].unsqueeze(-2) + step.mT).argmax(-1).to(torch.int32)
+    path = followed(maps, scores[-1].argmax(-1))
+    chains, times = torch.arange(B), torch.arange(T).unsqueeze(-1)
+    value = unary[times, chains, path].sum(0)
+    links = pair[0 if len(pair) == 1 else times[:-1], 0 if pair.shape[1] == 1 else chains, path[:-1], path[1:]]
+    return path, value + links.sum(0)
 
 
 def drawn_path(posterior: ChainPosterior) -> Tensor:
