@@ -8,6 +8,7 @@ from pyro_em.e_step.base import Engine
 from pyro_em.evidence.integrated import has_states
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.compat import base_distribution
+from pyro_em.model.folding import chain_rows, folds_of
 from pyro_em.model.plan import Plan, Row
 from pyro_em.model.resources import predicted_bytes
 from pyro_em.problem import Problem
@@ -48,6 +49,9 @@ def explain(
             elements = math.prod(plate.size for plate in site.plates)
             reason = f"{family}, {site.num_states} states x {elements} elements; {role.reason}"
             e_rows.append(Row(name, "latent", "enumerate", reason))
+        for fold in folds_of(problem.model):
+            if fold.site == name:
+                e_rows += [Row(latent, "latent", "Kalman", own) for latent, own in chain_rows(fold)]
         if role.role == "parameter":
             counted = "its prior counts" if problem.with_prior else f"its prior is ignored by '{algorithm}'"
             notes.append(f"'{name}' is a parameter ({role.reason}); {counted}.")

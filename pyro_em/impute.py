@@ -166,7 +166,8 @@ def _draws(name: str, missing: Tensor, posterior: Posterior, num: int, seed: int
         return run.sites[name]
 
     with isolated_rng(seed), pyro.validation_enabled(False):
-        latents = posterior.sample(num) if posterior.latents else {}
+        known = set(problem.capture.sites)  # the states of a folded loop are inside of the site
+        latents = {n: x for n, x in posterior.sample(num).items() if n in known} if posterior.latents else {}
         shapes = {n: problem.capture.sites[n].value.shape for n in latents}
         with torch.no_grad():
             if not latents:

@@ -15,15 +15,15 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_em.chain_posterior import ChainPosterior, chain_posteriors
 from pyro_em.device import on_own_device
 from pyro_em.errors import InputError
-from pyro_em.evidence.discrete import Evidence, contract
+from pyro_em.evidence.discrete import Evidence, contract, with_plate
 from pyro_em.evidence.elimination import SetPosterior
 from pyro_em.evidence.mixed import Mixed
 from pyro_em.evidence.ring import Elimination
 from pyro_em.latents import integral
 from pyro_em.model.compat import base_distribution, dims_of, with_dims
-from pyro_em.model.graph import FactorGraph
 from pyro_em.model.packing import align
 from pyro_em.model.sequences import BySequence, Sequence, sequences
 from pyro_em.model.trace import Run, SiteRecord
@@ -65,11 +65,19 @@ class Posterior:
     def _sequences(self) -> dict[str, Sequence]:
         return sequences(self.problem.graph)
 
+    @cached_property
+    def _chains(self) -> tuple[ChainPosterior, ...]:
+        return chain_posteriors(self.problem.model, self._e_step[1])
+
+    def _chain(self, latent: str) -> ChainPosterior | None:
+        return next((chain for chain in self._chains if chain.has(latent)), None)
+
     @property
     def latents(self) -> tuple[str, ...]:
         """Names of the latents, in program order; those of a loop over time as one."""
         inside = {site: s.name for s in self._sequences.values() for site in (*s.heads, s.rest)}
-        return tuple(dict.fromkeys(inside.get(site, site) for site in self._order))
+        chained = (name for chain in self._chains for name in chain.latents)
+        return (*dict.fromkeys(inside.get(site, site) for site in self._order), *chained)
 
     @property
     def _order(self) -> list[str]:
@@ -135,12 +143,11 @@ class Posterior:
     def marginal(self, site: str) -> dist.Distribution:
         """Marginal posterior of one latent, with the plates as batch shape.
 
-        Bernoulli, Categorical and OneHotCategorical latents keep their family; any other finite latent
-        gives a Categorical over its states (a Binomial over the counts 0..n). A continuous latent keeps the family
-        of its route (Normal, MultivariateNormal, Gamma, ...), or a mixture of these over the states of the discrete
-        latents it depends on.
+        Bernoulli, Categorical and OneHotCategorical latents keep their family; any other finite latent gives a
+        Categorical over its states. A continuous latent keeps the family of its route (Normal, Gamma, ...), or a
+        mixture of these over the states of the discrete latents it depends on.
         """
-        mixed = self._mixed(site)
+        mixed = self._mixed(site) or self._chain(site)
         if mixed is not None:
             return mixed.marginal(site)
         probs = self.responsibilities(site)
@@ -159,14 +166,14 @@ class Posterior:
 
     def mean(self, site: str) -> Tensor:
         """Posterior mean of the latent's value, shape plates + event."""
-        mixed = self._mixed(site)
+        mixed = self._mixed(site) or self._chain(site)
         if mixed is not None:
             return mixed.mean(site)
         return torch.tensordot(self.responsibilities(site), self._support(site), dims=1)
 
     def variance(self, site: str) -> Tensor:
         """Posterior variance of the latent's value, shape plates + event."""
-        mixed = self._mixed(site)
+        mixed = self._mixed(site) or self._chain(site)
         if mixed is not None:
             return mixed.variance(site)
         support, probs = self._support(site), self.responsibilities(site)
@@ -176,7 +183,8 @@ class Posterior:
     def mode(self) -> dict[str, Tensor]:
         """Most probable joint configuration of all latents (values, by site)."""
         picked = self._pick("max", None)
-        return BySequence(self._in_order(picked, lambda q: q.mode(), draws=False), self._sequences)
+        found = BySequence(self._in_order(picked, lambda q: q.mode(), draws=False), self._sequences)
+        return found.joined_with([chain.mode() for chain in self._chains])
 
     def sample(self, num: int) -> dict[str, Tensor]:
         """`num` independent joint draws of all latents, shape (num,) + plates + event, by site."""
@@ -189,7 +197,7 @@ class Posterior:
         parts = [self._pick("sample", size) for size in sizes]
         picked = {s: torch.cat([part[s] for part in parts]) for s in self.problem.graph.latents}
         drawn = self._in_order(picked, lambda q: q.sample(num), draws=True)
-        return BySequence(drawn, self._sequences, lead=1)
+        return BySequence(drawn, self._sequences, lead=1).joined_with([chain.sample(num) for chain in self._chains])
 
     def states(self, site: str) -> StatePosterior:
         """Posterior of the states inside of an observed state-space site (`GaussianHMM`, `LinearHMM`).
@@ -257,7 +265,7 @@ class Posterior:
             return {}
         factors = self._factors(elimination)
         if num is not None:
-            graph = _with_draws(graph)
+            graph = with_plate(graph, DRAWS)
         leaves: dict[str, Tensor] = {}
         for component in graph.components:
             for name in component.factors:
@@ -290,11 +298,3 @@ def _over_plates(packed: Tensor, record: SiteRecord, symbol: str) -> Tensor:
     order = [record.symbols[plate.dim] for plate in record.plates]
     wide = align(packed, "".join(order) + symbol)
     return wide.expand(*(plate.size for plate in record.plates), wide.shape[-1])
-
-
-def _with_draws(graph: FactorGraph) -> FactorGraph:
-    """The same graph inside of one more plate, over draws."""
-    factors = {n: dataclasses.replace(f, plates=f.plates | {DRAWS}) for n, f in graph.factors.items()}
-    components = tuple(dataclasses.replace(c, root=c.root | {DRAWS}) for c in graph.components)
-    plate_names = {**graph.plate_names, DRAWS: "draws"}
-    return dataclasses.replace(graph, factors=factors, components=components, plate_names=plate_names)

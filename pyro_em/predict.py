@@ -11,6 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_em.errors import InputError
+from pyro_em.model.folding import unfolded
 from pyro_em.model.trace import run_model
 from pyro_em.problem import Problem
 from pyro_em.store import isolated_rng
@@ -26,7 +27,7 @@ def predictive(problem: Problem, params: Params, num_samples: int, seed: int | N
     if num_samples < 1:
         raise InputError(f"predictive: num_samples must be at least 1, not {num_samples}.")
     draws: dict[str, list[Tensor]] = {}
-    model = poutine.uncondition(problem.model)
+    model = poutine.uncondition(unfolded(problem.model))
     with isolated_rng(seed), torch.no_grad(), pyro.validation_enabled(False):
         for _ in range(num_samples):
             run = run_model(

@@ -28,16 +28,18 @@ from pyro_em.evidence.rule import Quadrature
 from pyro_em.families import Family
 from pyro_em.latent_uses import without_latents
 from pyro_em.model.atoms import AtomRuns
-from pyro_em.model.capture import Capture, ParameterRecord, capture
+from pyro_em.model.capture import Capture, ParameterRecord
 from pyro_em.model.certify import certify_factors
 from pyro_em.model.certify_loops import certify_loops
 from pyro_em.model.compat import dims_of
 from pyro_em.model.density import factor_shape, packed_log_density
+from pyro_em.model.fold_recognition import looked_at
+from pyro_em.model.folding import unfolded
 from pyro_em.model.graph import FactorGraph, build_graph
 from pyro_em.model.packing import multiply, onto
 from pyro_em.model.recognise import VALUE, Use, recognise, second_point
 from pyro_em.model.resources import check_states, check_tables
-from pyro_em.model.roles import RoleOf, assign_roles
+from pyro_em.model.roles import RoleOf
 from pyro_em.model.trace import Run, SiteRecord, quiet_store, run_model
 from pyro_em.types import Model, Params
 
@@ -226,9 +228,7 @@ def bind(
     :raises Refusal, InputError, ResourceError: see the modules in `pyro_em.model`.
     """
     rules = rules or {}
-    model = on_grids(model, rules)
-    seen = capture(model, args, kwargs)
-    assigned = assign_roles(seen, roles, deltas)
+    model, seen, assigned = looked_at(on_grids(unfolded(model), rules), args, kwargs, roles, deltas, rules)
     latent = tuple(n for n, role in assigned.items() if role.role == "latent" and not seen.sites[n].enumerable)
     latents.check_kinds(seen, latent, rules)
     if latent:  # their atoms take one more dim left of the plates

@@ -7,8 +7,9 @@ through the smoother's own recursion (Frühwirth-Schnatter 1994):
 
     z_t | z_{t+1}, y  ~  N(m_t + G_t (z_{t+1} - predicted_{t+1}),  P_t - G_t predicted_cov_{t+1} G_tᵀ)
 
-Shapes: batch dims B of the site (its plates), T + 1 states (number 0 comes before the first transition), D state
-dims, P observed dims. Forecasts of arguments that differ from step to step are not offered: they are not known.
+Shapes: batch dims B of the site (its plates), T + 1 states (number 0 comes before the first transition; T states where
+the site is a loop over time, whose first state is observed), D state dims, P observed dims. Forecasts of arguments
+that differ from step to step are not offered: they are not known.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from pyro_em.errors import InputError
 from pyro_em.evidence.integrated import integrates
-from pyro_em.families.state_space import chain_of
+from pyro_em.families.chain import GaussianChainFamily
+from pyro_em.families.state_space import GaussianHMMFamily
 from pyro_em.model.density import clean_value
 from pyro_em.model.trace import SiteRecord
 from pyro_em.state_space.linear_gaussian import Smoothed, regression_on_seen, symmetric
@@ -45,7 +47,10 @@ class StatePosterior:
         if not integrates(site) or site.arguments is None:
             raise InputError(f"Site '{site.name}' is no state-space model (GaussianHMM, LinearHMM): it has no states.")
         arguments = {**site.constants, **site.arguments}
-        self.chain, self.batch = chain_of(arguments, clean_value(site).detach())
+        family = site.family
+        assert isinstance(family, GaussianHMMFamily | GaussianChainFamily)
+        self.before = family.steps_before
+        self.chain, self.batch = family.chain(arguments, clean_value(site).detach())
 
     @cached_property
     def _smoothed(self) -> Smoothed:
@@ -71,16 +76,16 @@ class StatePosterior:
 
     def marginal(self) -> dist.Distribution:
         """Every state by itself, batch shape B + (T + 1,)."""
-        return _normal(self.mean, self.covariance)
+        return normal(self.mean, self.covariance)
 
     def filtered(self) -> dist.Distribution:
         """z_t given y_1..y_t, batch shape B + (T + 1,)."""
         found = self._smoothed
-        return _normal(self._unflat(found.filtered_mean), self._unflat(found.filtered_covariance))
+        return normal(self._unflat(found.filtered_mean), self._unflat(found.filtered_covariance))
 
     def log_prob_steps(self) -> Tensor:
         """log p(y_t | y_1..y_{t-1}), B + (T,); their sum is the log-likelihood of the series."""
-        return self._unflat(self._smoothed.step_log_evidence[:, 1:])
+        return self._unflat(self._smoothed.step_log_evidence[:, self.before :])
 
     def entropy(self) -> Tensor:
         """Entropy of all states together in nats, shape B; -inf where a state is known for sure."""
@@ -126,20 +131,20 @@ class StatePosterior:
             m, P = (A @ m.unsqueeze(-1)).squeeze(-1) + b, symmetric(A @ P @ A.mT + Q)
             means.append((C @ m.unsqueeze(-1)).squeeze(-1) + d)
             covariances.append(symmetric(C @ P @ C.mT + R))
-        return _normal(self._unflat(torch.stack(means, 1)), self._unflat(torch.stack(covariances, 1)))
+        return normal(self._unflat(torch.stack(means, 1)), self._unflat(torch.stack(covariances, 1)))
 
     def observations(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of every cell of y given the cells seen, B + (T, P); a seen cell has variance 0."""
         C, fixed, extra = self._given_seen()
         found = self._smoothed
-        mean = (C @ found.mean[:, 1:].unsqueeze(-1)).squeeze(-1) + fixed
-        covariance = C @ found.covariance[:, 1:] @ C.mT + extra
+        mean = (C @ found.mean[:, self.before :].unsqueeze(-1)).squeeze(-1) + fixed
+        covariance = C @ found.covariance[:, self.before :] @ C.mT + extra
         return self._unflat(mean), self._unflat(covariance.diagonal(dim1=-2, dim2=-1))
 
     def sample_observations(self, num: int) -> Tensor:
         """`num` joint draws of y given the cells seen, which stay as they are: (num,) + B + (T, P)."""
         C, fixed, extra = self._given_seen()
-        states = self.sample(num).reshape(num, -1, *self._smoothed.mean.shape[1:])[:, :, 1:]
+        states = self.sample(num).reshape(num, -1, *self._smoothed.mean.shape[1:])[:, :, self.before :]
         noise = torch.randn((*states.shape[:-1], extra.shape[-1]), dtype=torch.float64)
         drawn = (C @ states.unsqueeze(-1)).squeeze(-1) + fixed + (_root(extra) @ noise.unsqueeze(-1)).squeeze(-1)
         return drawn.reshape(num, *self.batch, *drawn.shape[2:])
@@ -147,13 +152,12 @@ class StatePosterior:
     def _given_seen(self) -> tuple[Tensor, Tensor, Tensor]:
         """y_t | z_t, cells seen ~ N(C z_t + fixed, extra), t = 1..T."""
         chain, T = self.chain, self.chain.num_steps
-        assert chain.seen is not None
-        seen = chain.seen.expand(-1, T, -1).to(chain.y.dtype)
-        fill, extra = regression_on_seen(chain.R, seen)
-        residual = torch.where(chain.seen, chain.y - chain.d, torch.zeros_like(chain.y))
+        known = torch.ones_like(chain.y[:1], dtype=torch.bool) if chain.seen is None else chain.seen
+        fill, extra = regression_on_seen(chain.R, known.expand(-1, T, -1).to(chain.y.dtype))
+        residual = torch.where(known, chain.y - chain.d, torch.zeros_like(chain.y))
         C = chain.C - fill @ chain.C
         fixed = chain.d + (fill @ residual.unsqueeze(-1)).squeeze(-1)
-        later = (x[:, 1:] if x.shape[1] > 1 else x for x in (C, fixed, extra))
+        later = (x[:, self.before :] if x.shape[1] > 1 else x for x in (C, fixed, extra))
         own, offset, spread = later
         return own, offset, spread
 
@@ -165,7 +169,7 @@ class StatePosterior:
         return G, symmetric(keep @ P @ keep.mT + G @ Q @ G.mT)
 
 
-def _normal(mean: Tensor, covariance: Tensor) -> dist.Distribution:
+def normal(mean: Tensor, covariance: Tensor) -> dist.Distribution:
     """Normal vectors, also where a covariance is singular (a state without noise)."""
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if bool(failed.any()):

@@ -95,3 +95,34 @@ def dense(model: Model, args: tuple[Any, ...], params: Params) -> Dense:
     mean = (weights * torch.stack(means)).sum(0)
     variance = (weights * torch.stack(seconds)).sum(0) - mean**2
     return Dense(log_evidence, unpack(mean), unpack(variance))
+
+
+def expected_log_joint(model: Model, args: tuple[Any, ...], old: Params) -> Callable[[Params], Tensor]:
+    """θ -> E[log p(x, z|θ) | x, old] for continuous z: f(m) + ½ tr(H V), with gradient and Hessian in z at θ."""
+    with pyro.get_param_store().scope(), torch.no_grad():
+        nodes = trace(model, args, old)
+    latent = {
+        n: s for n, s in nodes.items()
+        if s["type"] == "sample" and not s["is_observed"] and n not in old and type(s["fn"]).__name__ != "_Subsample"
+    }  # fmt: skip
+    sizes = [s["value"].numel() for s in latent.values()]
+
+    def joint(params: Params) -> Callable[[Tensor], Tensor]:
+        def f(z: Tensor) -> Tensor:
+            parts = z.split(sizes)
+            values = {n: p.reshape(s["value"].shape) for (n, s), p in zip(latent.items(), parts, strict=True)}
+            return _log_joint(trace(model, args, params, values), set(latent), set(params))
+
+        return f
+
+    _, mean, covariance = (x.detach() for x in _gaussian(joint(old), sum(sizes)))
+
+    def q(params: Params) -> Tensor:
+        z = mean.clone().requires_grad_()
+        with torch.enable_grad():
+            value = joint(params)(z)
+            (g,) = torch.autograd.grad(value, z, create_graph=True)
+            H = torch.stack([torch.autograd.grad(g[i], z, create_graph=True)[0] for i in range(len(z))])
+        return value + 0.5 * (H * covariance).sum()
+
+    return q

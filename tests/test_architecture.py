@@ -21,7 +21,7 @@ LAYERS = """
     types errors settings files shapes version | device
     constraint_names charts distributions kernels table tape state_space | slopes families | model
     store stop evidence | latents latent_uses | problem options | statistics terms
-    state_posterior sequence_posterior
+    state_posterior sequence_posterior | chain_posterior
     posterior predict design | sufficient impute | e_step.base | m_step | evaluator
     loop explain information integration | pointwise e_step accelerate checks progress | initialise anneal precision
     elbo result | em guides | ascent | svi | fit

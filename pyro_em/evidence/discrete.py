@@ -8,6 +8,7 @@ ring of ring.py; loops over time whose steps were run together enter it as one f
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -131,3 +132,11 @@ def evaluate(graph: FactorGraph, factors: Packed) -> Evidence:
 
 def _total(parts: list[tuple[Tensor, Tensor | None]]) -> Tensor:
     return sum((weighted_sum(x, weight) for x, weight in parts), torch.zeros((), dtype=torch.float64))
+
+
+def with_plate(graph: FactorGraph, symbol: str) -> FactorGraph:
+    """The same graph inside of one more plate (over draws)."""
+    factors = {n: dataclasses.replace(f, plates=f.plates | {symbol}) for n, f in graph.factors.items()}
+    components = tuple(dataclasses.replace(c, root=c.root | {symbol}) for c in graph.components)
+    names = {**graph.plate_names, symbol: "draws"}
+    return dataclasses.replace(graph, factors=factors, components=components, plate_names=names)

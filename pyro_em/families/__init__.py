@@ -19,6 +19,7 @@ from pyro_em.families.base import (
     Statistic,
 )
 from pyro_em.families.categorical import CategoricalFamily, MultinomialFamily, OneHotCategoricalFamily
+from pyro_em.families.chain import GROUPS, GaussianChainFamily
 from pyro_em.families.dirichlet import BetaFamily, DirichletFamily
 from pyro_em.families.grid import GridNormalFamily
 from pyro_em.families.heavy import CauchyFamily, HalfCauchyFamily, LaplaceFamily, StudentTFamily
@@ -62,13 +63,21 @@ _FAMILIES: tuple[Family, ...] = (
     WishartFamily(),
     GaussianHMMFamily(),
     LinearHMMFamily(),
+    GaussianChainFamily(),
 )
 
 FAMILIES: dict[type, Family] = {family.distribution: family for family in _FAMILIES}
 """Every family by its Pyro distribution class."""
 
 
-LOCATIONS = frozenset({"loc", *GaussianHMMFamily.by_entries, *(f"{site}.loc" for site in SITES)})
+LOCATIONS = frozenset(
+    {
+        "loc",
+        *GaussianHMMFamily.by_entries,
+        *GaussianChainFamily.by_entries,
+        *(f"{site}.loc" for site in (*SITES, *GROUPS)),
+    }
+)
 """Arguments that say where a value lies: they are updated before the spread around it."""
 
 

@@ -42,6 +42,7 @@ class GaussianHMMFamily(Family):
     distribution = dist.GaussianHMM
     event_dim = 2
     integrates = True
+    steps_before = 1  # states before that of the first observation
     arguments: ClassVar = {
         "transition_matrix": 2,
         "observation_matrix": 2,
@@ -56,6 +57,10 @@ class GaussianHMMFamily(Family):
     def accepts(self, raw: Mapping[str, Any]) -> bool:
         return all(_is_gaussian(raw[name]) and f"{name}.loc" in raw for name in SITES)
 
+    def chain(self, args: Arguments, value: Tensor) -> tuple[Chain, torch.Size]:
+        """The chain of T + 1 states, S = batch in a row."""
+        return chain_of(args, value)
+
     def log_prob(self, args: Arguments, value: Tensor) -> Tensor:
         chain, batch = chain_of(args, value)
         with _counting_from_the_first_observation():
@@ -68,20 +73,19 @@ class GaussianHMMFamily(Family):
     def _posterior_moments(self, args: Arguments, value: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         chain, batch = chain_of(args, value)
         w = weight.double().expand(batch).reshape(-1)
-        everything = (chain.A, chain.b, chain.Q, chain.C, chain.d, chain.R)
-        if chain.time_invariant and all(x.shape[:2] == (1, 1) for x in everything) and len(chain.mean) == 1:
+        if chain.wholly_shared:
             found = steady_moments(chain, w)
         else:
             found = chain_moments(chain, smooth(chain))
             late = found.observation  # the state before the first transition is not observed
             found = type(found)(
                 found.log_evidence,
-                _reduced(found.initial, w, len(chain.mean) * len(chain.covariance) > 1, False, batch),
-                _reduced(found.transition, w, *_varies(chain.A, chain.b, chain.Q), batch),
-                _reduced(
+                reduced(found.initial, w, len(chain.mean) * len(chain.covariance) > 1, False, batch),
+                reduced(found.transition, w, *varies(chain.A, chain.b, chain.Q), batch),
+                reduced(
                     LinearMoments(*(x[:, 1:] for x in vars(late).values())),
                     w,
-                    *_varies(chain.C, chain.d, chain.R),
+                    *varies(chain.C, chain.d, chain.R),
                     batch,
                 ),
             )
@@ -191,12 +195,12 @@ def chain_of(args: Arguments, value: Tensor) -> tuple[Chain, torch.Size]:
     ), batch
 
 
-def _varies(*arguments: Tensor) -> tuple[bool, bool]:
+def varies(*arguments: Tensor) -> tuple[bool, bool]:
     """Whether any of them differs between sequences, and between steps."""
     return any(len(x) > 1 for x in arguments), any(x.shape[1] > 1 for x in arguments)
 
 
-def _reduced(own: LinearMoments, w: Tensor, by_sequence: bool, by_step: bool, batch: torch.Size) -> LinearMoments:
+def reduced(own: LinearMoments, w: Tensor, by_sequence: bool, by_step: bool, batch: torch.Size) -> LinearMoments:
     """Weighted moments, summed over sequences and steps unless the site's arguments differ along them."""
 
     def of(x: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ import pyro.primitives
 import torch
 from pyro.distributions.distribution import COERCIONS
 from pyro.ops import packed
+from pyro.poutine import runtime
 from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.markov_messenger import MarkovMessenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
@@ -166,6 +168,22 @@ def raw_arguments(fn: Any) -> RawArguments | None:
                 value = value.expand(torch.broadcast_shapes(value.shape, event))
             found[f"{name}.{own}"] = value
     return found
+
+
+def with_arguments(distribution: Any, raw: RawArguments) -> Any:
+    """A distribution whose raw arguments are these."""
+    return _remember(distribution, raw)
+
+
+def markov_step() -> tuple[int, int] | None:
+    """Which `pyro.markov` loop is running, and its step; None outside of any.
+
+    :raises ValueError: inside of several.
+    """
+    loops = [own for own in runtime._PYRO_STACK if isinstance(own, MarkovMessenger)]
+    if len(loops) > 1:
+        raise ValueError("nested loops")
+    return (id(loops[0]), loops[0]._pos) if loops else None
 
 
 def prune_and_symbolize(trace: Trace) -> Trace:

@@ -25,11 +25,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_em.distributions import IncompleteNormal
+from pyro_em.distributions.chain import GaussianChain
 from pyro_em.errors import InputError, Refusal
 from pyro_em.model import compat
 from pyro_em.types import Model
 
-SERIES = (dist.GaussianHMM, dist.LinearHMM)  # their densities leave out cells that are NaN by themselves
+SERIES = (dist.GaussianHMM, dist.LinearHMM, GaussianChain)  # their densities leave out cells that are NaN by themselves
 INCOMPLETE = "_pyro_em_incomplete"  # in a site's `infer`: which cells of its value are missing
 
 

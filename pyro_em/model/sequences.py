@@ -6,7 +6,7 @@ the first dim, or for `z_17`, one step of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,13 @@ class Sequence:
 
     def joined(self, of: Mapping[str, Tensor]) -> Tensor:
         """Tensors of the sites as one, time first."""
-        return torch.cat([*(of[head].unsqueeze(0) for head in self.heads), of[self.rest]])
+        return self.stacked([of[head] for head in self.heads], of[self.rest], 0)
+
+    def stacked(self, heads: list[Tensor], rest: Tensor, lead: int) -> Tensor:
+        """The same with `lead` dims before time; plates that the loop has, but these sites not, are dims of size 1."""
+        front, back = heads[0].shape[:lead], heads[0].shape[lead:]
+        rest = rest.reshape(*front, self.loop.loop.steps - len(heads), *back)
+        return torch.cat([*(head.unsqueeze(lead) for head in heads), rest], lead)
 
     def step(self, site: str) -> int | None:
         """Step of a site's name, None if it is none of this sequence."""
@@ -72,11 +78,15 @@ class BySequence(dict[str, Tensor]):
             elif sequence.name not in self:
                 self[sequence.name] = self._joined(sequence, values)
 
+    def joined_with(self, others: Iterable[BySequence]) -> BySequence:
+        """The values of several in one."""
+        for other in others:
+            self.update(other)
+            self._known = {**self._known, **other._known}
+        return self
+
     def _joined(self, sequence: Sequence, values: Mapping[str, Tensor]) -> Tensor:
-        if not self._lead:
-            return sequence.joined(values)
-        heads = [values[head].unsqueeze(self._lead) for head in sequence.heads]
-        return torch.cat([*heads, values[sequence.rest]], self._lead)
+        return sequence.stacked([values[head] for head in sequence.heads], values[sequence.rest], self._lead)
 
     def __missing__(self, site: str) -> Any:
         for sequence in self._known.values():

@@ -52,6 +52,12 @@ class Chain:
         return shared and (self.seen is None or self.first_unseen)
 
     @property
+    def wholly_shared(self) -> bool:
+        """Time-invariant, and all sequences share the offsets and the first mean too."""
+        every = (self.A, self.b, self.Q, self.C, self.d, self.R)
+        return self.time_invariant and all(x.shape[:2] == (1, 1) for x in every) and len(self.mean) == 1
+
+    @property
     def first_unseen(self) -> bool:
         """Nothing is missing but the whole first step of every sequence."""
         seen = self.seen
@@ -85,12 +91,16 @@ class LinearMoments:
 
 @dataclass(frozen=True)
 class ChainMoments:
-    """Log-evidence of every sequence, and the moments of the three kinds of site of a chain."""
+    """Log-evidence of every sequence, and the moments of the three kinds of site of a chain.
+
+    Where they are summed over steps `first` is the observation of the first one, which `observation` then leaves out.
+    """
 
     log_evidence: Tensor  # (S,)
     initial: LinearMoments
     transition: LinearMoments
     observation: LinearMoments
+    first: LinearMoments | None = None
 
 
 def outer(a: Tensor, b: Tensor) -> Tensor:

@@ -191,11 +191,14 @@ def steady_moments(chain: Chain, weight: Tensor | None = None) -> ChainMoments:
     initial = _sums(w, r0, none, W * V0, np.zeros((len(A), 0)), np.zeros((0, 0)))
     earlier = W * (total - VT)
     transition = _sums(w, r, before, W * residual, W * lag - A @ earlier, earlier)
-    seen, means = x[:, late:], _rows(x, C)
-    e = np.subtract(y, means, out=means)[:, late:]
-    own = W * (total - V0 if late else total)
-    observation = _sums(w, e, seen, C @ own @ C.T, -C @ own, own)
-    return ChainMoments(torch.from_numpy(evidence), initial, transition, observation)
+    means = _rows(x, C)
+    e = np.subtract(y, means, out=means)
+
+    def seen(steps: slice, own: Array) -> LinearMoments:
+        return _sums(w, e[:, steps], x[:, steps], C @ own @ C.T, -C @ own, own)
+
+    first = seen(slice(0, 1 - late), (1 - late) * W * V0)
+    return ChainMoments(torch.from_numpy(evidence), initial, transition, seen(slice(1, T), W * (total - V0)), first)
 
 
 def _rows(x: Array, M: Array) -> Array:

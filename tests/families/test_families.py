@@ -188,7 +188,7 @@ def problem(name: str) -> tuple[type, Family, Arguments, Tensor, Tensor, Any]:
 
 # Responses with a state inside or with missing entries, whose statistics are none of the value alone: they have tests
 # of their own.
-ELSEWHERE = {"GaussianHMM", "LinearHMM", "IncompleteNormal", "GridNormal"}
+ELSEWHERE = {"GaussianHMM", "LinearHMM", "GaussianChain", "IncompleteNormal", "GridNormal"}
 
 
 def test_every_family_is_in_the_table_once() -> None:

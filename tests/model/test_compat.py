@@ -231,3 +231,19 @@ def test_replace_base_keeps_the_wrappers_and_the_arguments() -> None:
     assert isinstance(compat.base_distribution(changed), dist.Cauchy)
     assert torch.equal(changed.log_prob(value)[[0, 2, 3]], expected[[0, 2, 3]])
     assert float(changed.log_prob(value)[1]) == 0.0
+
+
+def test_arguments_can_be_attached() -> None:
+    own = compat.with_arguments(dist.Normal(0.0, 1.0), {"loc": 5.0})
+    assert compat.raw_arguments(own.expand([3])) == {"loc": 5.0}
+
+
+def test_the_step_of_a_markov_loop() -> None:
+    assert compat.markov_step() is None
+    steps = [compat.markov_step() for _ in pyro.markov(range(3))]
+    assert [step[1] for step in steps if step is not None] == [0, 1, 2]
+    assert len({step[0] for step in steps if step is not None}) == 1
+    for _ in pyro.markov(range(1)):
+        for _ in pyro.markov(range(1)):
+            with pytest.raises(ValueError, match="nested"):
+                compat.markov_step()

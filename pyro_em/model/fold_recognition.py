@@ -1,0 +1,277 @@
+"""Finds the chains of Gaussian states among the latents of a model, and certifies what their fold takes for granted.
+
+A chain is a set of continuous latents that sites connect, at least one of them in a `pyro.markov` or `pyro_em.markov`
+loop. It is folded (folding.py) if all of its sites are normal and a site reads states of its own step and of at most
+`HEADS` steps back. Certified, at two parameter points, with random states against states at 0:
+
+    locations are affine in the states, noises do not depend on them         the arguments are the same
+    elements of the shared plates do not meet, sites read no further back    the same, with states that all differ
+    steps that are run together are what they are one by one                 `pyro_em.markov`: at a few single steps
+
+An argument that is the same along a dim at both points is taken to be so at all. What is no such chain is left as it
+is, for the routes of evidence/routes.py (whose refusals name the site), which treat the loop as one dense system.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_em.errors import Refusal
+from pyro_em.families.chain import HEADS
+from pyro_em.model.capture import Capture, ParameterRecord, capture
+from pyro_em.model.certify_loops import REMEDY
+from pyro_em.model.folding import Chained, Fold, FoldedModel, places, steps_of, zeros
+from pyro_em.model.recognise import second_point
+from pyro_em.model.roles import RoleOf, assign_roles
+from pyro_em.model.statements import NotFolded, Statement, ValueOf
+from pyro_em.model.timeline import Loop, Template, chosen_steps
+from pyro_em.model.trace import quiet_store, run_model
+from pyro_em.types import Model, Params
+
+AGREE = 1e-9  # relative, in float64
+
+
+def looked_at(
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    roles: Mapping[str, str] | None,
+    deltas: Collection[str],
+    rules: Collection[str],
+) -> tuple[Model, Capture, dict[str, RoleOf]]:
+    """The model with its chains folded (as it is if it has none), a first look at it, and the roles of its sites.
+
+    :param rules: latents that are to be integrated numerically.
+    """
+    seen = capture(model, args, kwargs)
+    assigned = assign_roles(seen, roles, deltas)
+    exact = {n for n, role in assigned.items() if role.role == "latent" and n not in rules}
+    folds = _folds(model, args, kwargs, seen, assigned, {n for n in exact if not seen.sites[n].discrete})
+    if not folds:
+        return model, seen, assigned
+    folded = FoldedModel(model, seen.loops, folds)
+    gone = frozenset().union(*(fold.names for fold in folds))
+    seen = capture(folded, args, kwargs)
+    return folded, seen, assign_roles(seen, {n: r for n, r in (roles or {}).items() if n not in gone}, deltas)
+
+
+def _folds(
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    seen: Capture,
+    assigned: Mapping[str, RoleOf],
+    latent: Collection[str],
+) -> list[Fold]:
+    sets = _sets(seen, latent)
+    if not sets:
+        return []
+    records = list(seen.parameters.values())
+    for name, role in assigned.items():
+        if role.role == "parameter":
+            site = seen.sites[name]
+            records.append(ParameterRecord(name, site.value.detach().clone(), site.fn.support, "sample"))
+    generator = torch.Generator().manual_seed(0)
+    params: tuple[Params, Params] = (
+        {r.name: r.value for r in records},
+        {r.name: second_point(r, generator) for r in records},
+    )
+    taken = set(seen.sites)
+    folds = []
+    for names in sets:
+        fold = Fold(_site_name(seen, names, taken), names, _shared(seen, names))
+        try:
+            folds.append(_recognised(_Runs(model, args, kwargs, seen, fold), params))
+        except NotFolded:
+            continue
+        taken.add(fold.site)
+    return folds
+
+
+def _sets(seen: Capture, latent: Collection[str]) -> list[frozenset[str]]:
+    """Latents that sites connect, and these sites; those in a loop that read no discrete latent."""
+    groups: list[tuple[set[str], set[str]]] = []
+    for name, site in seen.sites.items():
+        read = (set(site.upstream) | {name}) & set(latent)
+        if not read:
+            continue
+        members, rest = {name}, []
+        for group in groups:
+            if group[0] & read:
+                read, members = read | group[0], members | group[1]
+            else:
+                rest.append(group)
+        groups = [*rest, (read, members)]
+    discrete = {n for n, site in seen.sites.items() if site.enumerable and not site.observed}
+    return [
+        frozenset(members)
+        for read, members in groups
+        if any(seen.sites[n].markov for n in read)
+        and not any(seen.sites[n].upstream & discrete for n in members)
+        and any(seen.sites[n].observed for n in members)
+    ]
+
+
+def _shared(seen: Capture, names: Collection[str]) -> frozenset[str]:
+    times = {loop.plate for loop in seen.loops}
+    plates = [{p.name for p in seen.sites[n].plates} for n in names]
+    return frozenset(set.intersection(*plates) - times)
+
+
+def _site_name(seen: Capture, names: Collection[str], taken: Collection[str]) -> str:
+    """The name of the observed sequence without the step."""
+    observed = [n for n in seen.sites if n in names and seen.sites[n].observed]
+    name = observed[-1]
+    loop = next((loop for loop in seen.loops if name in loop.names and ":" in name), None)
+    stem = Template.of(name, loop).stem if loop is not None else re.sub(r"[_\W]*\d+$", "", name)
+    stem = stem or name
+    others = set(taken) - set(names)
+    while stem in others:
+        stem += "_chain"
+    return stem
+
+
+@dataclasses.dataclass(frozen=True)
+class _Runs:
+    """Runs of the model that look at one chain."""
+
+    model: Model
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    seen: Capture
+    fold: Fold
+
+    def at(self, params: Params, value_of: ValueOf, kind: str = "together") -> Chained:
+        folded = FoldedModel(self.model, self.seen.loops, (self.fold,))
+        found: list[Chained] = []
+
+        def probe(*args: Any, **kwargs: Any) -> None:
+            found.extend(folded.collect(args, kwargs, value_of, kind))
+
+        with quiet_store(), pyro.validation_enabled(False), torch.no_grad():
+            run_model(
+                probe, self.args, self.kwargs, params, max_plate_nesting=self.seen.max_plate_nesting, enumerated=False
+            )
+        return found[0]
+
+    def with_fold(self, **changes: Any) -> _Runs:
+        return dataclasses.replace(self, fold=dataclasses.replace(self.fold, **changes))
+
+
+def _random(seed: int) -> ValueOf:
+    generator = torch.Generator().manual_seed(seed)
+
+    def value_of(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(True)
+
+    return value_of
+
+
+def _recognised(runs: _Runs, params: tuple[Params, Params]) -> Fold:
+    """The fold with all that is known of it.
+
+    :raises NotFolded: if it is no chain.
+    """
+    first = [runs.with_fold(lags=HEADS, heads=HEADS).at(p, zeros) for p in params]
+    lags = max(1, *(_reach(own) for own in first))
+    within = any(_within(own) for own in first)
+    together = any(own.timed for own in first[0].statements)
+    num = len(steps_of(first[0].statements))
+    heads = num - 1 if together else min(lags, num)
+    if heads > HEADS:
+        raise NotFolded("it looks too far back")
+    if together:
+        _same_cells(runs.seen.loops, first[0].statements)
+    runs = runs.with_fold(lags=lags, heads=heads, within=within)
+    still = [runs.at(p, zeros) for p in params]
+    for p, own, seed in zip(params, still, (1, 2), strict=True):
+        if not _equal(own.arguments, runs.at(p, _random(seed)).arguments):
+            raise NotFolded("a location is not affine in the states, or a noise depends on them")
+    if together:
+        _certify_steps(runs, params[0], still[0])
+    rank = len(still[0].statements[0].layout.lead)
+    varying = {
+        name: tuple(any(_differs(own.arguments[name], d) for own in still) for d in range(rank + 1))
+        for name in still[0].arguments
+    }
+    return dataclasses.replace(runs.fold, varying=varying, places=places(still[0].statements))
+
+
+def _reach(own: Chained) -> int:
+    """Steps back that the state has to hold, so that states and observations read nothing else."""
+    latent = {s.name: s.latent for s in own.statements}
+    reads = [(latent[n], lag) for n, by_lag in own.moves.items() for lag, x in by_lag.items() if bool((x != 0).any())]
+    return max((lag if latent else lag + 1 for latent, lag in reads), default=1)
+
+
+def _within(own: Chained) -> bool:
+    latent = {s.name for s in own.statements if s.latent}
+    return any(bool((own.moves[n][0] != 0).any()) for n in latent & own.moves.keys() if 0 in own.moves[n])
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(_close(x, other[n]) for n, x in one.items())
+
+
+def _close(x: Tensor, y: Tensor) -> bool:
+    tolerance = AGREE * (1 + float(torch.nan_to_num(x).abs().max())) if x.numel() else 0.0
+    return x.shape == y.shape and torch.allclose(x, y, rtol=AGREE, atol=tolerance, equal_nan=True)
+
+
+def _differs(x: Tensor, dim: int) -> bool:
+    first = x.narrow(dim, 0, 1)
+    return x.shape[dim] > 1 and not torch.equal(first.expand_as(x), x)
+
+
+def _same_cells(loops: Sequence[Loop], statements: Sequence[Statement]) -> None:
+    """Steps run together stand for the step before themselves: the statements of the last head must be the same."""
+    steps = steps_of(statements)
+    loop = next(loop for loop in loops if steps[-1][0].name in loop.names)
+    later = [(Template.of(s.name, loop).text, s.layout.cells) for s in steps[-1] if s.latent]
+    step = loop.history - 1
+    expected = [(text.format(Template.of(s.name, loop).first - 1), n)
+                for (text, n), s in zip(later, [s for s in steps[-1] if s.latent], strict=True)]  # fmt: skip
+    if [(s.name, s.layout.cells) for s in steps[-2] if s.latent] != expected:
+        raise NotFolded(f"step {step} has other states than the later ones")
+
+
+def _certify_steps(runs: _Runs, params: Params, together: Chained) -> None:
+    """The steps run together are, one by one, what they are at a few single steps.
+
+    :raises Refusal: naming a site, if they are not.
+    """
+    loop = next(loop for loop in runs.seen.loops if together.statements[-1].name in loop.names)
+    heads = runs.fold.heads
+    later = [Template.of(s.name, loop) for s in together.statements if s.timed]
+    single = {template.name(step, loop) for template in later for step in chosen_steps(loop)}
+    alone = runs.with_fold(names=runs.fold.names | single).at(params, _random(3), "chosen")
+    rank = len(together.statements[0].layout.lead)
+    outside = heads - loop.history
+    for place, step in enumerate(chosen_steps(loop)):
+        if place < loop.history:
+            continue
+        for name in [n for n in together.arguments if not re.search(r"_\d+\.", n)]:
+            own, other = together.arguments[name], alone.arguments.get(name)
+            row = own.narrow(rank, (step - loop.history) if own.shape[rank] > 1 else 0, 1)
+            if other is None or not _close(
+                row, other.narrow(rank, min(place - loop.history, other.shape[rank] - 1), 1)
+            ):
+                raise Refusal(
+                    together.statements[-1].name,
+                    f"at step {step} alone its '{name}' is another than in the run of all steps together.",
+                    REMEDY,
+                )
+        rows = (together.value[..., step + outside, :], alone.value[..., place + outside, :])
+        if not _close(*rows):
+            raise Refusal(
+                together.statements[-1].name,
+                f"at step {step} alone its observation is another than in the run of all steps together.",
+                REMEDY,
+            )
