@@ -12,7 +12,7 @@ from torch import Tensor
 import pyro_em
 from tests import classics
 from tests.published import CASES, Found, fit, read
-from tests.published_regression import election_by_party, negative_binomial_counts
+from tests.published_regression import balance_by_age, election_by_party, negative_binomial_counts
 from tests.published_sequences import stationary_earthquakes
 
 ONE_CLASS: dict[str, Any] = {"init": "model", "restarts": 1}  # nothing to draw: one update is the maximum
@@ -155,6 +155,7 @@ def lca_balance() -> Found:
         "loglik_K2": two.log_likelihood,
         "class probs K2": two.params["w"].sort().values,
         "loglik_K3": three.log_likelihood,
+        "loglik_K3_age": balance_by_age(data.long(), read("balance", "age")),
     }
 
 

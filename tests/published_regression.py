@@ -97,6 +97,11 @@ def election_by_party() -> float:
     return float(_fit(latent_class_regression.model, items, party, 3, tol=1e-7).log_likelihood)
 
 
+def balance_by_age(items: Tensor, age: Tensor) -> float:
+    """Three classes, their probabilities by age; some answers of a class are certain in the limit."""
+    return float(_fit(latent_class_regression.model, items, age, 3, tol=1e-7).log_likelihood)
+
+
 def negative_binomial_counts(values: Tensor, counts: Tensor) -> Found:
     """One negative binomial to counts with frequencies."""
     result = _fit(negative_binomial.model, values, weights={"rows": counts})

@@ -29,12 +29,11 @@ from tests.published import CASES, Found
 
 REFERENCE = {case["id"]: case for case in json.loads((CASES / "reference_fits.json").read_text())}
 
-# Quantities of other models (ages that are not in the file) and of another estimator: poLCA's
+# Quantities of other models, and of another estimator: poLCA's
 # standard errors invert the outer product of the scores, not the observed information. Named, so that none is lost.
 ELSEWHERE = {
     "lca_cheating_2": ("SE class prob",),
     "lgssm_nile": ("StructTS loglik",),  # counts another constant
-    "lca_balance": ("loglik_K3_age",),
     "hmm_geyser_bernoulli": ("stationary loglik K3",),  # on a ridge that EM climbs for minutes, past -126.8525
     "ms_fedfunds_const": ("EM llf with free/short EM",),
     "ms_hamilton_gnp": ("short EM (statsmodels 5-iteration) stalls at",),
