@@ -17,6 +17,7 @@ of the block, flattened parameter after parameter. Index -1 (no entry) goes to a
 
 from __future__ import annotations
 
+import copy
 import math
 import string
 from collections.abc import Mapping, Sequence
@@ -83,6 +84,14 @@ class Design:
     def __init__(self, terms: Sequence[Term], starts: Mapping[str, int], size: int, cells: torch.Size) -> None:
         self.size, self.cells = size, cells
         self.groups = _groups([t for t in terms if t.parameter in starts], starts, size, len(cells))
+
+    def over(self, cells: torch.Size) -> Design:
+        """The same terms over other cells of equal rank, where no term varies along a dim that they have not."""
+        if cells == self.cells:
+            return self
+        other = copy.copy(self)
+        other.cells = cells
+        return other
 
     def predict(self, theta: Tensor) -> Tensor:
         """A θ over the cells (broadcastable); θ (P,)."""

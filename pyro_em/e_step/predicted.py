@@ -36,6 +36,7 @@ from pyro_em.model.packing import align
 from pyro_em.model.trace import SiteRecord
 from pyro_em.model.use import VALUE
 from pyro_em.problem import Problem
+from pyro_em.shapes import broadcast_shapes
 from pyro_em.statistics import SiteMoments, argument_cells, site_center, site_moments, site_weight
 from pyro_em.sufficient import Arguments, Sufficient, raw_arguments
 from pyro_em.types import Params
@@ -165,8 +166,9 @@ class Predicted:
         """Packed log-density of a site."""
         plain = site.mask is None and site.element_mask is None and not site.element_dims
         if plain and isinstance(site.family, NormalFamily) and (site.name, "loc") in etas:
-            z = (clean_value(site) - arguments["loc"]).div_(arguments["scale"])
-            density = z.mul_(z).mul_(-0.5).sub_(arguments["scale"].log() + 0.5 * LOG_2PI)
+            z, scale = clean_value(site) - arguments["loc"], arguments["scale"]
+            z = z.div_(scale) if broadcast_shapes(z.shape, scale.shape) == z.shape else z / scale
+            density = z.mul_(z).mul_(-0.5).sub_(scale.log() + 0.5 * LOG_2PI)
             return pack(density.expand(site.batch_shape), site.symbols)
         reader = self.readers.get((site.name, "rate"))
         if plain and isinstance(site.family, PoissonFamily) and reader is not None and _is_exp(reader.predictor):

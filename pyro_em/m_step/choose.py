@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_em.e_step.base import Expectation
 from pyro_em.errors import InputError, Refusal
 from pyro_em.m_step.closed import NotClosed
-from pyro_em.m_step.linear import linear_blocks
+from pyro_em.m_step.linear import is_linear, linear_blocks
 from pyro_em.m_step.newton import Newton, is_newton, newton_blocks
 from pyro_em.m_step.responses import not_completed
 from pyro_em.m_step.separate import Separate
@@ -90,7 +90,7 @@ def choose(problem: Problem, uses: Uses, options: Mapping[str, str]) -> Choices:
     choices = {n: _told(uses[n], own) for n, own in options.items() if own in ("fixed", "gradient") or not uses[n]}
     units: list[Unit] = []
     collinear: set[str] = set()
-    for linear in linear_blocks(problem, run, {n: uses[n] for n in options if n not in choices}):
+    for linear in linear_blocks(problem, run, _not_moved_otherwise(problem, run, uses, set(options) - set(choices))):
         unidentified = linear.unidentified(linear.precision(problem.start, uniform))
         collinear |= unidentified
         units.append(linear)
@@ -134,6 +134,22 @@ def _told(uses: tuple[Use, ...], option: str) -> Choice:
     if not uses:
         return Choice("unused", "nothing that counts depends on it; it keeps its value")
     return Choice("gradient", "gradient M-step, as told")
+
+
+def _not_moved_otherwise(problem: Problem, run: Run, uses: Uses, names: set[str]) -> Uses:
+    """Uses of parameters that enter no location together with one that Newton moves: such a one takes them along."""
+    kept = [n for n in problem.parameters if n in names]
+    curved = {n for n in kept if not is_linear(n, uses[n], problem, run.sites)}
+    while True:
+        places = {_place(u) for n in curved if is_newton(uses[n], run) for u in uses[n] if u.predictor is not None}
+        more = {n for n in kept if n not in curved and places & set(map(_place, uses[n]))}
+        if not more:
+            return {n: uses[n] for n in kept if n not in curved}
+        curved |= more
+
+
+def _place(use: Use) -> tuple[str, str]:
+    return use.site, use.slot
 
 
 def _newton(problem: Problem, run: Run, uses: Uses, rest: list[str], closed: list[str]) -> list[Newton]:

@@ -52,9 +52,19 @@ def curve_of(kernel: Kernel, link: str, canonical: Link, forward: Callable[[Tens
         return _logistic(kernel)
     if isinstance(kernel, SimplexKernel) and (link, canonical) in (("identity", SOFTMAX), ("softmax", NORMALISED)):
         return _categorical(kernel)
-    if isinstance(kernel, QuadraticKernel) and link == "identity" and not kernel.vector:
-        return Curve(kernel.value, lambda eta: (kernel.gradient(eta), kernel.precision.expand(eta.shape)))
+    if isinstance(kernel, QuadraticKernel) and link == "identity":
+        return _quadratic(kernel)
     return _automatic(lambda eta: kernel.value(canonical.to_canonical(forward(eta))))
+
+
+def _quadratic(kernel: QuadraticKernel) -> Curve:
+    own = (kernel.precision.shape[-1],) if kernel.vector else ()
+
+    def derivatives(eta: Tensor) -> Derivatives:
+        cells = broadcast_shapes(eta.shape, kernel.linear.shape)
+        return kernel.gradient(eta).expand(cells), kernel.precision.expand(*cells, *own)
+
+    return Curve(kernel.value, derivatives)
 
 
 def _exponential(kernel: PowerKernel) -> Curve:

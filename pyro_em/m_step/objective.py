@@ -23,6 +23,7 @@ from pyro_em.model.use import Use
 from pyro_em.sufficient import Sufficient
 
 MAX_STEPS = 60
+CLOSE = 1e3  # roundings of Q below which the promised gain of a step cannot be seen in it
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -37,8 +38,9 @@ class Prior:
         self.part, self.kernel, self.shape = part, kernel, shape
 
     def value(self, theta: Tensor) -> Tensor:
+        """Up to a constant, one term for each entry (row) of the parameter."""
         own = theta[self.part].reshape(self.shape)
-        return self.kernel.value(own).expand(self.shape[: len(self.shape) - self.kernel.event_dim]).sum()
+        return self.kernel.value(own).expand(self.shape[: len(self.shape) - self.kernel.event_dim])
 
     def derivatives(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         own = theta[self.part].reshape(self.shape)
@@ -46,6 +48,14 @@ class Prior:
             return self.kernel.gradient(own).expand(self.shape).reshape(-1), prior_precision(self.kernel, own)
         slopes, curvatures = cellwise_derivatives(lambda etas: self.kernel.value(etas[0]), [own])
         return slopes[0].reshape(-1), torch.diag(curvatures[0][0].reshape(-1))
+
+
+@dataclass(frozen=True)
+class Value:
+    """Q, and the rounding in it: of the sizes of its terms, which may cancel."""
+
+    total: float
+    rounding: float
 
 
 @dataclass(frozen=True)
@@ -75,10 +85,12 @@ class Objective:
         pairs = zip(self.charts, parts, strict=True)
         return torch.cat([own.pull_back(value, part.reshape(value.shape)) for (own, value), part in pairs])
 
-    def value(self, u: Tensor) -> float:
+    def value(self, u: Tensor) -> Value:
+        """Q up to a constant."""
         theta = self.theta(u)
-        total = sum((float(site.value(theta - self.start)) for site in self.sites), 0.0)
-        return total + sum(float(prior.value(theta)) for prior in self.priors)
+        terms = [site.value(theta - self.start) for site in self.sites] + [prior.value(theta) for prior in self.priors]
+        size = sum(float(term.abs().sum()) for term in terms)
+        return Value(sum(float(term.sum()) for term in terms), 16 * EPS * size)
 
     def gradient(self, delta: Tensor) -> Tensor:
         total = torch.zeros_like(self.start)
@@ -127,28 +139,32 @@ class Objective:
 
     def maximised(self, tolerance: float) -> Tensor:
         """Newton's method with backtracking, in free coordinates."""
-        u = self.free()
-        slope, before = self.slope(u), None
+        u, known = self.free(), None
+        slope = self.slope(u)
         for _ in range(MAX_STEPS):
             if not bool(slope.isfinite().all()) or float(slope.abs().max()) <= tolerance:
                 break
-            before = self.value(u) if before is None else before
+            before = self.value(u) if known is None else known
             step = ascent(slope, self.curvature(u))
-            gain, length = float(slope @ step), 1.0
-            slack = 16 * EPS * abs(before)  # Q is known to its rounding
-            while length > 1e-12:
-                value = self.value(u + length * step)
-                if value >= before + 1e-4 * length * gain - slack:
-                    break
-                length /= 2
-            else:
+            # Close to the top Q says nothing more, but its slope does: Newton's steps lower it quadratically.
+            close = float(slope @ step) <= CLOSE * before.rounding
+            moved, known = (u + step, None) if close else self._back_tracked(u, step, slope, before)
+            following = self.slope(moved)
+            if torch.equal(moved, u) or (close and not float(following.abs().max()) < float(slope.abs().max())):
                 break
-            moved = u + length * step
-            after = self.slope(moved)
-            if gain <= slack and float(after.abs().max()) >= float(slope.abs().max()):
-                break
-            u, before, slope = moved, value, after
+            u, slope = moved, following
         return u
+
+    def _back_tracked(self, u: Tensor, step: Tensor, slope: Tensor, before: Value) -> tuple[Tensor, Value]:
+        """The longest of step, step/2, ... on which Q rises by a share of what its slope promises; u itself if none."""
+        gain, length = float(slope @ step), 1.0
+        while length > 1e-12:
+            moved = u + length * step
+            after = self.value(moved)
+            if after.total >= before.total + 1e-4 * length * gain - before.rounding:
+                return moved, after
+            length /= 2
+        return u, before
 
 
 def ascent(gradient: Tensor, hessian: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ counts), on the family's log-density.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from pyro_em.design import Design
 from pyro_em.families import SOFTMAX
-from pyro_em.families.base import NORMALISED
+from pyro_em.families.base import IDENTITY, NORMALISED
 from pyro_em.m_step.curves import Curve, cellwise_derivatives, curve_of
 from pyro_em.m_step.location import full_cells, terms_of
 from pyro_em.m_step.unit import weight_of
@@ -30,7 +31,7 @@ from pyro_em.model.trace import SiteRecord
 from pyro_em.model.use import Use
 from pyro_em.problem import Problem
 from pyro_em.shapes import broadcast_shapes
-from pyro_em.statistics import argument_cells
+from pyro_em.statistics import SiteMoments, argument_cells
 from pyro_em.sufficient import Sufficient
 
 
@@ -132,7 +133,14 @@ class PredictorSite:
         site, arguments = sufficient.sites[self.name], sufficient.arguments[self.name]
         etas = [slot.eta(arguments[slot.name], theta) for slot in self.slots]
         if self.compressed:
-            return _Compressed(self, etas, _curve(self.slots[0], site, sufficient))
+            (slot,) = self.slots
+            moments = sufficient.moments(self.name)
+            # Those of residuals are sums over what tells locations apart only: each cell has to count once.
+            rank = len(slot.designs[0].cells)
+            cells = torch.Size((*(1,) * (rank - len(moments.cells)), *moments.cells))
+            slot = dataclasses.replace(slot, designs=tuple(design.over(cells) for design in slot.designs))
+            own = dataclasses.replace(self, slots=(slot,))
+            return _Compressed(own, etas, _curve(slot, site, moments, arguments))
         weight = weight_of(problem, self.name, sufficient)
         return _Whole(self, etas, site, dict(arguments), weight)
 
@@ -156,7 +164,7 @@ class OpenSite:
         return self._etas
 
     def value(self, delta: Tensor) -> Tensor:
-        """Q up to a constant, ()."""
+        """Q up to a constant, one term for each cell."""
         raise NotImplementedError
 
     def _cellwise(self, etas: list[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
@@ -199,7 +207,7 @@ class _Compressed(OpenSite):
         (slot,) = self.own.slots
         value = self.curve.value(self.etas(delta)[0])
         value = slot._reached(value)
-        return value.expand(broadcast_shapes(value.shape, self.cells)).sum()
+        return value.expand(broadcast_shapes(value.shape, self.cells))
 
     def _cellwise(self, etas: list[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
         slope, curvature = self.curve.derivatives(etas[0])
@@ -226,16 +234,15 @@ class _Whole(OpenSite):
         return torch.where(self.weight == 0, 0.0, density.expand(self.cells) * self.weight)
 
     def value(self, delta: Tensor) -> Tensor:
-        return self._density(self.etas(delta)).sum()
+        return self._density(self.etas(delta))
 
     def _cellwise(self, etas: list[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
         return cellwise_derivatives(self._density, [eta.expand(self.cells) for eta in etas])
 
 
-def _curve(slot: Slot, site: SiteRecord, sufficient: Sufficient) -> Curve:
-    family, own = site.family, sufficient.moments(site.name)
+def _curve(slot: Slot, site: SiteRecord, own: SiteMoments, arguments: Mapping[str, Tensor]) -> Curve:
+    family = site.family
     assert family is not None
-    arguments = sufficient.arguments[site.name]
     kernel = family.kernel(slot.name, own.moments, {**site.constants, **arguments, **own.override}, own.center)
     assert kernel is not None
     return curve_of(kernel, slot.link, family.link(slot.name), slot.forward(arguments[slot.name]))
@@ -253,7 +260,8 @@ def is_behind_predictor(use: Use, site: SiteRecord) -> bool:
     canonical, predictor = family.link(use.slot), use.predictor
     if predictor is None or use.slot not in family.closed:
         return False
-    return (predictor.link.name, canonical) in (("identity", SOFTMAX), ("softmax", NORMALISED))
+    vectors = (("identity", SOFTMAX), ("softmax", NORMALISED))
+    return (predictor.link.name, canonical) in (*vectors, *([("identity", IDENTITY)] if use.slot == "loc" else []))
 
 
 def predictor_site(
