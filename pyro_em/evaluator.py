@@ -119,8 +119,8 @@ class Evaluator:
     def _record(self, engine: Staged, request: Request, expectation: Expectation) -> None:
         m_step = self.m_step
         double = all(x.dtype == torch.float64 for x in request.params.values())
-        if self._refused or m_step.coupled or not m_step.closed or len(m_step.free) > len(m_step.closed) or not double:
-            return
+        if self._refused or m_step.coupled or not m_step.closed or not m_step.all_closed or not double:
+            return  # (how many steps Newton's method takes depends on the data)
         self._refused = True  # until it has worked
         names = tuple(request.params)
         values = [request.params[name] for name in names]

@@ -72,8 +72,8 @@ def initial_starts(
         strategy = default_strategy(problem) if restarts > 1 else "model"
         yield checked_init(problem.parameters, init)
     else:
-        strategy = default_strategy(problem)
         sampled = any(record.kind == "sample" for record in problem.parameters.values())
+        strategy = default_strategy(problem) if sampled or restarts > 1 else "model"  # it looks at all data
         yield initial_params(problem, m, strategy if sampled else "model", rng)
     for _ in range(restarts if isinstance(init, str) else restarts - 1):
         yield initial_params(problem, m, strategy, rng)

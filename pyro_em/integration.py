@@ -6,6 +6,8 @@ Adaptive rules double their nodes (evidence/quadrature.py), fixed grids halve th
 from __future__ import annotations
 
 from pyro_em.distributions.grid import GridNormal
+from pyro_em.e_step.base import NotCompiled
+from pyro_em.e_step.plated import log_likelihood
 from pyro_em.errors import InputError, Refusal
 from pyro_em.evidence.grids import refined
 from pyro_em.evidence.quadrature import QuadratureRoute
@@ -35,9 +37,9 @@ def numerical_error(problem: Problem, params: Params) -> tuple[str, ...]:
         problem.evidence(params)
         notes = [_sentence(route.latents.names, route.error) for route in routes]
     if fixed:
-        coarse = float(problem.evidence(params)[0].log_likelihood)
+        coarse = _log_likelihood(problem, params)
         with refined():
-            fine = float(problem.evidence(params)[0].log_likelihood)
+            fine = _log_likelihood(problem, params)
         error, first = abs(fine - coarse), next(iter(fixed))
         allowed = min(rule.tolerance for rule in fixed.values()) * (1.0 + abs(coarse))
         if not error <= allowed:
@@ -50,6 +52,13 @@ def numerical_error(problem: Problem, params: Params) -> tuple[str, ...]:
             )
         notes.append(_sentence(tuple(fixed), error))
     return tuple(notes)
+
+
+def _log_likelihood(problem: Problem, params: Params) -> float:
+    try:
+        return log_likelihood(problem, params)
+    except NotCompiled:
+        return float(problem.evidence(params)[0].log_likelihood)
 
 
 def _sentence(names: tuple[str, ...], error: float) -> str:

@@ -23,7 +23,7 @@ LAYERS = """
     store stop evidence | latents latent_uses | problem options | statistics terms
     state_posterior sequence_posterior | chain_posterior
     posterior predict design | sufficient impute | e_step.base | m_step | evaluator
-    loop explain information integration | pointwise e_step accelerate checks progress | initialise anneal precision
+    loop explain information | pointwise e_step accelerate checks progress | integration initialise anneal precision
     elbo result | em guides | ascent | svi | fit
     summary plots checkpoint | arviz | __init__ | cli | __main__ | mini
 """

@@ -42,8 +42,10 @@ def choose_engine(problem: Problem, m_step: MStep) -> Engine:
             return compile_inside(problem)
     if not m_step.separate:
         if not m_step.numeric and not m_step.gradient:
-            with contextlib.suppress(NotCompiled):
-                return compile_predicted(problem)
+            either: tuple[Compiler, ...] = (compile_plated, compile_predicted)
+            for compiler in either if m_step.compressed else either[1:]:
+                with contextlib.suppress(NotCompiled):
+                    return compiler(problem)
         mixed = [n for n in m_step.free if any(use.index is None for use in problem.uses[n])]
         return Interpreted(problem, f"'{(mixed or m_step.free)[0]}' has no closed form on sufficient statistics")
     reasons = []

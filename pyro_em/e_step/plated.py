@@ -1,7 +1,8 @@
 """Compiled E-step for latents that live in the data plate: mixtures, latent classes, factorial mixtures.
 
 If no argument varies along the data plate, log p(x_n, z=j) = Σ_f W_jf Φ_fn with Φ the sufficient statistics
-of the data and W the natural parameters of joint state j. One E-step is then two matrix products (product.py),
+of the data and W the natural parameters of joint state j (linear predictors of the state included: the items of an
+ability on a grid of nodes). One E-step is then two matrix products (product.py),
 and their result holds the moments of every site at once. The small dimension comes first, data are centred, rows
 that are equal (discrete data) are collapsed with their counts. Latents are summed out jointly, so that several of
 them in one plate (a factorial mixture) are one softmax over their joint states.
@@ -49,8 +50,9 @@ class Plated:
         if graph.loops:
             raise NotCompiled("a pyro_em.markov loop")
         for name, uses in problem.uses.items():
-            if any(use.index is None for use in uses):
+            if not all(use.known for use in uses):
                 raise NotCompiled(f"the arguments that '{name}' enters are not recognised")
+        self._predictors = {(u.site, u.slot): u.predictor for own in problem.uses.values() for u in own if u.predictor}
         with torch.no_grad():
             run = problem.run(problem.start)
         self.problem, self.run = problem, run
@@ -160,9 +162,14 @@ class Plated:
         sufficient = Sufficient(self.problem, self.run.sites, arguments, self._never)
         for name, theta in params.items():
             sufficient.put(theta, self.problem.uses[name])
+        if self._predictors:
+            double = {name: theta.detach().double() for name, theta in params.items()}
+            for (site, slot), predictor in self._predictors.items():
+                arguments[site][slot] = predictor.argument(double)
         return sufficient
 
-    def _never(self, name: str, arguments: dict[str, Tensor]) -> SiteMoments:
+    @staticmethod
+    def _never(name: str, arguments: dict[str, Tensor]) -> SiteMoments:
         raise AssertionError(f"moments of '{name}' were asked for before the E-step")
 
     def _moments(self, name: str, arguments: dict[str, Tensor], sums: list[Sums]) -> SiteMoments:
@@ -182,3 +189,21 @@ class Plated:
 def compile_plated(problem: Problem) -> Plated:
     """The engine for a problem, or `NotCompiled` with the reason."""
     return Plated(problem)
+
+
+def log_likelihood(problem: Problem, params: Params) -> float:
+    """log p(x|params) from one run of the model, whatever its parameters do, without a table of states times data.
+
+    :raises NotCompiled: if the arguments vary along the data, or a row is impossible.
+    """
+    with torch.no_grad():
+        run = problem.run(params)
+    arguments, total = raw_arguments(run.sites), 0.0
+    for component in problem.graph.components:
+        program = compile_program(problem, run, component, complement=False)
+        (sums,) = program.product.sums([program.prepared(arguments, torch.zeros((), dtype=torch.float64))])
+        total += float(sums.evidence[0])
+    if not total > 0.1 * IMPOSSIBLE:
+        raise NotCompiled("impossible data")
+    constants, _, _ = Outside(problem, run).log_density(Sufficient(problem, run.sites, arguments, Plated._never))
+    return total + float(constants)

@@ -46,12 +46,22 @@ def weighted(weight: Tensor, log_probability: Tensor) -> Tensor:
 
 
 def _weighted(weight: Tensor, probability: Tensor, boundary: Tensor, log: Callable[[Tensor], Tensor]) -> Tensor:
+    if _none(boundary):
+        return weight * log(probability)
     weight, probability, boundary = torch.broadcast_tensors(weight, probability, boundary)
     inside = torch.where(boundary, torch.full_like(probability, 0.5), probability)
     # A negative weight occurs in priors below 1, whose density is infinite on the boundary.
     limit = -torch.inf * weight.detach().sign()
     limit = torch.where(weight == 0, torch.zeros_like(limit), limit)
     return torch.where(boundary, limit, weight * log(inside))
+
+
+def _none(boundary: Tensor) -> bool:
+    """Whether no probability is on the boundary: asked of them alone, which are few beside the data."""
+    try:
+        return not bool(boundary.any())
+    except RuntimeError:  # torch.func.vmap lets nobody ask
+        return False
 
 
 def symmetric(matrix: Tensor) -> Tensor:

@@ -77,6 +77,12 @@ class MStep:
         """Every moving parameter has a closed form of its own, on the moments of its sites."""
         return self.all_closed and all(isinstance(unit, Separate) for unit in self.units)
 
+    @property
+    def compressed(self) -> bool:
+        """The units read the moments of their sites alone, no posterior weights of single rows."""
+        units = [unit for unit in self.units if not isinstance(unit, Separate)]
+        return all(isinstance(unit, Newton) and all(site.compressed for site in unit.sites) for unit in units)
+
     def _counted(self, name: str) -> tuple[Use, ...]:
         """Uses that enter Q: without priors when they do not count."""
         priors = () if self.problem.with_prior else self.problem.graph.priors

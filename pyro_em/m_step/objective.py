@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_em.charts import Chart
+from pyro_em.charts import Chart, ElementwiseChart
 from pyro_em.kernels import QuadraticKernel
 from pyro_em.m_step.curves import cellwise_derivatives
 from pyro_em.m_step.linear import prior_precision
@@ -81,9 +81,7 @@ class Objective:
         """∂Q/∂u at the start."""
         if self.real:
             return gradient
-        parts = torch.split(gradient, [value.numel() for _, value in self.charts])
-        pairs = zip(self.charts, parts, strict=True)
-        return torch.cat([own.pull_back(value, part.reshape(value.shape)) for (own, value), part in pairs])
+        return torch.cat([own.pull_back(value, part) for own, value, part in self._parts(self.start, gradient)])
 
     def value(self, u: Tensor) -> Value:
         """Q up to a constant."""
@@ -115,10 +113,16 @@ class Objective:
         gradient = self.gradient(theta - self.start)
         if self.real:
             return gradient
-        with torch.enable_grad():
-            leaf = u.detach().requires_grad_(True)
-            (slope,) = torch.autograd.grad(gradient @ self.theta(leaf), leaf)
-        return slope
+        return torch.cat([own.pull_back(value, part) for own, value, part in self._parts(theta, gradient)])
+
+    def _parts(self, theta: Tensor, gradient: Tensor) -> list[tuple[Chart, Tensor, Tensor]]:
+        """Each parameter's chart, its value in θ, and its part of a gradient."""
+        found, begin = [], 0
+        for own, value in self.charts:
+            part = slice(begin, begin + value.numel())
+            found.append((own, theta[part].reshape(value.shape), gradient[part].reshape(value.shape)))
+            begin = part.stop
+        return found
 
     def curvature(self, u: Tensor) -> Tensor:
         """−∂²Q/∂u²."""
@@ -128,6 +132,8 @@ class Objective:
         if self.real:
             return hessian
         gradient = self.gradient(delta)
+        if all(isinstance(own, ElementwiseChart) for own, _ in self.charts):
+            return self._elementwise(theta, gradient, hessian)
 
         def model(v: Tensor) -> Tensor:
             change = self.theta(v) - theta
@@ -136,6 +142,19 @@ class Objective:
         with torch.enable_grad():
             second: Tensor = torch.autograd.functional.hessian(model, u.detach())
         return -second
+
+    def _elementwise(self, theta: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
+        """The same where J is diagonal."""
+        first, second, index, begin = [], [], [], 0
+        for own, value, part in self._parts(theta, gradient):
+            assert isinstance(own, ElementwiseChart)
+            one, two = own.derivatives(value)
+            first.append(one)
+            second.append(part.flatten()[own.index] * two)
+            index.append(begin + own.index)
+            begin += value.numel()
+        free, jacobian = torch.cat(index), torch.cat(first)
+        return hessian[free][:, free] * jacobian * jacobian.unsqueeze(-1) - torch.diag(torch.cat(second))
 
     def maximised(self, tolerance: float) -> Tensor:
         """Newton's method with backtracking, in free coordinates."""
