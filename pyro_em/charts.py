@@ -80,19 +80,12 @@ class ElementwiseChart(Chart):
         return self.template.flatten().index_put((self.index,), x).reshape(self.template.shape)
 
     def pull_back(self, value: Tensor, gradient: Tensor) -> Tensor:
-        return gradient.flatten()[self.index] * self.derivatives(value)[0]
-
-    def derivatives(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """∂x/∂u and ∂²x/∂u² of the free entries, (P,) each."""
-        x = value.flatten()[self.index]
+        x, slope = value.flatten()[self.index], gradient.flatten()[self.index]
         if self.lower is not None and self.upper is not None:
-            width = self.upper - self.lower
-            first = (x - self.lower) * ((self.upper - x) / width)
-            return first, first * (self.lower + self.upper - 2 * x) / width
-        bound = self.upper if self.lower is None else self.lower
-        if bound is None:
-            return torch.ones_like(x), torch.zeros_like(x)
-        return x - bound, x - bound
+            return slope * (x - self.lower) * ((self.upper - x) / (self.upper - self.lower))
+        if self.lower is not None:
+            return slope * (x - self.lower)
+        return slope if self.upper is None else slope * (x - self.upper)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,10 +2,11 @@
 
     predict   A θ                       pull   Aᵀ v                   gram   Aᵀ diag(ω) A
 
-A is never formed: its terms c·θ[i] (model/affine.py) are stacked in groups whose indices vary along the same
-dims, with coefficients (m, ...) over the other dims. For `a[z] + X @ b[z]` the index is (m, K, 1), the coefficients
-(m, 1, N): predict and pull are matrix products, and the Gram matrices of all K states are one product of the
-weights (K, N) with the m (m + 1)/2 products x_i x_j, which are made chunk by chunk.
+A is formed only where it is small, as products with it cost the fewest calls. Otherwise its terms c·θ[i]
+(model/affine.py) are stacked in groups whose indices vary along the same dims, with coefficients (m, ...) over the
+other dims. For `a[z] + X @ b[z]` the index is (m, K, 1), the coefficients (m, 1, N): predict and pull are matrix
+products, and the Gram matrices of all K states are one product of the weights (K, N) with the m (m + 1)/2 products
+x_i x_j, which are made chunk by chunk (gram.py).
 
 A Gram matrix is kept in *pieces* over those dims that it cannot be summed along (its indices' dims, and dims that a
 caller asks for), so that it can be scaled there, and a quadratic form can be read off per cell, before the
@@ -26,10 +27,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_em.gram import gram_matrices
 from pyro_em.model.affine import Term
+from pyro_em.shapes import broadcast_shapes
 
-CHUNK_BYTES = 4 * 2**20  # of products x_i x_j
-MIN_STATES = 3  # fewer weightings than this are cheaper one by one
+DENSE = 2**17  # entries of A up to which products with A itself cost less than its pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +86,27 @@ class Design:
     def __init__(self, terms: Sequence[Term], starts: Mapping[str, int], size: int, cells: torch.Size) -> None:
         self.size, self.cells = size, cells
         self.groups = _groups([t for t in terms if t.parameter in starts], starts, size, len(cells))
+        self._dense: dict[torch.Size, Tensor] = {}
+
+    def dense(self) -> Tensor | None:
+        """A (cells, P), None where it is large."""
+        count = self.cells.numel()
+        if count * self.size > DENSE:
+            return None
+        if self.cells not in self._dense:
+            matrix = torch.zeros(count, self.size + 1, dtype=torch.float64)
+            for group in self.groups:
+                for index, coefficient in zip(group.index, group.coefficient, strict=True):
+                    place, own = (x.expand(self.cells).reshape(-1, 1) for x in (index, coefficient))
+                    matrix.scatter_add_(1, place, own.double())
+            self._dense[self.cells] = matrix[:, :-1].contiguous()
+        return self._dense[self.cells]
+
+    def _summed(self, v: Tensor) -> Tensor:
+        """v, which may have dims that the cells have not, as one number for every cell, flattened."""
+        shape = broadcast_shapes(v.shape, self.cells)
+        v = v.expand(shape)
+        return (v if shape == self.cells else v.sum_to_size(self.cells)).reshape(-1)
 
     def over(self, cells: torch.Size) -> Design:
         """The same terms over other cells of equal rank, where no term varies along a dim that they have not."""
@@ -95,6 +118,9 @@ class Design:
 
     def predict(self, theta: Tensor) -> Tensor:
         """A θ over the cells (broadcastable); θ (P,)."""
+        matrix = self.dense()
+        if matrix is not None:
+            return (matrix @ theta).reshape(self.cells)
         padded = torch.cat([theta, theta.new_zeros(1)])
         total = theta.new_zeros((1,) * len(self.cells))
         for group in self.groups:
@@ -104,7 +130,15 @@ class Design:
 
     def pull(self, v: Tensor) -> Tensor:
         """Aᵀ v for v over the cells (broadcastable), (P,)."""
-        return self.gathered(self.pulled(v))
+        matrix = self.dense()
+        return self.gathered(self.pulled(v)) if matrix is None else self._summed(v) @ matrix
+
+    def gram_matrix(self, weight: Tensor, other: Design | None = None) -> Tensor:
+        """Aᵀ diag(ω) A, or Aᵀ diag(ω) B for another design, (P, P)."""
+        left, right = self.dense(), (self if other is None else other).dense()
+        if left is None or right is None or len(left) != len(right):
+            return self.scatter(self.gram(weight, other=other), symmetric=other is None)
+        return left.mT @ (self._summed(weight).unsqueeze(-1) * right)
 
     def pulled(self, v: Tensor, keep: frozenset[int] = frozenset()) -> list[Column]:
         """Pieces of Aᵀ v, kept along `keep`."""
@@ -211,32 +245,6 @@ class Design:
         found = gram_matrices(w, x)
         shape = [weight.shape[i] if i in states else 1 for i in range(weight.dim())]
         return found.permute(1, 2, 0).reshape(len(x), len(x), *shape)
-
-
-def gram_matrices(weight: Tensor, x: Tensor) -> Tensor:
-    """X diag(w_s) Xᵀ for every row of weights: weight (S, N), x (m, N), result (S, m, m).
-
-    >>> gram_matrices(torch.ones(1, 2, dtype=torch.float64), torch.tensor([[1.0, 2.0]], dtype=torch.float64))
-    tensor([[[5.]]], dtype=torch.float64)
-    """
-    states, size = weight.shape[0], x.shape[0]
-    if states < MIN_STATES:
-        return torch.stack([(x * w) @ x.mT for w in weight])
-    i, j = torch.triu_indices(size, size)
-    chunk = max(256, CHUNK_BYTES // (8 * len(i)))
-    buffer = x.new_empty(len(i), min(chunk, x.shape[1]))
-    total = x.new_zeros(states, len(i))
-    for begin in range(0, x.shape[1], chunk):
-        part = x[:, begin : begin + chunk]
-        products, row = buffer[:, : part.shape[1]], 0
-        for k in range(size):
-            torch.mul(part[k:], part[k], out=products[row : row + size - k])
-            row += size - k
-        total.addmm_(weight[:, begin : begin + chunk], products.mT)
-    full = x.new_empty(states, size, size)
-    full[:, i, j] = total
-    full[:, j, i] = total
-    return full
 
 
 def _groups(terms: Sequence[Term], starts: Mapping[str, int], size: int, rank: int) -> list[Group]:

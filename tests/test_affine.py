@@ -14,8 +14,9 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 import pyro_em
-from pyro_em.design import Design, gram_matrices
+from pyro_em.design import Design
 from pyro_em.errors import CollinearDesign
+from pyro_em.gram import gram_matrices
 from pyro_em.kernels import QuadraticKernel
 from pyro_em.model.affine import Term
 from pyro_em.problem import bind
@@ -98,8 +99,13 @@ def _dense(terms: list[Term], starts: dict[str, int], size: int, cells: torch.Si
 
 @pytest.mark.parametrize("names", [("a",), ("b",), ("a", "b"), ("b", "c"), ("a", "b", "c", "g")], ids="".join)
 @pytest.mark.parametrize("shape", [(5, 30), (1, 30), (5, 1)], ids=str)
-def test_designs_are_the_dense_products(names: tuple[str, ...], shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("formed", [True, False])
+def test_designs_are_the_dense_products(
+    names: tuple[str, ...], shape: tuple[int, int], formed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Intercepts and slopes by class, common slopes, group effects, against the (K, N, P) table."""
+    if not formed:
+        monkeypatch.setattr("pyro_em.design.DENSE", 0)
     K, R = 5, 30
     state = torch.arange(K).reshape(K, 1)
     known = {
@@ -125,13 +131,15 @@ def test_designs_are_the_dense_products(names: tuple[str, ...], shape: tuple[int
         gone = [i for i in range(2) if i not in keep]
         expected = squares.sum(gone, keepdim=True) if gone else squares
         torch.testing.assert_close(design.quadratic(pieces, theta, keep).expand(expected.shape), expected)
+    assert (design.dense() is not None) == formed
+    torch.testing.assert_close(design.gram_matrix(weight), torch.einsum("kn,knp,knq->pq", full, A, A))
     other = design.scatter(design.gram(weight, other=design), symmetric=False)
     torch.testing.assert_close(other, torch.einsum("kn,knp,knq->pq", full, A, A))
 
 
 @pytest.mark.parametrize("states", [1, 4])
 def test_gram_matrices_are_summed_by_chunks(states: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyro_em.design.CHUNK_BYTES", 1)
+    monkeypatch.setattr("pyro_em.gram.CHUNK_BYTES", 1)
     x, w = torch.randn(6, 1000), torch.rand(states, 1000)
     torch.testing.assert_close(gram_matrices(w, x), torch.einsum("sn,an,bn->sab", w, x, x))
 

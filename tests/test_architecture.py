@@ -20,7 +20,7 @@ MINI = PACKAGE / "mini.py"  # the idea on one page: it stands alone, so it has p
 LAYERS = """
     types errors settings files shapes version | device
     constraint_names charts distributions kernels table tape state_space | slopes families | model
-    store stop evidence | latents latent_uses | problem options | statistics terms
+    store stop evidence | latents latent_uses | problem options | statistics terms gram
     state_posterior sequence_posterior | chain_posterior
     posterior predict design | sufficient impute | e_step.base | m_step | evaluator
     loop explain information | pointwise e_step accelerate checks progress | integration initialise anneal precision

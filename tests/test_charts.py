@@ -10,7 +10,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-from pyro_em.charts import ElementwiseChart, chart, free_dimension
+from pyro_em.charts import chart, free_dimension
 from pyro_em.constraint_names import constraint_from_name, constraint_name
 from pyro_em.errors import InputError
 
@@ -84,22 +84,6 @@ def test_pull_back_is_the_chain_rule(name: str) -> None:
     free = own.to_free(value).requires_grad_()
     (expected,) = torch.autograd.grad(own.from_free(free), free, gradient)
     torch.testing.assert_close(own.pull_back(value, gradient), expected, rtol=1e-9, atol=1e-9)
-
-
-@every_chart
-def test_second_derivatives_entry_by_entry(name: str) -> None:
-    constraint, draw, _ = CHARTS[name]
-    value = draw()
-    own = chart(constraint, value)
-    if not isinstance(own, ElementwiseChart):
-        pytest.skip("its entries move together")
-    free = own.to_free(value).requires_grad_()
-    entries = own.from_free(free).flatten()[own.index]
-    (first,) = torch.autograd.grad(entries.sum(), free, create_graph=True)
-    second = torch.zeros_like(free)
-    if first.requires_grad:
-        (second,) = torch.autograd.grad(first.sum(), free)
-    torch.testing.assert_close(own.derivatives(value), (first.detach(), second), rtol=1e-9, atol=1e-9)
 
 
 @every_chart

@@ -16,8 +16,10 @@ from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 from statsmodels.discrete.count_model import ZeroInflatedPoisson
 from torch import Tensor
+from torch.distributions import constraints
 
 import pyro_em
+from pyro_em.charts import ElementwiseChart, chart
 from pyro_em.e_step.interpreted import Interpreted
 from pyro_em.errors import SeparatedData
 from pyro_em.families.base import IDENTITY, LOGIT
@@ -25,6 +27,7 @@ from pyro_em.kernels import BetaKernel, PowerKernel
 from pyro_em.m_step import numeric
 from pyro_em.m_step.auto import MStep
 from pyro_em.m_step.curves import _automatic, curve_of
+from pyro_em.m_step.objective import chart_derivatives
 from pyro_em.problem import bind
 from tests.classics import positive
 from tests.problems import BY_NAME
@@ -276,3 +279,19 @@ def test_one_parameter_behind_several_cells_of_a_prior() -> None:
     found = minimize(loss, [0.0, 0.0, np.log(6.0)], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-12})
     assert result.converged
     assert result.log_posterior == pytest.approx(-found.fun, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [constraints.real, constraints.positive, constraints.less_than(2.0), constraints.interval(-1.0, 3.0)],
+    ids=str,
+)
+def test_charts_are_differentiated_twice(constraint: Any) -> None:
+    value = torch.tensor([0.2, 0.7, 1.9], dtype=torch.float64)
+    own = chart(constraint, value)
+    assert isinstance(own, ElementwiseChart)
+    free = own.to_free(value).requires_grad_()
+    (first,) = torch.autograd.grad(own.from_free(free).sum(), free, create_graph=True)
+    (second,) = torch.autograd.grad((first * torch.ones_like(free)).sum() + 0 * free.sum(), free)
+    found = chart_derivatives(own, value)
+    torch.testing.assert_close(found, (first.detach(), second), rtol=1e-12, atol=1e-14)

@@ -39,6 +39,7 @@ class SiteLayout:
     elements: tuple[int, ...]
     block: Block
     center: Tensor | None
+    absolute: bool = False  # only Newton's method reads the moments: no entry needs digits of its own
 
     @staticmethod
     def over_root(packed: Tensor, component: Component, run: Run, graph: FactorGraph) -> Tensor:
@@ -110,7 +111,9 @@ class SiteLayout:
     def _completed(self, own: Tensor, weight: Tensor) -> list[Tensor]:
         """The statistics with the entry that was left out: the weight less all others."""
         last = weight.unsqueeze(-1) - own.sum(-1, keepdim=True)
-        if bool((last < CANCELLED * weight.unsqueeze(-1)).any()):
+        if self.absolute:
+            last = last.clamp(min=0)
+        elif bool((last < CANCELLED * weight.unsqueeze(-1)).any()):
             raise OtherLayout
         return [torch.cat([own, last], -1)] if self._one_hot else [own, last]
 

@@ -58,7 +58,11 @@ class Plated:
         self.problem, self.run = problem, run
         self.start: Arguments = raw_arguments(run.sites)
         self.generation = 0
-        self.programs = [compile_program(problem, run, component, complement=True) for component in graph.components]
+        predicted = {site for site, _ in self._predictors}
+        self.programs = [
+            compile_program(problem, run, component, complement=True, absolute=predicted)
+            for component in graph.components
+        ]
         self.owner = {n: i for i, p in enumerate(self.programs) for n in p.component.factors}
         self._outside = Outside(problem, run)
         self._statistics: dict[str, tuple[AnyStatistic, ...]] = {}

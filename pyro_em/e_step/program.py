@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -119,16 +119,22 @@ class Program:
         return float(log_joint.logsumexp(0).sum()), float(expected.logsumexp(0).sum())
 
 
-def compile_program(problem: Problem, run: Run, component: Component, *, complement: bool) -> Program:
+def compile_program(
+    problem: Problem, run: Run, component: Component, *, complement: bool, absolute: Collection[str] = ()
+) -> Program:
     """A component's program, or `NotCompiled` with the reason.
 
     :param complement: leave out of Φ what is one less the sum of others (layout.py).
+    :param absolute: sites whose moments only Newton's method reads.
     """
     states = joint_states(component, run, MAX_STATES)
     layouts, blocks, base, num_rows = site_layouts(component, run, problem.graph, states, complement)
     weight = _row_weight(problem, run, component, num_rows)
     blocks, weight, base, num_rows = collapse(blocks, weight, base, num_rows)
-    own = tuple(dataclasses.replace(x, block=block) for x, block in zip(layouts, blocks, strict=True))
+    own = tuple(
+        dataclasses.replace(x, block=block, absolute=x.site.name in absolute)
+        for x, block in zip(layouts, blocks, strict=True)
+    )
     features = Features(blocks, num_rows, rows_of_cells(states.num))
     return Program(run, component, states, own, Product(features, own, weight, base))
 

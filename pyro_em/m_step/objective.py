@@ -148,7 +148,7 @@ class Objective:
         first, second, index, begin = [], [], [], 0
         for own, value, part in self._parts(theta, gradient):
             assert isinstance(own, ElementwiseChart)
-            one, two = own.derivatives(value)
+            one, two = chart_derivatives(own, value)
             first.append(one)
             second.append(part.flatten()[own.index] * two)
             index.append(begin + own.index)
@@ -195,3 +195,16 @@ def ascent(gradient: Tensor, hessian: Tensor) -> Tensor:
         if float(values[0]) < -1e-12 * float(values.abs().max()):
             hessian = vectors @ (values.abs().unsqueeze(-1) * vectors.mT)
     return QuadraticKernel(gradient, hessian, torch.zeros_like(gradient), vector=True).argmax()
+
+
+def chart_derivatives(own: ElementwiseChart, value: Tensor) -> tuple[Tensor, Tensor]:
+    """∂x/∂u and ∂²x/∂u² of the free entries of a chart, (P,) each."""
+    x = value.flatten()[own.index]
+    if own.lower is not None and own.upper is not None:
+        width = own.upper - own.lower
+        first = (x - own.lower) * ((own.upper - x) / width)
+        return first, first * (own.lower + own.upper - 2 * x) / width
+    bound = own.upper if own.lower is None else own.lower
+    if bound is None:
+        return torch.ones_like(x), torch.zeros_like(x)
+    return x - bound, x - bound

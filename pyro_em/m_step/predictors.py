@@ -104,14 +104,12 @@ class Slot:
         if not self.vector:
             first, second = self.designs[0], other.designs[0]
             curvature = other._reached(self._reached(curvature))
-            if other is self:
-                return first.scatter(first.gram(curvature))
-            return first.scatter(first.gram(curvature, other=second), symmetric=False)
+            return first.gram_matrix(curvature, None if other is self else second)
         total = torch.zeros(self.designs[0].size, self.designs[0].size, dtype=torch.float64)
         for d, first in enumerate(self.designs):
-            total += first.scatter(first.gram(curvature[..., d, d]))
+            total += first.gram_matrix(curvature[..., d, d])
             for e, second in enumerate(self.designs[:d]):
-                cross = first.scatter(first.gram(curvature[..., d, e], other=second), symmetric=False)
+                cross = first.gram_matrix(curvature[..., d, e], second)
                 total += cross + cross.mT
         return total
 
@@ -153,11 +151,12 @@ class OpenSite:
         self._delta: Tensor | None = None
         self._etas: list[Tensor] = []
         self._found: tuple[list[Tensor], list[list[Tensor]]] | None = None
+        self._gradient: Tensor | None = None
 
     def etas(self, delta: Tensor) -> list[Tensor]:
         """Predictors after a move."""
         if self._delta is None or not torch.equal(self._delta, delta):
-            self._delta, self._found = delta.clone(), None
+            self._delta, self._found, self._gradient = delta.clone(), None, None
             moved = bool((delta != 0).any())
             pairs = zip(self.start, self.own.slots, strict=True)
             self._etas = [eta + slot.change(delta) if moved else eta for eta, slot in pairs]
@@ -179,7 +178,9 @@ class OpenSite:
     def gradient(self, delta: Tensor) -> Tensor:
         """∂Q/∂θ (P,)."""
         slopes, _ = self._derivatives(delta)
-        return torch.stack([s.pull(slope) for s, slope in zip(self.own.slots, slopes, strict=True)]).sum(0)
+        if self._gradient is None:
+            self._gradient = torch.stack([s.pull(x) for s, x in zip(self.own.slots, slopes, strict=True)]).sum(0)
+        return self._gradient
 
     def hessian(self, delta: Tensor) -> Tensor:
         """−∂²Q/∂θ² (P, P)."""
