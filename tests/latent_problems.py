@@ -49,6 +49,10 @@ def _build() -> list[LatentProblem]:
     margin = _t(rng.normal(size=8) * 2 + 0.5)
     few = _t(np.concatenate([rng.normal(size=(3, 3)) - 2, rng.normal(size=(3, 3)) + 2]))
     groups = _t(np.concatenate([rng.normal(size=(3, 3)) * 0.4 - 1, rng.normal(size=(3, 3)) * 1.5 + 2], 1))
+    age, dose = _t(rng.normal(size=14)), _t(rng.integers(0, 3, 23))
+    treatment = torch.as_tensor(rng.integers(0, 3, 23))
+    both = _t(effects[subject, :1] + 0.4 * rng.normal(size=(23, 2)) + np.arange(3)[treatment, None])
+    times = _t(np.exp(effects[subject, 0] + 0.5 * rng.normal(size=23)))
     half, one = _t([0.5, 0.5]), _t(1.0)
     fa = {"W": W, "b": _t([0.1, 0, 0, 0]), "sd": _t([1.0, 0.8, 1.2, 0.9])}
     school_start = {"mu": _t(3.0), "tau2": _t(30.0)}
@@ -58,6 +62,11 @@ def _build() -> list[LatentProblem]:
         P("factor_analysis_weighted", z.factor_analysis, (x4,), fa,
           options={"weights": {"rows": _t([2, 1, 0, 1, 3, 1, 1, 1, 0.5, 1, 1, 2, 1, 1])}}),
         P("ppca", z.ppca, (x4,), {"W": W[:, :1], "b": _t([0.1, 0, 0, 0]), "sd": one}),
+        P("factor_with_covariate", z.factor_with_covariate, (x4, age),
+          {"w": W[:, 0], "b": _t(rng.normal(size=(2, 4)) * 0.3), "noise": 0.3 + torch.eye(4).double()}),
+        P("repeated_vectors", z.repeated_vectors, (subject, treatment, dose, both, times),
+          {"effect": _t([0.2, 0.1, 0.3]), "slope": _t(0.1), "shift": _t(0.2), "tau": _t([0.8, 0.5]),
+           "sd": _t([1.0, 0.7]), "other": _t(0.9)}),
         P("masked_factor", z.masked_factor, (x4, known), {"w": _t([1, 0.5, -0.5, 0.2]), "sd": _t([1, 1, 2, 1])}),
         P("random_slopes", z.random_slopes, (days, subject, y),
           {"beta": _t([1.0, 0.3]), "D": _t([[1.0, 0.2], [0.2, 0.8]]), "s2": _t(0.5)}),

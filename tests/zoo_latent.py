@@ -32,6 +32,34 @@ def ppca(x: Tensor, size: int = 1) -> None:
         pyro.sample("x", dist.MultivariateNormal(location, scale**2 * torch.eye(x.shape[-1])), obs=x)
 
 
+def factor_with_covariate(x: Tensor, age: Tensor) -> None:
+    """The covariate differs from row to row, but meets no latent."""
+    loading = pyro.param("w", torch.ones(x.shape[-1]))
+    coefficients = pyro.param("b", torch.zeros(2, x.shape[-1]))
+    noise = pyro.param("noise", torch.eye(x.shape[-1]), constraint=positive_definite)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        location = z.unsqueeze(-1) * loading + coefficients[0] + age.unsqueeze(-1) * coefficients[1]
+        pyro.sample("x", dist.MultivariateNormal(location, noise), obs=x)
+
+
+def repeated_vectors(group: Tensor, treatment: Tensor, dose: Tensor, x: Tensor, y: Tensor) -> None:
+    """Two outcomes in long format, one of them positive; treatments by an index, and a slope of each group."""
+    effect, slope = pyro.param("effect", torch.zeros(3)), pyro.param("slope", torch.tensor(0.0))
+    shift = pyro.param("shift", torch.tensor(0.0))
+    tau = pyro.param("tau", torch.ones(2), constraint=positive)
+    scale = pyro.param("sd", torch.ones(x.shape[-1]), constraint=positive)
+    other = pyro.param("other", torch.tensor(1.0), constraint=positive)
+    with pyro.plate("groups", int(group.max()) + 1):
+        b = pyro.sample("b", dist.Normal(0.0, tau).to_event(1))
+    with pyro.plate("rows", len(y)):
+        own = b[group]
+        first = effect[treatment] + own[..., 0] + (slope + own[..., 1]) * dose
+        location = torch.stack([first, first + shift], -1)
+        pyro.sample("x", dist.Normal(location, scale).to_event(1), obs=x)
+        pyro.sample("y", dist.LogNormal(own[..., 0] - slope, other), obs=y)
+
+
 def masked_factor(x: Tensor, known: Tensor) -> None:
     """One factor of several indicators; rows that are not known count nothing."""
     loading = pyro.param("w", torch.ones(x.shape[-1]))

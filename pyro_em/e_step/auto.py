@@ -17,6 +17,7 @@ from pyro_em.e_step.grouped import compile_grouped
 from pyro_em.e_step.inside import compile_inside
 from pyro_em.e_step.interpreted import Interpreted
 from pyro_em.e_step.plated import Plated, compile_plated
+from pyro_em.e_step.pooled import compile_pooled
 from pyro_em.e_step.predicted import compile_predicted
 from pyro_em.e_step.scanned import Scanned, compile_scanned
 from pyro_em.errors import PyroEMError
@@ -36,7 +37,13 @@ AGREEMENT = 1e-9  # relative difference of a compiled and the reference log-like
 def choose_engine(problem: Problem, m_step: MStep) -> Engine:
     """The first compiled engine that accepts the problem, else the interpreter with the reasons."""
     if problem.continuous is not None:
-        return Interpreted(problem, "; ".join(f"{r.name} latents" for r in problem.continuous.routes))
+        names = "; ".join(f"{r.name} latents" for r in problem.continuous.routes)
+        if not m_step.all_closed:
+            return Interpreted(problem, f"{names}; not all parameters have a closed form")
+        try:
+            return compile_pooled(problem)
+        except NotCompiled as error:
+            return Interpreted(problem, f"{names}; {error}")
     if m_step.all_closed and any(has_states(site.fn) for site in problem.capture.sites.values()):
         with contextlib.suppress(NotCompiled):
             return compile_inside(problem)

@@ -96,7 +96,7 @@ class MStep:
         largest = float(self.closed_score(params, opened(expectation)))
         rest = (*self.numeric, *self.gradient)
         if rest:
-            block = Block.of_q(expectation.sufficient.problem, params, expectation.weights, rest)
+            block = _block(params, expectation, rest)
             largest = max(largest, _largest(block.slope()))
         return largest
 
@@ -150,13 +150,11 @@ class MStep:
                 break
             self._coupled = True
         if certificate is not None and certificate > bound:
-            block = Block.of_q(
-                expectation.sufficient.problem, params, expectation.weights, (*self.closed, *self.numeric)
-            )
+            block = _block(params, expectation, (*self.closed, *self.numeric))
             params = maximise(block, tolerance=bound * scale)
             certificate = self._certificate(params, expectation, self._refreshed(params, expectation)) / scale
         if self.gradient:
-            block = Block.of_q(expectation.sufficient.problem, params, expectation.weights, self.gradient)
+            block = _block(params, expectation, self.gradient)
             params = ascend(block) if self.optim is None else ascend_with(block, self.optim)
         return params, MStepInfo(rounds, certificate, tuple(sorted(empty - self.collinear)))
 
@@ -164,7 +162,7 @@ class MStep:
         sufficient = expectation.sufficient
         params, empty = self.closed_update(params, sufficient)
         if self.numeric:
-            block = Block.of_q(expectation.sufficient.problem, params, expectation.weights, self.numeric)
+            block = _block(params, expectation, self.numeric)
             scale = self.problem.graph.num_observations
             if self._large:
                 return ascend(block, num_steps=CLIMB), empty
@@ -174,10 +172,11 @@ class MStep:
         return params, empty
 
     def _refreshed(self, params: Params, expectation: Expectation) -> Sufficient:
-        problem = expectation.sufficient.problem  # with the continuous latents at the atoms of this E-step
+        weights = expectation.weights  # before the problem: see `_block`
+        problem = expectation.sufficient.problem
         with torch.no_grad():
             run = problem.run(params)
-        moments_of = moments_by_weight(problem, run, expectation.weights)
+        moments_of = moments_by_weight(problem, run, weights)
         fresh = Sufficient(problem, run.sites, raw_arguments(run.sites), moments_of)
         fresh.posterior = expectation.sufficient.posterior
         return fresh
@@ -185,10 +184,17 @@ class MStep:
     def _certificate(self, params: Params, expectation: Expectation, sufficient: Sufficient) -> float:
         largest = float(self.closed_score(params, sufficient))
         if self.numeric:
-            block = Block.of_q(expectation.sufficient.problem, params, expectation.weights, self.numeric)
+            block = _block(params, expectation, self.numeric)
             _, gradient, _ = block.gradient(block.free())
             largest = max(largest, _largest(gradient))
         return largest
+
+
+def _block(params: Params, expectation: Expectation, names: tuple[str, ...]) -> Block:
+    """Q in some parameters. The weights come first: an engine that has none makes them, and leaves in the statistics
+    the problem with its continuous latents at the atoms that the weights belong to."""
+    weights = expectation.weights
+    return Block.of_q(expectation.sufficient.problem, params, weights, names)
 
 
 def _largest(x: Tensor) -> float:

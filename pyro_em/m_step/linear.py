@@ -134,7 +134,9 @@ class Linear:
     def _locations(self, params: Params, sufficient: Sufficient) -> list[Location]:
         """Opened at the first question after an E-step."""
         for own in self.sites:
-            if own.name not in sufficient.locations:
+            if own.name not in sufficient.locations and sufficient.opens is not None:
+                sufficient.locations[own.name] = sufficient.opens(own.name, self.starts, self.size)
+            elif own.name not in sufficient.locations:
                 weight = weight_of(self.problem, own.name, sufficient)
                 designs = self._designs_at(own, params, sufficient) if own.moving else own.designs
                 own = dataclasses.replace(own, designs=designs)

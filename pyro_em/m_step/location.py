@@ -55,7 +55,29 @@ class LocationSite:
 
 
 class Location(ABC):
-    """A site's location near the parameters of one E-step; `move` follows the block."""
+    """A site's location near the parameters of one E-step; `move` follows the block to `delta` from there."""
+
+    delta: Tensor
+
+    @abstractmethod
+    def move(self, delta: Tensor) -> None:
+        """The block at δ from the E-step's parameters."""
+
+    @abstractmethod
+    def gradient(self) -> Tensor:
+        """∂Q/∂θ of this site at the block's current place, (P,)."""
+
+    @abstractmethod
+    def precision(self) -> Tensor:
+        """−∂²Q/∂θ² of this site, (P, P)."""
+
+    @abstractmethod
+    def moments(self) -> SiteMoments:
+        """Moments of the residuals at the block's current place, at the cells of the other arguments."""
+
+
+class _ByRows(Location):
+    """From the rows of the data, with their weights."""
 
     def __init__(self, own: LocationSite, weight: Tensor, sufficient: Sufficient, size: int) -> None:
         self.own, self.sufficient = own, sufficient
@@ -96,24 +118,8 @@ class Location(ABC):
         assert isinstance(first, Statistic)
         return first.dense(), SiteMoments(moments.moments, moments.cells, None, self._zero, self.own.total)
 
-    @abstractmethod
-    def move(self, delta: Tensor) -> None:
-        """The block at δ from the E-step's parameters."""
 
-    @abstractmethod
-    def gradient(self) -> Tensor:
-        """∂Q/∂θ of this site at the block's current place, (P,)."""
-
-    @abstractmethod
-    def precision(self) -> Tensor:
-        """−∂²Q/∂θ² of this site, (P, P)."""
-
-    @abstractmethod
-    def moments(self) -> SiteMoments:
-        """Moments of the residuals at the block's current place, at the cells of the other arguments."""
-
-
-class Summed(Location):
+class Summed(_ByRows):
     """Gram statistics once per E-step, per cell of the other arguments."""
 
     def __init__(self, own: LocationSite, weight: Tensor, sufficient: Sufficient, size: int) -> None:
@@ -158,7 +164,7 @@ class Summed(Location):
         return SiteMoments(moments, self._start.cells, None, self._zero, self.own.total)
 
 
-class Direct(Location):
+class Direct(_ByRows):
     """A pass over the data for every question; the location argument is kept current."""
 
     def move(self, delta: Tensor) -> None:

@@ -1,0 +1,241 @@
+"""A site's share of Q from pseudo-rows: what the linear solve of the M-step and the scales after it need.
+
+The pseudo-rows of a site (pooled_data.py), at the pseudo-elements and at the spread of the posterior, and the rows left
+over are a least squares problem with residuals r = Y + G C, G the regressors (bilinear.py). With precision Π of the
+cells and entries C_qp = base + Σ a θ_i
+
+    Q = -½ tr Π Σ r rᵀ,     ∂Q/∂θ_i = -Σ a (Gᵀr Π)_qp,     -∂²Q/∂θ_i∂θ_k = Σ a a' (GᵀG)_qq' Π_pp'.
+
+Residuals are formed anew at every place, so that nothing cancels.
+
+Shapes: R pseudo-rows of all classes together, q regressors, P cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_em.e_step.base import NotCompiled
+from pyro_em.e_step.bilinear import Form
+from pyro_em.e_step.pooled_data import Pooled
+from pyro_em.families.numerics import precision_matrix
+from pyro_em.m_step.location import Location
+from pyro_em.model.trace import SiteRecord
+from pyro_em.statistics import SiteMoments, argument_cells
+from pyro_em.sufficient import Sufficient
+
+MAX_PAIRS = 2**23  # of coefficients whose precision is summed
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """The entries of one block, and all pairs of them that share a cell (any pair for a vector)."""
+
+    index: Tensor  # of each entry in the block
+    place: Tensor  # in the flattened (q, P)
+    coefficient: Tensor
+    target: Tensor  # of each pair in the flattened (B, B)
+    regressors: Tensor  # in the flattened (q, q)
+    cells: Tensor  # in the flattened (P, P), or the cell
+    product: Tensor
+
+
+class PooledSite:
+    """What does not change during a fit."""
+
+    def __init__(self, site: SiteRecord, form: Form, pooled: Pooled, scaled: bool, moves: bool) -> None:
+        """`scaled`: the noise scale is an argument, not known; `moves`: the location is no plain argument."""
+        self.site, self.form, self.pooled = site, form, pooled
+        self.cells = form.base.shape[1]
+        assert site.family is not None
+        self.vector = site.family.event_dim == 1
+        self.shared, self.alone = form.shared.shape[1], form.alone.shape[1]
+        self.has_data = pooled.data.shape[2] > self.alone
+        self.scaled = scaled
+        self.moves = moves
+        cells = torch.cat([entries.cell for entries in form.entries]) if form.entries else torch.zeros(0)
+        if len(cells) ** 2 > MAX_PAIRS * (1 if self.vector else self.cells):
+            raise NotCompiled(f"the location of '{site.name}' has {len(cells)} coefficients")
+        self._pairs: dict[tuple[tuple[str, int], ...], Pairs] = {}
+
+    def pairs(self, starts: Mapping[str, int], size: int) -> Pairs:
+        """Of the parameters that have a place in the block."""
+        key = tuple(starts.items())
+        if key not in self._pairs:
+            self._pairs[key] = _pairs(self.form, starts, size, self.cells, self.vector)
+        return self._pairs[key]
+
+    def regressors(self, zeta: Tensor) -> Tensor:
+        """G (R, q) at values ζ (U, K + 1, c), of which the first have data; the rows left over come last."""
+        found = torch.einsum("umv,ujc->umcvj", self.pooled.design, zeta).flatten(-2)
+        if self.alone:
+            alone = self.padded(self.pooled.data[:, :, : self.alone], zeta.shape[2])
+            found = torch.cat([found, alone.transpose(-1, -2)], -1)
+        found = found.flatten(0, -2)
+        if not len(self.pooled.left):
+            return found
+        left = torch.nn.functional.pad(self.pooled.left[:, : self.alone], (found.shape[1] - self.alone, 0))
+        return torch.cat([found, left])
+
+    def data(self, count: int) -> Tensor | None:
+        """Y (R, P), zero where the posterior spreads."""
+        if not self.has_data:
+            return None
+        found = self.padded(self.pooled.data[:, :, self.alone :], count).transpose(-1, -2).flatten(0, -2)
+        return torch.cat([found, self.pooled.left[:, self.alone :]])
+
+    @staticmethod
+    def padded(x: Tensor, count: int) -> Tensor:
+        """With zeros for the pseudo-elements that hold no data."""
+        return torch.nn.functional.pad(x, (0, count - x.shape[-1]))
+
+    def precision(self, arguments: Mapping[str, Tensor]) -> Tensor:
+        """Π (P, P) of a vector, else its diagonal (P,)."""
+        if self.vector:
+            precision = precision_matrix(dict(arguments))
+            return precision.reshape(precision.shape[-2:])
+        if not self.scaled:
+            return torch.ones(self.cells, dtype=torch.float64)
+        return per_cell(arguments["scale"], self.site) ** -2
+
+    def moments(
+        self, second: Tensor, first: Tensor, others: Mapping[str, Tensor], center: Tensor | None
+    ) -> SiteMoments:
+        """Moments of the whole site at the cells of `others`; second (P, P) or (P,), first (P,)."""
+        cells = argument_cells(self.site, dict(others))
+        count = self.pooled.count
+        if self.vector:
+            lead = (1,) * len(cells)
+            return SiteMoments(
+                (count.expand(lead), first.expand(*lead, -1), second.expand(*lead, -1, -1)), cells, center
+            )
+        event = self.site.fn.event_shape
+        own = (1,) * (len(event) - len(cells)) + tuple(cells[len(cells) - len(event) :] if event else ())
+        weight = count.expand(self.cells)
+        parts = [fold(x, event, own).reshape(cells) for x in (weight, first, second)]
+        return SiteMoments(tuple(parts), cells, center)
+
+
+def fold(x: Tensor, event: torch.Size, cells: tuple[int, ...]) -> Tensor:
+    """Sum a quantity of the cells of a row over those that share arguments."""
+    x = x.reshape(event)
+    gone = [i for i, (full, own) in enumerate(zip(event, cells, strict=True)) if own == 1 and full > 1]
+    return x.sum(gone, keepdim=True) if gone else x
+
+
+def per_cell(x: Tensor, site: SiteRecord) -> Tensor:
+    """An argument of a scalar family over the cells of a row (P,)."""
+    event = site.fn.event_shape
+    x = x.reshape(x.shape[x.dim() - len(event) :]) if x.dim() > len(event) else x
+    return x.double().expand(event).reshape(-1)
+
+
+class PooledLocation(Location):
+    """One site at the atoms of one E-step: `zeta` (U, K + 1, c + K), of which the last K hold the spread."""
+
+    def __init__(
+        self, own: PooledSite, C: Tensor, zeta: Tensor, sufficient: Sufficient, total: SiteMoments | None
+    ) -> None:
+        self.own, self.sufficient, self.total = own, sufficient, total
+        self.C = self._start = C
+        self._regressors, self._data = own.regressors(zeta), own.data(zeta.shape[2])
+        self._block: Pairs | None = None
+        self._size = 0
+        self.delta = torch.zeros(0, dtype=torch.float64)
+
+    def opened(self, starts: Mapping[str, int], size: int) -> PooledLocation:
+        """As the location of a block of the M-step."""
+        self._block, self._size = self.own.pairs(starts, size), size
+        self.delta = torch.zeros(size, dtype=torch.float64)
+        return self
+
+    def _residual(self, C: Tensor) -> Tensor:
+        residual = self._regressors @ C
+        return residual if self._data is None else residual + self._data
+
+    @property
+    def _precision(self) -> Tensor:
+        return self.own.precision(self.sufficient.arguments[self.own.site.name])
+
+    def move(self, delta: Tensor) -> None:
+        assert self._block is not None
+        self.delta = delta
+        change = self._block.coefficient * delta[self._block.index]
+        self.C = self._start.reshape(-1).index_add(0, self._block.place, change).reshape(self._start.shape)
+        self.sufficient.touch(self.own.site.name)
+
+    def gradient(self) -> Tensor:
+        assert self._block is not None
+        cross = self._regressors.mT @ self._residual(self.C)
+        precision = self._precision
+        slope = cross @ precision if self.own.vector else cross * precision
+        own = -self._block.coefficient * slope.reshape(-1)[self._block.place]
+        return torch.zeros(self._size, dtype=torch.float64).index_add(0, self._block.index, own)
+
+    @cached_property
+    def _gram(self) -> Tensor:
+        return self._regressors.mT @ self._regressors
+
+    def precision(self) -> Tensor:
+        block = self._block
+        assert block is not None
+        own = block.product * self._gram.reshape(-1)[block.regressors] * self._precision.reshape(-1)[block.cells]
+        flat = torch.zeros(self._size**2, dtype=torch.float64).index_add(0, block.target, own)
+        return flat.reshape(self._size, self._size)
+
+    def moments(self) -> SiteMoments:
+        """Of the residuals, at the cells of all arguments but the location."""
+        residual, own = self._residual(self.C), self.own
+        second = residual.mT @ residual if own.vector else (residual**2).sum(0)
+        others = {a: v for a, v in self.sufficient.arguments[own.site.name].items() if a != "loc"}
+        found = own.moments(second, torch.zeros(own.cells, dtype=torch.float64), others, None)
+        zero = torch.zeros((own.cells,) if own.vector else (), dtype=torch.float64)
+        return SiteMoments(found.moments, found.cells, None, {"loc": zero}, self.total)
+
+    def value_moments(self) -> SiteMoments:
+        """Of a latent's value, around its mean in the cells of all arguments."""
+        own, form = self.own, self.own.form
+        assert form.ones is not None
+        value, ones = self._regressors @ form.value, self._regressors[:, form.ones : form.ones + 1]
+        arguments = self.sufficient.arguments[own.site.name]
+        mean = (ones * value).sum(0) / own.pooled.count
+        if not own.vector:
+            event = own.site.fn.event_shape
+            cells = argument_cells(own.site, arguments)
+            kept = (1,) * (len(event) - len(cells)) + tuple(cells[len(cells) - len(event) :] if event else ())
+            folded = fold(mean, event, kept) / (own.cells // max(1, torch.Size(kept).numel()))
+            center = folded.reshape(cells)
+            mean = folded.expand(event).reshape(-1)
+        else:
+            center = mean
+        around = value - ones * mean
+        second = around.mT @ around if own.vector else (around**2).sum(0)
+        return own.moments(second, (ones * around).sum(0), arguments, center)
+
+
+def _pairs(form: Form, starts: Mapping[str, int], size: int, cells: int, vector: bool) -> Pairs:
+    own = [e for e in form.entries if e.parameter in starts]
+    empty = torch.zeros(0, dtype=torch.long)
+    index = torch.cat([e.index + starts[e.parameter] for e in own]) if own else empty
+    row = torch.cat([e.row for e in own]) if own else empty
+    cell = torch.cat([e.cell for e in own]) if own else empty
+    coefficient = torch.cat([e.coefficient for e in own]) if own else empty.double()
+    groups = [np.arange(len(index))] if vector else [np.flatnonzero(cell.cpu().numpy() == p) for p in range(cells)]
+    left = torch.tensor(np.concatenate([np.repeat(g, len(g)) for g in groups]))
+    right = torch.tensor(np.concatenate([np.tile(g, len(g)) for g in groups]))
+    across = cell[left] * cells + cell[right] if vector else cell[left]
+    return Pairs(
+        index,
+        row * cells + cell,
+        coefficient,
+        index[left] * size + index[right],
+        row[left] * form.num_regressors + row[right],
+        across,
+        coefficient[left] * coefficient[right],
+    )

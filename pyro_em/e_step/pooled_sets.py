@@ -1,0 +1,230 @@
+"""The sets of Gaussian latents of a problem, read off from the model and pooled: what `Pooled` iterates on.
+
+A set is taken if its elements are independent given the parameters, and all of its sites are normal with one noise
+scale (or covariance) for all rows, up to known factors. Known factors divide the rows (eight schools).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.e_step.base import NotCompiled
+from pyro_em.e_step.bilinear import Form, read_form
+from pyro_em.e_step.pooled_data import Classes, Rows, pool
+from pyro_em.e_step.pooled_location import PooledSite
+from pyro_em.evidence.assembly import Reading
+from pyro_em.evidence.columns import direction
+from pyro_em.evidence.gaussian import GaussianRoute
+from pyro_em.families.multivariate_normal import MultivariateNormalFamily
+from pyro_em.families.normal import LocationScaleFamily, LogNormalFamily
+from pyro_em.model.compat import unpack
+from pyro_em.model.density import clean_value
+from pyro_em.model.graph import Component
+from pyro_em.model.trace import Run, SiteRecord
+from pyro_em.problem import Problem
+
+
+@dataclass(frozen=True)
+class PooledSet:
+    """Sites in the order of `classes.sites`; `constant` is what does not depend on the parameters in log p(x)."""
+
+    sites: tuple[PooledSite, ...]
+    classes: Classes
+    size: int  # K
+    constant: float
+
+
+def pooled_sets(problem: Problem) -> tuple[list[PooledSet], Run]:
+    """The sets, and a run of the model with all latents at 0.
+
+    :raises NotCompiled: with the reason.
+    """
+    continuous = problem.continuous
+    if continuous is None:
+        raise NotCompiled("the model has no continuous latents")
+    if problem.graph.symbol_sites:
+        raise NotCompiled("discrete latents beside the Gaussian ones")
+    routes = []
+    for route in continuous.routes:
+        if not isinstance(route, GaussianRoute):
+            raise NotCompiled(f"{route.name} latents")
+        if route.geometry.num_b:
+            raise NotCompiled("effects of several crossing or nested plates")
+        routes.append(route)
+    plain, run = _at_units(problem, routes)
+    components = {c.symbols: c for c in problem.graph.components}
+    sets = [_set(problem, route, components[frozenset({route.latents.symbol})], plain, run) for route in routes]
+    return sets, plain
+
+
+def _at_units(problem: Problem, routes: list[GaussianRoute]) -> tuple[Run, Run]:
+    """The model with the latents at 0; and with those of every set at 0, then at 1 in one column after the other."""
+    continuous = problem.continuous
+    assert continuous is not None
+    most = max(len(route.geometry.columns_a) for route in routes)
+    points: list[dict[str, Tensor]] = []
+    for s in range(most + 1):
+        point = {}
+        for route in routes:
+            columns = route.geometry.columns_a
+            for name in route.latents.names:
+                batch, event = route.latents.shapes[name]
+                value = torch.zeros([*batch, *event], dtype=torch.float64)
+                if 0 < s <= len(columns) and columns[s - 1].site == name:
+                    value = direction(columns[s - 1], (batch, event), torch.ones(batch.numel(), dtype=torch.float64))
+                point[name] = value.to(route.dtypes[name])
+        points.append(point)
+    leaves = {n: v.detach().clone().requires_grad_(True) for n, v in problem.start.items()}
+    with torch.no_grad():
+        plain = continuous.runs.one(problem.start, points[0])
+    with torch.enable_grad():
+        return plain, continuous.runs.several(leaves, continuous.runs.as_atoms(points))
+
+
+def _set(problem: Problem, route: GaussianRoute, component: Component, plain: Run, run: Run) -> PooledSet:
+    m = len(route.geometry.layout)
+    weight = _element_weights(problem, route, component, plain)
+    forms, rows, constant = [], [], 0.0
+    for reading in route.readings:
+        site = plain.sites[reading.site]
+        _check(site, problem, m)
+        element, kept = _elements(problem, site, reading, route, weight)
+        scale = _known_scale(site, problem, m)
+        form = read_form(site, run, problem.start, _reaching(problem, site), route.geometry.columns_a, m, scale)
+        alone = form.alone
+        if not site.latent:
+            assert isinstance(site.family, LocationScaleFamily | MultivariateNormalFamily)
+            y = _rows_of(site.family.location(clean_value(site)).detach().double(), site) / scale.unsqueeze(-1)
+            alone = torch.cat([alone, y], -1)
+            own = weight[element] * kept
+            jacobian = scale.log() * form.base.shape[1]
+            if isinstance(site.family, LogNormalFamily):
+                jacobian = jacobian + _rows_of(clean_value(site).double().log(), site).sum(-1)
+            constant -= float((own * jacobian).sum())
+        shared, element = form.shared[kept], element[kept]
+        rows.append(Rows(element, shared, alone[kept]))
+        forms.append((site, form, scale.numel() == 1))
+    classes = pool(rows, weight)
+    sites = tuple(
+        PooledSite(site, form, own, scaled, _moves(form, problem, site))
+        for (site, form, scaled), own in zip(forms, classes.sites, strict=True)
+    )
+    return PooledSet(sites, classes, len(route.geometry.columns_a), constant)
+
+
+def _moves(form: Form, problem: Problem, site: SiteRecord) -> bool:
+    """The location is more than an entry of a parameter, or a number, in each cell."""
+    if any(use.index is None for own in problem.uses.values() for use in own if use.site == site.name):
+        return True
+    rows = {int(row) for entries in form.entries for row in entries.row}
+    rows |= {int(row) for row in (form.base - form.value).abs().sum(-1).nonzero()}
+    return not rows <= {form.ones}
+
+
+def _check(site: SiteRecord, problem: Problem, m: int) -> None:
+    if site.element_mask is not None:
+        raise NotCompiled(f"'{site.name}' has missing cells")
+    if not isinstance(site.family, LocationScaleFamily | MultivariateNormalFamily):
+        raise NotCompiled(f"'{site.name}' hides its arguments")
+    if isinstance(site.family, MultivariateNormalFamily) and site.element_dims:
+        raise NotCompiled(f"'{site.name}' has several vectors in one event")
+    for name, uses in problem.uses.items():
+        for use in uses:
+            if use.site == site.name and use.slot != "loc" and use.index is None:
+                raise NotCompiled(f"'{name}' enters '{site.name}.{use.slot}' in a way that is not recognised")
+
+
+def _reaching(problem: Problem, site: SiteRecord) -> list[str]:
+    """Parameters that move the location, which is affine in each, and not in their products."""
+    names = []
+    for name, uses in problem.uses.items():
+        for use in uses:
+            if (use.site, use.slot) != (site.name, "loc"):
+                continue
+            affine = use.predictor is not None and use.predictor.link.name == "identity"
+            gathered = use.index is not None and use.power == 1 and not use.exponential
+            if not (affine or gathered):
+                raise NotCompiled(f"'{name}' enters the location of '{site.name}' in a way that is not affine")
+            names.append(name)
+    return names
+
+
+def _row_sizes(site: SiteRecord, m: int) -> tuple[int, ...]:
+    """Sizes of the plate-like dims, that of the atoms first and 1."""
+    sizes = (1,) * (m - len(site.batch_shape)) + tuple(site.batch_shape)
+    return (1, *sizes[1:])
+
+
+def _rows_of(x: Tensor, site: SiteRecord) -> Tensor:
+    """A value over (rows, cells)."""
+    event = tuple(site.fn.event_shape)
+    batch = tuple(site.batch_shape)
+    return x.expand(*batch, *event).reshape(torch.Size(batch).numel(), -1)
+
+
+def _known_scale(site: SiteRecord, problem: Problem, m: int) -> Tensor:
+    """The factor of the noise scale that differs from row to row, (N,) or (1,).
+
+    :raises NotCompiled: if what differs is a parameter.
+    """
+    one = torch.ones(1, dtype=torch.float64)
+    for slot, value in (site.arguments or {}).items():
+        if slot == "loc":
+            continue
+        trailing = len(site.fn.event_shape) + (1 if site.family is not None and site.family.arguments[slot] == 2 else 0)
+        lead = value.shape[: max(0, value.dim() - trailing)]
+        if lead.numel() <= 1:
+            continue
+        moved = any(use.site == site.name and use.slot == slot for uses in problem.uses.values() for use in uses)
+        if moved or site.family is None or site.family.event_dim or site.latent:
+            raise NotCompiled(f"the {slot} of '{site.name}' differs from row to row")
+        rows = _rows_of(value.detach().double(), site)
+        if not bool((rows == rows[:, :1]).all()):
+            raise NotCompiled(f"the {slot} of '{site.name}' differs from row to row and cell to cell")
+        return rows[:, 0].contiguous()
+    return one
+
+
+def _element_weights(problem: Problem, route: GaussianRoute, component: Component, run: Run) -> Tensor:
+    """How often every element counts, (G,)."""
+    layout = route.geometry.layout
+    if component.weight is None:
+        weight = torch.ones(layout, dtype=torch.float64)
+    else:
+        weight = unpack(component.weight, dict(route.symbols)).double().expand(layout)
+    for name in route.latents.names:
+        own = problem.graph.factors[name].weight
+        if own is None and component.weight is None:
+            continue
+        counted = torch.ones((), dtype=torch.float64) if own is None else unpack(own, run.sites[name].symbols).double()
+        relevant = counted.expand(layout) if counted.dim() <= len(layout) else counted.reshape(layout)
+        # Elements without data count 0 for the latents' own site; their evidence is 1 whatever the weight.
+        if not bool(((relevant == weight) | (relevant == 0)).all()):
+            raise NotCompiled(f"'{name}' counts otherwise than its data")
+        weight = torch.where(relevant == 0, 0.0, weight)
+    return weight.reshape(-1)
+
+
+def _elements(
+    problem: Problem, site: SiteRecord, reading: Reading, route: GaussianRoute, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The element that every row reads (N,), and whether the row counts (N,)."""
+    geometry = route.geometry
+    sizes = _row_sizes(site, len(geometry.layout))
+    index = reading.index
+    if index is None:
+        index = torch.arange(geometry.elements).reshape(geometry.layout)
+    element = index.clamp(min=0).expand(sizes).reshape(-1)
+    kept = torch.ones(len(element), dtype=torch.bool)
+    if site.mask is not None and not site.latent:
+        kept = site.mask.expand(torch.Size(site.batch_shape)).reshape(-1)
+    own = problem.graph.factors[site.name].weight
+    counted = torch.ones(len(element), dtype=torch.float64)
+    if own is not None:
+        counted = unpack(own, site.symbols).double().expand(sizes).reshape(-1)
+    if not bool((counted == weight[element] * kept).all()):
+        raise NotCompiled(f"rows of '{site.name}' count otherwise than their element")
+    return element, kept

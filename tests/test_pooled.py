@@ -1,0 +1,126 @@
+"""The engine of pooled rows equals the interpreted reference: evidence, score, updates; and it is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import pyro_em
+from pyro_em.e_step.auto import choose_engine
+from pyro_em.e_step.interpreted import Interpreted
+from pyro_em.e_step.pooled import Pooled
+from pyro_em.e_step.pooled_data import Rows, pool
+from pyro_em.m_step.auto import MStep
+from pyro_em.problem import Problem, bind
+from tests.latent_problems import BY_NAME, LATENT_PROBLEMS, LatentProblem
+
+COUPLED = {"crossed", "nested", "common_shock"}
+DISCRETE = {"mixture_of_factors", "mixture_of_groups"}
+OPAQUE = {"latent_first"}  # its tau multiplies the latent and is positive: no closed form
+POOLED = [p for p in LATENT_PROBLEMS if p.name not in COUPLED | DISCRETE | OPAQUE]
+
+
+def _bound(problem: LatentProblem) -> tuple[Problem, MStep]:
+    weights = problem.options.get("weights")
+    bound = bind(problem.model, problem.args, {}, with_prior=problem.algorithm == "map-em", weights=weights)
+    return bound, MStep(bound, "auto", problem.algorithm)
+
+
+def _same(problem: LatentProblem, updates: int = 4, rtol: float = 1e-12) -> None:
+    bound, m = _bound(problem)
+    engine, reference = choose_engine(bound, m), Interpreted(bound)
+    assert isinstance(engine, Pooled)
+    own = MStep(bound, "auto", problem.algorithm)
+    params = problem.start()
+    for _ in range(updates):
+        found, expected = engine.e_step(params), reference.e_step(params)
+        assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=rtol, abs=rtol)
+        assert found.log_prior == pytest.approx(expected.log_prior, rel=rtol, abs=rtol)
+        assert m.score(params, found) == pytest.approx(own.score(params, expected), rel=1e4 * rtol)
+        updated, info = m.update(params, found)
+        params, other = own.update(params, expected)
+        assert info.empty == other.empty
+        for name, value in params.items():
+            torch.testing.assert_close(updated[name], value, rtol=10 * rtol, atol=10 * rtol)
+
+
+@pytest.mark.parametrize("problem", POOLED, ids=lambda p: p.name)
+def test_it_is_the_reference(problem: LatentProblem) -> None:
+    _same(problem)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "moved", "rtol"),
+    [
+        ("factor_analysis", 0, {"b": [1.0] * 4}, 1e-10),
+        ("random_slopes", 2, {"beta": [1.0, 0.0]}, 1e-10),
+        ("repeated_vectors", 3, {"effect": [1.0] * 3}, 1e-9),  # its rounds end in steps at the reference's atoms
+    ],
+)
+def test_data_far_from_zero_keep_their_digits(
+    name: str, place: int, moved: dict[str, list[float]], rtol: float
+) -> None:
+    problem, far = BY_NAME[name], 1e5
+    args = tuple(a + far if i == place else a for i, a in enumerate(problem.args))
+    init = {n: v + far * torch.tensor(moved[n], dtype=v.dtype) if n in moved else v for n, v in problem.init.items()}
+    _same(replace(problem, args=args, init=init), rtol=rtol)
+
+
+@pytest.mark.parametrize("name", ["factor_analysis", "random_slopes", "random_intercepts", "eight_schools", "matches"])
+def test_updates_are_recorded(name: str) -> None:
+    """After the warm-up the tape replays what the engine does: the same fit, whichever way."""
+    problem = BY_NAME[name]
+    result = pyro_em.fit(problem.model, *problem.args, init=problem.start(), max_iter=40, tol=0)
+    assert result.plan.engine.startswith("pooled")
+    bound, m = _bound(problem)
+    engine, params = choose_engine(bound, m), problem.start()
+    for _ in range(40):
+        params, _ = m.update(params, engine.e_step(params))
+    for name, value in params.items():
+        torch.testing.assert_close(result.params[name], value, rtol=0, atol=0)
+
+
+def test_restarts_share_the_pooled_rows() -> None:
+    problem = BY_NAME["random_slopes"]
+    result = pyro_em.fit(problem.model, *problem.args, restarts=3, seed=1, max_iter=25, tol=0)
+    alone = pyro_em.fit(problem.model, *problem.args, max_iter=25, tol=0)
+    assert result.restarts[0][0] == pytest.approx(alone.log_likelihood, rel=1e-13)
+
+
+@pytest.mark.parametrize("name", sorted(COUPLED | DISCRETE | OPAQUE))
+def test_the_plan_says_why_not(name: str) -> None:
+    problem = BY_NAME[name]
+    engine = pyro_em.plan(problem.model, *problem.args).engine
+    assert engine.startswith("interpreted (Gaussian latents; ")
+    reason = {"crossed": "crossing or nested", "nested": "crossing or nested", "common_shock": "crossing or nested"}
+    assert reason.get(name, "closed form" if name in OPAQUE else "discrete latents") in engine
+
+
+def test_groups_of_equal_design_are_one_class() -> None:
+    """Groups of 4 rows whose covariate is the same in all, and one of 2 rows; whatever the order of the rows."""
+    generator = torch.Generator().manual_seed(0)
+    group = torch.cat([torch.arange(5).repeat(4), torch.tensor([5, 5])])
+    day = torch.cat([torch.arange(4).repeat_interleave(5), torch.arange(2)]).double()
+    y = torch.randn(22, 1, generator=generator, dtype=torch.float64)
+    shared = torch.stack([torch.ones(22, dtype=torch.float64), day], -1)
+    classes = pool([Rows(group, shared, y)], torch.ones(6, dtype=torch.float64))
+    assert sorted(classes.weight.tolist()) == [1.0, 5.0]
+    assert classes.sites[0].count == 22
+    kept = _squares(classes.sites[0], classes.ones)
+    torch.testing.assert_close(kept, _by_hand(group, shared, y), rtol=1e-13, atol=1e-13)
+
+
+def _squares(site: object, ones: Tensor) -> Tensor:
+    """Σ over all rows of (φ, y)(φ, y)ᵀ, put together again."""
+    columns = torch.cat([site.design.unsqueeze(-1) * ones[:, None, None], site.data], 2)  # type: ignore[attr-defined]
+    found = torch.einsum("umvc,umwc->vw", columns, columns)
+    left = site.left.mT @ site.left  # type: ignore[attr-defined]
+    return found + torch.nn.functional.pad(left, (2, 0, 2, 0))
+
+
+def _by_hand(group: Tensor, shared: Tensor, y: Tensor) -> Tensor:
+    rows = torch.cat([shared, y], -1)
+    return rows.mT @ rows
