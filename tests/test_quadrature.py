@@ -137,8 +137,31 @@ def test_two_dimensions_against_a_grid() -> None:
         np.testing.assert_allclose(result.log_prob().numpy(), truth, atol=1e-8)
     assert apart.posterior().mean("c").shape == (5,)
     assert vector.posterior().variance("b").shape == (5, 2)
-    with pytest.raises(Refusal, match=r"'b'.*several dimensions"):
-        vector.posterior().sample(3)
+
+
+def test_draws_in_two_dimensions() -> None:
+    """Means, variances and covariances of the draws, and their values, which are no nodes."""
+    y, x = _answers(5, 4), torch.linspace(-1.5, 1.5, 4)
+    for result, sites in (
+        (_at_start(zoo.slopes, y, x, sites="b", rule=Quadrature(15)), "b"),
+        (_at_start(zoo.two_sites, y, x, sites="b c", rule=Quadrature(15)), "bc"),
+    ):
+        torch.manual_seed(0)
+        posterior, num = result.posterior(), 3000
+        drawn = {site: own.reshape(num, 5, -1) for site, own in posterior.sample(num).items()}
+        assert set(drawn) == set(sites)
+        z = torch.cat([drawn[site] for site in sites], -1)
+        mean = torch.cat([posterior.mean(site).reshape(5, -1) for site in sites], -1)
+        variance = torch.cat([posterior.variance(site).reshape(5, -1) for site in sites], -1)
+        assert float(((z.mean(0) - mean) / variance.sqrt()).abs().max()) < 4.5 / np.sqrt(num)
+        torch.testing.assert_close(z.var(0), variance, rtol=0.15, atol=0)
+        part = result.problem.evidence(result.params)[0].parts[0].posterior
+        own, w = part.nodes.reshape(-1, 5, 2), part.weights.reshape(-1, 5)
+        product = (w * (own[..., 0] - mean[:, 0]) * (own[..., 1] - mean[:, 1])).sum(0)
+        centred = z - z.mean(0)
+        found = (centred[..., 0] * centred[..., 1]).mean(0)
+        assert float((found - product).abs().max()) < 4.5 * float(variance.prod(-1).sqrt().max()) / np.sqrt(num)
+        assert len(z[:, 0, 0].unique()) == num
 
 
 def test_discrete_classes_of_people() -> None:

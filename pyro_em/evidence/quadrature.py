@@ -24,76 +24,14 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import NonFiniteError, Refusal
-from pyro_em.evidence.elimination import Eliminated, LatentSet, RunAt, Values
+from pyro_em.evidence.elimination import Eliminated, LatentSet, RunAt
+from pyro_em.evidence.quadrature_layout import Layout
 from pyro_em.evidence.quadrature_posterior import QuadraturePosterior
 from pyro_em.evidence.rule import Quadrature
 from pyro_em.model.compat import pack, with_dims
-from pyro_em.model.density import log_density
 
 MAX_ITER = 100
 CLOSE = 1e-20  # squared Newton decrement at which a mode is found
-CHUNK_CELLS = 2**20  # cells of log-densities evaluated at once
-
-Rows = Mapping[str, Tensor | None]
-"""Element that each row of a factor reads, (1,) + plates of the factor (m dims); None where row n reads element n."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Elements of the latents: `sizes` are the m batch dims, the nodes' first, of size 1; k columns by site.
-
-    `width` rows read one element, on average; `batched` says that one run can take several nodes.
-    """
-
-    latents: LatentSet
-    sizes: tuple[int, ...]
-    rows: Rows
-    width: int
-    batched: bool = False
-
-    @property
-    def num_columns(self) -> int:
-        return sum(event.numel() for _, event in self.latents.shapes.values())
-
-    def values(self, z: Tensor, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-        """Values by site of z (C..., Q, plates...) + (k,); in the latents' own shapes where C and Q are trivial."""
-        found, begin, m = {}, 0, len(self.sizes)
-        for name in self.latents.names:
-            batch, event = self.latents.shapes[name]
-            own = z[..., begin : begin + event.numel()]
-            begin += event.numel()
-            lead = own.shape[: own.dim() - m]  # dims of states and of nodes
-            shape = (*((1,) * (m - 1 - len(batch)) if math.prod(lead) > 1 else ()), *batch, *event)
-            lead = lead if math.prod(lead) > 1 else torch.Size()
-            found[name] = own.reshape([*lead, *shape]).to(dtypes[name])
-        return found
-
-    def total(self, run_at: RunAt, values: Values) -> Tensor:
-        """f of every state, node and element: (C..., Q, plates...), with m dims from the nodes'."""
-        run, m = run_at(values), len(self.sizes)
-        total = torch.zeros((1,) * m, dtype=torch.float64)
-        for name in self.latents.factors:
-            density = log_density(run.sites[name]).double()
-            density = density.reshape((1,) * (m - density.dim()) + tuple(density.shape))
-            total = total + self._to_elements(density, self.rows[name])
-        return total
-
-    def _to_elements(self, density: Tensor, index: Tensor | None) -> Tensor:
-        m = len(self.sizes)
-        if index is None:
-            gone = [i - m for i in range(1, m) if self.sizes[i] == 1 and density.shape[i - m] > 1]
-            return density.sum(gone, keepdim=True) if gone else density
-        plates = torch.broadcast_shapes(density.shape[1 - m :], index.shape[1:]) if m > 1 else torch.Size()
-        lead = density.shape[: density.dim() - (m - 1)]
-        flat = density.expand(*lead, *plates).reshape([*lead, -1])
-        found = flat.new_zeros(*lead, math.prod(self.sizes))
-        found = found.index_add(-1, index.expand(1, *plates).reshape(-1), flat)
-        return found.reshape([*lead, *self.sizes[1:]])
-
-    def to_rows(self, per_element: Tensor, index: Tensor) -> Tensor:
-        """A quantity (Q, plates...) of every element at the rows that read it."""
-        flat = per_element.expand(*per_element.shape[:1], *self.sizes[1:]).reshape(per_element.shape[0], -1)
-        return flat[:, index.reshape(-1)].reshape(per_element.shape[0], *index.shape[1:])
 
 
 @dataclass
@@ -247,14 +185,8 @@ class QuadratureRoute:
         own = x.reshape(-1, *(1,) * (m - 1), x.shape[-1])
         nodes = mode + (spread @ own.unsqueeze(-1)).squeeze(-1)
         axis = nodes.dim() - 1 - m
-        cells = max(1, mode[..., 0].numel())
-        count = max(1, CHUNK_CELLS // (cells * self.layout.width)) if self.layout.batched else 1
-        parts = []
         with torch.set_grad_enabled(differentiable):
-            for part in nodes.split(count, axis):
-                f = self.layout.total(run_at, self.layout.values(part, self.dtypes))
-                parts.append(f.expand(torch.broadcast_shapes(f.shape, part.shape[:-1])))
             log_volume = torch.linalg.slogdet(spread)[1]
-            joint = torch.cat(parts, axis) + v.reshape(-1, *(1,) * (m - 1)) + log_volume
+            joint = self.layout.at_nodes(run_at, nodes, self.dtypes) + v.reshape(-1, *(1,) * (m - 1)) + log_volume
             log_z = joint.logsumexp(axis, keepdim=True)
             return nodes, log_z, joint - log_z

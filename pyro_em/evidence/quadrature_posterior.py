@@ -2,27 +2,26 @@
 
     E g(z) = Σ_q p_q g(z_q)
 
-which is as exact as the rule for smooth g. Draws of one-dimensional latents come from the density itself, tabulated on
-a fine grid around the mode; those of vectors are refused.
+which is as exact as the rule for smooth g. A draw is continuous: a node is drawn with its weight, then every entry anew
+given the others (one Gibbs sweep in the coordinates t of z = mode + L t), from its density, tabulated on a grid of 401
+points over ±9 standard deviations and linear between them. In one dimension that is a draw from the posterior itself;
+in more the sweep leaves the posterior as it is, so that the draws are as exact as the rule's weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_em.errors import Refusal
-
-if TYPE_CHECKING:
-    from pyro_em.evidence.elimination import RunAt
-    from pyro_em.evidence.quadrature import Layout
+from pyro_em.evidence.elimination import RunAt
+from pyro_em.evidence.quadrature_layout import Layout
 
 GRID, WIDTH = 401, 9.0  # points, and standard deviations to either side of the mode
+BLOCK = 2**22  # numbers of nodes laid out at once
 
 
 @dataclass(frozen=True)
@@ -77,35 +76,60 @@ class QuadraturePosterior:
         return {name: self._own(name, self.peak) for name in self.layout.latents.names}
 
     def sample(self, num: int) -> dict[str, Tensor]:
-        """Independent draws: the density is linear between the points of a grid of 401 over ±9 standard deviations."""
-        if self.layout.num_columns > 1:
-            raise Refusal(
-                self.layout.latents.names[0],
-                "draws from a posterior that quadrature integrates in several dimensions are not offered.",
-                "use its mean, variance and marginal, or algorithm='svi' with a guide.",
-            )
+        """Independent draws, see the module docstring.
+
+        A vector costs 401 evaluations of its density for each entry of each draw.
+        """
+        m, k = len(self.layout.sizes), self.layout.num_columns
+        axis = self.peak.dim() - 1 - m
+        with torch.no_grad():
+            t = self._drawn_nodes(num)  # (C..., num, plates, k), in the coordinates of the rule
+            block = max(1, BLOCK // (GRID * max(1, t.select(axis, 0).numel())))
+            for d in range(k):
+                rest = t.clone()
+                rest[..., d] = 0.0
+                if k == 1:  # one density for all draws
+                    t = self._along(0, rest.narrow(axis, 0, 1), num).unsqueeze(-1)
+                else:
+                    t[..., d] = torch.cat([self._along(d, own, 1) for own in rest.split(block, axis)], axis)
+        z = (self.peak + (self.spread @ t.unsqueeze(-1)).squeeze(-1)).movedim(axis, 0).unsqueeze(axis + 1)
+        return {name: torch.stack([self._own(name, one) for one in z]) for name in self.layout.latents.names}
+
+    def _drawn_nodes(self, num: int) -> Tensor:
+        """Nodes drawn with their weights, in the coordinates t of z = mode + L t."""
         m = len(self.layout.sizes)
         axis = self.peak.dim() - 1 - m
-        points = torch.linspace(-WIDTH, WIDTH, GRID, dtype=torch.float64)
-        logs = []
-        with torch.no_grad():
-            for point in points:
-                z = self.peak + self.spread.squeeze(-1) * point
-                f = self.layout.total(self.run_at, self.layout.values(z, self.dtypes))
-                logs.append(f.expand(self.peak.shape[:-1]))
-        log_density = torch.cat(logs, axis)
-        density = (log_density - log_density.amax(axis, keepdim=True)).exp().movedim(axis, -1)
-        areas = (density[..., 1:] + density[..., :-1]) / 2
-        cumulative = areas.cumsum(-1)
-        total = cumulative[..., -1:]
-        u = torch.rand(*density.shape[:-1], num, dtype=torch.float64) * total
-        cell = torch.searchsorted(cumulative.contiguous(), u).clamp(max=GRID - 2)
-        left, right = density[..., :-1].gather(-1, cell), density[..., 1:].gather(-1, cell)
-        before = cumulative.gather(-1, cell) - areas.gather(-1, cell)
-        rest = (u - before).clamp(min=0)
-        # Within a cell the density is left + (right - left) t: solve ∫ = rest for t.
-        t = 2 * rest / (left + (left * left + 2 * (right - left) * rest).clamp(min=0).sqrt()).clamp(min=1e-300)
-        place = -WIDTH + (cell + t.clamp(0, 1)) * (2 * WIDTH / (GRID - 1))
-        drawn = place.movedim(-1, 0).unsqueeze(axis + 1)
-        z = self.peak + self.spread.squeeze(-1) * drawn.reshape(num, *self.peak.shape[:-1], 1)
-        return {name: torch.stack([self._own(name, one) for one in z]) for name in self.layout.latents.names}
+        t = torch.linalg.solve(self.spread, (self.nodes - self.peak).unsqueeze(-1)).squeeze(-1)
+        shape = [*self.peak.shape[:axis], *self.layout.sizes]
+        shape[axis] = t.shape[axis]
+        weights = self.weights.expand(shape).movedim(axis, -1)
+        picked = torch.multinomial(weights.reshape(-1, weights.shape[-1]), num, replacement=True)
+        index = picked.reshape(*weights.shape[:-1], num).movedim(-1, axis)
+        full = t.expand(*shape, t.shape[-1])
+        return full.gather(axis, index.unsqueeze(-1).expand(*index.shape, t.shape[-1]))
+
+    def _along(self, d: int, rest: Tensor, num: int) -> Tensor:
+        """`num` draws of entry d of t given the others, `rest` (C..., R, plates, k): (C..., R · num, plates)."""
+        axis = self.peak.dim() - 1 - len(self.layout.sizes)
+        count = rest.shape[axis]
+        t = rest.repeat_interleave(GRID, axis)
+        grid = torch.linspace(-WIDTH, WIDTH, GRID, dtype=torch.float64)
+        t[..., d] = grid.repeat(count).reshape([-1, *(1,) * (t.dim() - 2 - axis)]).expand(t.shape[:-1])
+        nodes = self.peak + (self.spread @ t.unsqueeze(-1)).squeeze(-1)
+        f = self.layout.at_nodes(self.run_at, nodes, self.dtypes).expand(t.shape[:-1])
+        f = f.unflatten(axis, (count, GRID)).movedim(axis + 1, -1)
+        place = _draw_from((f - f.amax(-1, keepdim=True)).exp(), num)  # (C..., R, plates, num)
+        return place.movedim(-1, axis + 1).flatten(axis, axis + 1)
+
+
+def _draw_from(density: Tensor, num: int) -> Tensor:
+    """Draws (..., num) from densities (..., 401) that are linear between the points of the grid."""
+    areas = (density[..., 1:] + density[..., :-1]) / 2
+    cumulative = areas.cumsum(-1)
+    u = torch.rand(*density.shape[:-1], num, dtype=torch.float64) * cumulative[..., -1:]
+    cell = torch.searchsorted(cumulative.contiguous(), u).clamp(max=GRID - 2)
+    left, right = density[..., :-1].gather(-1, cell), density[..., 1:].gather(-1, cell)
+    rest = (u - cumulative.gather(-1, cell) + areas.gather(-1, cell)).clamp(min=0)
+    # Within a cell the density is left + (right - left) t: solve ∫ = rest for t.
+    t = 2 * rest / (left + (left * left + 2 * (right - left) * rest).clamp(min=0).sqrt()).clamp(min=1e-300)
+    return -WIDTH + (cell + t.clamp(0, 1)) * (2 * WIDTH / (GRID - 1))

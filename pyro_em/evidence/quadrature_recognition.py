@@ -22,7 +22,8 @@ from pyro_em.device import seeded_normal
 from pyro_em.errors import Refusal
 from pyro_em.evidence.columns import Column, direction, push
 from pyro_em.evidence.elimination import Candidate, Values
-from pyro_em.evidence.quadrature import Layout, QuadratureRoute
+from pyro_em.evidence.quadrature import QuadratureRoute
+from pyro_em.evidence.quadrature_layout import Layout
 from pyro_em.evidence.rule import Quadrature
 from pyro_em.model.density import log_density
 from pyro_em.model.trace import Run, SiteRecord
