@@ -25,6 +25,7 @@ from torch.distributions import Transform, transform_to
 from torch.distributions.constraints import Constraint
 
 from pyro_em.errors import InputError
+from pyro_em.shapes import places
 
 
 class Chart(ABC):
@@ -275,7 +276,7 @@ def _elementwise(constraint: Any, value: Tensor, fixed: Tensor | None) -> Elemen
         )
     if fixed is not None:
         free = free & ~fixed
-    index = free.flatten().nonzero().squeeze(-1)
+    index = places(free)
     lower, upper = (None if b is None else b.flatten()[index] for b in (lower, upper))
     return ElementwiseChart(value.clone(), index, lower, upper)
 
@@ -286,7 +287,7 @@ def _simplex(value: Tensor) -> SimplexChart:
     reference = value.argmax(-1, keepdim=True)
     free = (value > 0).scatter(-1, reference, False)
     logits = torch.where(value > 0, 0.0, -torch.inf).to(value)
-    return SimplexChart(logits, free.flatten().nonzero().squeeze(-1), reference)
+    return SimplexChart(logits, places(free), reference)
 
 
 def _transform(constraint: Any) -> Transform:

@@ -290,7 +290,7 @@ def _compare(result: FitResult, problem: Problem, path: str | Path) -> None:
     now, saved = float(evidence.log_likelihood), result.log_likelihood
     assert saved is not None
     eps = max(torch.finfo(value.dtype).eps for value in result.params.values()) if result.params else 1e-15
-    if not abs(now - saved) <= 1e3 * eps * (1 + evidence.magnitude):
+    if not abs(now - saved) <= 1e3 * eps * (1 + float(evidence.magnitude)):
         warnings.warn(
             f"{path}: with the model and data given the log-likelihood is {now:.9g}, the saved one is {saved:.9g}. "
             "Posteriors and standard errors will be those of the data given.",

@@ -19,9 +19,10 @@ import torch
 
 from pyro_em.e_step.base import Expectation
 from pyro_em.errors import DegenerateLikelihoodError, MonotonicityError, NonFiniteError
-from pyro_em.evaluator import Evaluated, Evaluator, Mapped, Request
+from pyro_em.evaluator import Evaluator
 from pyro_em.m_step.auto import MStep
 from pyro_em.problem import Problem
+from pyro_em.recordings import Evaluated, Mapped, Request
 from pyro_em.stop import Outcome, StoppingRule
 from pyro_em.types import Params
 

@@ -81,4 +81,4 @@ def _pointwise(problem: Problem, params: Params) -> Tensor:
     factors = problem.factors(run)
     terms = tuple(contract(problem.graph, component, factors) for component in problem.graph.components)
     zero = torch.zeros(())
-    return pointwise(problem, Evidence(zero, zero, 0.0, terms, {}), run)
+    return pointwise(problem, Evidence(zero, zero, zero, terms, {}), run)

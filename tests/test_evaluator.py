@@ -13,9 +13,11 @@ import pyro_em
 from pyro_em import evaluator
 from pyro_em.e_step.auto import choose_engine
 from pyro_em.e_step.plated import Plated
-from pyro_em.evaluator import Evaluator, Mapped, Request
+from pyro_em.evaluator import Evaluator
 from pyro_em.m_step.auto import MStep
 from pyro_em.problem import bind
+from pyro_em.recordings import Mapped, Request
+from tests.latent_problems import LATENT_PROBLEMS, LatentProblem
 from tests.problems import BY_NAME, Problem
 
 CLOSED = (
@@ -23,34 +25,52 @@ CLOSED = (
     "latent_class_counts", "coins", "exponential_mixture", "multinomial_mixture", "zero_inflated_poisson",
     "factorial", "dawid_skene", "latent_class_map",
 )  # fmt: skip
+RUN = (  # engines that are recorded whole: what ran the model, its recognised arguments, groups of sites
+    "gamma_mixture", "global_and_local", "gaussian_hmm", "regressions", "poisson_regressions", "censored_mixture",
+    "timed_factorial", "hmm_map",
+)  # fmt: skip
+LATENT = ("factor_analysis", "random_slopes", "eight_schools", "mixture_of_factors", "two_sets")
+TABLE = {**BY_NAME, **{problem.name: problem for problem in LATENT_PROBLEMS if problem.name in LATENT}}
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_em.BoundaryEstimate")
 
 
-def _fit(problem: Problem, **options: object) -> pyro_em.FitResult:
-    algorithm = "map-em" if problem.priors else "em"
-    own = {**problem.fit_options(algorithm), "init": problem.start(), "max_iter": 45, "tol": 0, **options}
+def _fit(problem: Problem | LatentProblem, **options: object) -> pyro_em.FitResult:
+    own = problem.fit_options(_algorithm(problem)) if isinstance(problem, Problem) else dict(problem.options)
+    own |= {"algorithm": _algorithm(problem), "init": problem.start(), "max_iter": 45, "tol": 0, **options}
     return pyro_em.fit(problem.model, *problem.args, **own)
 
 
-@pytest.mark.parametrize("name", CLOSED)
-@pytest.mark.parametrize("accelerate", [None, "squarem"])
+def _algorithm(problem: Problem | LatentProblem) -> str:
+    return "map-em" if isinstance(problem, Problem) and problem.priors else "em"
+
+
+@pytest.mark.parametrize(
+    ("name", "accelerate"),
+    [
+        *((n, a) for n in CLOSED for a in (None, "squarem")),
+        *((n, None) for n in (*RUN, *LATENT)),
+        ("poisson_regressions", "squarem"),
+    ],
+)
 def test_replays_change_no_bit(name: str, accelerate: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = _fit(BY_NAME[name], accelerate=accelerate)
+    found = _fit(TABLE[name], accelerate=accelerate)
     monkeypatch.setattr(evaluator, "WARM", 10**9)
-    expected = _fit(BY_NAME[name], accelerate=accelerate)
+    monkeypatch.setattr(evaluator, "WARM_RUN", 10**9)
+    expected = _fit(TABLE[name], accelerate=accelerate)
     assert found.history["objective"] == expected.history["objective"]
     assert found.history["score"] == expected.history["score"]
     assert all(torch.equal(value, expected.params[key]) for key, value in found.params.items())
 
 
-def _evaluator(name: str) -> tuple[Evaluator, Problem]:
-    problem = BY_NAME[name]
-    bound = bind(problem.model, problem.args, {}, with_prior=problem.priors)
-    m_step = MStep(bound, "auto", "map-em" if problem.priors else "em")
+def _evaluator(name: str) -> tuple[Evaluator, Problem | LatentProblem]:
+    problem = TABLE[name]
+    algorithm = _algorithm(problem)
+    bound = bind(problem.model, problem.args, {}, with_prior=algorithm == "map-em")
+    m_step = MStep(bound, "auto", algorithm)
     return Evaluator(choose_engine(bound, m_step), m_step), problem
 
 
-@pytest.mark.parametrize("name", CLOSED)
+@pytest.mark.parametrize("name", [*CLOSED, *RUN, *LATENT])
 def test_closed_forms_are_replayed(name: str) -> None:
     evaluate, problem = _evaluator(name)
     params, magnitude = problem.start(), 0.0
@@ -61,7 +81,54 @@ def test_closed_forms_are_replayed(name: str) -> None:
         kinds.append(isinstance(found, Mapped))
         magnitude = found.magnitude
         params = found.updated if isinstance(found, Mapped) else evaluate.m_step.update(params, found)[0]
-    assert kinds[-1], "nothing was recorded"
+    assert not evaluate.refusal
+    assert any(kinds), "nothing was recorded"
+    assert all(kinds[-5:]) or name == "poisson_regressions"  # its Newton steps change in number
+
+
+class _Counting:
+    """A model that is another one from its call number `after` on."""
+
+    def __init__(self, after: int) -> None:
+        self.calls, self.after = 0, after
+
+    def __call__(self, x: Tensor) -> None:
+        self.calls += 1
+        loc = pyro.param("loc", torch.tensor(0.3))
+        sd = pyro.param("sd", torch.tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(loc + z, sd), obs=x + 0.1 * (self.calls > self.after))
+
+
+def test_a_model_that_changes_is_not_frozen() -> None:
+    model, x = _Counting(10**9), torch.tensor([0.4, -1.0, 2.2, 0.9])
+    bound = bind(model, (x,), {}, with_prior=False)
+    m_step = MStep(bound, "auto", "em")
+    evaluate = Evaluator(choose_engine(bound, m_step), m_step)
+    params, magnitude, kinds = bound.start, 0.0, []
+    for i in range(1, evaluator.REFRESH + 2):
+        if i == 50:
+            model.after = model.calls
+        (found,) = evaluate([Request(params, magnitude)])
+        assert not isinstance(found, Exception)
+        kinds.append(isinstance(found, Mapped))
+        magnitude = found.magnitude
+        params = found.updated if isinstance(found, Mapped) else m_step.update(params, found)[0]
+    assert kinds[-10:] == [True] * 8 + [False] * 2
+    assert "a later replay differs" in evaluate.refusal
+
+
+def test_data_that_a_callback_changes_are_seen_at_the_end() -> None:
+    """The last iterate is evaluated by the reference path, which reads the data anew."""
+    x = torch.tensor([0.4, -1.0, 2.2, 0.9])
+
+    def change(step: pyro_em.Step) -> None:
+        if step.iteration == 20:
+            x.add_(1.0)
+
+    with pytest.raises(pyro_em.PyroEMError, match="the reference"):
+        pyro_em.fit(_Counting(10**9), x, max_iter=30, tol=0, callbacks=[change])
 
 
 def test_where_a_guard_fails_the_ordinary_code_answers() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.e_step.base import Expectation
-from pyro_em.e_step.interpreted import expectation
+from pyro_em.e_step.interpreted import unread
 from pyro_em.errors import Refusal
 from pyro_em.evidence.assigned import assign
 from pyro_em.evidence.ring import Elimination
@@ -53,5 +53,5 @@ class Assigned:
             factors = self.problem.factors(run)
         value, weights = assign(self.problem.graph, factors, self.elimination, self.temperature)
         own = dataclasses.replace(evidence, weights={**evidence.weights, **weights})
-        found = expectation(self.problem, run, own, self._centers)
+        found = unread(self.problem, run, own, self._centers).read()
         return found if self.elimination == "sample" else dataclasses.replace(found, climbed=value)

@@ -84,7 +84,7 @@ def verified(problem: Problem, engine: Engine, last: Iterate) -> tuple[float, fl
         return expectation.log_likelihood, expectation.log_prior
     evidence, _ = problem.evidence(last.params)
     reference = float(evidence.log_likelihood)
-    _compare(expectation.log_likelihood, reference, tolerance * (1 + evidence.magnitude))
+    _compare(expectation.log_likelihood, reference, tolerance * (1 + float(evidence.magnitude)))
     return expectation.log_likelihood, expectation.log_prior
 
 

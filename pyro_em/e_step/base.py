@@ -38,6 +38,23 @@ class Expectation:
         return self.posterior()
 
 
+@dataclass(frozen=True)
+class Unread:
+    """An E-step no number of which has left the tensors, so that it can be recorded (tape/).
+
+    `totals` (4,) are the numbers of an `Expectation`: log p(x|θ), log p(θ), Σ|ll_n| and the error of integration.
+    """
+
+    totals: Tensor
+    sufficient: Sufficient
+    posterior: Callable[[], Posteriors]
+
+    def read(self) -> Expectation:
+        """The same with its numbers."""
+        likelihood, prior, magnitude, error = self.totals.tolist()
+        return Expectation(likelihood, prior, magnitude, self.sufficient, self.posterior, error=error)
+
+
 class Engine(Protocol):
     """Runs E-steps. `name` and `reason` appear in the plan."""
 
@@ -46,6 +63,14 @@ class Engine(Protocol):
 
     def e_step(self, params: Params) -> Expectation:
         """Exact E-step at `params`; raises `NonFiniteError` as `Problem.evidence` does."""
+        ...
+
+
+class Recordable(Engine, Protocol):
+    """An engine whose E-step is `unread(params).read()`, checks apart that only say what is wrong."""
+
+    def unread(self, params: Params) -> Unread:
+        """The E-step in tensor operations alone, as far as its result goes."""
         ...
 
 

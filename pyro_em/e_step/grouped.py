@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_em.e_step.base import Expectation, NotCompiled
+from pyro_em.e_step.base import Expectation, NotCompiled, Unread
 from pyro_em.e_step.chains import Bundle, Chain, find_chain
 from pyro_em.e_step.groups import Group, make_groups
 from pyro_em.e_step.interpreted import expectation
@@ -63,8 +63,8 @@ class _Program:
 class _Posterior:
     """The evidence, and what posterior weights are made of."""
 
-    log_likelihood: float
-    magnitude: float
+    log_likelihood: Tensor
+    magnitude: Tensor
     chains: Mapping[str, tuple[Bundle, ChainPosterior]]
     general: Mapping[str, Tensor]
 
@@ -97,12 +97,21 @@ class Grouped:
 
     def e_step(self, params: Params) -> Expectation:
         """Exact E-step at `params`."""
+        found = self.unread(params).read()
+        finite = math.isfinite(found.log_prior) or not self.problem.with_prior
+        if not (math.isfinite(found.log_likelihood) and finite):
+            evidence, run = self.problem.evidence(params)  # names the site and the rows
+            return expectation(self.problem, run, evidence)
+        return found
+
+    def unread(self, params: Params) -> Unread:
+        """The same before any of its numbers is read."""
         if any(not torch.equal(params[name], self._at[name]) for name in self._opaque):
             self._load(params)
         with torch.no_grad():
-            return self._expectation(params)
+            return self._unread(params)
 
-    def _expectation(self, params: Params) -> Expectation:
+    def _unread(self, params: Params) -> Unread:
         problem, program = self.problem, self._program
         arguments = {name: dict(own) for name, own in program.arguments.items()}
 
@@ -121,34 +130,25 @@ class Grouped:
             sufficient.put(theta, program.uses[name])
         posterior = self._posterior(arguments)
         log_prior = self._log_prior(sufficient)
-        finite = math.isfinite(log_prior) or not problem.with_prior
-        if not (math.isfinite(posterior.log_likelihood) and finite):
-            with torch.enable_grad():
-                evidence, run = problem.evidence(params)  # names the site and the rows
-            return expectation(problem, run, evidence)
-        return Expectation(
-            log_likelihood=posterior.log_likelihood,
-            log_prior=log_prior,
-            magnitude=posterior.magnitude,
-            sufficient=sufficient,
-            posterior=lambda: problem.evidence(params)[0].weights,
-        )
+        error = torch.zeros((), dtype=torch.float64)
+        totals = torch.stack([posterior.log_likelihood, log_prior, posterior.magnitude, error])
+        return Unread(totals, sufficient, lambda: problem.evidence(params)[0].weights)
 
     def _posterior(self, arguments: Arguments) -> _Posterior:
         program, graph = self._program, self.problem.graph
         factors = {name: group.log_factor(arguments[name]) for name, group in program.groups.items()}
-        likelihood, magnitude = 0.0, 0.0
+        likelihood = magnitude = torch.zeros((), dtype=torch.float64)
         chains: dict[str, tuple[Bundle, ChainPosterior]] = {}
         for bundle in program.bundles:
             found = bundle.smooth(factors)
             chains.update({group.name: (bundle, found) for group in bundle.groups})
             terms, weight = bundle.terms(found, graph)
-            likelihood += float(_total(terms, weight))
-            magnitude += float(_total(terms.abs(), weight))
+            likelihood = likelihood + _total(terms, weight)
+            magnitude = magnitude + _total(terms.abs(), weight)
         for group in program.constant:
             terms = factors[group.name].expand(group.shape)
-            likelihood += float(_total(terms, group.weight))
-            magnitude += float(_total(terms.abs(), group.weight))
+            likelihood = likelihood + _total(terms, group.weight)
+            magnitude = magnitude + _total(terms.abs(), group.weight)
         if not program.general:
             return _Posterior(likelihood, magnitude, chains, {})
         packed = {}
@@ -158,14 +158,14 @@ class Grouped:
                 packed[name] = with_dims(copy, dims)
         with torch.enable_grad():
             evidence = evaluate(program.rest, packed)
-        likelihood += float(evidence.log_likelihood)
+        likelihood = likelihood + evidence.log_likelihood
         return _Posterior(likelihood, magnitude + evidence.magnitude, chains, evidence.weights)
 
-    def _log_prior(self, sufficient: Sufficient) -> float:
-        total = 0.0
+    def _log_prior(self, sufficient: Sufficient) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
         for name in self._program.priors:
             site = dataclasses.replace(sufficient.sites[name], arguments=sufficient.arguments[name])
-            total += float(weighted_sum(packed_log_density(site), self.problem.graph.factors[name].weight))
+            total = total + weighted_sum(packed_log_density(site), self.problem.graph.factors[name].weight)
         return total
 
 

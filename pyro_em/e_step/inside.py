@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_em.e_step.base import Expectation, NotCompiled
+from pyro_em.e_step.base import Expectation, NotCompiled, Unread
 from pyro_em.evidence.discrete import weighted_sum
 from pyro_em.evidence.integrated import integrate, integrates
 from pyro_em.model.compat import dims_of, pack, with_dims
@@ -45,21 +45,27 @@ class Inside:
 
     def e_step(self, params: Params) -> Expectation:
         """Exact E-step at `params`; raises `NonFiniteError` as `Problem.evidence` does."""
+        found = self.unread(params).read()
+        if not (math.isfinite(found.log_likelihood) and math.isfinite(found.log_prior)):
+            self.problem.evidence(params)  # names the site and the rows
+        return found
+
+    def unread(self, params: Params) -> Unread:
+        """The same before any of its numbers is read."""
         graph = self.problem.graph
         with torch.no_grad():
             run = self.problem.replayed(params)
             inside = {name: integrate(run.sites[name], weight) for name, weight in self._weights.items()}
-            likelihood = prior = magnitude = 0.0
+            likelihood = prior = magnitude = zero = torch.zeros((), dtype=torch.float64)
             for name, site in run.sites.items():
                 terms = pack(inside[name].log_density, site.symbols) if name in inside else packed_log_density(site)
-                total = float(weighted_sum(terms, graph.factors[name].weight))
+                total = weighted_sum(terms, graph.factors[name].weight)
                 if name in graph.priors:
-                    prior += total
+                    prior = prior + total
                 else:
-                    likelihood += total
-                    magnitude += float(weighted_sum(with_dims(terms.abs(), dims_of(terms)), graph.factors[name].weight))
-            if not (math.isfinite(likelihood) and math.isfinite(prior)):
-                self.problem.evidence(params)  # names the site and the rows
+                    likelihood = likelihood + total
+                    size = with_dims(terms.abs(), dims_of(terms))
+                    magnitude = magnitude + weighted_sum(size, graph.factors[name].weight)
 
         def moments_of(name: str, arguments: dict[str, Tensor]) -> SiteMoments:
             site = run.sites[name]
@@ -67,13 +73,8 @@ class Inside:
                 self._centers[name] = None if name in inside else site_center(site, argument_cells(site, arguments))
             return expected_moments(site, graph.factors[name], inside.get(name), arguments, self._centers[name])
 
-        return Expectation(
-            log_likelihood=likelihood,
-            log_prior=prior,
-            magnitude=magnitude,
-            sufficient=Sufficient(self.problem, run.sites, raw_arguments(run.sites), moments_of),
-            posterior=lambda: inside,
-        )
+        sufficient = Sufficient(self.problem, run.sites, raw_arguments(run.sites), moments_of)
+        return Unread(torch.stack([likelihood, prior, magnitude, zero]), sufficient, lambda: inside)
 
 
 def compile_inside(problem: Problem) -> Inside:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
-from pyro_em.e_step.base import Expectation
+from pyro_em.e_step.base import Expectation, Unread
 from pyro_em.evidence.discrete import Evidence
 from pyro_em.model.trace import Run
 from pyro_em.problem import Problem
@@ -27,14 +28,21 @@ class Interpreted:
 
     def e_step(self, params: Params) -> Expectation:
         """Exact E-step at `params` by `Problem.evidence`."""
+        return self.unread(params).read()
+
+    def unread(self, params: Params) -> Unread:
+        """The same before any of its numbers is read."""
         evidence, run = self.problem.evidence(params)
-        return expectation(self.problem, run, evidence, self._centers)
+        return unread(self.problem, run, evidence, self._centers)
 
 
-def expectation(
-    problem: Problem, run: Run, evidence: Evidence, centers: dict[str, Tensor | None] | None = None
-) -> Expectation:
-    """An E-step in the form that the M-step reads.
+def expectation(problem: Problem, run: Run, evidence: Evidence) -> Expectation:
+    """An E-step in the form that the M-step reads."""
+    return unread(problem, run, evidence).read()
+
+
+def unread(problem: Problem, run: Run, evidence: Evidence, centers: dict[str, Tensor | None] | None = None) -> Unread:
+    """`expectation` before any of its numbers is read.
 
     :param centers: cache of the data's means, which do not change between E-steps.
     """
@@ -51,14 +59,10 @@ def expectation(
             known[name] = site_center(site, argument_cells(site, arguments))
         return expected_moments(site, problem.graph.factors[name], weights.get(name), arguments, known[name])
 
-    return Expectation(
-        log_likelihood=float(evidence.log_likelihood),
-        log_prior=float(evidence.log_prior),
-        magnitude=evidence.magnitude,
-        sufficient=Sufficient(problem, run.sites, raw_arguments(run.sites), moments_of),
-        posterior=lambda: weights,
-        error=sum(part.error for part in evidence.parts),
-    )
+    error = torch.as_tensor(sum(part.error for part in evidence.parts), dtype=torch.float64)
+    totals = torch.stack([evidence.log_likelihood, evidence.log_prior, evidence.magnitude, error])
+    sufficient = Sufficient(problem, run.sites, raw_arguments(run.sites), moments_of)
+    return Unread(totals.detach(), sufficient, lambda: weights)
 
 
 def from_totals(problem: Problem, params: Params, totals: Tensor, sufficient: Sufficient) -> Expectation:

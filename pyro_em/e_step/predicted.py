@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.design import Design
-from pyro_em.e_step.base import Expectation, NotCompiled
+from pyro_em.e_step.base import Expectation, NotCompiled, Unread
 from pyro_em.e_step.interpreted import expectation
 from pyro_em.e_step.states import joint_states
 from pyro_em.evidence.discrete import weighted_sum
@@ -69,8 +69,8 @@ class Reader:
 
 @dataclass(frozen=True)
 class _Posterior:
-    log_likelihood: float
-    magnitude: float
+    log_likelihood: Tensor
+    magnitude: Tensor
     weights: dict[str, Tensor]
 
 
@@ -107,25 +107,30 @@ class Predicted:
 
     def e_step(self, params: Params) -> Expectation:
         """Exact E-step at `params`; raises `NonFiniteError` as `Problem.evidence` does."""
-        graph = self.problem.graph
+        found = self.unread(params).read()
+        if math.isfinite(found.log_likelihood) and math.isfinite(found.log_prior):
+            return found
+        evidence, run = self.problem.evidence(params)  # names the site and the rows
+        return expectation(self.problem, run, evidence)
+
+    def unread(self, params: Params) -> Unread:
+        """The same before any of its numbers is read."""
+        graph, zero = self.problem.graph, torch.zeros((), dtype=torch.float64)
         with torch.no_grad():
             arguments, etas = self._arguments(params)
             sites = self._sites(params)
             factors = {n: self._density(s, arguments[n], etas) for n, s in sites.items() if n not in graph.priors}
             found = [self._posterior(component, factors) for component in graph.components]
-            likelihood = sum(p.log_likelihood for p in found)
-            magnitude = sum(p.magnitude for p in found)
+            likelihood = sum((p.log_likelihood for p in found), zero)
+            magnitude = sum((p.magnitude for p in found), zero)
             for name in graph.constants:
                 factor, weight = factors[name], graph.factors[name].weight
-                likelihood += float(weighted_sum(factor, weight))
-                magnitude += float(weighted_sum(with_dims(factor.abs(), dims_of(factor)), weight))
-            prior = 0.0
+                likelihood = likelihood + weighted_sum(factor, weight)
+                magnitude = magnitude + weighted_sum(with_dims(factor.abs(), dims_of(factor)), weight)
+            prior = zero
             for name in graph.priors:
                 own = dataclasses.replace(sites[name], arguments=arguments[name])
-                prior += float(weighted_sum(packed_log_density(own), graph.factors[name].weight))
-        if not (math.isfinite(likelihood) and math.isfinite(prior)):
-            evidence, run = self.problem.evidence(params)  # names the site and the rows
-            return expectation(self.problem, run, evidence)
+                prior = prior + weighted_sum(packed_log_density(own), graph.factors[name].weight)
         weights = {name: weight for own in found for name, weight in own.weights.items()}
 
         def moments_of(name: str, own: dict[str, Tensor]) -> SiteMoments:
@@ -136,7 +141,7 @@ class Predicted:
             return site_moments(site, own, weight, self._centers[name])
 
         sufficient = Sufficient(self.problem, sites, arguments, moments_of)
-        return Expectation(likelihood, prior, magnitude, sufficient, lambda: weights)
+        return Unread(torch.stack([likelihood, prior, magnitude, zero]), sufficient, lambda: weights)
 
     def _sites(self, params: Params) -> dict[str, SiteRecord]:
         """The sites, priors at the parameters' values."""
@@ -196,13 +201,14 @@ class Predicted:
         log_joint = total.reshape(math.prod(shape[: len(symbols)]), -1)
         peak = log_joint.amax(0)
         if not bool(peak.isfinite().all()):
-            return _Posterior(-math.inf, math.inf, {})
+            infinite = peak.new_full((), math.inf).double()
+            return _Posterior(-infinite, infinite, {})
         r = torch.softmax(log_joint, 0)
         # softmax leaves max R = exp(max L - lse), so that lse costs no second pass over exp.
         lse = (peak - r.amax(0).log()).reshape(shape[len(symbols) :])
         terms = with_dims(lse, dims[len(symbols) :])
-        likelihood = float(weighted_sum(terms, component.weight))
-        magnitude = float(weighted_sum(with_dims(lse.abs(), dims_of(terms)), component.weight))
+        likelihood = weighted_sum(terms, component.weight)
+        magnitude = weighted_sum(with_dims(lse.abs(), dims_of(terms)), component.weight)
         joint = r.reshape(shape)
         weights = {}
         for name in component.factors:

@@ -75,7 +75,7 @@ def smooth(unary: Tensor, pair: Tensor) -> ChainPosterior:
     emission, table = (unary - shift.unsqueeze(-1)).exp(), (pair - pair_shift[..., None, None]).exp()
     messages = _tree if B * K * K <= TREE and SHORT < T <= LONG else _two_levels
     found = messages(emission, table)
-    if not float(found.smallest) >= LOWEST:  # also when it is NaN
+    if not bool(found.smallest >= LOWEST):  # also when it is NaN
         return _log_space(unary, pair)
     shifts = shift.sum(0) + pair_shift.expand(T - 1, B).sum(0)
     return ChainPosterior(found.log_scale + shifts, found.unary, found.left, table, found.right)

@@ -85,7 +85,7 @@ class ConjugateRoute:
         (name,) = self.latents.names
         peak = q.log_prob(self.kind.mode(coefficients.detach())).sum(-1)
         placed = posterior.placed(atoms).to(self.dtype)
-        size = float(self.kind.magnitude(coefficients.detach()).sum())
+        size = self.kind.magnitude(coefficients.detach()).sum()
         return Eliminated(
             self._packed(energy),
             self._packed(peak.detach()),

@@ -42,7 +42,7 @@ class Evidence:
 
     log_likelihood: Tensor
     log_prior: Tensor
-    magnitude: float
+    magnitude: Tensor
     terms: tuple[Tensor, ...]
     weights: dict[str, Tensor]
     parts: tuple[Eliminated, ...] = ()
@@ -124,7 +124,7 @@ def evaluate(graph: FactorGraph, factors: Packed) -> Evidence:
     return Evidence(
         log_likelihood=_total(parts),
         log_prior=_total(priors),
-        magnitude=float(_total([(with_dims(x.abs(), dims_of(x)), weight) for x, weight in parts])),
+        magnitude=_total([(with_dims(x.abs(), dims_of(x)), weight) for x, weight in parts]),
         terms=terms,
         weights=weights,
     )

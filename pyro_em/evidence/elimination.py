@@ -88,7 +88,7 @@ class Eliminated:
     posterior: SetPosterior
     by_factor: Mapping[str, Tensor] = field(default_factory=dict)
     error: float = 0.0
-    magnitude: float = 0.0
+    magnitude: Tensor | float = 0.0
 
 
 class Route(Protocol):

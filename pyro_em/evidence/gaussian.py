@@ -157,10 +157,10 @@ class GaussianRoute:
                 found, _ = whitened(site)
                 found = _padded(found, 1, m)
                 predicted = r.at(a, b, self.geometry).detach()
-                scale = 1 + float(found.abs().max()) + float(r.w.detach().abs().max())
+                scale = 1 + found.abs().max() + r.w.detach().abs().max()
                 single = any(t == torch.float32 for t in self.dtypes.values())
                 bound = (1e-3 if single else AFFINE) * scale
-                if not float((found - predicted).abs().max()) <= bound:
+                if not bool((found - predicted).abs().max() <= bound):
                     raise not_affine(r.reading.site, r.reading.columns[0].site)
 
     def _drawn(self, a: Tensor, b: Tensor | None) -> Values:

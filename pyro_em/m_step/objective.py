@@ -4,7 +4,7 @@ Constrained parameters move in their charts' free coordinates u:
 
     ∂²Q/∂u² = Jᵀ (∂²Q/∂θ²) J + Σ_i (∂Q/∂θ_i) ∂²θ_i/∂u²,       J = ∂θ/∂u
 
-A step is accepted when Q rises by a share of what its slope promises (up to the rounding of Q): none lowers it.
+Numbers stay tensors, so that what is decided by them can be recorded (tape/). A step is accepted when Q rises by a share of what its slope promises (up to the rounding of Q): none lowers it.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Prior:
 class Value:
     """Q, and the rounding in it: of the sizes of its terms, which may cancel."""
 
-    total: float
-    rounding: float
+    total: Tensor
+    rounding: Tensor
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,9 @@ class Objective:
         """Q up to a constant."""
         theta = self.theta(u)
         terms = [site.value(theta - self.start) for site in self.sites] + [prior.value(theta) for prior in self.priors]
-        size = sum(float(term.abs().sum()) for term in terms)
-        return Value(sum(float(term.sum()) for term in terms), 16 * EPS * size)
+        zero = torch.zeros((), dtype=torch.float64)
+        size = sum((term.abs().sum() for term in terms), zero)
+        return Value(sum((term.sum() for term in terms), zero), 16 * EPS * size)
 
     def gradient(self, delta: Tensor) -> Tensor:
         total = torch.zeros_like(self.start)
@@ -161,26 +162,26 @@ class Objective:
         u, known = self.free(), None
         slope = self.slope(u)
         for _ in range(MAX_STEPS):
-            if not bool(slope.isfinite().all()) or float(slope.abs().max()) <= tolerance:
+            if not bool(slope.isfinite().all()) or bool(slope.abs().max() <= tolerance):
                 break
             before = self.value(u) if known is None else known
             step = ascent(slope, self.curvature(u))
             # Close to the top Q says nothing more, but its slope does: Newton's steps lower it quadratically.
-            close = float(slope @ step) <= CLOSE * before.rounding
+            close = bool(slope @ step <= CLOSE * before.rounding)
             moved, known = (u + step, None) if close else self._back_tracked(u, step, slope, before)
             following = self.slope(moved)
-            if torch.equal(moved, u) or (close and not float(following.abs().max()) < float(slope.abs().max())):
+            if torch.equal(moved, u) or (close and not bool(following.abs().max() < slope.abs().max())):
                 break
             u, slope = moved, following
         return u
 
     def _back_tracked(self, u: Tensor, step: Tensor, slope: Tensor, before: Value) -> tuple[Tensor, Value]:
         """The longest of step, step/2, ... on which Q rises by a share of what its slope promises; u itself if none."""
-        gain, length = float(slope @ step), 1.0
+        gain, length = slope @ step, 1.0
         while length > 1e-12:
             moved = u + length * step
             after = self.value(moved)
-            if after.total >= before.total + 1e-4 * length * gain - before.rounding:
+            if bool(after.total >= before.total + 1e-4 * length * gain - before.rounding):
                 return moved, after
             length /= 2
         return u, before
@@ -192,7 +193,7 @@ def ascent(gradient: Tensor, hessian: Tensor) -> Tensor:
     _, failed = torch.linalg.cholesky_ex(hessian)
     if failed:
         values, vectors = torch.linalg.eigh(hessian)
-        if float(values[0]) < -1e-12 * float(values.abs().max()):
+        if bool(values[0] < -1e-12 * values.abs().max()):
             hessian = vectors @ (values.abs().unsqueeze(-1) * vectors.mT)
     return QuadraticKernel(gradient, hessian, torch.zeros_like(gradient), vector=True).argmax()
 

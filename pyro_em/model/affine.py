@@ -174,8 +174,10 @@ def _draw(leaf: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    size = float(torch.maximum(a.abs().max(), b.abs().max())) if a.numel() else 0.0
-    return size < torch.inf and bool(((a - b).abs() <= tolerance * size).all())
+    if not a.numel():
+        return True
+    size = torch.maximum(a.abs().max(), b.abs().max())
+    return bool(size < torch.inf) and bool(((a - b).abs() <= tolerance * size).all())
 
 
 def _push(output: Tensor, leaf: Tensor) -> Callable[[Tensor], Tensor]:
@@ -255,10 +257,10 @@ def _term(name: str, one: Tensor, code: Tensor, numel: int, rounding: float, sti
         if bool(((low == high) | (high < 0)).all()):
             index = high
     coefficient = torch.where(none, torch.zeros_like(one), one)
-    return Term(name, index, _compressed(coefficient, rounding * float(one.abs().max()), (index < 0) | still))
+    return Term(name, index, _compressed(coefficient, rounding * one.abs().max(), (index < 0) | still))
 
 
-def _compressed(x: Tensor, limit: float, free: Tensor | None = None) -> Tensor:
+def _compressed(x: Tensor, limit: Tensor | float, free: Tensor | None = None) -> Tensor:
     """Without the dims along which it is constant, up to `limit`; where it is `free` its value does not matter."""
     if free is not None and bool(free.any()):
         free = free.expand(x.shape)

@@ -1,8 +1,9 @@
 """How one step is written as Python, when every value has memory of its own that stays where it is.
 
 Small arithmetic goes to NumPy, whose calls take a third of the time of torch's: only operations that both round in
-the same way (IEEE arithmetic, comparisons, selections), so that results are the same to the last bit. Logarithms,
-sums, products of matrices and factorisations stay torch's, which write into the memory that is given where they can.
+the same way (IEEE arithmetic, comparisons, selections), so that results are the same to the last bit. Roots (which
+torch's vectorised ones do not round correctly), logarithms, sums, products of matrices and factorisations stay
+torch's, which write into the memory that is given where they can.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ BINARY: dict[Any, Any] = {
 UNARY: dict[Any, Any] = {
     aten.neg.default: np.negative,
     aten.abs.default: np.absolute,
-    aten.sqrt.default: np.sqrt,
     aten.reciprocal.default: np.reciprocal,
     aten.bitwise_not.default: np.invert,
 }
@@ -51,6 +51,7 @@ REDUCTIONS: dict[Any, Any] = {
 WITH_OUT: dict[Any, Callable[..., Any]] = {
     aten.log.default: torch.log,
     aten.exp.default: torch.exp,
+    aten.sqrt.default: torch.sqrt,
     aten.sum.dim_IntList: torch.sum,
     aten.mm.default: torch.mm,
     aten.bmm.default: torch.bmm,

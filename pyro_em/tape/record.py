@@ -2,13 +2,17 @@
 
 Only what depends on the inputs matters later; everything else is a constant. A value that leaves the tensors
 decides what the program does next: a Boolean (`if bool(bad.any())`) is noted as a *guard*, to be compared at
-every replay; any other number that is read, a random draw, or a shape that depends on the data is refused.
+every replay, and so is an integer (the status of a factorisation, an index); any other number that is read, a random
+draw, or a shape that depends on the data is refused.
+Gradients are recorded as what they are, the operations of a backward pass.
 
-Reads that bypass the dispatcher (`tolist`, `numpy`) are not seen here. Callers compare replays with the function.
+Random draws from a generator of the function's own are constants, if it is seeded alike at every call. That, and
+state of Python that the function reads, is not seen here. Callers compare replays with the function.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,11 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 
 READ = aten._local_scalar_dense.default
+LEAVING = ("numpy", "tolist", "__array__", "__dlpack__")  # ways out of torch that the dispatcher does not see
 DYNAMIC_SHAPE = (aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default)
 
 
@@ -35,20 +41,29 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
     return found
 
 
+def each(function: Callable[[Any], Any], value: Any) -> Any:
+    """`function` of an argument, or of each entry of a list, tuple or dict of arguments."""
+    if isinstance(value, dict):
+        return {name: each(function, x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([each(function, x) for x in value])
+    return function(value)
+
+
 class NotRecorded(Exception):
     """The function does something that a list of tensor operations cannot repeat; the text says what."""
 
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """One call: `outputs` are its tensors; `guard` is the Boolean that it gave instead, if it did."""
+    """One call: `outputs` are its tensors; `guard` is the Boolean or integer that it gave instead, if it did."""
 
     call: Any  # torch._ops.OpOverload
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: tuple[Tensor, ...]
     single: bool
-    guard: bool | None = None
+    guard: bool | int | None = None
 
     @cached_property
     def inputs(self) -> list[Tensor]:
@@ -79,6 +94,9 @@ class _Recorder(TorchDispatchMode):
     operations: list[Operation] = field(default_factory=list)
     dependent: set[int] = field(default_factory=set)  # storages that hold what follows from the inputs
 
+    most_bytes: float = math.inf
+    _bytes: int = 0
+
     def __post_init__(self) -> None:
         super().__init__()
 
@@ -102,16 +120,20 @@ class _Recorder(TorchDispatchMode):
         if depends:
             self._check(own)
             self.dependent |= {storage(x) for x in (*outputs, *own.written)}
-        if torch.Tag.nondeterministic_seeded in call.tags:
+            if not own.is_view:
+                self._bytes += sum(x.numel() * x.element_size() for x in outputs)
+            if self._bytes > self.most_bytes:
+                raise NotRecorded(f"more than {self.most_bytes / 2**20:.0f} MiB of values")
+        if torch.Tag.nondeterministic_seeded in call.tags and kwargs.get("generator") is None:
             raise NotRecorded(f"a random draw ({call})")
         self.operations.append(Operation(call, tuple(args), kwargs, outputs, single, guard))
         return result
 
     @staticmethod
-    def _guard(call: Any, result: Any, depends: bool) -> bool | None:
+    def _guard(call: Any, result: Any, depends: bool) -> bool | int | None:
         if result is None or not depends:
             return None
-        if not isinstance(result, bool):
+        if not isinstance(result, bool | int):
             raise NotRecorded(f"a number was read from a tensor ({call})")
         return result
 
@@ -121,22 +143,36 @@ class _Recorder(TorchDispatchMode):
             raise NotRecorded(f"a shape that depends on the data ({operation.call})")
 
 
+class _Guarded(TorchFunctionMode):
+    """Refuses to let values that follow from the inputs leave torch."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(call, "__name__", "")
+        if name in LEAVING and storage(args[0]) in self.recorder.dependent:
+            raise NotRecorded(f"values left torch ({name})")
+        return call(*args, **(kwargs or {}))
+
+
 def storage(x: Tensor) -> int:
     """A number for the memory that a tensor lives in, valid while the tensor does."""
     return x.untyped_storage()._cdata
 
 
 def record(
-    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], most: int
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], most: int, most_bytes: float
 ) -> tuple[list[Operation], list[Tensor]]:
     """Operations of `function(*inputs)`, in order, and its outputs.
 
     :param most: operations above which recording is not worth it.
+    :param most_bytes: of all values together; they are kept until the recording is done.
     :raises NotRecorded: see the module docstring. What the function itself raises passes through.
     """
-    recorder = _Recorder()
-    recorder.dependent = {storage(x) for x in inputs}
-    with torch.no_grad(), recorder:
+    recorder = _Recorder(dependent={storage(x) for x in inputs}, most_bytes=most_bytes)
+    with torch.no_grad(), recorder, _Guarded(recorder):
         outputs = list(function(*inputs))
     if len(recorder.operations) > most:
         raise NotRecorded(f"{len(recorder.operations)} operations")

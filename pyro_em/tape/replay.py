@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from pyro_em.tape.emit import BINARY, MOST_CELLS, WITH_OUT, numpy_call
-from pyro_em.tape.record import READ, NotRecorded, aten, record
+from pyro_em.tape.record import READ, NotRecorded, aten, each, record
 from pyro_em.tape.simplify import CHECK, Listing, Step, Variable, simplify
 
-MOST = 4000  # operations
+MOST = 10_000  # operations
 DTYPES = (torch.float64, torch.float32, torch.bool, torch.int64, torch.int32)  # that NumPy treats as torch does
 MOST_BYTES = 2**27  # of all values together
 
@@ -45,7 +44,7 @@ class Tape:
         :raises NotRecorded: where it cannot be replayed (record.py).
         """
         own = [x.detach().clone(memory_format=torch.contiguous_format) for x in inputs]
-        operations, outputs = record(function, own, MOST)
+        operations, outputs = record(function, own, MOST, MOST_BYTES)
         values = [x.clone() for x in outputs]
         self.listing = simplify(operations, own, outputs)
         self._inputs, self._replay, self._outputs = _Writer(self.listing).function()
@@ -113,7 +112,9 @@ class _Writer:
         return place
 
     def _tensor(self, x: Any) -> Any:
-        return self.places[x] if isinstance(x, Variable) else x
+        if isinstance(x, Variable):
+            return self.places[x]
+        return x.detach() if isinstance(x, Tensor) and x.requires_grad else x
 
     def _name(self, x: Any) -> str:
         if isinstance(x, bool | int | str) or x is None or x is ...:
@@ -137,7 +138,7 @@ class _Writer:
         return self.names[key]
 
     def _write(self, step: Step) -> None:
-        args, kwargs = tree_map(self._tensor, step.args), tree_map(self._tensor, step.kwargs)
+        args, kwargs = each(self._tensor, step.args), each(self._tensor, step.kwargs)
         if step.view:
             made = step.call(*args, **kwargs)
             for target, view in zip(step.targets, [made] if step.single else made, strict=True):
@@ -173,7 +174,7 @@ class _Writer:
             done = f"{self._name(self._array(step.args[0]))}.item()"
         else:
             done = self._call(step.call._op, args, kwargs)
-        self.lines.append(f"if {done} is not {step.guard}: raise Deviation")
+        self.lines.append(f"if {done} != {step.guard}: raise Deviation")
 
     def _write_numpy(self, step: Step, places: list[Tensor]) -> bool:
         flat = [x for a in step.args for x in (a if isinstance(a, list | tuple) else [a])]

@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
 
-from pyro_em.tape.record import Operation, aten, storage
+from pyro_em.tape.record import Operation, aten, each, storage
 
 CHECK = aten._linalg_check_errors.default
 ALWAYS_VIEWS = (aten._unsafe_view.default, aten._reshape_alias.default)  # of fresh memory that nothing else sees
@@ -55,7 +54,7 @@ class Step:
     kwargs: dict[str, Any]
     targets: tuple[Variable | None, ...]
     single: bool
-    guard: bool | None
+    guard: bool | int | None
     view: bool = False
 
 
@@ -99,7 +98,7 @@ class _Simplifier:
             return self.variables.get(id(x), x)
         if x.numel() > SMALL or self._in_place(x) or x.device.type != "cpu":
             return x
-        key = (x.dtype, tuple(x.shape), tuple(x.stride()), x.contiguous().numpy().tobytes())
+        key = (x.dtype, tuple(x.shape), tuple(x.stride()), x.detach().contiguous().numpy().tobytes())
         return self.contents.setdefault(key, x)
 
     def add_all(self) -> None:
@@ -162,7 +161,7 @@ class _Simplifier:
         return self.variables.get(id(x), x)
 
     def _emit(self, operation: Operation, targets: tuple[Variable | None, ...]) -> None:
-        args, kwargs = tree_map(self.value, operation.args), tree_map(self.value, operation.kwargs)
+        args, kwargs = each(self.value, operation.args), each(self.value, operation.kwargs)
         view = operation.is_view and None not in targets
         self.steps.append(Step(operation.call, args, kwargs, targets, operation.single, operation.guard, view))
 
@@ -190,9 +189,13 @@ class _Simplifier:
         """Equal keys, equal results; None for what must not be merged."""
         if operation.guard is not None:
             return None
-        flat, shape = tree_flatten((operation.args, operation.kwargs))
-        parts = [self.value(x) for x in flat]
-        return (operation.call, str(shape), tuple(id(x) if isinstance(x, Tensor) else (type(x), x) for x in parts))
+        return (operation.call, self._frozen(operation.args), self._frozen([*operation.kwargs.items()]))
+
+    def _frozen(self, x: Any) -> Hashable:
+        if isinstance(x, list | tuple):
+            return (type(x), *(self._frozen(y) for y in x))
+        value = self.value(x)
+        return id(value) if isinstance(value, Tensor) else (type(value), value)
 
 
 def _known_masks(work: _Simplifier) -> dict[int, bool]:
@@ -221,8 +224,10 @@ def simplify(operations: Sequence[Operation], inputs: Sequence[Tensor], outputs:
     """The shortest list that these rules give."""
     first = _Simplifier(operations, inputs)
     first.add_all()
-    work = _Simplifier(operations, inputs, _known_masks(first))
-    work.add_all()
+    masks = _known_masks(first)
+    work = _Simplifier(operations, inputs, masks) if masks else first
+    if masks:
+        work.add_all()
     results = [work.value(x) for x in outputs]
     first_variables = tuple(work.variables[id(x)] for x in inputs)
     return Listing(first_variables, tuple(_alive(work, results)), tuple(results), work.examples)
@@ -238,5 +243,5 @@ def _alive(work: _Simplifier, outputs: Sequence[Variable | Tensor]) -> list[Step
         if not (wanted or effect):
             continue
         kept.append(step)
-        needed |= {x for x in tree_flatten((step.args, step.kwargs))[0] if isinstance(x, Variable)}
+        each(lambda x: needed.add(x) if isinstance(x, Variable) else None, [step.args, step.kwargs])
     return kept[::-1]
