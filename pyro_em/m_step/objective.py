@@ -4,7 +4,8 @@ Constrained parameters move in their charts' free coordinates u:
 
     ∂²Q/∂u² = Jᵀ (∂²Q/∂θ²) J + Σ_i (∂Q/∂θ_i) ∂²θ_i/∂u²,       J = ∂θ/∂u
 
-Numbers stay tensors, so that what is decided by them can be recorded (tape/). A step is accepted when Q rises by a share of what its slope promises (up to the rounding of Q): none lowers it.
+A step is accepted when Q rises by a share of what its slope promises (up to the rounding of Q): none lowers it.
+Numbers stay tensors, so that what is decided by them can be recorded (tape/).
 """
 
 from __future__ import annotations
