@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -77,10 +77,29 @@ class Recording(Protocol):
     def __call__(self, requests: Sequence[Request]) -> list[Mapped | None]: ...
 
 
-@dataclass(frozen=True)
-class _Way:
-    tape: Tape
-    empty: frozenset[str]
+class Ways:
+    """Tapes of one function for each way through its guards that recurred; a replay tries the latest first.
+
+    The function adds to the set it is given the parameters of which some entry saw no data.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Tape, frozenset[str]]] = []
+
+    def add(self, function: Callable[[set[str], Sequence[Tensor]], Outputs], inputs: Sequence[Tensor]) -> None:
+        """Record the way that it goes at these inputs."""
+        empty: set[str] = set()
+        tape = Tape(lambda *own: function(empty, own), inputs)
+        self._known = [(tape, frozenset(empty)), *self._known[: MOST_WAYS - 1]]
+
+    def __call__(self, inputs: Sequence[Tensor | float]) -> tuple[Outputs, frozenset[str]] | None:
+        for i, (tape, empty) in enumerate(self._known):
+            output = _replay(tape, inputs)
+            if output is not None:
+                if i:
+                    self._known.insert(0, self._known.pop(i))
+                return output, empty
+        return None
 
 
 class Whole:
@@ -89,31 +108,18 @@ class Whole:
     def __init__(self, engine: Recordable | Staged, m_step: MStep, names: tuple[str, ...]) -> None:
         self.engine, self.m_step, self.names = engine, m_step, names
         self.generation = generation_of(engine)
-        self._ways: list[_Way] = []
+        self._ways = Ways()
 
     def record(self, request: Request) -> None:
-        empty: set[str] = set()
-
-        def function(*inputs: Tensor) -> Outputs:
+        def function(empty: set[str], inputs: Sequence[Tensor]) -> Outputs:
             params = dict(zip(self.names, inputs, strict=False))
             return after(self.m_step, params, *_e_step(self.engine, params, inputs[-1]), empty)
 
-        magnitude = torch.tensor(request.magnitude, dtype=torch.float64)
-        tape = Tape(function, [*(request.params[name] for name in self.names), magnitude])
-        self._ways = [_Way(tape, frozenset(empty)), *self._ways[: MOST_WAYS - 1]]
+        self._ways.add(function, [*values_of(request, self.names), magnitude_of(request)])
 
     def __call__(self, requests: Sequence[Request]) -> list[Mapped | None]:
-        return [self._one(request) for request in requests]
-
-    def _one(self, request: Request) -> Mapped | None:
-        inputs: list[Tensor | float] = [*(request.params[name] for name in self.names), request.magnitude]
-        for i, way in enumerate(self._ways):
-            output = _replay(way.tape, inputs)
-            if output is not None:
-                if i:
-                    self._ways.insert(0, self._ways.pop(i))
-                return mapped(self.engine, self.names, request, output, way.empty)
-        return None
+        found = [self._ways([*values_of(request, self.names), request.magnitude]) for request in requests]
+        return [mapped(self.engine, self.names, *pair) for pair in zip(requests, found, strict=True)]
 
 
 class Around:
@@ -124,42 +130,47 @@ class Around:
         self.generation = engine.generation
         self._kind: Any = None
         self._before: Tape | None = None
-        self._after: Tape | None = None
-        self._empty: frozenset[str] = frozenset()
+        self._after = Ways()
 
     def record(self, request: Request) -> None:
-        values = [request.params[name] for name in self.names]
-        magnitude = torch.tensor(request.magnitude, dtype=torch.float64)
-        stage = self.engine.before(request.params, magnitude)
+        values = values_of(request, self.names)
+        stage = self.engine.before(request.params, magnitude_of(request))
         (sums,) = self.engine.core([stage])
-        empty: set[str] = set()
 
         def before(*inputs: Tensor) -> Sequence[Tensor]:
             return self.engine.before(dict(zip(self.names, inputs, strict=False)), inputs[-1]).tensors
 
-        def behind(*inputs: Tensor) -> Outputs:
+        def behind(empty: set[str], inputs: Sequence[Tensor]) -> Outputs:
             params = dict(zip(self.names, inputs, strict=False))
             return after(self.m_step, params, *self.engine.after(params, inputs[len(self.names) :]), empty)
 
-        self._kind, self._before = stage.kind, Tape(before, [*values, magnitude])
-        self._after, self._empty = Tape(behind, [*values, *sums]), frozenset(empty)
+        if self._before is None or _replay(self._before, [*values, request.magnitude]) is None:
+            self._before, self._after = Tape(before, [*values, magnitude_of(request)]), Ways()
+            self._kind = stage.kind
+        self._after.add(behind, [*values, *sums])
 
     def __call__(self, requests: Sequence[Request]) -> list[Mapped | None]:
-        assert self._before is not None and self._after is not None
-        values = [[request.params[name] for name in self.names] for request in requests]
+        assert self._before is not None
         stages: list[Stage | None] = []
-        for request, own in zip(requests, values, strict=True):
-            made = _replay(self._before, [*own, request.magnitude])
+        for request in requests:
+            made = _replay(self._before, [*values_of(request, self.names), request.magnitude])
             stages.append(None if made is None else Stage(tuple(made), self._kind, request.rough))
         going = [i for i, stage in enumerate(stages) if stage is not None]
         sums = self.engine.core([stage for stage in stages if stage is not None]) if going else []
-        outputs: list[Outputs | None] = [None for _ in requests]
-        for i, own_sums in zip(going, sums, strict=True):
-            outputs[i] = _replay(self._after, [*values[i], *own_sums])
-        return [
-            None if output is None else mapped(self.engine, self.names, request, output, self._empty)
-            for request, output in zip(requests, outputs, strict=True)
-        ]
+        found: list[tuple[Outputs, frozenset[str]] | None] = [None for _ in requests]
+        for i, own in zip(going, sums, strict=True):
+            found[i] = self._after([*values_of(requests[i], self.names), *own])
+        return [mapped(self.engine, self.names, *pair) for pair in zip(requests, found, strict=True)]
+
+
+def values_of(request: Request, names: tuple[str, ...]) -> list[Tensor]:
+    """The parameters in order."""
+    return [request.params[name] for name in names]
+
+
+def magnitude_of(request: Request) -> Tensor:
+    """As an engine takes it."""
+    return torch.tensor(request.magnitude, dtype=torch.float64)
 
 
 def generation_of(engine: Recordable | Staged) -> int:
@@ -184,15 +195,20 @@ def after(m_step: MStep, params: Params, totals: Tensor, sufficient: Sufficient,
 
 
 def mapped(
-    engine: Recordable | Staged, names: tuple[str, ...], request: Request, output: Outputs, empty: frozenset[str]
+    engine: Recordable | Staged,
+    names: tuple[str, ...],
+    request: Request,
+    found: tuple[Outputs, frozenset[str]] | None,
 ) -> Mapped | None:
-    """A replay's outputs, or None if the log-likelihood is not finite: the ordinary way says why."""
-    likelihood, prior, magnitude, *error, score = output[0].tolist()
+    """What a replay gave, or None if the log-likelihood is not finite: the ordinary way says why."""
+    if found is None:
+        return None
+    (totals, *values), empty = found
+    likelihood, prior, magnitude, *error, score = totals.tolist()
     if not (math.isfinite(likelihood) and math.isfinite(prior)):
         return None
-    updated = dict(zip(names, output[1:], strict=True))
-    own = sum(error, request.error(magnitude))
-    return Mapped(likelihood, prior, magnitude, own, score, updated, empty, lambda: engine.e_step(request.params))
+    updated, ordinary = dict(zip(names, values, strict=True)), partial(engine.e_step, request.params)
+    return Mapped(likelihood, prior, magnitude, sum(error, request.error(magnitude)), score, updated, empty, ordinary)
 
 
 def _replay(tape: Tape, inputs: Sequence[Tensor | float]) -> list[Tensor] | None:
