@@ -6,7 +6,7 @@ those of the later steps, and joined with them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -55,18 +55,20 @@ def placed(weight: Tensor, site: SiteRecord, symbols: tuple[str | None, ...]) ->
     return weight.permute(order).reshape(shape)
 
 
-def alike(head: SiteRecord, rest: SiteRecord, loop: ChainedLoop, problem: Problem) -> bool:
-    """The first step's site says of the first state what the others say of theirs."""
-    (carried,) = loop.carried
+def alike(head: SiteRecord, rest: SiteRecord, start: Sequence[str], now: Sequence[str], problem: Problem) -> bool:
+    """The first step's site says of the first states (symbols `start`) what the others say of theirs (`now`)."""
     if type(head.family) is not type(rest.family) or head.arguments is None or rest.arguments is None:
         return False
     if head.family is None or head.element_dims != rest.element_dims or str(head.constants) != str(rest.constants):
         return False
-    if carried.previous not in head.symbols.values() or carried.previous in problem.graph.factors[rest.name].dims:
+    read = problem.graph.factors[rest.name].dims
+    latents = set(problem.graph.symbol_sites)
+    if any(symbol in read for symbol in latents - set(now)):
         return False
 
-    def described(site: SiteRecord, symbol: str) -> dict[tuple[str, ...], Tensor]:
-        event_dims, dim = site.family.arguments, dim_of(site, symbol)  # type: ignore[union-attr]
+    def described(site: SiteRecord, symbols: Sequence[str]) -> dict[tuple[str, ...], Tensor]:
+        event_dims = site.family.arguments  # type: ignore[union-attr]
+        dims = [next((d for d, s in site.symbols.items() if s == symbol), None) for symbol in symbols]
         tensors: dict[tuple[str, ...], tuple[Tensor, int]] = {
             ("value", name): (x, event_dims[name]) for name, x in (site.arguments or {}).items()
         }
@@ -77,20 +79,24 @@ def alike(head: SiteRecord, rest: SiteRecord, loop: ChainedLoop, problem: Proble
                     tensors["index", *how] = (use.index, event_dims[use.slot])
                     if use.coefficient is not None:
                         tensors["coefficient", *how] = (use.coefficient, event_dims[use.slot])
-        return {key: _by_state(x.detach(), dim, site.element_dims, event) for key, (x, event) in tensors.items()}
+        return {key: _by_state(x.detach(), dims, site.element_dims, event) for key, (x, event) in tensors.items()}
 
-    a, b = described(head, carried.previous), described(rest, carried.current)
+    a, b = described(head, start), described(rest, now)
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def _by_state(x: Tensor, dim: int, element_dims: int, event_dim: int) -> Tensor:
-    """`x` with the dim of the states first and no leading dims of size 1 after it."""
+def _by_state(x: Tensor, dims: Sequence[int | None], element_dims: int, event_dim: int) -> Tensor:
+    """`x` with the dims of the states first (1 where it has none) and no leading dims of size 1 after them."""
     lead = x.dim() - event_dim - element_dims
-    x = x.movedim(lead + dim, 0) if lead + dim >= 0 else x.unsqueeze(0)
-    tail = list(x.shape[1:])
+    axes = [None if d is None or lead + d < 0 else lead + d for d in dims]
+    kept = [axis for axis in axes if axis is not None]
+    others = [i for i in range(x.dim()) if i not in kept]
+    front = [1 if axis is None else x.shape[axis] for axis in axes]
+    tail = [x.shape[i] for i in others]
+    x = x.permute([*kept, *others])
     while len(tail) > element_dims + event_dim and tail[0] == 1:
         tail.pop(0)
-    return x.reshape(x.shape[0], *tail)
+    return x.reshape(*front, *tail)
 
 
 def whole_site(head: SiteRecord, rest: SiteRecord, loop: ChainedLoop, sizes: Mapping[str, int]) -> SiteRecord:

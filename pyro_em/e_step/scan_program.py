@@ -1,9 +1,10 @@
-"""One component of the scanned engine: a chain of states with its data in blocks, and one E-step of it."""
+"""One component of the scanned engine: a chain of (joint) states with its data in blocks, and one E-step of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,11 +14,10 @@ from pyro_em.e_step.base import NotCompiled
 from pyro_em.e_step.product import Prepared
 from pyro_em.e_step.program import IMPOSSIBLE
 from pyro_em.e_step.scan_data import Emissions
-from pyro_em.e_step.scan_layout import alike, by_dim, dim_of, num_states, over, whole_site
-from pyro_em.e_step.states import JointStates
-from pyro_em.evidence.blocked import Blocks, Scratch, smooth_blocked
+from pyro_em.e_step.scan_layout import alike, by_dim, over, whole_site
+from pyro_em.e_step.scan_states import StepStates, step_states
+from pyro_em.evidence.blocked import BlockedPosterior, Blocks, Scratch, smooth_blocked
 from pyro_em.evidence.chain import smooth
-from pyro_em.families.categorical import CategoricalFamily
 from pyro_em.model.chained import ChainedLoop
 from pyro_em.model.graph import Component
 from pyro_em.model.trace import Run, SiteRecord
@@ -29,23 +29,23 @@ class Found:
     """What an E-step makes of one component."""
 
     evidence: Tensor  # (2,): Σ w ll, Σ |w ll|
-    initial: Tensor  # (K,) expected first states
-    pairs: Tensor  # (K, K) expected transitions
+    initial: Tensor  # (kinds, K) expected first states
+    pairs: Tensor  # (kinds, K, K) expected transitions
     totals: Tensor  # (K, F) sums of posterior weights times features
 
 
 @dataclass(frozen=True)
 class ScanProgram:
-    """One chain component: its latent's two sites, its emissions, and the multiplicities of its counts."""
+    """One chain component: its states, its emissions, and the multiplicities of its counts."""
 
     component: Component
-    initial: str
-    transition: str
+    states: StepStates
     emissions: Emissions
     blocks: Blocks
     chain_weight: Tensor | None  # (C,) weights of the chains
-    initial_weight: Tensor | None  # (C,)
-    pair_weight: Tensor | None  # (L, M); zero where there is no next step
+    initial_weights: tuple[Tensor | None, ...]  # (C,) each
+    pair_weights: tuple[Tensor | None, ...]  # (L, M) each; zero where there is no next step
+    kinds: Mapping[str, int]  # which of these multiplicities a latent's counts have
     scratch: Scratch = field(default_factory=Scratch)
 
     def smooth(self, initial: Tensor, table: Tensor, prepared: Prepared) -> Found:
@@ -59,13 +59,18 @@ class ScanProgram:
         if found is None:
             return self._unblocked(initial, table, prepared)
         first = found.states[:, 0, :: blocks.per_chain]
-        left = found.left if self.pair_weight is None else found.left.mul_(self.pair_weight)
-        pairs = table * (left.flatten(1) @ found.right.flatten(1).mT)
+        pairs = torch.stack([table * self._transitions(found, weight) for weight in self.pair_weights])
         return self._found(found.log_scale + log_scale, first, pairs, found.states)
+
+    def _transitions(self, found: BlockedPosterior, weight: Tensor | None) -> Tensor:
+        left = found.left
+        if weight is not None:  # in place where nobody reads it afterwards
+            left = left.mul_(weight) if len(self.pair_weights) == 1 else left * weight
+        return left.flatten(1) @ found.right.flatten(1).mT
 
     def _found(self, terms: Tensor, first: Tensor, pairs: Tensor, states: Tensor) -> Found:
         weight = self.chain_weight
-        start = (first if self.initial_weight is None else first * self.initial_weight).sum(-1)
+        start = torch.stack([(first if w is None else first * w).sum(-1) for w in self.initial_weights])
         if weight is not None:
             states *= weight.repeat_interleave(self.blocks.per_chain)
             terms = torch.where(weight == 0, terms.new_zeros(()), terms * weight)
@@ -76,7 +81,8 @@ class ScanProgram:
         K, F = self.emissions.states.num, len(self.emissions.phi)
         nothing = torch.zeros(K, K, dtype=torch.float64)
         evidence = torch.tensor([-math.inf, 0.0], dtype=torch.float64)
-        return Found(evidence, nothing[0], nothing, torch.zeros(K, F, dtype=torch.float64))
+        initial, pairs = nothing[0].expand(len(self.initial_weights), K), nothing.expand(len(self.pair_weights), K, K)
+        return Found(evidence, initial, pairs, torch.zeros(K, F, dtype=torch.float64))
 
     def _unblocked(self, initial: Tensor, table: Tensor, prepared: Prepared) -> Found:
         """Through chain.py, which has a route in log-space."""
@@ -94,17 +100,18 @@ class ScanProgram:
             return self._impossible()
         states = torch.zeros_like(density)
         states.view(K, -1)[:, inside] = found.unary.reshape(-1, K)[where].mT
-        weight = None if self.pair_weight is None else self._leaving()
         terms = found.log_evidence + emissions.base
-        return self._found(terms, found.unary[0].mT, found.total_pairs(weight), states)
+        pairs = torch.stack([found.total_pairs(self._leaving(weight)) for weight in self.pair_weights])
+        return self._found(terms, found.unary[0].mT, pairs, states)
 
-    def _leaving(self) -> Tensor:
-        """The pairs' weights by steps and chains, (T-1, C)."""
-        assert self.pair_weight is not None
+    def _leaving(self, weight: Tensor | None) -> Tensor | None:
+        """Weights of pairs by steps and chains, (T-1, C)."""
+        if weight is None:
+            return None
         blocks, emissions = self.blocks, self.emissions
         inside = emissions.order < emissions.num_rows
-        rows = self.pair_weight.new_empty(emissions.num_rows)
-        rows[emissions.order[inside]] = self.pair_weight.reshape(-1)[inside]
+        rows = weight.new_empty(emissions.num_rows)
+        rows[emissions.order[inside]] = weight.reshape(-1)[inside]
         return rows.reshape(blocks.steps, blocks.chains)[:-1]
 
 
@@ -115,47 +122,43 @@ def compile_scan(problem: Problem, run: Run, component: Component) -> tuple[Scan
     """
     graph = problem.graph
     (loop, *more) = component.loops or (None,)
-    if loop is None or more or loop.loop.history != 1 or len(loop.carried) != 1:
-        raise NotCompiled("not every component is one chain of one latent")
-    latents = [name for name in component.factors if run.sites[name].enumerated]
-    initial = [n for n in latents if n in loop.heads]
-    transition = [n for n in latents if n in loop.rest]
-    if len(latents) != 2 or len(initial) != 1 or len(transition) != 1:
-        raise NotCompiled("a chain has other latents beside its states")
-    (z0,), (z1,) = initial, transition
-    _check_latents(run, z0, z1, loop)
+    if loop is None or more or loop.loop.history != 1:
+        raise NotCompiled("not every component is one loop that looks one step back")
+    own = step_states(run, component, loop)
+    states, z0, z1 = own.states, next(iter(own.first)), next(iter(own.later))
     plates = graph.factors[z0].plates
     order = [d for d in by_dim(run.sites[z1]) if d in plates]
     steps, chains = loop.loop.steps, math.prod(graph.plate_sizes[d] for d in order)
-    dim = dim_of(run.sites[z1], loop.carried[0].current)
-    states = JointStates((dim,), (num_states(run.sites[z1]),))
     blocks = Blocks.of(steps, chains, states.num)
-    sites, joined = _observed(problem, run, component, loop)
+    sites, joined = _observed(problem, run, component, loop, own)
     sizes = {**graph.plate_sizes, loop.plate: steps}
-    virtual = Component(
-        tuple(site.name for site in sites), frozenset({loop.carried[0].current}), plates | {loop.plate}, None
-    )
+    virtual = Component(tuple(site.name for site in sites), frozenset(own.now), plates | {loop.plate}, None)
     emissions = Emissions(sites, virtual, dataclasses.replace(graph, plate_sizes=sizes), states, blocks)
     chain_weight = over(component.weight, order, [graph.plate_sizes[d] for d in order])
-    own = graph.factors[z0].weight
-    initial_weight = over(own, order, [graph.plate_sizes[d] for d in order])
-    pair_weight = _pair_weight(problem, z1, loop, order, blocks)
-    return ScanProgram(component, z0, z1, emissions, blocks, chain_weight, initial_weight, pair_weight), joined
+    widths = [graph.plate_sizes[d] for d in order]
+    first = {name: over(graph.factors[name].weight, order, widths) for name in own.first}
+    later = {name: _pair_weight(problem, name, loop, order, blocks) for name in own.later}
+    kinds: dict[str, int] = {}
+    initial: list[Tensor | None] = []
+    pairs: list[Tensor | None] = []
+    for weights, distinct in ((first, initial), (later, pairs)):
+        for name, weight in weights.items():
+            kinds[name] = _place(weight, distinct)
+    return ScanProgram(component, own, emissions, blocks, chain_weight, tuple(initial), tuple(pairs), kinds), joined
 
 
-def _check_latents(run: Run, z0: str, z1: str, loop: ChainedLoop) -> None:
-    first, later = run.sites[z0], run.sites[z1]
-    for site, dims in ((first, ()), (later, (dim_of(first, loop.carried[0].previous),))):
-        if type(site.family) is not CategoricalFamily or site.arguments is None or site.element_dims:
-            raise NotCompiled(f"'{site.name}' is no Categorical")
-        for name, value in site.arguments.items():
-            if any(n > 1 and i - value.dim() + 1 not in dims for i, n in enumerate(value.shape[:-1])):
-                raise NotCompiled(f"argument '{name}' of '{site.name}' varies with time or between chains")
-    if first.plate_dims | {loop.plate} != later.plate_dims:
-        raise NotCompiled(f"'{z1}' is in other plates than '{z0}'")
+def _place(weight: Tensor | None, among: list[Tensor | None]) -> int:
+    """Where a weight stands among the distinct ones, to which it is added if it is new."""
+    for i, other in enumerate(among):
+        if weight is other or (weight is not None and other is not None and torch.equal(weight, other)):
+            return i
+    among.append(weight)
+    return len(among) - 1
 
 
-def _observed(problem: Problem, run: Run, component: Component, loop: ChainedLoop) -> tuple[list[SiteRecord], set[str]]:
+def _observed(
+    problem: Problem, run: Run, component: Component, loop: ChainedLoop, states: StepStates
+) -> tuple[list[SiteRecord], set[str]]:
     """The observed sites, at all steps; at the first step they must be of the same form."""
     found: list[SiteRecord] = []
     joined: set[str] = set()
@@ -165,7 +168,7 @@ def _observed(problem: Problem, run: Run, component: Component, loop: ChainedLoo
         if name in heads or rest.enumerated:
             continue
         head = loop.rest[name].name(0, loop.loop) if name in loop.rest else ""
-        if head not in heads or not alike(run.sites[head], rest, loop, problem):
+        if head not in heads or not alike(run.sites[head], rest, states.start, states.now, problem):
             raise NotCompiled(f"'{name}' is of another form at the first step, or outside of the loop")
         heads.remove(head)
         joined.add(head)

@@ -1,4 +1,4 @@
-"""Compiled E-step for a `pyro_em.markov` loop over one chain of states: blocks of time, all run side by side.
+"""Compiled E-step for a `pyro_em.markov` loop over chains of states: blocks of time, all run side by side.
 
     z_t ~ Categorical(A[z_{t-1}]),  x_t ~ emissions of exponential families given z_t,  in plates of C chains
 
@@ -6,7 +6,10 @@ Emission likelihoods are matrix products on sufficient statistics (scan_data.py)
 blocks (evidence/blocked.py), expected transitions are one product of what comes out, and so are the moments of
 the emissions. Memory is O(T·K). Where the blocks cannot be certified the chains go through chain.py.
 
-Not compiled here: several latents in a step, longer histories, tables or emission parameters that vary with time.
+Several latents in a step are one joint state (scan_states.py): factorial and coupled chains, semi-Markov states,
+mixtures of emissions.
+
+Not compiled here: longer histories, tables or emission parameters that vary with time, emissions that look back.
 """
 
 from __future__ import annotations
@@ -21,10 +24,8 @@ from pyro_em.e_step.direct import NUM_PREPARED
 from pyro_em.e_step.interpreted import from_totals
 from pyro_em.e_step.outside import Outside
 from pyro_em.e_step.product import Prepared
-from pyro_em.e_step.scan_layout import placed
 from pyro_em.e_step.scan_program import Found, compile_scan
 from pyro_em.evidence.chain import smooth
-from pyro_em.families.base import NORMALISED
 from pyro_em.model.recognise import Use
 from pyro_em.problem import Problem
 from pyro_em.statistics import SiteMoments, site_moments
@@ -88,9 +89,8 @@ class Scanned:
             tensors, kind = [], []
             for program in self.programs:
                 own = program.emissions.prepared(arguments, magnitude)
-                initial = _probs(arguments[program.initial]).reshape(-1, 1)
-                table = _probs(arguments[program.transition]).reshape(len(initial), -1)
-                tensors += [initial, table, own.coefficients, *own.normal]
+                states = program.states
+                tensors += [states.initial(arguments), states.table(arguments), own.coefficients, *own.normal]
                 kind.append(own.direct)
             return Stage(tuple(tensors), tuple(kind))
 
@@ -137,13 +137,10 @@ class Scanned:
 
     def _moments(self, name: str, arguments: dict[str, Tensor], found: list[Found]) -> SiteMoments:
         for program, own in zip(self.programs, found, strict=True):
-            site = self.run.sites[name]
-            if name == program.initial:
-                return site_moments(site, arguments, placed(own.initial, site, (site.symbol,)), None)
-            if name == program.transition:
-                (carried,) = program.component.loops[0].carried
-                weight = placed(own.pairs, site, (carried.previous, carried.current))
-                return site_moments(site, arguments, weight, None)
+            states = program.states
+            if name in program.kinds:
+                counts = (own.initial if name in states.first else own.pairs)[program.kinds[name]]
+                return site_moments(self.run.sites[name], arguments, states.weight(name, counts), None)
             for layout in program.emissions.layouts:
                 if layout.site.name == name:
                     return layout.moments(own.totals, program.emissions.states)
@@ -162,12 +159,6 @@ class Scanned:
                 unary[0] += initial.log().mT
                 total[i] += float(smooth(unary, table.log().unsqueeze(0).unsqueeze(0)).log_evidence.sum())
         return total[0], total[1]
-
-
-def _probs(arguments: dict[str, Tensor]) -> Tensor:
-    if "probs" in arguments:
-        return NORMALISED.to_canonical(arguments["probs"])
-    return arguments["logits"].softmax(-1)
 
 
 def compile_scanned(problem: Problem) -> Scanned:
