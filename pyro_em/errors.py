@@ -96,5 +96,9 @@ class CollinearDesign(EMWarning):
     """Covariates that the data cannot tell apart: their coefficients are not identified."""
 
 
+class LostPrecision(EMWarning):
+    """The model's own arithmetic in float32 is far from that in float64, at the returned parameters."""
+
+
 class SeparatedData(EMWarning):
     """A likelihood that rises for ever as coefficients grow: its maximum is at infinity."""

@@ -34,6 +34,7 @@ from pyro_em.types import Params
 
 SOFTEN = 0.9  # share of each row that k-means assigns to its own cluster
 TRIES = 20
+MARGIN = 1e-6  # of an interval: closer to its end, a start is on it
 JITTER = 0.5  # of a start of a model with continuous latents, in free coordinates
 
 
@@ -110,7 +111,20 @@ def _from_potentials(problem: Problem, m_step: MStep, potentials: Potentials, rn
     if not bool(torch.isfinite(evidence.log_likelihood)):
         evidence, _ = problem.evidence(start)
     params, _ = m_step.update(start, expectation(problem, run, evidence))
-    return params
+    return _off_bounds(problem, params)
+
+
+def _off_bounds(problem: Problem, params: Params) -> Params:
+    """Entries that one M-step put on an end of their interval, from which the score cannot see, as they were before."""
+    moved = dict(params)
+    for name, value in params.items():
+        constraint = problem.parameters[name].constraint
+        low, high = (getattr(constraint, bound, None) for bound in ("lower_bound", "upper_bound"))
+        if low is not None and high is not None and problem.parameters[name].kind == "sample":
+            margin = MARGIN * (high - low)
+            ended = (value < low + margin) | (value > high - margin)
+            moved[name] = torch.where(ended, problem.start[name].to(value), value)
+    return moved
 
 
 def _with_continuous(problem: Problem, m_step: MStep, potentials: Potentials, rng: np.random.Generator) -> Params:
@@ -126,7 +140,7 @@ def _with_continuous(problem: Problem, m_step: MStep, potentials: Potentials, rn
         start[name] = own.from_free(u + JITTER * (1 + u.abs()) * noise).to(start[name].dtype).detach()
     evidence, run = problem.evidence(start)
     params, _ = m_step.update(start, expectation(problem, run, evidence))
-    return params
+    return _off_bounds(problem, params)
 
 
 def _random(problem: Problem, run: Run, rng: np.random.Generator) -> dict[str, Tensor]:

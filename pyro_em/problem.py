@@ -29,7 +29,7 @@ from pyro_em.families import Family
 from pyro_em.latent_uses import without_latents
 from pyro_em.model.atoms import AtomRuns
 from pyro_em.model.capture import Capture, ParameterRecord
-from pyro_em.model.certify import certify_factors
+from pyro_em.model.certify import certify_factors, refuse_minibatches
 from pyro_em.model.certify_loops import certify_loops
 from pyro_em.model.compat import dims_of
 from pyro_em.model.density import factor_shape, packed_log_density
@@ -229,6 +229,7 @@ def bind(
     """
     rules = rules or {}
     model, seen, assigned = looked_at(on_grids(unfolded(model), rules), args, kwargs, roles, deltas, rules)
+    refuse_minibatches(seen)
     latent = tuple(n for n, role in assigned.items() if role.role == "latent" and not seen.sites[n].enumerable)
     latents.check_kinds(seen, latent, rules)
     if latent:  # their atoms take one more dim left of the plates

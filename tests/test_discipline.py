@@ -207,6 +207,24 @@ def _fully_connected(y: Tensor, number: int, states: int) -> None:
     pyro.sample("y", dist.Normal(total, 1.0), obs=y)
 
 
+def test_a_minibatch_is_refused() -> None:
+    x = torch.randn(30)
+
+    def model(x: Tensor, subsample: Tensor | None = None) -> None:
+        loc = pyro.param("loc", torch.tensor([-1.0, 1.0]))
+        with pyro.plate("rows", len(x), subsample_size=10, subsample=subsample) as rows:
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x[rows])
+
+    with pytest.raises(pyro_em.Refusal, match="Site 'rows': this plate draws a minibatch"):
+        pyro_em.fit(model, x)
+    # Indices that are given are the same in every run, and Pyro's scale makes weights of three.
+    found = pyro_em.fit(model, x, torch.arange(10), tol=1e-10)
+    expected = pyro_em.fit(model, x[:10], torch.arange(10), tol=1e-10)
+    torch.testing.assert_close(found.params["loc"], expected.params["loc"], rtol=0, atol=1e-8)
+    assert found.log_likelihood == pytest.approx(3 * expected.log_likelihood, rel=1e-12)
+
+
 def test_a_table_too_large_is_refused_before_it_is_allocated() -> None:
     """G13: 10 latents of 12 states need 12^10 cells (half a terabyte); the process must not even try."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -270,3 +288,23 @@ def test_a_plateau_is_not_convergence() -> None:
     limit = pyro_em.fit(classics.poisson_mixture, k, init=start, weights={"days": n}, max_iter=20_000, tol=1e-10)
     assert limit.converged
     assert float(limit.params["pi"][0]) == pytest.approx(0.359885397, abs=1e-6)
+
+
+def test_a_model_whose_digits_cancel_in_single_precision() -> None:
+    """lgamma((ν+1)/2) - lgamma(ν/2) has no digit left in float32 at ν = 1e8."""
+    x = torch.randn(60, generator=torch.Generator().manual_seed(0)).float()
+
+    def model(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor([-0.5, 0.5]))
+        df = pyro.param("df", torch.tensor([1e8, 3.0]), constraint=constraints.positive)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6])))
+            pyro.sample("x", dist.StudentT(df[z], loc[z], 1.0), obs=x)
+
+    options: Any = {"m_step": {"df": "fixed"}, "max_iter": 3, "tol": 0}
+    torch.set_default_dtype(torch.float32)
+    with pytest.warns(pyro_em.LostPrecision, match="in float64 it is"):
+        found = pyro_em.fit(model, x, **options)
+    torch.set_default_dtype(torch.float64)
+    expected = pyro_em.fit(model, x.double(), init={n: v.double() for n, v in found.params.items()}, max_iter=0)
+    assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-6)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 import pyro_em
 from pyro_em.arviz import to_datatree
@@ -17,7 +20,8 @@ from pyro_em.problem import bind
 from tests.dense import Dense, dense
 from tests.latent_problems import BY_NAME, LATENT_PROBLEMS, LatentProblem
 from tests.laws import largest_score, perturbed, to_constrained, to_free
-from tests.oracles import constraints, log_prior
+from tests.oracles import constraints as supports
+from tests.oracles import log_prior
 
 EPS = torch.finfo(torch.float64).eps
 UNWEIGHTED = [p for p in LATENT_PROBLEMS if "weights" not in p.options]
@@ -70,7 +74,7 @@ def test_evidence_and_moments(problem: LatentProblem) -> None:
 def test_fisher_identity(problem: LatentProblem) -> None:
     """G4: the score that stops the fit is the gradient of the dense log-evidence."""
     result = _fit(problem, max_iter=0)
-    support = constraints(problem.model, problem.args, problem.init)
+    support = supports(problem.model, problem.args, problem.init)
     free = {n: u.requires_grad_() for n, u in to_free(problem.start(), support).items()}
     params = to_constrained(free, support)
     value = _oracle(problem, params).log_evidence
@@ -204,7 +208,7 @@ def test_weights_are_repeats() -> None:
 def test_standard_errors_are_those_of_the_dense_evidence() -> None:
     problem = BY_NAME["random_intercepts"]
     result = _fit(problem, tol=1e-10)
-    support = constraints(problem.model, problem.args, problem.init)
+    support = supports(problem.model, problem.args, problem.init)
     names = list(result.params)
 
     def value(u: Tensor) -> Tensor:
@@ -234,3 +238,24 @@ def test_memory_is_checked_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -
     row, column = torch.arange(40), torch.arange(40) % 30
     with pytest.raises(pyro_em.errors.ResourceError, match="Gaussian latents 'a', 'c'"):
         pyro_em.plan(BY_NAME["crossed"].model, row, column, torch.zeros(40))
+
+
+def test_a_process_that_is_observed_as_one_event() -> None:
+    """One event of twelve elements: its scale is known, though no element has more than one datum."""
+    rng = np.random.default_rng(0)
+    x = torch.as_tensor(np.sort(rng.uniform(-3, 3, 12)))
+    y = torch.sin(x) + 0.3 * torch.as_tensor(rng.normal(size=12))
+    gram = torch.exp(-0.5 * (x.unsqueeze(-1) - x) ** 2) + 1e-6 * torch.eye(12)
+
+    def model(y: Tensor) -> None:
+        noise = pyro.param("noise", torch.tensor(0.5), constraint=constraints.positive)
+        size = pyro.param("size", torch.tensor(1.0), constraint=constraints.positive)
+        f = pyro.sample("f", dist.MultivariateNormal(torch.zeros(12), size * gram))
+        pyro.sample("y", dist.Normal(f, noise).to_event(1), obs=y)
+
+    found = pyro_em.fit(model, y, max_iter=5000, accelerate="squarem")
+    noise, size = found.params["noise"], found.params["size"]
+    marginal = dist.MultivariateNormal(torch.zeros(12), size * gram + noise**2 * torch.eye(12))
+    assert found.converged and found.log_likelihood == pytest.approx(float(marginal.log_prob(y)), rel=1e-10)
+    expected = size * gram @ torch.linalg.solve(marginal.covariance_matrix, y)
+    torch.testing.assert_close(found.posterior().mean("f"), expected, rtol=0, atol=1e-9)

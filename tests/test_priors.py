@@ -5,6 +5,7 @@ Each prior in a mixture model; the latent is enumerated by TraceEnum_ELBO. `plan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDelta
 from pyro.infer.autoguide.initialization import init_to_value
+from pyro.nn import PyroModule, PyroSample
 from torch import Tensor
 
 import pyro_em
@@ -170,3 +172,48 @@ def test_priors_are_read_by_map_em_only() -> None:
     other = pyro_em.fit(_normals(_normal_prior, _half_normal), y, algorithm="em", init=start, tol=1e-9)
     assert all(torch.equal(plain.params[n], other.params[n]) for n in start)
     assert plain.log_posterior is None
+
+
+class _Regression(PyroModule):
+    """The Bayesian regression of Pyro's tutorial."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = PyroModule[torch.nn.Linear](3, 1)
+        self.linear.weight = PyroSample(dist.Normal(0.0, 10.0).expand([1, 3]).to_event(2))
+        self.linear.bias = PyroSample(dist.Normal(0.0, 10.0).expand([1]).to_event(1))
+
+    def forward(self, x: Tensor, y: Tensor) -> None:
+        sigma = pyro.sample("sigma", dist.Uniform(0.0, 10.0))
+        mean = self.linear(x).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(mean, sigma), obs=y)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_uniform_prior_holds_and_is_left_again(seed: int) -> None:
+    """From a drawn bias far off the residuals ask for more than 10, where the prior of sigma ends."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 3, generator=generator)
+    y = x @ torch.tensor([1.0, -2.0, 0.5]) + 0.3 * torch.randn(60, generator=generator)
+    found = pyro_em.fit(_Regression(), x, y, algorithm="map-em", seed=seed)
+    X = torch.cat([x, torch.ones(60, 1)], 1)
+    sigma = found.params["sigma"]
+    ridge = torch.linalg.solve(X.mT @ X + sigma**2 / 100 * torch.eye(4), X.mT @ y)
+    assert found.converged
+    torch.testing.assert_close(found.params["linear.weight"].squeeze(0), ridge[:3], rtol=0, atol=1e-6)
+    torch.testing.assert_close(sigma, (y - X @ ridge).square().mean().sqrt(), rtol=0, atol=1e-6)
+
+
+def test_an_update_stops_below_the_upper_end_of_a_uniform_prior() -> None:
+    """Pyro's Uniform has density zero at its upper end."""
+    y = 3.0 * torch.randn(200, generator=torch.Generator().manual_seed(0))
+
+    def model(y: Tensor) -> None:
+        sigma = pyro.sample("sigma", dist.Uniform(0.0, 1.5))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(0.0, sigma), obs=y)
+
+    found = pyro_em.fit(model, y, algorithm="map-em", init={"sigma": torch.tensor(1.0)})
+    assert 1.5 - 1e-9 < float(found.params["sigma"]) < 1.5
+    assert found.log_posterior is not None and math.isfinite(found.log_posterior)

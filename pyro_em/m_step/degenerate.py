@@ -49,10 +49,13 @@ def check_update(
             f"the update of '{name}' is unbounded (its statistic is zero).",
             REMEDY,
         )
-    constraint = problem.parameters[name].constraint
+    record = problem.parameters[name]
+    constraint = record.constraint
     while hasattr(constraint, "base_constraint"):
         constraint = constraint.base_constraint
     lower, upper = getattr(constraint, "lower_bound", None), getattr(constraint, "upper_bound", None)
+    if upper is not None and record.kind == "sample":  # a Uniform prior is zero at its upper end, not below
+        upper = torch.nextafter(torch.as_tensor(upper).to(value), value.new_tensor(-torch.inf))
     if lower is not None or upper is not None:
         value = value.clamp(min=lower, max=upper)
     return value
@@ -65,7 +68,7 @@ def _component(bad: Tensor) -> int | None:
 
 def spread_of(uses: tuple[Use, ...], sufficient: Sufficient) -> Tensor | None:
     """Variance of all data that the parameter's sites explain, per dimension (or one number)."""
-    count, center, squares = [], [], []
+    count, center, squares = [], [], []  # of every cell, whose squares are about a center of its own
     for use in uses:
         family = sufficient.sites[use.site].family
         if use.slot == VALUE or family is None or not family.centered:
@@ -76,20 +79,18 @@ def spread_of(uses: tuple[Use, ...], sufficient: Sufficient) -> Tensor | None:
             continue
         weight, second = own.moments[0], own.moments[2]
         if family.event_dim == 1:
-            diagonal = second.diagonal(dim1=-2, dim2=-1)
-            squares.append(diagonal.reshape(-1, diagonal.shape[-1]).sum(0))
-            center.append(own.center.reshape(-1, diagonal.shape[-1]).mean(0))
-            count.append(weight.sum())
-        else:
-            squares.append(second.sum())
-            center.append(own.center.mean())
-            count.append(weight.expand(second.shape).sum())
+            second = second.diagonal(dim1=-2, dim2=-1)
+            weight = weight.unsqueeze(-1)
+        width = second.shape[-1] if family.event_dim == 1 else 1
+        count.append(weight.expand(second.shape).reshape(-1, width))
+        center.append(own.center.expand(second.shape).reshape(-1, width))
+        squares.append(second.reshape(-1, width))
     if not count:
         return None
-    n = torch.stack(count).reshape(-1, *(1,) * squares[0].dim())
-    c = torch.stack(center)
-    mean = (n * c).sum(0) / n.sum(0)
-    return (torch.stack(squares).sum(0) + (n * (c - mean) ** 2).sum(0)) / n.sum(0)
+    n, c, s = (torch.cat(x) for x in (count, center, squares))
+    total = n.sum(0)
+    spread = (s + n * (c - (n * c).sum(0) / total) ** 2).sum(0) / total
+    return spread if spread.numel() > 1 else spread.squeeze(0)
 
 
 def _check_matrices(site: str, combined: Combined, spread: Tensor | None) -> None:

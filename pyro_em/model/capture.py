@@ -78,12 +78,14 @@ class Capture:
     """The model as written: parameters and sites in program order, how deep its plates nest, its loops over time.
 
     Of a loop whose steps are run together (timeline.py) there are the first sites, and one for the others.
+    `minibatches` are plates that draw some of their elements anew in every run.
     """
 
     parameters: dict[str, ParameterRecord]
     sites: dict[str, PlainSite]
     max_plate_nesting: int
     loops: tuple[Loop, ...] = ()
+    minibatches: frozenset[str] = frozenset()
 
 
 class _Observe(Messenger):
@@ -94,6 +96,7 @@ class _Observe(Messenger):
         self.parameters: dict[str, ParameterRecord] = {}
         self.upstream: dict[str, frozenset[str]] = {}
         self.incomplete: frozenset[str] = frozenset()
+        self.minibatches: frozenset[str] = frozenset()
 
     def _pyro_post_param(self, msg: Any) -> None:
         name = msg["name"]
@@ -108,6 +111,8 @@ class _Observe(Messenger):
         """In large plates a discrete latent is one draw for all elements: a million of them would index a million
         covariance matrices. The run asks what depends on what; that the model treats elements alike is certified
         elsewhere (certify.py)."""
+        if poutine.util.site_is_subsample(msg) and msg["value"] is None and compat.minibatch(msg["fn"]):
+            self.minibatches |= {msg["name"]}
         if msg["done"] or msg["is_observed"] or not getattr(msg["fn"], "has_enumerate_support", False):
             return
         if math.prod(f.size for f in msg["cond_indep_stack"] if f.vectorized) > MANY:
@@ -267,12 +272,8 @@ def _capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], kind: 
     for name, site in trace.nodes.items():
         if site["type"] != "sample":
             continue
-        plates = tuple(
-            sorted(
-                (Plate(f.name, f.dim, f.size) for f in site["cond_indep_stack"] if f.vectorized),
-                key=lambda plate: plate.dim,
-            )
-        )
+        stack = [Plate(f.name, f.dim, f.size) for f in site["cond_indep_stack"] if f.vectorized]
+        plates = tuple(sorted(stack, key=lambda plate: plate.dim))
         fn = site["fn"]
         depth = max([depth, *(-plate.dim for plate in plates)])
         support = _plain_support(fn)
@@ -294,4 +295,4 @@ def _capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], kind: 
         name: dataclasses.replace(record, constraint=declared.get(name, constraints.real))
         for name, record in observe.parameters.items()
     }
-    return Capture(parameters, sites, depth, tuple(met))
+    return Capture(parameters, sites, depth, tuple(met), observe.minibatches)

@@ -87,6 +87,17 @@ def certify_factors(
             )
 
 
+def refuse_minibatches(capture: Capture) -> None:
+    """Raise `Refusal` for a plate that takes other elements in every run."""
+    for name in sorted(capture.minibatches):
+        raise Refusal(
+            name,
+            "this plate draws a minibatch (subsample_size): no run of the model has the likelihood of all data.",
+            "leave subsample_size out: an E-step takes all rows, in chunks, at a cost that is linear in their number; "
+            "or use algorithm='svi'.",
+        )
+
+
 def _state_index(enumerated: Run, plain: Run, name: str) -> Tensor:
     """Packed (over plates) number of the drawn state of each latent element."""
     site, own = enumerated.sites[name], plain.sites[name]

@@ -193,6 +193,11 @@ def prune_and_symbolize(trace: Trace) -> Trace:
     return trace
 
 
+def minibatch(fn: Any) -> bool:
+    """Whether the distribution of a plate's indices leaves some of them out."""
+    return fn.subsample_size is not None and fn.subsample_size < fn.size
+
+
 def enumeration(max_plate_nesting: int) -> EnumMessenger:
     """A handler that enumerates the sites marked for it, left of `max_plate_nesting` plate dims."""
     return EnumMessenger(first_available_dim=-1 - max_plate_nesting)

@@ -107,6 +107,15 @@ def test_prune_and_symbolize_name_every_dim(trace: Any) -> None:
     assert found[-3] == compat.enumeration_symbol(trace.nodes["z_0"])
 
 
+def test_minibatch() -> None:
+    def plates() -> None:
+        with pyro.plate("part", 4, subsample_size=3), pyro.plate("all", 2, dim=-2):
+            pass
+
+    nodes = poutine.trace(plates).get_trace().nodes
+    assert compat.minibatch(nodes["part"]["fn"]) and not compat.minibatch(nodes["all"]["fn"])
+
+
 def test_enumeration_begins_left_of_the_plates(trace: Any) -> None:
     first, second = trace.nodes["z_0"], trace.nodes["z_1"]
     assert first["value"].shape == (2, 1, 1)
