@@ -12,6 +12,7 @@ from torch.distributions import constraints
 import pyro_em
 from pyro_em import evaluator
 from pyro_em.e_step.auto import choose_engine
+from pyro_em.e_step.interpreted import Interpreted
 from pyro_em.e_step.plated import Plated
 from pyro_em.evaluator import Evaluator
 from pyro_em.m_step.auto import MStep
@@ -105,7 +106,7 @@ def test_a_model_that_changes_is_not_frozen() -> None:
     model, x = _Counting(10**9), torch.tensor([0.4, -1.0, 2.2, 0.9])
     bound = bind(model, (x,), {}, with_prior=False)
     m_step = MStep(bound, "auto", "em")
-    evaluate = Evaluator(choose_engine(bound, m_step), m_step)
+    evaluate = Evaluator(Interpreted(bound), m_step)
     params, magnitude, kinds = bound.start, 0.0, []
     for i in range(1, evaluator.REFRESH + 2):
         if i == 50:

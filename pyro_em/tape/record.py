@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -107,6 +107,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.Tag.inplace_view in call.tags:
+            return self._reshaped(call, args, kwargs)
         result = call(*args, **kwargs)
         own = Operation(call, tuple(args), kwargs, (), False)
         depends = any(storage(x) in self.dependent for x in own.inputs)
@@ -129,6 +131,26 @@ class _Recorder(TorchDispatchMode):
         self.operations.append(Operation(call, tuple(args), kwargs, outputs, single, guard))
         return result
 
+    def _reshaped(self, call: Any, args: Any, kwargs: Any) -> Any:
+        """A tensor that is given another shape in place: from here on it is a view of what it was before."""
+        view = _out_of_place(call)
+        x, before = args[0], args[0].detach()
+
+        def as_it_was(value: Any) -> Any:
+            return before if value is x else value
+
+        for i in range(len(self.operations) - 1, -1, -1):
+            own = self.operations[i]
+            made = any(y is x for y in own.outputs)
+            if made or any(y is x for y in own.inputs):
+                args_then, kwargs_then, outputs = (each(as_it_was, y) for y in (own.args, own.kwargs, own.outputs))
+                self.operations[i] = replace(own, args=args_then, kwargs=kwargs_then, outputs=outputs)
+            if made:
+                break
+        call(*args, **kwargs)
+        self.operations.append(Operation(view, (before, *args[1:]), kwargs, (x,), True))
+        return x
+
     @staticmethod
     def _guard(call: Any, result: Any, depends: bool) -> bool | int | None:
         if result is None or not depends:
@@ -141,6 +163,17 @@ class _Recorder(TorchDispatchMode):
         masks = [x for x in operation.inputs[1:] if x.dtype == torch.bool and storage(x) in self.dependent]
         if operation.call in DYNAMIC_SHAPE or (operation.call is aten.index.Tensor and masks):
             raise NotRecorded(f"a shape that depends on the data ({operation.call})")
+
+
+def _out_of_place(call: Any) -> Any:
+    """`squeeze` for `squeeze_`, with the same arguments."""
+    kinds = [str(argument.type) for argument in call._schema.arguments]
+    packet = getattr(aten, call._overloadpacket.__name__.rstrip("_"), None)
+    for overload in () if packet is None else packet.overloads():
+        found = getattr(packet, overload)
+        if [str(argument.type) for argument in found._schema.arguments] == kinds:
+            return found
+    raise NotRecorded(f"memory of another size ({call})")
 
 
 class _Guarded(TorchFunctionMode):

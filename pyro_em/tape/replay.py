@@ -47,9 +47,12 @@ class Tape:
         operations, outputs = record(function, own, MOST, MOST_BYTES)
         values = [x.clone() for x in outputs]
         self.listing = simplify(operations, own, outputs)
-        self._inputs, self._replay, self._outputs = _Writer(self.listing).function()
+        writer = _Writer(self.listing)
+        self._inputs, self._replay, self._outputs = writer.function()
         self._function: Callable[..., Sequence[Tensor]] | None = None
         self._compare(self(own), values)
+        if any(place.shape != shape for place, shape in writer.shapes()):
+            raise NotRecorded("an operation gives another shape where its memory is given")
         self._function = function  # until it has been compared once more
 
     def _compare(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
@@ -103,6 +106,10 @@ class _Writer:
         exec("\n    ".join(["def replay():", *(self.lines or ["pass"])]), self.names)  # of calls that torch reported
         outputs = [self._tensor(x) for x in self.listing.outputs]
         return [self.places[v] for v in self.listing.inputs], self.names["replay"], outputs
+
+    def shapes(self) -> list[tuple[Tensor, torch.Size]]:
+        """Memory of every value, and its shape as recorded."""
+        return [(place, self.listing.examples[v].shape) for v, place in self.places.items()]
 
     def _place(self, variable: Variable) -> Tensor:
         example = self.listing.examples[variable]

@@ -44,6 +44,13 @@ def gradients(x: Tensor) -> list[Tensor]:
     return [value, slope, curvature]
 
 
+def reshaped(x: Tensor) -> list[Tensor]:
+    """A product with a vector squeezes its result in place."""
+    row = x.sum(0) @ (x.mT @ x)
+    own = (x * 3).unsqueeze_(0)
+    return [row + 1, own.transpose_(1, 2).squeeze_(0) * row.unsqueeze(-1), x @ x[0]]
+
+
 def roots(x: Tensor) -> list[Tensor]:
     """torch's vectorised roots are not those of IEEE."""
     wide = x.abs().reshape(-1, 1) * torch.linspace(0.1, 7, 300)
@@ -62,7 +69,7 @@ def branches(x: Tensor) -> list[Tensor]:
     return [near * 1.0 + 0.0, x.clamp(min=0.0), torch.where(x > 0, x.log(), 0.0 * x)]
 
 
-@pytest.mark.parametrize("function", [views, in_place, algebra, branches, gradients, roots, seeded])
+@pytest.mark.parametrize("function", [views, in_place, algebra, branches, gradients, reshaped, roots, seeded])
 def test_a_replay_gives_the_same_bits(function: Function) -> None:
     tape = Tape(function, [torch.randn(4, 3)])
     for _ in range(5):
