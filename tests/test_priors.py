@@ -201,6 +201,7 @@ def test_a_uniform_prior_holds_and_is_left_again(seed: int) -> None:
     sigma = found.params["sigma"]
     ridge = torch.linalg.solve(X.mT @ X + sigma**2 / 100 * torch.eye(4), X.mT @ y)
     assert found.converged
+    assert "linear.weight  pyro.sample  closed  linear solve" in str(found.plan)
     torch.testing.assert_close(found.params["linear.weight"].squeeze(0), ridge[:3], rtol=0, atol=1e-6)
     torch.testing.assert_close(sigma, (y - X @ ridge).square().mean().sqrt(), rtol=0, atol=1e-6)
 

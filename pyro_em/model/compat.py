@@ -30,6 +30,7 @@ RawArguments = dict[str, Any]
 
 _TORCH_BROADCAST_SHAPES = torch.broadcast_shapes
 _RAW = "_pyro_em_raw"
+ALTERNATIVES = {"probs", "logits", "covariance_matrix", "precision_matrix", "scale_tril"}
 _WRAPPERS = (dist.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
 
 
@@ -147,14 +148,15 @@ def replace_base(fn: Any, cls: Any) -> Any:
 
 
 def raw_arguments(fn: Any) -> RawArguments | None:
-    """Raw constructor arguments of a site's base distribution, or None if it was not recorded.
+    """Raw constructor arguments of a site's base distribution, or None if they cannot be known.
 
+    Of a distribution that was made before the model ran (as those of `PyroSample` are) they are its attributes.
     Those of a response seen only in part are the complete response's and the limits. Those of a distribution that
     is an argument itself follow as "argument.name", with the dims that its `.to_event` declares.
     """
     raw: RawArguments | None = getattr(base_distribution(fn), _RAW, None)
     if raw is None:
-        return None
+        return _attributes(base_distribution(fn))
     if isinstance(base_distribution(fn), Coarse):
         complete = raw_arguments(raw["base"])
         return None if complete is None else {**complete, **{name: raw[name] for name in raw if name != "base"}}
@@ -168,6 +170,18 @@ def raw_arguments(fn: Any) -> RawArguments | None:
                 value = value.expand(torch.broadcast_shapes(value.shape, event))
             found[f"{name}.{own}"] = value
     return found
+
+
+def _attributes(base: Any) -> RawArguments | None:
+    """Arguments of a distribution as its attributes; one of those that say the same (probs, logits; matrices)."""
+    if type(base).__module__.split(".")[0] not in ("pyro", "torch") or not isinstance(base.arg_constraints, dict):
+        return None
+    names = [n for n in base.arg_constraints if n not in ALTERNATIVES]
+    for group in (("probs", "logits"), ("covariance_matrix", "precision_matrix", "scale_tril")):
+        known = [n for n in group if n in base.arg_constraints]
+        names += [n for n in known if n in vars(base)][:1] or known[:1]
+    found = {name: getattr(base, name, None) for name in names}
+    return found if found and all(isinstance(value, Tensor) for value in found.values()) else None
 
 
 def with_arguments(distribution: Any, raw: RawArguments) -> Any:

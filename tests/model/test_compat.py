@@ -74,7 +74,28 @@ def test_recording_ends_with_its_context() -> None:
         assert len(COERCIONS) == len(before) + 1
         raise RuntimeError
     assert before == COERCIONS
-    assert compat.raw_arguments(dist.Normal(0.0, 1.0)) is None
+    assert not hasattr(dist.Normal(0.0, 1.0), compat._RAW)
+
+
+@pytest.mark.parametrize(
+    ("made", "names"),
+    [
+        (dist.Normal(0.0, 1.0).expand([2]).to_event(1), {"loc", "scale"}),
+        (dist.InverseGamma(torch.tensor(2.0), torch.tensor(3.0)), {"concentration", "rate"}),
+        (dist.MultivariateNormal(torch.zeros(2), precision_matrix=torch.eye(2)), {"loc", "precision_matrix"}),
+        (dist.Categorical(logits=torch.zeros(3)), {"logits"}),
+        (dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Normal(torch.zeros(2), 1.0)), None),
+    ],
+)
+def test_arguments_of_a_distribution_that_was_made_before(made: Any, names: set[str] | None) -> None:
+    raw = compat.raw_arguments(made)
+    if names is None:
+        assert raw is None
+        return
+    assert raw is not None and raw.keys() == names
+    again = type(compat.base_distribution(made))(**raw)
+    value = again.sample()
+    assert torch.equal(again.log_prob(value), compat.base_distribution(made).log_prob(value))
 
 
 def test_recorded_distributions_behave_as_ever() -> None:
