@@ -6,7 +6,7 @@ covariances the Cholesky factor with the logarithm of its diagonal.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -66,6 +66,18 @@ def perturbed(params: Tensors, support: Mapping[str, Any], scale: float, rng: to
     """A feasible neighbour: a Gaussian step of size `scale` in the coordinates u."""
     free = to_free(params, support)
     return to_constrained({n: u + scale * torch.randn(u.shape, generator=rng) for n, u in free.items()}, support)
+
+
+def polished(value: Callable[[Tensor], Tensor], u: Tensor, steps: int = 5) -> Tensor:
+    """Newton's steps, with Hessians by automatic differentiation, from near a maximum of `value` to rounding.
+
+    Directions along which the value is constant (the common factor of a simplex) stay.
+    """
+    for _ in range(steps):
+        gradient = torch.autograd.functional.jacobian(value, u)
+        hessian = torch.autograd.functional.hessian(value, u)
+        u = u - torch.linalg.pinv(hessian, rtol=1e-10, hermitian=True) @ gradient
+    return u
 
 
 def largest_score(gradient: Tensors, params: Tensors, support: Mapping[str, Any]) -> float:

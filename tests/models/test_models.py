@@ -117,6 +117,8 @@ TABLE: list[tuple[str, str, Callable[[], tuple[Tensor, ...]]]] = [
     ("zip", "model", simulated("zip")),
     ("zip", "model", loaded("zip")),
     ("zip", "regression", loaded("zip", "load_regression")),
+    ("hurdle", "model", simulated("hurdle")),
+    ("hurdle", "model", loaded("hurdle")),
     ("regression_mixture", "linear", simulated("regression_mixture")),
     ("regression_mixture", "linear", loaded("regression_mixture")),
     ("regression_mixture", "experts", loaded("regression_mixture")),
