@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -125,37 +126,34 @@ class CholeskyChart(Chart):
 
     @property
     def size(self) -> int:
-        return self.shape[:-2].numel() * self._indices().shape[-1]
+        return self.shape[:-2].numel() * self._places[0].numel()
 
     def to_free(self, value: Tensor) -> Tensor:
         entries = self._entries(value)
-        diagonal = self._on_diagonal()
+        diagonal = self._places[1]
         return torch.where(diagonal, torch.where(diagonal, entries, 1.0).log(), entries).flatten()
 
     def from_free(self, free: Tensor) -> Tensor:
         entries = free.reshape(*self.shape[:-2], -1)
-        diagonal = self._on_diagonal()
+        diagonal = self._places[1]
         entries = torch.where(diagonal, torch.where(diagonal, entries, 0.0).exp(), entries)
-        rows, columns = self._indices()
         blank = free.new_zeros(self.shape).flatten(-2)
-        factor = blank.index_copy(-1, rows * self.shape[-1] + columns, entries).reshape(self.shape)
+        factor = blank.index_copy(-1, self._places[0], entries).reshape(self.shape)
         return factor + torch.eye(self.shape[-1]).to(factor) if self.unit else factor
 
     def pull_back(self, value: Tensor, gradient: Tensor) -> Tensor:
-        slope = torch.where(self._on_diagonal(), self._entries(value), 1.0)
+        slope = torch.where(self._places[1], self._entries(value), 1.0)
         return (slope * self._entries(gradient)).flatten()
 
-    def _indices(self) -> Tensor:
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """Positions of the entries in the flattened matrix, and which of them are on the diagonal."""
         size = self.shape[-1]
-        return torch.tril_indices(size, size, offset=-1 if self.unit else 0, device=self.device)
-
-    def _on_diagonal(self) -> Tensor:
-        rows, columns = self._indices()
-        return rows == columns
+        rows, columns = torch.tril_indices(size, size, offset=-1 if self.unit else 0, device=self.device)
+        return rows * size + columns, rows == columns
 
     def _entries(self, matrix: Tensor) -> Tensor:
-        rows, columns = self._indices()
-        return matrix.flatten(-2).index_select(-1, rows * self.shape[-1] + columns)
+        return matrix.flatten(-2).index_select(-1, self._places[0])
 
 
 @dataclass(frozen=True, eq=False)

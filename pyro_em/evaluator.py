@@ -23,8 +23,7 @@ from pyro_em.m_step.auto import MStep
 from pyro_em.recordings import Around, Evaluated, Mapped, Recording, Request, Whole, generation_of
 from pyro_em.tape import NotRecorded
 
-WARM = 20  # ordinary evaluations before a recording: by then they have cost about as much as the recording does
-WARM_RUN = 4  # the same of engines that run the model: each evaluation costs as much as many replays
+WARM = 5  # ordinary evaluations before a recording, which costs about ten of them; caches are filled by then
 REFRESH = 100
 DEVIATIONS = 3  # calls in a row in which no replay held, after which the new way is recorded
 
@@ -94,8 +93,7 @@ class Evaluator:
         engine, m_step = self.engine, self.m_step
         if self.refusal or not (_is_staged(engine) or hasattr(engine, "unread")):
             return
-        warm = WARM if _is_staged(engine) else WARM_RUN
-        if self._count < warm or (self._recording is not None and self._deviations < DEVIATIONS):
+        if self._count < WARM or (self._recording is not None and self._deviations < DEVIATIONS):
             return
         if m_step.coupled or not m_step.closed or len(m_step.free) > len(m_step.closed):
             return

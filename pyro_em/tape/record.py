@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ aten = torch.ops.aten
 READ = aten._local_scalar_dense.default
 LEAVING = ("numpy", "tolist", "__array__", "__dlpack__")  # ways out of torch that the dispatcher does not see
 DYNAMIC_SHAPE = (aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default)
+SHAPES = frozenset((*DYNAMIC_SHAPE, aten.index.Tensor))
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
@@ -54,46 +55,64 @@ class NotRecorded(Exception):
     """The function does something that a list of tensor operations cannot repeat; the text says what."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
+class Kind:
+    """What the schema of a call says.
+
+    `is_view`: the output shares the first argument's memory and is not a changed argument itself. `written`: position
+    and name of each argument that the call changes in place.
+    """
+
+    is_view: bool
+    written: tuple[tuple[int, str], ...]
+    draws: bool
+    reshapes: bool
+
+
+@lru_cache(maxsize=4096)
+def kind_of(call: Any) -> Kind:
+    """The kind of a call (torch._ops.OpOverload)."""
+    infos = [r.alias_info for r in call._schema.returns]
+    view = bool(infos) and infos[0] is not None and not infos[0].is_write
+    aliases = [(i, x.name, x.alias_info) for i, x in enumerate(call._schema.arguments)]
+    written = tuple((i, name) for i, name, alias in aliases if alias is not None and alias.is_write)
+    return Kind(view, written, torch.Tag.nondeterministic_seeded in call.tags, torch.Tag.inplace_view in call.tags)
+
+
 class Operation:
-    """One call: `outputs` are its tensors; `guard` is the Boolean or integer that it gave instead, if it did."""
+    """One call: `outputs` are its tensors; `guard` is the Boolean or integer that it gave instead, if it did.
 
-    call: Any  # torch._ops.OpOverload
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: tuple[Tensor, ...]
-    single: bool
-    guard: bool | int | None = None
+    `inputs` are the tensors among its arguments, `written` those that it changes in place.
+    """
 
-    @cached_property
-    def inputs(self) -> list[Tensor]:
-        return [*_tensors(self.args), *_tensors(self.kwargs.values())]
+    __slots__ = ("args", "call", "guard", "inputs", "is_view", "kwargs", "outputs", "single", "written")
 
-    @cached_property
-    def is_view(self) -> bool:
-        """The output shares the first argument's memory and is not a changed argument itself."""
-        infos = [r.alias_info for r in self.call._schema.returns]
-        return bool(infos) and infos[0] is not None and not infos[0].is_write
-
-    @cached_property
-    def written(self) -> list[Tensor]:
-        """Arguments that the call changes in place."""
-        found = []
-        for position, argument in enumerate(self.call._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            value = self.kwargs.get(argument.name)
-            if value is None and position < len(self.args):
-                value = self.args[position]
-            found += _tensors([value])
-        return found
+    def __init__(
+        self,
+        call: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outputs: tuple[Tensor, ...] = (),
+        single: bool = False,
+        guard: bool | int | None = None,
+    ) -> None:
+        self.call, self.args, self.kwargs = call, args, kwargs
+        self.outputs, self.single, self.guard = outputs, single, guard
+        self.inputs: list[Tensor] = _tensors(args) + _tensors(kwargs.values()) if kwargs else _tensors(args)
+        kind = kind_of(call)
+        self.is_view, self.written = kind.is_view, []
+        for position, name in kind.written:
+            value = kwargs.get(name)
+            if value is None and position < len(args):
+                value = args[position]
+            self.written += _tensors([value])
 
 
 @dataclass
 class _Recorder(TorchDispatchMode):
     operations: list[Operation] = field(default_factory=list)
     dependent: set[int] = field(default_factory=set)  # storages that hold what follows from the inputs
-
+    most: int = 0
     most_bytes: float = math.inf
     _bytes: int = 0
 
@@ -107,28 +126,30 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.inplace_view in call.tags:
+        kind = kind_of(call)
+        if kind.reshapes:
             return self._reshaped(call, args, kwargs)
+        if kind.draws and kwargs.get("generator") is None:
+            raise NotRecorded(f"a random draw ({call})")
         result = call(*args, **kwargs)
-        own = Operation(call, tuple(args), kwargs, (), False)
+        own = Operation(call, tuple(args), kwargs)
         depends = any(storage(x) in self.dependent for x in own.inputs)
-        outputs: tuple[Tensor, ...]
         if isinstance(result, Tensor):
-            outputs, single, guard = (result,), True, None
+            own.outputs, own.single = (result,), True
         elif isinstance(result, tuple | list):
-            outputs, single, guard = tuple(result), False, None
+            own.outputs = tuple(result)
         else:
-            outputs, single, guard = (), False, self._guard(call, result, depends)
+            own.guard = self._guard(call, result, depends)
         if depends:
             self._check(own)
-            self.dependent |= {storage(x) for x in (*outputs, *own.written)}
+            self.dependent.update(storage(x) for x in (*own.outputs, *own.written))
             if not own.is_view:
-                self._bytes += sum(x.numel() * x.element_size() for x in outputs)
+                self._bytes += sum(x.numel() * x.element_size() for x in own.outputs)
             if self._bytes > self.most_bytes:
                 raise NotRecorded(f"more than {self.most_bytes / 2**20:.0f} MiB of values")
-        if torch.Tag.nondeterministic_seeded in call.tags and kwargs.get("generator") is None:
-            raise NotRecorded(f"a random draw ({call})")
-        self.operations.append(Operation(call, tuple(args), kwargs, outputs, single, guard))
+        self.operations.append(own)
+        if len(self.operations) > self.most:
+            raise NotRecorded(f"more than {self.most} operations")
         return result
 
     def _reshaped(self, call: Any, args: Any, kwargs: Any) -> Any:
@@ -143,8 +164,8 @@ class _Recorder(TorchDispatchMode):
             own = self.operations[i]
             made = any(y is x for y in own.outputs)
             if made or any(y is x for y in own.inputs):
-                args_then, kwargs_then, outputs = (each(as_it_was, y) for y in (own.args, own.kwargs, own.outputs))
-                self.operations[i] = replace(own, args=args_then, kwargs=kwargs_then, outputs=outputs)
+                then = [each(as_it_was, y) for y in (own.args, own.kwargs, own.outputs)]
+                self.operations[i] = Operation(own.call, then[0], then[1], then[2], own.single, own.guard)
             if made:
                 break
         call(*args, **kwargs)
@@ -160,8 +181,10 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _check(self, operation: Operation) -> None:
+        if operation.call not in SHAPES:
+            return
         masks = [x for x in operation.inputs[1:] if x.dtype == torch.bool and storage(x) in self.dependent]
-        if operation.call in DYNAMIC_SHAPE or (operation.call is aten.index.Tensor and masks):
+        if operation.call is not aten.index.Tensor or masks:
             raise NotRecorded(f"a shape that depends on the data ({operation.call})")
 
 
@@ -185,7 +208,7 @@ class _Guarded(TorchFunctionMode):
 
     def __torch_function__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(call, "__name__", "")
-        if name in LEAVING and storage(args[0]) in self.recorder.dependent:
+        if name in LEAVING and isinstance(args[0], Tensor) and storage(args[0]) in self.recorder.dependent:
             raise NotRecorded(f"values left torch ({name})")
         return call(*args, **(kwargs or {}))
 
@@ -204,9 +227,7 @@ def record(
     :param most_bytes: of all values together; they are kept until the recording is done.
     :raises NotRecorded: see the module docstring. What the function itself raises passes through.
     """
-    recorder = _Recorder(dependent={storage(x) for x in inputs}, most_bytes=most_bytes)
+    recorder = _Recorder(dependent={storage(x) for x in inputs}, most=most, most_bytes=most_bytes)
     with torch.no_grad(), recorder, _Guarded(recorder):
         outputs = list(function(*inputs))
-    if len(recorder.operations) > most:
-        raise NotRecorded(f"{len(recorder.operations)} operations")
     return recorder.operations, outputs

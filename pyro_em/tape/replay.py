@@ -6,7 +6,9 @@ outputs, which are copies. A tape is therefore not for two threads at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,11 +46,12 @@ class Tape:
         :raises NotRecorded: where it cannot be replayed (record.py).
         """
         own = [x.detach().clone(memory_format=torch.contiguous_format) for x in inputs]
-        operations, outputs = record(function, own, MOST, MOST_BYTES)
-        values = [x.clone() for x in outputs]
-        self.listing = simplify(operations, own, outputs)
-        writer = _Writer(self.listing)
-        self._inputs, self._replay, self._outputs = writer.function()
+        with _no_collection():
+            operations, outputs = record(function, own, MOST, MOST_BYTES)
+            values = [x.clone() for x in outputs]
+            self.listing = simplify(operations, own, outputs)
+            writer = _Writer(self.listing)
+            self._inputs, self._replay, self._outputs = writer.function()
         self._function: Callable[..., Sequence[Tensor]] | None = None
         self._compare(self(own), values)
         if any(place.shape != shape for place, shape in writer.shapes()):
@@ -77,6 +80,18 @@ class Tape:
             with torch.no_grad():
                 self._compare(outputs, function(*(place.clone() for place in self._inputs)))
         return outputs
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """A recording is many objects that live for a moment: no search for cycles among them, which takes longer."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -78,6 +78,7 @@ class _Simplifier:
         self.known: dict[Hashable, tuple[Variable | None, ...]] = {}
         self.steps: list[Step] = []
         self.contents: dict[Hashable, Tensor] = {}
+        self.constants: dict[int, Tensor] = {}  # by id of the recorded tensor
         self.masks = masks or {}
         self.kept = [*operations]  # holds every recorded tensor, so that ids and storages stay unique
         self.examples: dict[Variable, Tensor] = {}
@@ -90,16 +91,23 @@ class _Simplifier:
         return variable
 
     def _in_place(self, x: Tensor) -> bool:
-        return storage(x) in self.written
+        return bool(self.written) and storage(x) in self.written
 
     def value(self, x: Any) -> Any:
         """The variable of a recorded tensor, or a tensor of the same contents, a constant."""
-        if not isinstance(x, Tensor) or id(x) in self.variables:
-            return self.variables.get(id(x), x)
-        if x.numel() > SMALL or self._in_place(x) or x.device.type != "cpu":
+        if not isinstance(x, Tensor):
             return x
-        key = (x.dtype, tuple(x.shape), tuple(x.stride()), x.detach().contiguous().numpy().tobytes())
-        return self.contents.setdefault(key, x)
+        known = self.variables.get(id(x))
+        return self._constant(x) if known is None else known
+
+    def _constant(self, x: Tensor) -> Tensor:
+        if id(x) not in self.constants:
+            found = x
+            if x.numel() <= SMALL and not self._in_place(x) and x.device.type == "cpu":
+                key = (x.dtype, tuple(x.shape), tuple(x.stride()), x.detach().contiguous().numpy().tobytes())
+                found = self.contents.setdefault(key, x)
+            self.constants[id(x)] = found
+        return self.constants[id(x)]
 
     def add_all(self) -> None:
         for operation in self.kept:
