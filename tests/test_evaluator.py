@@ -75,7 +75,7 @@ def test_closed_forms_are_replayed(name: str) -> None:
     evaluate, problem = _evaluator(name)
     params, magnitude = problem.start(), 0.0
     kinds = []
-    for _ in range(2 * evaluator.WARM):
+    for _ in range(40):
         (found,) = evaluate([Request(params, magnitude)])
         assert not isinstance(found, Exception)
         kinds.append(isinstance(found, Mapped))
