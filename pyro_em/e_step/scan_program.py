@@ -16,6 +16,7 @@ from pyro_em.e_step.program import IMPOSSIBLE
 from pyro_em.e_step.scan_data import Emissions
 from pyro_em.e_step.scan_layout import alike, by_dim, over, whole_site
 from pyro_em.e_step.scan_states import StepStates, step_states
+from pyro_em.evidence.banded import Banded, is_short
 from pyro_em.evidence.blocked import BlockedPosterior, Blocks, Scratch, smooth_blocked
 from pyro_em.evidence.chain import smooth
 from pyro_em.model.chained import ChainedLoop
@@ -46,6 +47,7 @@ class ScanProgram:
     initial_weights: tuple[Tensor | None, ...]  # (C,) each
     pair_weights: tuple[Tensor | None, ...]  # (L, M) each; zero where there is no next step
     kinds: Mapping[str, int]  # which of these multiplicities a latent's counts have
+    banded: Banded | None  # for short chains
     scratch: Scratch = field(default_factory=Scratch)
 
     def smooth(self, initial: Tensor, table: Tensor, prepared: Prepared) -> Found:
@@ -55,7 +57,10 @@ class ScanProgram:
         if given is None:
             return self._impossible()
         likelihood, log_scale = given
-        found = smooth_blocked(initial, table, likelihood, blocks, self.scratch)
+        if self.banded is not None:
+            found = self.banded.smooth(initial, table, likelihood, self.scratch)
+        else:
+            found = smooth_blocked(initial, table, likelihood, blocks, self.scratch)
         if found is None:
             return self._unblocked(initial, table, prepared)
         first = found.states[:, 0, :: blocks.per_chain]
@@ -129,7 +134,9 @@ def compile_scan(problem: Problem, run: Run, component: Component) -> tuple[Scan
     plates = graph.factors[z0].plates
     order = [d for d in by_dim(run.sites[z1]) if d in plates]
     steps, chains = loop.loop.steps, math.prod(graph.plate_sizes[d] for d in order)
-    blocks = Blocks.of(steps, chains, states.num)
+    short = is_short(steps, chains, states.num)
+    blocks = Blocks(steps, chains, steps, 1) if short else Blocks.of(steps, chains, states.num)
+    banded = Banded(blocks, states.num) if short else None
     sites, joined = _observed(problem, run, component, loop, own)
     sizes = {**graph.plate_sizes, loop.plate: steps}
     virtual = Component(tuple(site.name for site in sites), frozenset(own.now), plates | {loop.plate}, None)
@@ -144,7 +151,9 @@ def compile_scan(problem: Problem, run: Run, component: Component) -> tuple[Scan
     for weights, distinct in ((first, initial), (later, pairs)):
         for name, weight in weights.items():
             kinds[name] = _place(weight, distinct)
-    return ScanProgram(component, own, emissions, blocks, chain_weight, tuple(initial), tuple(pairs), kinds), joined
+    return ScanProgram(
+        component, own, emissions, blocks, chain_weight, tuple(initial), tuple(pairs), kinds, banded
+    ), joined
 
 
 def _place(weight: Tensor | None, among: list[Tensor | None]) -> int:

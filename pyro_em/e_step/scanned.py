@@ -65,9 +65,10 @@ class Scanned:
             name: tuple(u for u in uses if problem.with_prior or u.site not in graph.priors)
             for name, uses in self.uses.items()
         }
-        first = self.programs[0].blocks
+        first = self.programs[0]
+        how = "by two band solves" if first.banded else f"in blocks of {first.blocks.length}"
         self.reason = (
-            f"{first.chains} chains of {first.steps} steps, smoothed in blocks of {first.length}, "
+            f"{first.blocks.chains} chains of {first.blocks.steps} steps, smoothed {how}, "
             "emissions by matrix products on sufficient statistics"
         )
 

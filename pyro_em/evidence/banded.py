@@ -1,0 +1,90 @@
+"""Forward-backward of short chains that share one transition table, as two triangular solves of one band matrix.
+
+    α_t = b_t ∘ Aᵀ α_{t-1},  α_0 = b_0 ∘ π      is   L α = (b_0 ∘ π, 0, ..., 0)
+    β_{t-1} = A (b_t ∘ β_t), β_{T-1} = 1        is   Lᵀ β = (0, ..., 0, 1)
+
+with L unit lower triangular, its blocks below the diagonal -b_t(j) A(i, j), bandwidth 2K - 1. LAPACK's dtbtrs does
+each in T·K columns without a call in between. Nothing is rescaled on the way: b is divided by e^rate beforehand, the
+mean of log p(x_t | past) of the last call, which keeps the messages within range; where it does not, the chains go
+through blocked.py, which rescales. NumPy throughout: its calls cost less than torch's, and here they are all the cost.
+
+Shapes: K states, T steps, C chains; chains follow one another in the band, without a link between them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from scipy.linalg.lapack import dtbtrs
+from torch import Tensor
+
+from pyro_em.evidence.blocked import BlockedPosterior, Blocks, Scratch, smooth_blocked
+from pyro_em.evidence.chain import LOWEST
+
+MOST = 200_000  # T·C·K² up to which the blocks' calls cost more than the solves
+
+
+def is_short(steps: int, chains: int, states: int) -> bool:
+    """Whether chains are rather smoothed here than in blocks."""
+    return steps > 1 and steps * chains * states**2 <= MOST
+
+
+class Banded:
+    """Solves for C chains of T steps and K states; the arrays are kept from one call to the next."""
+
+    def __init__(self, blocks: Blocks, states: int) -> None:
+        K, T, C = states, blocks.steps, blocks.chains
+        self.blocks, self.rate = blocks, 0.0
+        band = np.zeros(C * T * K * 2 * K)  # columns of 2K entries; the diagonal is one and not read
+        self._matrix = band.reshape(-1, 2 * K).T
+        strides = [8 * n for n in (2 * K * K * T, 2 * K * K, 2 * K - 1, 1)]
+        self._links = np.lib.stride_tricks.as_strided(band[K:], (C, T - 1, K, K), strides)
+        self._b, self._ends = np.empty((C, T, K)), np.empty((2, C, T, K))
+        self._states, self._right = np.empty((C, T, K)), np.zeros((C, T, K))
+
+    def smooth(self, initial: Tensor, table: Tensor, likelihood: Tensor, scratch: Scratch) -> BlockedPosterior | None:
+        """`smooth_blocked` for one block a chain; None if neither can be certified (use chain.py).
+
+        What it returns lies in arrays that the next call overwrites.
+        """
+        found = self._solved(initial.numpy(), table.numpy(), likelihood.numpy())
+        if found is None:
+            found = smooth_blocked(initial, table, likelihood, self.blocks, scratch)
+            self.rate = 0.0 if found is None else float(found.log_scale.mean()) / self.blocks.steps
+        return found
+
+    def _solved(self, initial: np.ndarray, table: np.ndarray, likelihood: np.ndarray) -> BlockedPosterior | None:
+        """None if the messages leave the range of floats.
+
+        :param initial: distribution of the first state, (K, C) or (K, 1).
+        :param table: transition probabilities A, (K, K), rows to columns.
+        :param likelihood: b (K, T, C).
+        """
+        b, ends, right = self._b, self._ends, self._right
+        np.multiply(likelihood.T, math.exp(-self.rate), out=b)
+        np.multiply(b[:, 1:, None], -table, out=self._links)
+        ends.fill(0.0)
+        np.multiply(initial.T, b[:, 0], out=ends[0, :, 0])
+        ends[1, :, -1] = 1.0
+        forward, backward = ends.reshape(2, -1, 1)
+        alpha = dtbtrs(self._matrix, forward, uplo="L", trans="N", diag="U", overwrite_b=1)[0].reshape(b.shape)
+        beta = dtbtrs(self._matrix, backward, uplo="L", trans="T", diag="U", overwrite_b=1)[0].reshape(b.shape)
+        total = alpha[:, -1].sum(-1)
+        smallest, ahead, behind = float(total.min()), float(alpha.max()), float(beta.max())
+        if not (smallest > 0 and math.isfinite(ahead) and math.isfinite(behind)):
+            return None
+        # What is flushed in one message, below e^-708, may meet the largest entry of the other.
+        ahead, behind = math.log(max(ahead, 1.0)), math.log(max(behind, 1.0))
+        if math.log(smallest) - ahead - behind < LOWEST or max(ahead, behind) > -LOWEST:
+            return None
+        scale = total.reshape(-1, 1, 1)
+        np.multiply(alpha, beta, out=self._states)
+        self._states /= scale
+        np.multiply(b[:, 1:], beta[:, 1:], out=right[:, :-1])
+        right /= scale
+        log_scale = np.log(total) + self.blocks.steps * self.rate
+        self.rate = float(log_scale.mean()) / self.blocks.steps
+        states, left, following = (torch.from_numpy(x.T) for x in (self._states, alpha, right))
+        return BlockedPosterior(torch.from_numpy(log_scale), states, left, following)
