@@ -1,4 +1,6 @@
-"""Pyro's `DiscreteHMM` as an observed site: its hidden states become latents of a loop over time (timeline.py).
+"""Observed sites whose distribution hides latents: these become sites of their own.
+
+`DiscreteHMM`: its hidden states become latents of a loop over time (timeline.py),
 
     s ~ Categorical(initial),  z_0 ~ Categorical(transition[s]),  z_t ~ Categorical(transition[z_{t-1}]),
     x_t ~ observation[z_t]
@@ -7,16 +9,25 @@ The initial distribution comes before the first transition, as Pyro has it. The 
 x_state_t and x_t while the model is looked at; the states are the sequence `x_state` of the posterior. Everywhere
 else the distribution stays what it is. Transitions and observation distributions may vary with time.
 
-Not unfolded: observation distributions whose arguments are not seen (mixtures, flows); the site then keeps its own
-density, and its parameters have a numeric M-step.
+`MixtureSameFamily` and `ZeroInflatedPoisson`: the component that a row comes from, and whether its zero could be
+nothing else, become the latents `x_component` and `x_zero` of the site x,
+
+    x_component ~ mixture_distribution,  x ~ component_distribution[x_component]
+    x_zero ~ Bernoulli(gate),            x ~ Poisson(0 if x_zero else rate)
+
+Not unfolded: distributions inside whose arguments are not seen (mixtures of mixtures, flows), and those in a wrapper
+(`.to_event`, `.mask`); the site then keeps its own density, and its parameters have a numeric M-step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import torch
 from pyro.ops.indexing import Vindex
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -27,32 +38,69 @@ from pyro_em.model.timeline import is_active, markov
 
 
 class Unfold(Messenger):
-    """Replace observed `DiscreteHMM` sites; must be the innermost handler of a run."""
+    """Replace observed sites of these distributions; must be the innermost handler of a run."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if (
-            not is_active()
-            or not msg["is_observed"]
-            or type(compat.base_distribution(msg["fn"])) is not dist.DiscreteHMM
-        ):
-            return
-        if _unfolded(msg["name"], msg["fn"], msg["value"]):
-            msg["done"] = msg["stop"] = True  # handlers further out see the sites of the loop instead
+        unfold = UNFOLDED.get(type(msg["fn"])) if msg["is_observed"] else None
+        raw = None if unfold is None else compat.raw_arguments(msg["fn"])
+        if unfold is not None and raw is not None and unfold(msg["name"], raw, msg["value"]):
+            msg["done"] = msg["stop"] = True  # handlers further out see the new sites instead
 
 
-def _unfolded(name: str, fn: Any, value: Tensor) -> bool:
-    raw = compat.raw_arguments(fn)
-    if raw is None or fn is not compat.base_distribution(fn):
-        return False
-    emission = raw["observation_dist"]
-    base, own = compat.base_distribution(emission), compat.raw_arguments(emission)
+@dataclass(frozen=True)
+class _Inner:
+    """A distribution that is an argument: its arguments, and how many dims of each belong to the event.
+
+    `elements` are the dims that its `.to_event` declares.
+    """
+
+    kind: Any
+    arguments: dict[str, Any]
+    elements: int
+    trailing: dict[str, int]
+
+    def at(self, arguments: dict[str, Any]) -> Any:
+        """The distribution with other arguments."""
+        made = self.kind(**arguments)
+        return made.to_event(self.elements) if self.elements else made
+
+
+def _inner(fn: Any) -> _Inner | None:
+    base, own = compat.base_distribution(fn), compat.raw_arguments(fn)
     family = family_of(type(base)) if own is not None else None
-    wrapped = {type(emission), type(base)} <= {type(base), dist.Independent}
+    wrapped = {type(fn), type(base)} <= {type(base), dist.Independent}
     if own is None or family is None or not wrapped:
-        return False
-    elements = emission.event_dim - base.event_dim
+        return None
+    elements = fn.event_dim - base.event_dim
     trailing = {k: elements + family.arguments[k] for k in own if k in family.arguments}
-    event = emission.event_dim
+    return _Inner(type(base), own, elements, trailing)
+
+
+def _mixture(name: str, raw: compat.RawArguments, value: Tensor) -> bool:
+    weights, inner = _inner(raw["mixture_distribution"]), _inner(raw["component_distribution"])
+    if weights is None or inner is None or weights.kind is not dist.Categorical:
+        return False
+    component = pyro.sample(f"{name}_component", weights.at(weights.arguments))
+    arguments = {
+        k: _of_state(v, component, inner.trailing[k]) if k in inner.trailing else v for k, v in inner.arguments.items()
+    }
+    pyro.sample(name, inner.at(arguments), obs=value)
+    return True
+
+
+def _zero_inflated(name: str, raw: compat.RawArguments, value: Tensor) -> bool:
+    gate = {"probs" if k == "gate" else "logits": v for k, v in raw.items() if k in ("gate", "gate_logits")}
+    zero = pyro.sample(f"{name}_zero", dist.Bernoulli(**gate))
+    pyro.sample(name, dist.Poisson(torch.where(zero == 1, 0.0, raw["rate"])), obs=value)
+    return True
+
+
+def _hidden_markov(name: str, raw: compat.RawArguments, value: Tensor) -> bool:
+    inner = _inner(raw["observation_dist"]) if is_active() else None
+    if inner is None:
+        return False
+    trailing = inner.trailing
+    event = raw["observation_dist"].event_dim
     lead = value.dim() - 1 - event
     steps = value.movedim(lead, 0)
     transition, state = raw["transition_logits"], None
@@ -63,10 +111,9 @@ def _unfolded(name: str, fn: Any, value: Tensor) -> bool:
         state = pyro.sample(f"{name}_state_{t}", dist.Categorical(logits=Vindex(table)[..., state, :]))
         arguments = {
             k: _of_state(_at(v, t, trailing[k] + 1, lead), state, trailing[k]) if k in trailing else v
-            for k, v in own.items()
+            for k, v in inner.arguments.items()
         }
-        now = type(base)(**arguments)
-        pyro.sample(f"{name}_{t}", now.to_event(elements) if elements else now, obs=steps[t])
+        pyro.sample(f"{name}_{t}", inner.at(arguments), obs=steps[t])
     return True
 
 
@@ -86,3 +133,10 @@ def _of_state(x: Any, state: Tensor, trailing: int) -> Any:
     if not isinstance(x, Tensor) or x.dim() <= trailing or x.shape[x.dim() - 1 - trailing] == 1:
         return x
     return Vindex(x)[(..., state, *(slice(None),) * trailing)]
+
+
+UNFOLDED: dict[Any, Callable[[str, compat.RawArguments, Tensor], bool]] = {
+    dist.DiscreteHMM: _hidden_markov,
+    dist.MixtureSameFamily: _mixture,
+    dist.ZeroInflatedPoisson: _zero_inflated,
+}
