@@ -189,6 +189,11 @@ class PooledLocation(Location):
         flat = torch.zeros(self._size**2, dtype=torch.float64).index_add(0, block.target, own)
         return flat.reshape(self._size, self._size)
 
+    def coupling(self) -> Tensor:
+        """As `Location.coupling`: the pairs of entries whose precision is summed."""
+        assert self._block is not None
+        return torch.stack([self._block.target // self._size, self._block.target % self._size])
+
     def moments(self) -> SiteMoments:
         """Of the residuals, at the cells of all arguments but the location."""
         residual, own = self._residual(self.C), self.own

@@ -147,10 +147,15 @@ def _well_conditioned(precision: Tensor, factor: Tensor) -> bool:
     return bool((pivots > RANK * pivots.shape[-1]).all())
 
 
+def well_conditioned(precision: Tensor) -> bool:
+    """No matrix of a batch has a direction without information."""
+    factor, failed = torch.linalg.cholesky_ex(precision)
+    return not failed.any() and _well_conditioned(precision, factor)
+
+
 def null_directions(precision: Tensor) -> Tensor:
     """Directions (D, r) about which Λ (D, D) says nothing."""
-    factor, failed = torch.linalg.cholesky_ex(precision)
-    if not failed.any() and _well_conditioned(precision, factor):
+    if well_conditioned(precision):
         return precision.new_zeros(precision.shape[-1], 0)
     values, vectors, scale = _spectrum(precision)
     return vectors[:, values <= RANK * values.shape[-1]] / scale.unsqueeze(-1)

@@ -16,15 +16,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em.design import Design
 from pyro_em.kernels import QuadraticKernel
-from pyro_em.kernels.quadratic import null_directions
+from pyro_em.kernels.quadratic import null_directions, well_conditioned
 from pyro_em.m_step.location import (
     Location,
     LocationSite,
@@ -76,6 +79,7 @@ class Linear:
     starts: Mapping[str, int]
     size: int
     sites: tuple[LocationSite, ...]
+    plans: dict[str, list[Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     def gradient(self, params: Params, sufficient: Sufficient) -> Tensor:
         """∂Q/∂θ, (P,)."""
@@ -106,8 +110,13 @@ class Linear:
         """θ + Λ⁻¹g."""
         gradient = self.gradient(params, sufficient)
         precision = self.precision(params, sufficient)
-        kernel = QuadraticKernel(gradient, precision, torch.zeros_like(gradient), vector=True)
-        return self._moved(params, kernel.argmax(), sufficient), self.unidentified(precision)
+        step, empty = torch.zeros_like(gradient), set()
+        for part in self._parts(sufficient):
+            own = precision[part.unsqueeze(-1), part.unsqueeze(-2)]
+            kernel = QuadraticKernel(gradient[part], own, torch.zeros_like(gradient[part]), vector=True)
+            step = step.index_add(0, part.reshape(-1), kernel.argmax().reshape(-1))
+            empty |= self._unidentified(own, part)
+        return self._moved(params, step, sufficient), empty
 
     def rule(self, name: str, run: Run, open_ended: set[str]) -> str:
         """What the plan says of a member; `open_ended` are those that the design cannot tell apart."""
@@ -122,11 +131,28 @@ class Linear:
 
     def unidentified(self, precision: Tensor) -> set[str]:
         """Parameters that take part in a direction without information."""
-        null = null_directions(precision)
-        if not null.shape[1]:
+        return self._unidentified(precision.unsqueeze(0), torch.arange(self.size).unsqueeze(0))
+
+    def _unidentified(self, precision: Tensor, part: Tensor) -> set[str]:
+        """The same for blocks (B, n, n) on the diagonal of Λ; `part` (B, n) are their entries."""
+        if well_conditioned(precision):
             return set()
-        touched = (null / null.abs().amax(0)).abs().amax(1) > 1e-6
+        touched = torch.zeros(self.size, dtype=torch.bool)
+        for own, index in zip(precision, part, strict=True):
+            null = null_directions(own)
+            if null.shape[1]:
+                touched[index] = (null / null.abs().amax(0)).abs().amax(1) > 1e-6
         return {n for n in self.names if bool(touched[self._slice(n, self.problem.parameters[n].value)].any())}
+
+    def _parts(self, sufficient: Sufficient) -> list[Tensor]:
+        """Entries that the data couple, as blocks of equal size (B, n): one block where an engine does not say."""
+        if "parts" not in self.plans:
+            couplings = [sufficient.locations[own.name].coupling() for own in self.sites]
+            priors = any(kernel.vector for _, kernel in self._priors(sufficient))
+            if priors or any(coupling is None for coupling in couplings):
+                return [torch.arange(self.size).unsqueeze(0)]
+            self.plans["parts"] = parts_of(torch.cat([c for c in couplings if c is not None], -1), self.size)
+        return self.plans["parts"]
 
     def _slice(self, name: str, theta: Tensor) -> slice:
         return slice(self.starts[name], self.starts[name] + theta.numel())
@@ -191,6 +217,20 @@ def prior_precision(kernel: QuadraticKernel, theta: Tensor) -> Tensor:
     width = theta.shape[-1]
     blocks = kernel.precision.expand(*theta.shape[:-1], width, width).reshape(-1, width, width)
     return torch.block_diag(*blocks)
+
+
+def parts_of(coupling: Tensor, size: int) -> list[Tensor]:
+    """Connected entries among `size` ones, of pairs (2, n) that are coupled: blocks of each size, (B, size of each).
+
+    >>> parts_of(torch.tensor([[0, 1], [2, 1]]), 3)
+    [tensor([[1]]), tensor([[0, 2]])]
+    """
+    one, other = coupling.cpu().numpy()
+    graph = coo_matrix((np.ones(len(one)), (one, other)), shape=(size, size))
+    _, labels = connected_components(graph, directed=False)
+    order, counts = np.argsort(labels, kind="stable"), np.bincount(labels)
+    blocks = np.split(order, np.cumsum(counts)[:-1])
+    return [torch.tensor(np.stack([b for b in blocks if len(b) == n])) for n in np.unique(counts)]
 
 
 def linear_blocks(problem: Problem, run: Run, uses: Mapping[str, tuple[Use, ...]]) -> list[Linear]:

@@ -75,6 +75,10 @@ class Location(ABC):
     def moments(self) -> SiteMoments:
         """Moments of the residuals at the block's current place, at the cells of the other arguments."""
 
+    def coupling(self) -> Tensor | None:
+        """All pairs (2, n) of entries of the block that `precision` may couple, if that is known without the data."""
+        return None
+
 
 class _ByRows(Location):
     """From the rows of the data, with their weights."""
