@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_em.accelerate import choose_accelerator
 from pyro_em.anneal import Temperature, annealed, check_temperature, stochastic, temperatures
+from pyro_em.binding import Bound, bound_for
 from pyro_em.checks import after_fit, at_start, collinear, separated, unobserved_cells
 from pyro_em.device import on_device
 from pyro_em.e_step.assigned import Assigned
@@ -18,7 +19,6 @@ from pyro_em.e_step.auto import choose_engine, in_double, verified
 from pyro_em.e_step.base import Engine, Expectation
 from pyro_em.errors import EMWarning, InputError
 from pyro_em.evaluator import Evaluator
-from pyro_em.evidence.rule import Quadrature
 from pyro_em.explain import explain
 from pyro_em.initialise import initial_starts
 from pyro_em.integration import numerical_error
@@ -26,9 +26,9 @@ from pyro_em.loop import Callback, EMMap, Ended, History, Steps, drive, run_from
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.missing import complete_cases
 from pyro_em.model.plan import Plan
-from pyro_em.options import HARD, check_algorithm, check_restarts, checked_rules, point_estimated
+from pyro_em.options import HARD, check_algorithm, check_restarts, checked_rules
 from pyro_em.precision import check_precision, rough_first, worthwhile
-from pyro_em.problem import Problem, bind
+from pyro_em.problem import Problem
 from pyro_em.progress import progress_bar
 from pyro_em.result import FitResult, count_parameters
 from pyro_em.stop import Outcome, StoppingRule
@@ -145,7 +145,9 @@ def fit(
         )  # fmt: skip
     with on_device(args, kwargs), isolated_rng(seed), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", EMWarning)
-        problem = _bind(model, args, kwargs, algorithm, guide, roles, weights, rules)
+        rows = restarts > 1 or isinstance(init, str) or temperature is not None
+        bound = bound_for(model, args, kwargs, algorithm, guide, roles, weights, rules, rows)
+        problem = bound.problem
         numerical_error(problem, problem.start)
         unobserved_cells(problem)
         m = MStep(problem, m_step, algorithm, optim)
@@ -185,7 +187,7 @@ def fit(
         if alive and not errors and isinstance(best.last.expectation, Expectation):
             separated(m.diverging(best.last.params, best.last.expectation))
         messages = tuple(str(w.message) for w in caught)
-        result = _result(problem, engine, m, best, runs, algorithm, seed, missing, messages, temperature is not None)
+        result = _result(bound, engine, m, best, runs, algorithm, seed, missing, messages, temperature is not None)
     for warning in caught:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if errors or not alive:
@@ -223,9 +225,10 @@ def plan(
 
         return plan_svi(model, args, kwargs, guide=guide, roles=roles)
     with on_device(args, kwargs), isolated_rng(0):
-        problem = _bind(model, args, kwargs, algorithm, guide, roles, weights, rules)
+        bound = bound_for(model, args, kwargs, algorithm, guide, roles, weights, rules, temperature is not None)
+        problem = bound.problem
         m = MStep(problem, m_step, algorithm)
-        notes = numerical_error(problem, problem.start)
+        notes = (*bound.notes, *numerical_error(problem, problem.start))
         return explain(problem, m, _engine(problem, m, algorithm), algorithm, temperature is not None, notes)
 
 
@@ -241,23 +244,8 @@ def _refuse_with(algorithm: str, **given: Any) -> None:
             raise InputError(f"{name} belongs to the exact algorithms (em, map-em, gem); '{algorithm}' cannot use it.")
 
 
-def _bind(
-    model: Model,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    algorithm: str,
-    guide: Model | None,
-    roles: Mapping[str, str] | None,
-    weights: Mapping[str, Tensor] | None,
-    rules: Mapping[str, Quadrature],
-) -> Problem:
-    deltas = point_estimated(guide, args, kwargs)
-    with_prior = algorithm == "map-em"
-    return bind(model, args, kwargs, with_prior=with_prior, roles=roles, deltas=deltas, weights=weights, rules=rules)
-
-
 def _result(
-    problem: Problem,
+    bound: Bound,
     engine: Engine,
     m: MStep,
     best: Ended,
@@ -268,8 +256,9 @@ def _result(
     messages: tuple[str, ...],
     annealed: bool,
 ) -> FitResult:
+    problem = bound.problem
     params = {n: v.detach().to(problem.parameters[n].value.dtype).clone() for n, v in best.last.params.items()}
-    notes = numerical_error(problem, params)
+    notes = (*bound.notes, *numerical_error(problem, params))
     log_likelihood, log_prior = verified(problem, engine, dataclasses.replace(best.last, params=params))
     return FitResult(
         algorithm=algorithm,
@@ -287,8 +276,9 @@ def _result(
         seed=seed,
         missing=missing,
         rules=dict(problem.rules),
-        num_observations=problem.graph.num_observations,
+        num_observations=bound.num_observations,
         num_parameters=count_parameters(problem, m.free, params),
-        problem=problem,
+        problem=bound.result_problem,
+        constraints={name: record.constraint for name, record in problem.parameters.items()},
         free=m.free,
     )

@@ -33,6 +33,21 @@ if TYPE_CHECKING:
     from pyro_em.plots import Figure
 
 
+class _Asked:
+    """An attribute that may be given as a function, which is called when somebody asks for the value."""
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        if instance is None:
+            return self
+        value = instance.__dict__.get("problem")
+        if callable(value):
+            value = instance.__dict__["problem"] = value()
+        return value
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        instance.__dict__["problem"] = None if value is self else value
+
+
 @on_own_device("params")
 @dataclass
 class FitResult:
@@ -67,14 +82,14 @@ class FitResult:
     rules: dict[str, Quadrature] = field(default_factory=dict)
     num_observations: float = 0
     num_parameters: int = 0
-    problem: Problem | None = field(default=None, repr=False)
+    problem: Any = field(default=_Asked(), repr=False)  # Problem | None
     free: tuple[str, ...] = field(default=(), repr=False)
     constraints: dict[str, Constraint] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if float(self.num_observations).is_integer():  # always, unless rows have fractional weights
             self.num_observations = int(self.num_observations)
-        if self.problem is not None and not self.constraints:
+        if not self.constraints and self.problem is not None:
             self.constraints = {name: record.constraint for name, record in self.problem.parameters.items()}
 
     @property

@@ -41,6 +41,16 @@ def isolated_rng(seed: int | None) -> Iterator[None]:
             set_rng_state(before)
 
 
+@contextlib.contextmanager
+def unspent_rng() -> Iterator[None]:
+    """Afterwards the random state is as before."""
+    before = get_rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(before)
+
+
 def write_params(
     records: Mapping[str, ParameterRecord], params: Mapping[str, Tensor], modules: Mapping[str, Tensor]
 ) -> None:

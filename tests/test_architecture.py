@@ -24,7 +24,7 @@ LAYERS = """
     state_posterior sequence_posterior | chain_posterior
     posterior predict design | sufficient impute clusters | e_step.base | m_step | recordings | evaluator
     loop explain information | pointwise e_step accelerate checks progress | integration initialise anneal precision
-    elbo result | em guides | ascent | svi | fit
+    condense | binding elbo result | em guides | ascent | svi | fit
     summary plots checkpoint | arviz | __init__ | cli | __main__ | mini
 """
 ORDER = {name: place for place, layer in enumerate(LAYERS.replace("\n", "|").split("|")) for name in layer.split()}

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from pyro_em.families import Family, family_for
 from pyro_em.model import compat
-from pyro_em.model.first import FirstElements
 from pyro_em.model.labels import observe_labels
 from pyro_em.model.missing import first_of, observe_where
 from pyro_em.model.timeline import Loop, running
@@ -258,7 +257,7 @@ def run_model(
     live: bool = False,
     loops: Sequence[Loop] = (),
     chosen: bool = False,
-    first: FirstElements | None = None,
+    first: Messenger | None = None,
     integrated: Collection[str] = (),
     symbols: Mapping[str, Mapping[int, str]] | None = None,
 ) -> Run:

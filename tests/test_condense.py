@@ -1,0 +1,140 @@
+"""Rows that enter through mean and covariance only: pseudo-rows give the same fit, and nothing else is condensed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch import Tensor
+
+import pyro_em
+from pyro_em import binding
+from pyro_em.condense import condense, pseudo_rows
+from tests import zoo_latent as z
+
+ROWS, FEATURES = 2200, 30
+
+
+@pytest.fixture(scope="module")
+def data() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    loading = torch.randn(FEATURES, 2, generator=generator, dtype=torch.float64)
+    factors = torch.randn(ROWS, 2, generator=generator, dtype=torch.float64)
+    noise = torch.randn(ROWS, FEATURES, generator=generator, dtype=torch.float64)
+    return 5.0 + factors @ loading.T + 0.7 * noise
+
+
+def test_pseudo_rows_have_number_mean_and_covariance(data: Tensor) -> None:
+    rows = pseudo_rows([data[:, :12], data[:, 12:]])
+    assert rows is not None and rows.shape == (FEATURES + 1, FEATURES)
+    torch.testing.assert_close(rows.mean(0), data.mean(0), rtol=1e-13, atol=0.0)
+    torch.testing.assert_close(rows.T.cov(correction=0), data.T.cov(correction=0), rtol=1e-11, atol=1e-12)
+
+
+def test_a_constant_cell_is_kept(data: Tensor) -> None:
+    rows = pseudo_rows([torch.cat([data[:, :3], torch.full((ROWS, 1), 2.0, dtype=torch.float64)], -1)])
+    assert rows is not None
+    torch.testing.assert_close(rows[:, 3], torch.full((5,), 2.0, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("model", [z.factor_analysis, z.ppca])
+def test_the_fit_is_that_of_all_rows(model: Any, data: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    init = {"b": data.mean(0) + 0.1, "W": torch.randn(FEATURES, 2, generator=generator, dtype=torch.float64)}
+    few = pyro_em.fit(model, data, 2, init=init, max_iter=4, tol=0)
+    assert "31 pseudo-rows of equal weight stand for the 2,200 elements of plate 'rows'" in str(few.plan)
+    assert "rows=2200" in str(few.plan)
+    monkeypatch.setattr(binding, "condense", lambda *args: None)
+    whole = pyro_em.fit(model, data, 2, init=init, max_iter=4, tol=0)
+    assert "pseudo-rows" not in str(whole.plan)
+    assert few.log_likelihood == pytest.approx(whole.log_likelihood, rel=1e-13)
+    assert few.history["score"] == pytest.approx(whole.history["score"], rel=1e-9)
+    assert few.num_observations == whole.num_observations == ROWS
+    assert few.bic == pytest.approx(whole.bic, rel=1e-13)
+    for name, value in whole.params.items():
+        torch.testing.assert_close(few.params[name], value, rtol=1e-10, atol=1e-11)
+    assert few.posterior().mean("z").shape == (ROWS, 2)
+    assert float(few.log_prob().sum()) == pytest.approx(few.log_likelihood, rel=1e-12)
+
+
+def test_what_users_see_is_as_without(data: Tensor) -> None:
+    """A random first value is drawn once, from the same state of the generator."""
+
+    def model(x: Tensor) -> None:
+        start = pyro.param("w", lambda: torch.randn(x.shape[-1]))
+        with pyro.plate("rows", len(x)):
+            u = pyro.sample("u", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(5.0 + u.unsqueeze(-1) * start, 1.0).to_event(1), obs=x)
+
+    condensed = pyro_em.fit(model, data, seed=3, max_iter=0)
+    assert "pseudo-rows" in str(condensed.plan)
+    ordinary = pyro_em.fit(model, data, seed=3, max_iter=0, weights={"rows": torch.ones(ROWS)})
+    torch.testing.assert_close(condensed.params["w"], ordinary.params["w"], rtol=0, atol=0)
+    assert condensed.log_likelihood == pytest.approx(ordinary.log_likelihood, rel=1e-13)
+
+
+def _masked(x: Tensor) -> None:
+    with pyro.plate("rows", len(x)), poutine.mask(mask=x[:, 0] > 0):
+        u = pyro.sample("u", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(u.unsqueeze(-1), torch.ones(FEATURES)).to_event(1), obs=x)
+
+
+def _covariate(x: Tensor) -> None:
+    with pyro.plate("rows", len(x)):
+        u = pyro.sample("u", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(u.unsqueeze(-1) * x[:, :1], torch.ones(FEATURES)).to_event(1), obs=x)
+
+
+def _by_index(x: Tensor) -> None:
+    with pyro.plate("rows", len(x)) as row:
+        u = pyro.sample("u", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(u.unsqueeze(-1), x[row, :1].abs()).to_event(1), obs=x)
+
+
+def _discrete(x: Tensor) -> None:
+    with pyro.plate("rows", len(x)):
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+        u = pyro.sample("u", dist.Normal(k, 1.0))
+        pyro.sample("x", dist.Normal(u.unsqueeze(-1), torch.ones(FEATURES)).to_event(1), obs=x)
+
+
+def _heavy(x: Tensor) -> None:
+    with pyro.plate("rows", len(x)):
+        u = pyro.sample("u", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.StudentT(4.0, u.unsqueeze(-1), torch.ones(FEATURES)).to_event(1), obs=x)
+
+
+def _grouped(x: Tensor) -> None:
+    with pyro.plate("groups", 11):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(x)):
+        own = b[torch.arange(len(x)) % 11]
+        pyro.sample("x", dist.Normal(own.unsqueeze(-1), torch.ones(FEATURES)).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("model", [_masked, _covariate, _by_index, _discrete, _heavy, _grouped])
+def test_nothing_else_is_condensed(model: Any, data: Tensor) -> None:
+    with pyro.get_param_store().scope():
+        assert condense(model, (data,), {}) is None
+
+
+def test_few_rows_are_not(data: Tensor) -> None:
+    assert condense(z.factor_analysis, (data[:1000],), {}) is None
+
+
+def test_a_common_latent_couples_the_rows(data: Tensor) -> None:
+    """Seen after binding: `shock` is no parameter, so that log p(x) is no sum over rows."""
+    x = data[:, :2].repeat(16, 1)
+    plan = pyro_em.plan(z.common_shock, x)
+    assert "pseudo-rows" not in str(plan)
+
+
+def test_bad_data_are_named_by_row(data: Tensor) -> None:
+    bad = data.clone()
+    bad[1234, 5] = torch.nan
+    with pytest.raises(pyro_em.errors.InputError, match="row 1234"):
+        pyro_em.fit(z.factor_analysis, bad)
