@@ -2,8 +2,9 @@
 
 Uses are recognised at one value of the latents (model/recognise.py), where w·z is "z times an entry of w" and
 z @ W.T + b an affine predictor. Both forms hold at every value, but their coefficients move: such a use is kept as a
-predictor with `moving` terms, which the M-step reads off anew at the atoms of each E-step (m_step/linear.py), so
-that loadings are solved for like the slopes of a regression. Whatever else moves is opaque.
+predictor with `moving` terms, which the M-step reads off anew at the atoms of each E-step (m_step/moving.py), so
+that loadings are solved for like the slopes of a regression, and slopes of items by Newton's method. Predictors behind
+a link, or of other arguments than a location, are recognised at the other values too. Whatever else moves is opaque.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pyro_em.model.affine import Predictor, Term, linear_part
+from pyro_em.model.affine import Point, Predictor, Term, find_predictor, linear_part
 from pyro_em.model.atoms import AtomRuns
 from pyro_em.model.links import LINKS
 from pyro_em.model.trace import Run
@@ -22,6 +23,7 @@ from pyro_em.model.use import VALUE, Use
 from pyro_em.types import Params
 
 Values = dict[str, Tensor]
+MULTIPLIES = "it multiplies a continuous latent"
 
 
 def without_latents(
@@ -37,7 +39,7 @@ def without_latents(
     found = {}
     for name, own in uses.items():
         found[name] = tuple(_without_latents(use, first, second, params) for use in own)
-    return found
+    return _with_predictors(uses, found, runs, params, values)
 
 
 def _without_latents(use: Use, first: Run, second: Run, params: tuple[Params, Params]) -> Use:
@@ -65,7 +67,43 @@ def _without_latents(use: Use, first: Run, second: Run, params: tuple[Params, Pa
             return dataclasses.replace(use, predictor=dataclasses.replace(predictor, offset=None, moving=True))
     else:
         return use
-    return Use(use.parameter, use.site, use.slot, None, reason="it multiplies a continuous latent")
+    return Use(use.parameter, use.site, use.slot, None, reason=MULTIPLIES)
+
+
+def _with_predictors(
+    before: Mapping[str, tuple[Use, ...]],
+    found: dict[str, tuple[Use, ...]],
+    runs: AtomRuns,
+    params: tuple[Params, Params],
+    values: Values,
+) -> dict[str, tuple[Use, ...]]:
+    """Arguments that multiply latents and are the same link of something affine in the same parameters there too."""
+    slots = {(u.site, u.slot) for own in found.values() for u in own if u.reason == MULTIPLIES}
+    if not slots:
+        return found
+    leaves = tuple({n: v.detach().clone().requires_grad_(True) for n, v in p.items()} for p in params)
+    with torch.enable_grad():
+        here = [runs.one(own, values) for own in leaves]
+    generator = torch.Generator().manual_seed(0)
+    for site, slot in slots:
+        names = [n for n, own in before.items() if any((u.site, u.slot) == (site, slot) for u in own)]
+        known = next((u.predictor for n in names for u in before[n] if (u.site, u.slot) == (site, slot)), None)
+        points = [
+            Point((run.sites[site].arguments or {})[slot], own, p)
+            for run, own, p in zip(here, leaves, params, strict=True)
+        ]
+        family = here[0].sites[site].family
+        assert family is not None
+        again = find_predictor(site, slot, family.arguments[slot], points[0], points[1], names, generator)
+        if again is None or again.offset is None or (known is not None and known.link is not again.link):
+            continue
+        moving = dataclasses.replace(again, offset=None, moving=True)
+        for name in names:
+            found[name] = tuple(
+                Use(name, site, slot, None, predictor=moving) if (u.site, u.slot) == (site, slot) else u
+                for u in found[name]
+            )
+    return found
 
 
 def _near(found: Tensor, truth: Tensor) -> bool:

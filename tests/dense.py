@@ -28,11 +28,29 @@ Params = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Dense:
-    """log p(x), and moments of the continuous latents, by site in the site's own shape."""
+    """log p(x), and moments of the continuous latents, by site in the site's own shape.
+
+    `joint` is the covariance of all of them, flattened one behind the other.
+    """
 
     log_evidence: Tensor
     mean: dict[str, Tensor]
     variance: dict[str, Tensor]
+    joint: Tensor
+
+    @property
+    def covariance(self) -> dict[str, Tensor]:
+        """That of every element's vector, batch shape + (D, D), for sites with an event of one dim."""
+        found, begin = {}, 0
+        for site, mean in self.mean.items():
+            size = mean.numel()
+            own = self.joint[begin : begin + size, begin : begin + size]
+            begin += size
+            if mean.dim():
+                D = mean.shape[-1]
+                blocks = own.reshape(-1, D, size // D, D).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+                found[site] = blocks.reshape(*mean.shape, D)
+        return found
 
 
 def _log_joint(nodes: dict[str, Any], latent: set[str], parameters: set[str]) -> Tensor:
@@ -76,7 +94,7 @@ def dense(model: Model, args: tuple[Any, ...], params: Params) -> Dense:
 
     elements = [(n, i) for n, s in discrete.items() for i in range(s["value"].numel())]
     states = [range(len(discrete[n]["fn"].enumerate_support(expand=False))) for n, _ in elements]
-    terms, means, seconds = [], [], []
+    terms, means, squares = [], [], []
     for chosen in itertools.product(*states):
         fixed = {n: torch.zeros_like(s["value"]).reshape(-1) for n, s in discrete.items()}
         for (n, i), state in zip(elements, chosen, strict=True):
@@ -89,12 +107,12 @@ def dense(model: Model, args: tuple[Any, ...], params: Params) -> Dense:
         log_z, mean, covariance = _gaussian(f, sum(sizes))
         terms.append(log_z)
         means.append(mean)
-        seconds.append(covariance.diagonal() + mean**2)
+        squares.append(covariance + mean.unsqueeze(-1) * mean)
     log_evidence = torch.stack(terms).logsumexp(0)
     weights = (torch.stack(terms) - log_evidence).exp().unsqueeze(-1)
     mean = (weights * torch.stack(means)).sum(0)
-    variance = (weights * torch.stack(seconds)).sum(0) - mean**2
-    return Dense(log_evidence, unpack(mean), unpack(variance))
+    joint = (weights.unsqueeze(-1) * torch.stack(squares)).sum(0) - mean.unsqueeze(-1) * mean
+    return Dense(log_evidence, unpack(mean), unpack(joint.diagonal()), joint)
 
 
 def expected_log_joint(model: Model, args: tuple[Any, ...], old: Params) -> Callable[[Params], Tensor]:

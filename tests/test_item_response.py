@@ -138,3 +138,68 @@ def test_starts_advance_together() -> None:
     several = pyro_em.fit(irt.model, y, init=start, restarts=3, **options)
     alone = pyro_em.fit(irt.model, y, init=start, **options)
     assert several.restarts[0][0] == pytest.approx(alone.log_likelihood, rel=1e-12)
+
+
+def behind_exp(y: Tensor) -> None:
+    """Counts of every person and site, whose log rate an ability multiplies; the baselines are gathered."""
+    b, s = pyro.param("b", torch.tensor([0.2, 0.5, -0.1])), pyro.param("s", torch.tensor([0.3, 0.5, 0.4]))
+    with pyro.plate("people", len(y), dim=-2):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        with pyro.plate("items", 3, dim=-1):
+            pyro.sample("answer", dist.Poisson((b + s * theta).exp()), obs=y)
+
+
+def graded(y: Tensor) -> None:
+    """Answers of three categories (Bock 1972): a vector argument that the ability multiplies."""
+    c = pyro.param("c", torch.tensor([0.1, -0.2]))
+    a = pyro.param("a", torch.tensor([0.5, 1.0]))
+    with pyro.plate("people", len(y)):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        own = c + a * theta.unsqueeze(-1)
+        logits = torch.cat([torch.zeros_like(own[..., :1]), own], -1)
+        pyro.sample("answer", dist.Categorical(logits=logits), obs=y)
+
+
+def slope_alone(y: Tensor) -> None:
+    a = pyro.param("a", torch.tensor([0.5, 1.0, 0.8]))
+    with pyro.plate("people", len(y), dim=-2):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        with pyro.plate("items", 3, dim=-1):
+            pyro.sample("answer", dist.Bernoulli(logits=a * theta), obs=y)
+
+
+COUNTS = torch.tensor(np.random.default_rng(1).integers(0, 3, (25, 3)).astype(float))
+ADAPTIVE: dict[str, tuple[Callable[..., Any], Tensor]] = {
+    "two parameters": (irt.model, irt.simulate(25, 4)),
+    "behind exp": (behind_exp, COUNTS),
+    "categories": (graded, COUNTS[:, 0]),
+    "slope alone": (slope_alone, (COUNTS > 0).double()),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_adaptive_nodes_with_newton_steps(name: str) -> None:
+    """Slopes that multiply a latent: the M-step is Newton's, and its argmax that of the numeric one."""
+    model, y = ADAPTIVE[name]
+    problem = bind(model, (y,), {}, with_prior=False, rules={"theta": Quadrature(15)})
+    m = MStep(problem, "auto", "em")
+    assert {choice.route for choice in m.choices.values()} == {"newton"}
+    expectation = Interpreted(problem).e_step(problem.start)
+    at = expectation.sufficient.problem
+    params, _ = m.update(problem.start, expectation)
+    leaves = {n: v.detach().clone().requires_grad_() for n, v in params.items()}
+    value, _ = at.expected_log_joint(leaves, expectation.weights)
+    for gradient in torch.autograd.grad(value, list(leaves.values())):
+        assert float(gradient.abs().max()) < 1e-9 * len(y)
+
+
+def test_products_of_parameters_and_latents_that_are_not_affine_stay_numeric() -> None:
+    def curved(y: Tensor) -> None:
+        a = pyro.param("a", torch.tensor(0.5))
+        with pyro.plate("people", len(y)):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            pyro.sample("answer", dist.Poisson((a * theta + (a * theta).sin()).exp()), obs=y)
+
+    problem = bind(curved, (COUNTS[:, 0],), {}, with_prior=False, rules={"theta": Quadrature(15)})
+    m = MStep(problem, "auto", "em")
+    assert m.choices["a"].route == "numeric"

@@ -36,8 +36,9 @@ from pyro_em.m_step.location import (
     terms_of,
     total_moments,
 )
+from pyro_em.m_step.moving import designs_at, run_at_atoms
 from pyro_em.m_step.unit import connected, weight_of
-from pyro_em.model.affine import at_entry, terms_at
+from pyro_em.model.affine import at_entry
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.model.use import VALUE, Use
 from pyro_em.problem import Problem
@@ -171,19 +172,10 @@ class Linear:
 
     def _designs_at(self, own: LocationSite, params: Params, sufficient: Sufficient) -> tuple[Design, ...]:
         """Designs whose coefficients are values of continuous latents: at the atoms of this E-step."""
-        leaves = {n: params[n].detach().clone().requires_grad_(True) for n in self.names}
-        with torch.enable_grad():
-            run = sufficient.problem.run({**params, **leaves})
-        site = run.sites[own.name]
-        argument = (site.arguments or {})[own.slot]
+        run = run_at_atoms(self.names, params, sufficient)
         reached = [n for n in self.names if any(use.site == own.name and use.slot != VALUE for use in self.uses[n])]
-        terms = [term for n in reached for term in terms_at(n, run.leaves[n], argument)]
-        cells = full_cells(site)
-        if not own.vector:
-            return (Design(terms, self.starts, self.size, cells),)
-        return tuple(
-            Design([at_entry(t, d) for t in terms], self.starts, self.size, cells) for d in range(len(own.designs))
-        )
+        cells = full_cells(run.sites[own.name])
+        return designs_at(run, own.name, own.slot, reached, self.starts, self.size, cells, vector=own.vector)
 
     def _priors(self, sufficient: Sufficient) -> list[tuple[str, QuadraticKernel]]:
         found = []

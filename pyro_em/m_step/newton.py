@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_em.charts import base_constraint, chart
 from pyro_em.kernels import FlatKernel, Kernel, QuadraticKernel
+from pyro_em.m_step.moving import run_at_atoms
 from pyro_em.m_step.objective import Objective, Prior, ascent
 from pyro_em.m_step.predictors import PredictorSite, is_behind_predictor, predictor_site
 from pyro_em.m_step.unit import connected
@@ -112,7 +113,11 @@ class Newton:
 
     def _opened(self, params: Params, sufficient: Sufficient) -> Objective:
         start = torch.cat([params[n].detach().double().reshape(-1) for n in self.names])
-        sites = [site.open(self.problem, start, sufficient) for site in self.sites]
+        own = self.sites
+        if any(site.moving for site in own):
+            run = run_at_atoms(self.names, params, sufficient)
+            own = tuple(site.at(run, self.starts, self.size) if site.moving else site for site in own)
+        sites = [site.open(self.problem, start, sufficient) for site in own]
         charts = []
         for name in self.names:
             value = params[name].detach().double()

@@ -13,7 +13,7 @@ counts), on the family's log-density.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,98 +24,17 @@ from pyro_em.families import SOFTMAX
 from pyro_em.families.base import IDENTITY, NORMALISED
 from pyro_em.m_step.curves import Curve, cellwise_derivatives, curve_of
 from pyro_em.m_step.location import full_cells, terms_of
+from pyro_em.m_step.moving import designs_at
+from pyro_em.m_step.slot import Slot
 from pyro_em.m_step.unit import weight_of
 from pyro_em.model.affine import Term, at_entry
 from pyro_em.model.density import clean_value
-from pyro_em.model.trace import SiteRecord
+from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.model.use import Use
 from pyro_em.problem import Problem
 from pyro_em.shapes import broadcast_shapes
 from pyro_em.statistics import SiteMoments, argument_cells
 from pyro_em.sufficient import Sufficient
-
-
-@dataclass(frozen=True, eq=False)
-class Slot:
-    """One argument of a site behind η: `designs` one, or one per entry of a vector."""
-
-    name: str
-    use: Use
-    vector: bool
-    designs: tuple[Design, ...]
-    whole: bool  # the block holds all parameters of the predictor
-
-    @property
-    def link(self) -> str:
-        """Name of the predictor's link; "" for a power or the like of one entry."""
-        if self.use.predictor is not None:
-            return self.use.predictor.link.name
-        return "identity" if self.use.gather else ""
-
-    def free(self) -> Tensor | None:
-        """Where a parameter reaches the argument, None for everywhere."""
-        if self.use.predictor is not None:
-            return None if self.use.predictor.fixed is None else self.use.predictor.fixed.isnan()
-        assert self.use.index is not None
-        return None if self.use.whole else self.use.index >= 0
-
-    def forward(self, old: Tensor) -> Callable[[Tensor], Tensor]:
-        """Argument as a function of η; fixed parts keep their `old` value."""
-        use, free = self.use, self.free()
-
-        def forward(eta: Tensor) -> Tensor:
-            if use.predictor is not None:
-                found = use.predictor.link.forward(eta)
-            else:
-                found = torch.exp(use.power * eta) if use.exponential else eta if use.power == 1 else eta**use.power
-                found = found if use.coefficient is None else use.coefficient.to(found) * found
-            return found if free is None else torch.where(free, found, old)
-
-        return forward
-
-    def eta(self, argument: Tensor, theta: Tensor) -> Tensor:
-        """η at the block's current place, where the argument is `argument`; 1 in fixed parts."""
-        predictor = self.use.predictor
-        if predictor is not None and (predictor.offset is None or not self.whole):
-            return predictor.inverse(argument)
-        if predictor is not None and predictor.offset is not None:
-            eta = self.change(theta)  # all of it is linear in the block: a product is cheaper than the inverse link
-            offset = predictor.offset
-            return eta if offset.numel() == 1 and float(offset) == 0 else eta + offset
-        eta = self.designs[0].predict(theta)
-        free = self.free()
-        return eta if free is None else torch.where(free, eta, 1.0)
-
-    def change(self, delta: Tensor) -> Tensor:
-        """Change of η when the block moves by δ."""
-        parts = [design.predict(delta) for design in self.designs]
-        change = torch.stack(torch.broadcast_tensors(*parts), -1) if self.vector else parts[0]
-        free = self.free()
-        return change if free is None else torch.where(free, change, 0.0)
-
-    def pull(self, slope: Tensor) -> Tensor:
-        """Aᵀ slope."""
-        if not self.vector:
-            return self.designs[0].pull(self._reached(slope))
-        return torch.stack([design.pull(slope[..., d]) for d, design in enumerate(self.designs)]).sum(0)
-
-    def gram(self, curvature: Tensor, other: Slot) -> Tensor:
-        """Aᵀ diag(c) B, B the design of `other`."""
-        if not self.vector:
-            first, second = self.designs[0], other.designs[0]
-            curvature = other._reached(self._reached(curvature))
-            return first.gram_matrix(curvature, None if other is self else second)
-        total = torch.zeros(self.designs[0].size, self.designs[0].size, dtype=torch.float64)
-        for d, first in enumerate(self.designs):
-            total += first.gram_matrix(curvature[..., d, d])
-            for e, second in enumerate(self.designs[:d]):
-                cross = first.gram_matrix(curvature[..., d, e], second)
-                total += cross + cross.mT
-        return total
-
-    def _reached(self, x: Tensor) -> Tensor:
-        free = self.free()
-        return x if free is None else torch.where(free, x, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +44,26 @@ class PredictorSite:
     name: str
     slots: tuple[Slot, ...]
     compressed: bool
+
+    @property
+    def moving(self) -> bool:
+        """Designs of it depend on continuous latents."""
+        return any(slot.moving for slot in self.slots)
+
+    def at(self, run: Run, starts: Mapping[str, int], size: int) -> PredictorSite:
+        """The site with the designs of a run at the atoms (moving.py)."""
+        slots = []
+        for slot in self.slots:
+            if slot.moving:
+                assert slot.use.predictor is not None
+                names = [name for name in slot.use.predictor.parameters if name in starts]
+                found = designs_at(
+                    run, self.name, slot.name, names, starts, size, slot.designs[0].cells, vector=slot.vector,
+                    link=slot.use.predictor.link,
+                )  # fmt: skip
+                slot = dataclasses.replace(slot, designs=found)
+            slots.append(slot)
+        return dataclasses.replace(self, slots=tuple(slots))
 
     def open(self, problem: Problem, theta: Tensor, sufficient: Sufficient) -> OpenSite:
         """The site at the block's current place θ and the current other arguments."""
@@ -251,8 +190,6 @@ def _curve(slot: Slot, site: SiteRecord, own: SiteMoments, arguments: Mapping[st
 
 def is_behind_predictor(use: Use, site: SiteRecord) -> bool:
     """Whether this use of a parameter is one that a `PredictorSite` serves."""
-    if use.predictor is not None and use.predictor.moving:
-        return False  # its terms are those at one value of the continuous latents
     family = site.family
     if family is None or site.arguments is None or family.integrates or family.latent_response:
         return False

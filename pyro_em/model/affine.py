@@ -154,13 +154,13 @@ def find_predictor(
     return None
 
 
-def terms_at(name: str, leaf: Tensor, argument: Tensor) -> list[Term]:
-    """Terms of an argument that is known to be affine in a parameter, at the run that gave it."""
+def terms_at(name: str, leaf: Tensor, argument: Tensor, link: PredictorLink = LINKS[0]) -> list[Term]:
+    """Terms of an argument that is known to be a link of something affine in a parameter, at the run that gave it."""
     push, draw = _push(argument, leaf), _draw(leaf, torch.Generator().manual_seed(0))
     value = argument.detach().double()
     tolerance = 1e-9 if argument.dtype == torch.float64 else 1e-4
     still = torch.zeros_like(value, dtype=torch.bool)
-    found = _design(name, leaf, push, value, LINKS[0], draw, push(draw).double(), tolerance, still)
+    found = _design(name, leaf, push, value, link, draw, push(draw).double(), tolerance, still)
     if found is None:
         raise ResourceError(
             f"Parameter '{name}' has {leaf.numel()} entries that continuous latents multiply, more than {MAX_SLICES} "

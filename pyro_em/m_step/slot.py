@@ -1,0 +1,105 @@
+"""One argument of a site behind a linear predictor η = A θ + offset: what a move of the block does to it.
+
+    change   A δ                pull   Aᵀ s                gram   Aᵀ diag(c) B
+
+A vector argument has one design for each of its entries; c is then a matrix for every cell. Shapes as in design.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.design import Design
+from pyro_em.model.use import Use
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One argument of a site behind η: `designs` one, or one per entry of a vector."""
+
+    name: str
+    use: Use
+    vector: bool
+    designs: tuple[Design, ...]
+    whole: bool  # the block holds all parameters of the predictor
+
+    @property
+    def moving(self) -> bool:
+        """The designs depend on continuous latents, and are those of one E-step."""
+        return self.use.predictor is not None and self.use.predictor.moving
+
+    @property
+    def link(self) -> str:
+        """Name of the predictor's link; "" for a power or the like of one entry."""
+        if self.use.predictor is not None:
+            return self.use.predictor.link.name
+        return "identity" if self.use.gather else ""
+
+    def free(self) -> Tensor | None:
+        """Where a parameter reaches the argument, None for everywhere."""
+        if self.use.predictor is not None:
+            return None if self.use.predictor.fixed is None else self.use.predictor.fixed.isnan()
+        assert self.use.index is not None
+        return None if self.use.whole else self.use.index >= 0
+
+    def forward(self, old: Tensor) -> Callable[[Tensor], Tensor]:
+        """Argument as a function of η; fixed parts keep their `old` value."""
+        use, free = self.use, self.free()
+
+        def forward(eta: Tensor) -> Tensor:
+            if use.predictor is not None:
+                found = use.predictor.link.forward(eta)
+            else:
+                found = torch.exp(use.power * eta) if use.exponential else eta if use.power == 1 else eta**use.power
+                found = found if use.coefficient is None else use.coefficient.to(found) * found
+            return found if free is None else torch.where(free, found, old)
+
+        return forward
+
+    def eta(self, argument: Tensor, theta: Tensor) -> Tensor:
+        """η at the block's current place, where the argument is `argument`; 1 in fixed parts."""
+        predictor = self.use.predictor
+        if predictor is not None and (predictor.offset is None or not self.whole):
+            return predictor.inverse(argument)
+        if predictor is not None and predictor.offset is not None:
+            eta = self.change(theta)  # all of it is linear in the block: a product is cheaper than the inverse link
+            offset = predictor.offset
+            return eta if offset.numel() == 1 and float(offset) == 0 else eta + offset
+        eta = self.designs[0].predict(theta)
+        free = self.free()
+        return eta if free is None else torch.where(free, eta, 1.0)
+
+    def change(self, delta: Tensor) -> Tensor:
+        """Change of η when the block moves by δ."""
+        parts = [design.predict(delta) for design in self.designs]
+        change = torch.stack(torch.broadcast_tensors(*parts), -1) if self.vector else parts[0]
+        free = self.free()
+        return change if free is None else torch.where(free, change, 0.0)
+
+    def pull(self, slope: Tensor) -> Tensor:
+        """Aᵀ slope."""
+        if not self.vector:
+            return self.designs[0].pull(self._reached(slope))
+        return torch.stack([design.pull(slope[..., d]) for d, design in enumerate(self.designs)]).sum(0)
+
+    def gram(self, curvature: Tensor, other: Slot) -> Tensor:
+        """Aᵀ diag(c) B, B the design of `other`."""
+        if not self.vector:
+            first, second = self.designs[0], other.designs[0]
+            curvature = other._reached(self._reached(curvature))
+            return first.gram_matrix(curvature, None if other is self else second)
+        total = torch.zeros(self.designs[0].size, self.designs[0].size, dtype=torch.float64)
+        for d, first in enumerate(self.designs):
+            total += first.gram_matrix(curvature[..., d, d])
+            for e, second in enumerate(self.designs[:d]):
+                cross = first.gram_matrix(curvature[..., d, e], second)
+                total += cross + cross.mT
+        return total
+
+    def _reached(self, x: Tensor) -> Tensor:
+        free = self.free()
+        return x if free is None else torch.where(free, x, 0.0)
