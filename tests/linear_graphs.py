@@ -62,6 +62,23 @@ class Graph:
         return f"{self.design}-{self.seed}"
 
     @property
+    def roles(self) -> dict[str, str]:
+        """All latents as latents, those without a plate of the data's too."""
+        return {node.name: "latent" for node in self.nodes if node.data is None}
+
+    @property
+    def num_latents(self) -> int:
+        return len(self.roles)
+
+    @property
+    def doubtful(self) -> bool:
+        """Some latent shares no plate with data, and has no parameter or latent in its prior."""
+        places = {node.plate for node in self.nodes if node.data is not None}
+        return any(
+            not node.plate or node.plate not in places for node in self.nodes if node.data is None and not node.maps
+        )
+
+    @property
     def model(self) -> Callable[[], None]:
         return lambda: _run(self)
 

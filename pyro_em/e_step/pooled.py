@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_em.e_step.base import Expectation, Stage
+from pyro_em.e_step.base import Expectation, NotCompiled, Stage
 from pyro_em.e_step.interpreted import expectation, from_totals
 from pyro_em.e_step.outside import Outside
 from pyro_em.e_step.pooled_location import PooledLocation, PooledSite, per_cell
@@ -65,6 +65,11 @@ class Pooled:
         self.start: Arguments = raw_arguments(self.run.sites)
         self.place = {site.site.name: (i, site) for i, own in enumerate(self.sets) for site in own.sites}
         self._outside = Outside(problem, self.run)
+        elsewhere = [use for own in problem.uses.values() for use in own if use.site not in self.place]
+        for use in elsewhere:
+            if not use.known:
+                raise NotCompiled(f"the arguments of '{use.site}' are not recognised")
+        self._predictors = {(use.site, use.slot): use.predictor for use in elsewhere if use.predictor is not None}
         self._totals = {n: self._total(own) for n, (_, own) in self.place.items() if not own.site.latent}
         classes = sum(len(own.classes.weight) for own in self.sets)
         columns = sum(own.classes.ones.numel() for own in self.sets)
@@ -143,8 +148,8 @@ class Pooled:
             own = location(name)
             return own.value_moments() if own.own.site.latent and not own.own.moves else own.moments()
 
-        def opens(name: str, starts: Mapping[str, int], size: int) -> Location:
-            return location(name).opened(starts, size)
+        def opens(name: str, starts: Mapping[str, int], size: int) -> Location | None:
+            return location(name).opened(starts, size) if name in self.place else None
 
         sufficient._moments_of, sufficient.opens = moments_of, opens
         constants, size, prior = self._outside.log_density(sufficient)
@@ -155,6 +160,8 @@ class Pooled:
         sufficient = Sufficient(self.problem, self.run.sites, arguments, self._never)
         for name, theta in params.items():
             sufficient.put(theta, self.problem.uses[name])
+        for (site, slot), predictor in self._predictors.items():
+            arguments[site][slot] = predictor.argument({n: v.detach().double() for n, v in params.items()})
         return sufficient
 
     def _never(self, name: str, arguments: dict[str, Tensor]) -> SiteMoments:

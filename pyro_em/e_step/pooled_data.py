@@ -146,7 +146,7 @@ def _pseudo_elements(x: Tensor, weight: Tensor, classes: Tensor) -> tuple[Tensor
     most = 1 if int(counts.max()) == 1 else 1 + min(size, int(counts.max()))
     if num * (1 + size) * most > MAX_CELLS:
         raise NotCompiled(f"{num} different designs of {size} numbers")
-    if most == 1:
+    if int(counts.max()) == 1:
         root = weight[first].sqrt()
         return torch.cat([root.unsqueeze(-1), root.unsqueeze(-1) * x[first]], -1).unsqueeze(-1), first
     found = torch.zeros(num, 1 + size, most, dtype=torch.float64)
@@ -156,7 +156,7 @@ def _pseudo_elements(x: Tensor, weight: Tensor, classes: Tensor) -> tuple[Tensor
         total = w.sum()
         mean = (w @ x[own]) / total
         found[u, 0, 0], found[u, 1:, 0] = total.sqrt(), total.sqrt() * mean
-        if count > 1:
+        if count > 1 and size:  # elements without data have their number only
             factor = _factor((x[own] - mean) * w.sqrt().unsqueeze(-1))
             found[u, 1:, 1 : 1 + factor.shape[1]] = factor
     return found, first

@@ -161,13 +161,15 @@ class Linear:
     def _locations(self, params: Params, sufficient: Sufficient) -> list[Location]:
         """Opened at the first question after an E-step."""
         for own in self.sites:
-            if own.name not in sufficient.locations and sufficient.opens is not None:
-                sufficient.locations[own.name] = sufficient.opens(own.name, self.starts, self.size)
-            elif own.name not in sufficient.locations:
+            if own.name in sufficient.locations:
+                continue
+            opened = None if sufficient.opens is None else sufficient.opens(own.name, self.starts, self.size)
+            if opened is None:
                 weight = weight_of(self.problem, own.name, sufficient)
                 designs = self._designs_at(own, params, sufficient) if own.moving else own.designs
                 own = dataclasses.replace(own, designs=designs)
-                sufficient.locations[own.name] = own.open(weight, sufficient, self.size)
+                opened = own.open(weight, sufficient, self.size)
+            sufficient.locations[own.name] = opened
         return [sufficient.locations[own.name] for own in self.sites]
 
     def _designs_at(self, own: LocationSite, params: Params, sufficient: Sufficient) -> tuple[Design, ...]:

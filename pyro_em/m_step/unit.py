@@ -47,7 +47,8 @@ def weight_of(problem: Problem, name: str, sufficient: Sufficient) -> Tensor:
     if name not in sufficient.weights:
         info = problem.graph.factors[name]
         assert sufficient.posterior is not None
-        posterior = None if name in problem.graph.priors else sufficient.posterior().get(name)
+        alone = name in problem.graph.priors or name in problem.graph.constants
+        posterior = None if alone else sufficient.posterior().get(name)
         assert not isinstance(posterior, Integrated)
         sufficient.weights[name] = site_weight(sufficient.sites[name], info, posterior)
     return sufficient.weights[name]

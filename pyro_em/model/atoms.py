@@ -49,9 +49,12 @@ class AtomRuns:
         """The run at atoms: values of shape (states..., S, plates...) + event, with m dims before the event."""
         if not self.looped:
             return self._run(params, values, self.symbols)
-        count = max(v.shape[self.axis(n, v)] for n, v in values.items())
-        runs = [self._run(params, self.atom(values, s), {}) for s in range(count)]
-        return stack(runs, self.dim, self.symbols)
+        counts: dict[str, int] = {}  # of atoms, which differ from set to set
+        for name, value in values.items():
+            symbol = self.symbols[name][self.dim]
+            counts[symbol] = max(counts.get(symbol, 1), value.shape[self.axis(name, value)])
+        runs = [self._run(params, self.atom(values, s), {}) for s in range(max(counts.values()))]
+        return stack(runs, self.dim, self.symbols, counts)
 
     def _run(self, params: Params, values: Mapping[str, Tensor], symbols: Mapping[str, Mapping[int, str]]) -> Run:
         with quiet_store(), pyro.validation_enabled(False):
@@ -109,13 +112,20 @@ def _equal(a: SiteRecord, b: SiteRecord) -> bool:
     return x.shape == y.shape and torch.allclose(x, y, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
-def stack(runs: Sequence[Run], dim: int, symbols: Mapping[str, Mapping[int, str]]) -> Run:
-    """One run from several that differ in the latents' values, along `dim` of the sites in `symbols`."""
+def stack(
+    runs: Sequence[Run], dim: int, symbols: Mapping[str, Mapping[int, str]], counts: Mapping[str, int] | None = None
+) -> Run:
+    """One run from several that differ in the latents' values, along `dim` of the sites in `symbols`.
+
+    :param counts: how many of the runs count for the sites of a symbol; all by default.
+    """
     first = runs[0]
     sites = {}
     for name, site in first.sites.items():
-        own = [run.sites[name] for run in runs]
-        sites[name] = _stacked(own, dim, symbols[name]) if name in symbols else site
+        if name in symbols:
+            count = len(runs) if counts is None else counts[symbols[name][dim]]
+            site = _stacked([run.sites[name] for run in runs[:count]], dim, symbols[name])
+        sites[name] = site
     return dataclasses.replace(first, sites=sites)
 
 
