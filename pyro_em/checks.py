@@ -88,10 +88,11 @@ def separated(names: Collection[str]) -> None:
     """Warn about coefficients whose maximum-likelihood value is infinite."""
     if names:
         warnings.warn(
-            f"The likelihood has no maximum in {', '.join(map(repr, sorted(names)))}: covariates predict some outcomes "
-            "perfectly (complete or quasi-complete separation, or a class without events), so that coefficients grow "
-            "without bound. The values returned are where the gain fell below the tolerance. Drop the covariate, or "
-            "put a Normal prior on the coefficients and use algorithm='map-em'.",
+            f"The likelihood has no maximum in {', '.join(map(repr, sorted(names)))}: it rises for ever, by ever less. "
+            "Of coefficients: covariates predict some outcomes perfectly (complete or quasi-complete separation, or a "
+            "class without events); of degrees of freedom, concentrations or sizes: the data are no more spread than "
+            "the limit (a normal, a Poisson, a point). The values returned are where gains fell below the tolerance. "
+            "Drop the covariate, use the limit's distribution, or put a prior on them and use algorithm='map-em'.",
             SeparatedData,
             stacklevel=3,
         )

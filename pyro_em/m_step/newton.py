@@ -93,7 +93,8 @@ class Newton:
         for opened in q.sites:
             for slot in opened.own.slots:
                 if float(slot.change(step).abs().max()) > 0.1:
-                    found |= {n for n, uses in self.uses.items() if any(u.site == opened.own.name for u in uses)}
+                    here = (opened.own.name, slot.name)
+                    found |= {n for n, uses in self.uses.items() if any((u.site, u.slot) == here for u in uses)}
         return found
 
     def _slice(self, name: str, value: Tensor) -> slice:
