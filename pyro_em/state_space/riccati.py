@@ -28,7 +28,7 @@ from pyro_em.state_space.steps import SingularInnovation
 Array = NDArray[np.float64]
 EPS = np.finfo(np.float64).eps
 STEADY = 8 * EPS  # relative distance of a covariance from its limit that is rounding
-BY_ONE = 8  # steps taken one by one at the beginning
+BY_ONE = 24  # steps taken one by one at the beginning
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Gains:
     predicted: Array  # P_t
     gains: Array  # K_t, (n, D, P)
     closed: Array  # L_t
-    whiteners: Array  # inverse Cholesky factor of S_t (0 at a step that is not seen)
+    factors: Array  # Cholesky factor F_t of S_t
+    whiteners: Array  # its inverse (0 at a step that is not seen)
     half_log_dets: Array  # ½ log|S_t|, (n,)
 
     def __len__(self) -> int:
@@ -52,7 +53,7 @@ def filter_gains(P: Array, A: Array, Q: Array, C: Array, R: Array, T: int, first
     if first_unseen:
         innovation[0] = np.eye(len(C))
     try:
-        factors = np.linalg.cholesky(innovation)
+        factors = np.asarray(np.linalg.cholesky(innovation), np.float64)
     except np.linalg.LinAlgError:
         step = next(t for t, S in enumerate(innovation) if dpotrf(S, lower=1)[1])
         raise SingularInnovation(step) from None
@@ -61,7 +62,7 @@ def filter_gains(P: Array, A: Array, Q: Array, C: Array, R: Array, T: int, first
     if first_unseen:
         whiteners[0], half[0] = 0.0, 0.0
     gains = A @ found @ C.T @ whiteners.swapaxes(1, 2) @ whiteners
-    return Gains(found, gains, A - gains @ C, whiteners, half)
+    return Gains(found, gains, A - gains @ C, factors, whiteners, half)
 
 
 def _predicted(P: Array, A: Array, Q: Array, C: Array, R: Array, T: int, first_unseen: bool) -> Array:
@@ -102,7 +103,9 @@ def _next(P: Array, A: Array, Q: Array, C: Array, R: Array, step: int, *, unseen
         if failed:
             raise SingularInnovation(step)
         K = dpotrs(factor, CP, lower=1)[0].T
-        keep = np.eye(len(P)) - K.dot(C)
+        keep = K.dot(C)
+        keep *= -1.0
+        keep.flat[:: len(P) + 1] += 1.0
         P = keep.dot(P).dot(keep.T) + K.dot(R).dot(K.T)
     P = A.dot(P).dot(A.T) + Q
     return (P + P.T) / 2

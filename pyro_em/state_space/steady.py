@@ -9,6 +9,8 @@ and is what this file is tested against.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -19,7 +21,7 @@ from pyro_em.state_space.linear_gaussian import Chain, ChainMoments, LinearMomen
 from pyro_em.state_space.riccati import filter_gains, smoothed_sums
 from pyro_em.state_space.scan import scan
 from pyro_em.state_space.smoother import smooth
-from pyro_em.state_space.steps import LOG_2PI
+from pyro_em.state_space.steps import LOG_2PI, SingularInnovation
 
 Array = NDArray[np.float64]
 WIDE = 1e8  # a start so much wider than the steady covariance is left to smoother.py, whose form loses no digits
@@ -28,12 +30,56 @@ WIDE = 1e8  # a start so much wider than the steady covariance is left to smooth
 def steady_moments(chain: Chain, weight: Tensor | None = None) -> ChainMoments:
     """Moments summed over steps and sequences (weighted by `weight` (S,)), leading dims (1, 1).
 
-    For chains of which *all* arguments are shared by steps and sequences, offsets too.
+    For chains of which *all* arguments are shared by steps and sequences, offsets too. One operation to torch, so that
+    an EM map around it can be recorded (tape/).
     :raises SingularInnovation: where an observed step has no density given the past.
     """
+    w = torch.ones(len(chain.y), dtype=torch.float64) if weight is None else weight.double()
+    given = (chain.mean, chain.covariance, chain.A, chain.b, chain.Q, chain.C, chain.d, chain.R, chain.y, w)
+    status, evidence, *parts = torch.ops.pyro_em.steady_moments(*given, chain.first_unseen)
+    step = int(status)
+    if step >= 0:
+        raise SingularInnovation(step)
+    sites = [LinearMoments(*parts[i : i + 6]) for i in range(0, 24, 6)]
+    return ChainMoments(evidence, *sites)
+
+
+_LIBRARY = torch.library.Library("pyro_em", "FRAGMENT")
+_LIBRARY.define(
+    "steady_moments(Tensor mean, Tensor covariance, Tensor A, Tensor b, Tensor Q, Tensor C, Tensor d, Tensor R, "
+    "Tensor y, Tensor weight, bool first_unseen) -> Tensor[]"
+)
+
+
+def _operation(*given: Any) -> list[Tensor]:
+    """Step without a density (-1 for none), log-evidence, and the moments in a row."""
+    y, w, first_unseen = given[8:]
+    seen = None
+    if first_unseen:
+        seen = torch.ones(1, y.shape[1], y.shape[2], dtype=torch.bool)
+        seen[:, 0] = False
+    mean, covariance, A, b, Q, C, d, R = given[:8]
+    chain = Chain(mean, covariance, A, b, Q, C, d, R, y, seen)
+    with torch._C.DisableTorchFunction():
+        try:
+            found = _moments_of(chain, w)
+        except SingularInnovation as error:
+            S, D, P = len(chain.y), chain.A.shape[-1], chain.C.shape[-2]
+            shapes = [((V,), (V, V), (V, n), (n,), (n, n)) for V, n in ((D, 0), (D, D), (P, D), (P, D))]
+            empty = [torch.zeros(1, 1, *shape) for own in shapes for shape in ((), *own)]
+            return [torch.tensor(error.step), torch.zeros(S), *(x.double() for x in empty)]
+    assert found.first is not None
+    sites = (found.initial, found.transition, found.observation, found.first)
+    return [torch.tensor(-1), found.log_evidence, *(x for own in sites for x in vars(own).values())]
+
+
+_LIBRARY.impl("steady_moments", _operation, "CPU")
+
+
+def _moments_of(chain: Chain, weight: Tensor) -> ChainMoments:
     mean, P0 = chain.mean[0].numpy(), chain.covariance[0].numpy()
     A, b, Q, C, d, R = (x[0, 0].numpy() for x in (chain.A, chain.b, chain.Q, chain.C, chain.d, chain.R))
-    y = chain.y.numpy()
+    y = _array(chain.y)
     _, T, P = y.shape
     late = int(chain.first_unseen)
     own = filter_gains(P0, A, Q, C, R, T, bool(late))
@@ -44,9 +90,9 @@ def steady_moments(chain: Chain, weight: Tensor | None = None) -> ChainMoments:
         y = y - (path @ C.T + d)
     elif d.any():
         y = y - d
-    data = Blocks.of(y)
+    data = Blocks.of(y, len(A))
     D = len(A)
-    squares, Z = smoothed(own, data, C)
+    squares, Z = smoothed(own, data, A, C)
     if path is not None:
         cut = len(data.lead)
         Z[0][..., :D] += path[:cut, None]
@@ -54,7 +100,7 @@ def steady_moments(chain: Chain, weight: Tensor | None = None) -> ChainMoments:
     n = len(own)
     half_log_det = own.half_log_dets.sum() + (T - n) * own.half_log_dets[-1]
     evidence = -0.5 * squares - half_log_det - 0.5 * LOG_2PI * P * (T - late)
-    w = None if weight is None or bool((weight == 1).all()) else weight.double().numpy()
+    w = None if bool((weight == 1).all()) else weight.numpy()
     sums, count = _sums(Z, w)
     firsts, lasts = _row(Z, 0), _row(Z, -1)
     first, last = _gram(firsts, w), _gram(lasts, w)
@@ -82,10 +128,21 @@ def steady_moments(chain: Chain, weight: Tensor | None = None) -> ChainMoments:
     )
 
 
-def _step_by_step(chain: Chain, weight: Tensor | None) -> ChainMoments:
+_known: dict[str, tuple[Tensor, int, Array]] = {}
+
+
+def _array(y: Tensor) -> Array:
+    """The data as one array object as long as it is one tensor, unchanged: what is made of them is made once."""
+    last = _known.get("y")
+    if last is None or last[0] is not y or last[1] != y._version:
+        last = y, y._version, y.numpy()
+        _known["y"] = last
+    return last[2]
+
+
+def _step_by_step(chain: Chain, w: Tensor) -> ChainMoments:
     """The same by `smoother.py`."""
     found = chain_moments(chain, smooth(chain))
-    w = torch.ones_like(found.log_evidence) if weight is None else weight.double()
 
     def summed(own: LinearMoments, begin: int, end: int | None) -> LinearMoments:
         parts = (x[:, begin:end].expand(len(w), -1, *x.shape[2:]) for x in vars(own).values())
