@@ -57,7 +57,7 @@ def filter_gains(P: Array, A: Array, Q: Array, C: Array, R: Array, T: int, first
     except np.linalg.LinAlgError:
         step = next(t for t, S in enumerate(innovation) if dpotrf(S, lower=1)[1])
         raise SingularInnovation(step) from None
-    whiteners = np.linalg.inv(factors)
+    whiteners = np.asarray(np.linalg.inv(factors), np.float64)
     half = np.log(np.diagonal(factors, axis1=1, axis2=2)).sum(1)
     if first_unseen:
         whiteners[0], half[0] = 0.0, 0.0
