@@ -19,7 +19,7 @@ from typing import TypeGuard
 import torch
 
 from pyro_em.e_step.base import Engine, Expectation, Staged
-from pyro_em.m_step.auto import MStep
+from pyro_em.m_step.auto import MStep, NotCertified
 from pyro_em.recordings import Around, Evaluated, Mapped, Recording, Request, Whole, generation_of
 from pyro_em.tape import NotRecorded
 
@@ -38,7 +38,7 @@ class Evaluator:
         self.engine, self.m_step, self.num_starts = engine, m_step, num_starts
         self.refusal = ""
         self._recording: Recording | None = None
-        self._count, self._deviations = 0, 0
+        self._count, self._deviations, self._coupled = 0, 0, False
 
     def __call__(self, requests: Sequence[Request]) -> list[Evaluated | Exception]:
         self._count += 1
@@ -68,7 +68,8 @@ class Evaluator:
 
     def _replayed(self, recording: Recording, requests: Sequence[Request]) -> list[Mapped | None]:
         nothing: list[Mapped | None] = [None for _ in requests]
-        if recording.generation != generation_of(self.engine):  # type: ignore[arg-type]
+        void = recording.generation != generation_of(self.engine)  # type: ignore[arg-type]
+        if void or self._coupled != self.m_step.coupled:
             self._recording, self._count = None, 0
             return nothing
         try:
@@ -95,13 +96,17 @@ class Evaluator:
             return
         if self._count < WARM or (self._recording is not None and self._deviations < DEVIATIONS):
             return
-        if m_step.coupled or not m_step.closed or len(m_step.free) > len(m_step.closed):
+        if not m_step.closed or len(m_step.free) > len(m_step.closed):
             return
         if any(x.dtype != torch.float64 for x in request.params.values()):
             return
         recording = self._recording or self._new(tuple(request.params))
+        self._coupled = m_step.coupled
         try:
             recording.record(request)
+        except NotCertified:  # at these parameters
+            self._count, self._deviations = 0, 0
+            return
         except Exception as error:  # what the code has to say, it says when it is asked
             self.refusal = str(error) or type(error).__name__
             return

@@ -189,7 +189,7 @@ def _e_step(engine: Recordable | Staged, params: Params, magnitude: Tensor) -> t
 def after(m_step: MStep, params: Params, totals: Tensor, sufficient: Sufficient, empty: set[str]) -> Outputs:
     """What follows from an E-step; `empty` collects the parameters of which some entry saw no data."""
     score = m_step.closed_score(params, sufficient)
-    updated, unseen = m_step.closed_update(params, sufficient)
+    updated, unseen = m_step.closed_map(params, sufficient)
     empty.update(unseen)
     return [torch.cat([totals, score.reshape(1)]), *(updated[name] for name in params)]
 

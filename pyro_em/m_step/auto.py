@@ -32,6 +32,10 @@ MAX_ROUNDS = 30
 CLIMB = 20  # L-BFGS steps of an M-step over many opaque parameters
 
 
+class NotCertified(Exception):
+    """Rounds of closed forms do not end at the certificate."""
+
+
 @dataclass(frozen=True)
 class MStepInfo:
     """`rounds` of conditional updates, and the certificate max|∂Q/∂u| / N (None if not checked)."""
@@ -112,6 +116,25 @@ class MStep:
             params, unseen = unit.update(params, sufficient)
             empty |= unseen
         return params, empty
+
+    def closed_map(self, params: Params, sufficient: Sufficient) -> tuple[Params, set[str]]:
+        """`update` of parameters that all have closed forms, in tensor operations alone; the empty ones with it.
+
+        :raises NotCertified: if rounds of them do not reach the certificate; `update` then goes on by Newton's method.
+        """
+        empty: set[str] = set()
+        for _ in range(MAX_ROUNDS):
+            before = params
+            params, found = self.closed_update(params, sufficient)
+            empty |= found
+            if not self._coupled:
+                return params, empty - self.collinear
+            certificate = self.closed_score(params, sufficient) / _elements(self.problem)
+            if bool(certificate <= certificate_bound(params)):
+                return params, empty - self.collinear
+            if all(torch.equal(before[n], params[n]) for n in self.free):
+                break
+        raise NotCertified
 
     def diverging(self, params: Params, expectation: Expectation) -> set[str]:
         """Parameters whose maximum is at infinity, as far as an iterate near convergence tells."""

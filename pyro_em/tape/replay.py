@@ -7,6 +7,7 @@ outputs, which are copies. A tape is therefore not for two threads at once.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from pyro_em.tape.simplify import CHECK, Listing, Step, Variable, simplify
 
 MOST = 10_000  # operations
 DTYPES = (torch.float64, torch.float32, torch.bool, torch.int64, torch.int32)  # that NumPy treats as torch does
-MOST_BYTES = 2**27  # of all values together
+MOST_BYTES = 2**26  # of all values together; where they are more, Python is the smaller part
 
 
 class Deviation(Exception):
@@ -56,6 +57,7 @@ class Tape:
         self._compare(self(own), values)
         if any(place.shape != shape for place, shape in writer.shapes()):
             raise NotRecorded("an operation gives another shape where its memory is given")
+        self.listing = dataclasses.replace(self.listing, examples={})  # as large as the memory of the tape
         self._function = function  # until it has been compared once more
 
     def _compare(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
