@@ -4,9 +4,11 @@
     β_{t-1} = A (b_t ∘ β_t), β_{T-1} = 1        is   Lᵀ β = (0, ..., 0, 1)
 
 with L unit lower triangular, its blocks below the diagonal -b_t(j) A(i, j), bandwidth 2K - 1. LAPACK's dtbtrs does
-each in T·K columns without a call in between. Nothing is rescaled on the way: b is divided by e^rate beforehand, the
-mean of log p(x_t | past) of the last call, which keeps the messages within range; where it does not, the chains go
-through blocked.py, which rescales. NumPy throughout: its calls cost less than torch's, and here they are all the cost.
+each in T·K columns without a call in between. Nothing is rescaled on the way: b is divided beforehand by powers of two
+whose mean logarithm is the `rate`, that of p(x_t | past) at the last call, which keeps the messages within range and
+changes no digit of theirs: what a call finds does not depend on the one before. Where they leave it all the same, the
+chains go through blocked.py, which rescales. NumPy throughout: its calls cost less than torch's, and here they are
+all the cost.
 
 Shapes: K states, T steps, C chains; chains follow one another in the band, without a link between them.
 """
@@ -23,6 +25,7 @@ from torch import Tensor
 from pyro_em.evidence.blocked import BlockedPosterior, Blocks, Scratch, smooth_blocked
 from pyro_em.evidence.chain import LOWEST
 
+LOG_2 = math.log(2)
 MOST = 200_000  # T·C·K² up to which the blocks' calls cost more than the solves
 
 
@@ -34,9 +37,12 @@ def is_short(steps: int, chains: int, states: int) -> bool:
 class Banded:
     """Solves for C chains of T steps and K states; the arrays are kept from one call to the next."""
 
+    _units: int | None = None
+
     def __init__(self, blocks: Blocks, states: int) -> None:
         K, T, C = states, blocks.steps, blocks.chains
-        self.blocks, self.rate = blocks, 0.0
+        self.blocks = blocks
+        self._set_rate(0.0)
         band = np.zeros(C * T * K * 2 * K)  # columns of 2K entries; the diagonal is one and not read
         self._matrix = band.reshape(-1, 2 * K).T
         strides = [8 * n for n in (2 * K * K * T, 2 * K * K, 2 * K - 1, 1)]
@@ -52,8 +58,16 @@ class Banded:
         found = self._solved(initial.numpy(), table.numpy(), likelihood.numpy())
         if found is None:
             found = smooth_blocked(initial, table, likelihood, self.blocks, scratch)
-            self.rate = 0.0 if found is None else float(found.log_scale.mean()) / self.blocks.steps
+            self._set_rate(0.0 if found is None else float(found.log_scale.mean()) / self.blocks.steps)
         return found
+
+    def _set_rate(self, rate: float) -> None:
+        """In units of log 2 / 16, so that it often stays what it was."""
+        units = round(16 * rate / LOG_2)
+        if self._units != units:
+            self._units = units
+            shifts = np.rint(np.arange(self.blocks.steps + 1) * (units / 16))
+            self._factors, self._shift = np.exp2(-np.diff(shifts)).reshape(-1, 1), int(shifts[-1])
 
     def _solved(self, initial: np.ndarray, table: np.ndarray, likelihood: np.ndarray) -> BlockedPosterior | None:
         """None if the messages leave the range of floats.
@@ -63,7 +77,7 @@ class Banded:
         :param likelihood: b (K, T, C).
         """
         b, ends, right = self._b, self._ends, self._right
-        np.multiply(likelihood.T, math.exp(-self.rate), out=b)
+        np.multiply(likelihood.T, self._factors, out=b)
         np.multiply(b[:, 1:, None], -table, out=self._links)
         ends.fill(0.0)
         np.multiply(initial.T, b[:, 0], out=ends[0, :, 0])
@@ -84,7 +98,8 @@ class Banded:
         self._states /= scale
         np.multiply(b[:, 1:], beta[:, 1:], out=right[:, :-1])
         right /= scale
-        log_scale = np.log(total) + self.blocks.steps * self.rate
-        self.rate = float(log_scale.mean()) / self.blocks.steps
+        mantissa, exponent = np.frexp(total)
+        log_scale = np.log(mantissa) + (exponent + self._shift) * LOG_2
+        self._set_rate(float(log_scale.mean()) / self.blocks.steps)
         states, left, following = (torch.from_numpy(x.T) for x in (self._states, alpha, right))
         return BlockedPosterior(torch.from_numpy(log_scale), states, left, following)
