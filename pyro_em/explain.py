@@ -54,7 +54,9 @@ def explain(
                 e_rows += [Row(latent, "latent", "Kalman", own) for latent, own in chain_rows(fold)]
         if role.role == "parameter":
             counted = "its prior counts" if problem.with_prior else f"its prior is ignored by '{algorithm}'"
-            notes.append(f"'{name}' is a parameter ({role.reason}); {counted}.")
+            # Random effects written as e ~ N(0, 1), scaled elsewhere, look the same as priors of component means.
+            other = f'; roles={{"{name}": "latent"}} would integrate it out' if site.plates else ""
+            notes.append(f"'{name}' is a parameter ({role.reason}); {counted}{other}.")
         if role.override and role.role == "latent":
             notes.append(f"'{name}' is taken as latent ({role.reason}); {role.override}.")
     for name, record in problem.parameters.items():

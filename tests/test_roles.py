@@ -170,3 +170,22 @@ def test_overrides_that_cannot_be(roles: dict[str, str], message: str) -> None:
 def test_the_plan_says_whether_priors_count() -> None:
     assert "ignored by 'em'" in str(pyro_em.plan(mixture, Y))
     assert "its prior counts" in str(pyro_em.plan(mixture, Y, algorithm="map-em"))
+
+
+def test_the_plan_says_how_scaled_effects_are_integrated_out() -> None:
+    """Their prior has fixed hyperparameters and their plate no data of its own, as that of component means."""
+    group = torch.arange(12) % 3
+
+    def model(y: Tensor) -> None:
+        size = pyro.param("size", torch.tensor(0.7))
+        with pyro.plate("groups", 3):
+            e = pyro.sample("e", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(size * e[group], 0.5), obs=y)
+
+    y = torch.arange(12.0) % 5
+    assert 'roles={"e": "latent"} would integrate it out' in str(pyro_em.plan(model, y))
+    found = pyro_em.fit(model, y, roles={"e": "latent"}, max_iter=3, tol=0)
+    same = (group.unsqueeze(-1) == group).double()
+    marginal = dist.MultivariateNormal(torch.zeros(12), found.params["size"] ** 2 * same + 0.25 * torch.eye(12))
+    assert found.log_likelihood == pytest.approx(float(marginal.log_prob(y)), rel=1e-10)
