@@ -55,7 +55,7 @@ def explain(
         if role.role == "parameter":
             counted = "its prior counts" if problem.with_prior else f"its prior is ignored by '{algorithm}'"
             # Random effects written as e ~ N(0, 1), scaled elsewhere, look the same as priors of component means.
-            other = f'; roles={{"{name}": "latent"}} would integrate it out' if site.plates else ""
+            other = f'; roles={{"{name}": "latent"}} integrates it out, where that is exact' if site.plates else ""
             notes.append(f"'{name}' is a parameter ({role.reason}); {counted}{other}.")
         if role.override and role.role == "latent":
             notes.append(f"'{name}' is taken as latent ({role.reason}); {role.override}.")
