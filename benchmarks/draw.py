@@ -28,7 +28,7 @@ def draw(records: Sequence[Record]) -> Figure:
     :raises ValueError: if there are none.
     """
     kinds = {record["kind"] for record in records}
-    ratio = [record for record in records if record["kind"] in ("paired", "cold")]
+    ratio = [record for record in records if record["kind"] in ("paired", "cold", "whole")]
     panels = [
         (panel, chosen)
         for panel, chosen in (

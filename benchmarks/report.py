@@ -26,7 +26,7 @@ def ours(record: Record) -> str:
 
 
 def peer_ratios(record: Record) -> dict[str, Spread]:
-    """Peer ÷ ours of a paired or cold record."""
+    """Peer ÷ ours of a paired, cold or whole record."""
     key = "seconds_per_update" if record["kind"] == "paired" else "seconds"
     mine = record["contenders"][ours(record)][key]
     return {
@@ -73,7 +73,7 @@ def table(records: Sequence[Record]) -> str:
     if not records:
         return "No records."
     parts = [_head(records)]
-    for kind, write in (("paired", _paired), ("cold", _cold), ("scale", _scale), ("gap", _gap)):
+    for kind, write in (("paired", _paired), ("whole", _whole), ("cold", _cold), ("scale", _scale), ("gap", _gap)):
         chosen = [record for record in records if record["kind"] == kind]
         if chosen:
             parts.append(write(chosen))
@@ -86,7 +86,7 @@ def shortfalls(record: Record) -> list[str]:
     """What did not go as asked, in sentences."""
     name, kind = record["workload"], record["kind"]
     found = []
-    if kind in ("paired", "cold"):
+    if kind in ("paired", "cold", "whole"):
         targets = record.get("targets", {})
         for peer, ratio in peer_ratios(record).items():
             asked = targets.get(peer)
@@ -180,6 +180,29 @@ def _paired(records: Sequence[Record]) -> str:
     header = [
         "", "workload", "ours, ms an update", "peer", "peer, ms", "peer ÷ ours", "asked", "", "set-up, s: ours / peer",
         "peak MB: ours / peer", "ours ÷ limit",
+    ]  # fmt: skip
+    return _rows(header, rows)
+
+
+def _whole(records: Sequence[Record]) -> str:
+    rows = []
+    for record in records:
+        mine, likelihood = record["contenders"][ours(record)], record["agreement"]["log_likelihood"]
+        for peer, spread in peer_ratios(record).items():
+            own, asked = record["contenders"][peer], record["targets"].get(peer)
+            rows.append([
+                record["workload"],
+                record["title"],
+                _spread(Spread.of(mine["seconds"]), 1, 3),
+                peer,
+                _spread(Spread.of(own["seconds"]), 1, 3),
+                _spread(spread, 1, 2, "×"),
+                MISSING if asked is None else f"≥ {asked:.2f}×",
+                _verdict(spread, asked),
+                f"{likelihood[ours(record)] - likelihood[peer]:+.1e}",
+            ])  # fmt: skip
+    header = [
+        "", "whole fit", "ours, s", "peer", "peer, s", "peer ÷ ours", "asked", "", "log-likelihood, ours - peer",
     ]  # fmt: skip
     return _rows(header, rows)
 
