@@ -1,4 +1,5 @@
-"""The shapes of Pyro's `examples/hmm.py` afresh: plain, batched, autoregressive, factorial, coupled, of order two.
+"""The shapes of Pyro's `examples/hmm.py` afresh: plain, batched, autoregressive, factorial, coupled, neural,
+of order two.
 
 A small set of three sequences of chords over four tones, of unequal length, fitted by `em` and `map-em`. Every shape
 is written once, with time first; the loop is `pyro.markov` over single steps or `pyro_em.markov` over all at once,
@@ -130,6 +131,36 @@ def second_order(y: Tensor, loop: Loop) -> None:
                 pyro.sample(f"y_{t}", dist.Bernoulli(Vindex(B)[x, tone]), obs=y[t])
 
 
+class Tones(torch.nn.Module):
+    """Logits of the tones from the state and the tones a step before, through one hidden layer."""
+
+    def __init__(self, states: int = 2, hidden: int = 3, tones: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.of_state = torch.nn.Linear(states, hidden)
+        self.of_before = torch.nn.Linear(tones, hidden)
+        self.logits = torch.nn.Linear(hidden, tones)
+
+    def forward(self, x: Tensor, before: Tensor) -> Tensor:
+        state = torch.nn.functional.one_hot(x, self.of_state.in_features).to(before.dtype)
+        return self.logits(torch.tanh(self.of_state(state) + self.of_before(before)))
+
+
+def network(y: Tensor, loop: Loop, tones: Tones) -> None:
+    """Model 5: a network makes the tones from the state and from the tones a step before."""
+    pyro.module("tones", tones)
+    with pyro.plate("states", 2, dim=-1):
+        A = pyro.sample("probs_x", dist.Dirichlet(0.9 * torch.eye(2) + 1.1))
+    before = torch.cat([torch.zeros_like(y[:1]), y[:-1]])
+    seen = torch.arange(len(y)).unsqueeze(-1) < LENGTHS
+    with pyro.plate("sequences", 3, dim=-1):
+        x = torch.tensor(0)
+        for t in loop(len(y)):
+            with poutine.mask(mask=seen[t]):
+                x = pyro.sample(f"x_{t}", dist.Categorical(A[x]))
+                pyro.sample(f"y_{t}", dist.Bernoulli(logits=tones(x, before[t])).to_event(1), obs=y[t])
+
+
 SHAPES = [plain, batched, autoregressive, factorial, coupled, second_order]
 
 
@@ -149,3 +180,21 @@ def test_shape(model: Callable[..., None], algorithm: str) -> None:
     assert together.history["objective"] == pytest.approx(alone.history["objective"], rel=1e-11)
     for name, value in together.params.items():
         torch.testing.assert_close(value, alone.params[name], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("algorithm", ["em", "map-em", "gem"])
+def test_network(algorithm: str) -> None:
+    """Model 5: a gradient M-step for the network, a closed form for the transitions."""
+    y, weights = chords(), [f"tones$$${name}" for name, _ in Tones().named_parameters()]
+    chosen: Any = "auto" if algorithm == "gem" else dict.fromkeys(weights, "gradient")
+    options = {"algorithm": algorithm, "m_step": chosen, "tol": 0, "max_iter": 4}
+    alone, together = (
+        pyro_em.fit(network, y, loop, Tones(), init={"probs_x": torch.tensor([[0.6, 0.4], [0.3, 0.7]])}, **options)
+        for loop in (one_by_one, pyro_em.markov)
+    )
+    for result in (alone, together):
+        rise = np.diff(result.history["objective"])
+        assert result.exact and (rise > -1e-12).all() and rise.sum() > 1e-2
+        assert set(result.params) == {"probs_x", *weights}
+    # The first update is the same; later the steps' lengths may turn on the last digit.
+    assert together.history["objective"][:2] == pytest.approx(alone.history["objective"][:2], rel=1e-11)
