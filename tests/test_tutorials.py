@@ -18,7 +18,7 @@ import pytest
 
 from tutorials.execute import HERE, notebook, tutorials
 
-TUTORIALS = ("01_swap_the_algorithm", "02_what_the_plan_says", "03_your_own_model")
+TUTORIALS = ("01_swap_the_algorithm", "02_what_the_plan_says", "03_your_own_model", "04_latents_that_are_numbers")
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?")
 MACHINE = re.compile(r"(?:/|\\\\)(?:home|Users|root|tmp|usr|opt|var|work|site-packages)\b|\b[A-Z]:\\\\")
 

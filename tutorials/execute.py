@@ -41,6 +41,19 @@ def execute(made: Any) -> None:
     made.metadata = metadata  # the kernel adds its version
     for cell in made.cells:
         cell.metadata = {}
+        if cell.cell_type == "code":
+            cell.outputs = _joined(cell.outputs)
+
+
+def _joined(outputs: list[Any]) -> list[Any]:
+    """Text that a kernel sent in pieces, as the buffers filled, in one."""
+    found: list[Any] = []
+    for output in outputs:
+        if found and output.output_type == found[-1].output_type == "stream" and output.name == found[-1].name:
+            found[-1].text += output.text
+        else:
+            found.append(output)
+    return found
 
 
 def main() -> None:
