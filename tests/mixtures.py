@@ -44,6 +44,13 @@ class Parameter:
     value: Tensor
     prior: Prior | None
 
+    @property
+    def kink(self) -> tuple[Tensor, Tensor] | None:
+        """Rate and centre of a Laplace prior."""
+        law = None if self.prior is None or self.kind != "real" else self.prior({})
+        law = law.base_dist if isinstance(law, dist.Independent) else law
+        return (1 / law.scale, law.loc) if isinstance(law, dist.Laplace) else None
+
 
 @dataclass(frozen=True)
 class Site:
@@ -121,14 +128,15 @@ class Mixture:
     def one_of(self, *options: Any) -> Any:
         return options[int(self.rng.integers(len(options)))]
 
-    def parameter(self, kind: str, *shape: int) -> str:
-        """A new parameter, or one of this kind and shape that another argument has too."""
+    def parameter(self, kind: str, *shape: int, smooth: bool = False) -> str:
+        """A new parameter, or one of this kind and shape that another argument has too; `smooth`: without a kink."""
         same = [n for n, p in self.parameters.items() if p.kind == kind and tuple(p.value.shape) == shape]
+        same = [n for n in same if self.parameters[n].kink is None or not smooth]
         if same and self.chance(0.3):
             self.words.append("tie")
             return str(self.one_of(*same))
         name = f"{kind}{len(self.parameters)}"
-        self.parameters[name] = Parameter(kind, self._start(kind, shape), self._prior(kind, shape))
+        self.parameters[name] = Parameter(kind, self._start(kind, shape), self._prior(kind, shape, smooth))
         if self.chance(0.08):
             self.fixed.add(name)
         return name
@@ -146,7 +154,7 @@ class Mixture:
             return torch.softmax(0.5 * u, -1)
         return torch.eye(shape[-1]) + 0.1 * u @ u.mT
 
-    def _prior(self, kind: str, shape: tuple[int, ...]) -> Prior | None:
+    def _prior(self, kind: str, shape: tuple[int, ...], smooth: bool) -> Prior | None:
         if kind == "covariance" or not self.chance(0.35):
             return None
         dims, one = len(shape), torch.ones(shape)
@@ -163,6 +171,7 @@ class Mixture:
             vectors = [lambda v: dist.MultivariateNormal(torch.zeros(shape), S).to_event(dims - 1)]
         options: dict[str, list[Prior]] = {
             "real": [
+                *([] if smooth else [lambda v: dist.Laplace(0.1 * one, 0.1).to_event(dims)]),
                 lambda v: dist.Normal(0.1 * one, 1.5).to_event(dims),
                 lambda v: dist.Normal(0 * one, 0.8).to_event(dims),
                 lambda v: dist.StudentT(6.0, 0 * one, 2.0).to_event(dims),
@@ -219,7 +228,7 @@ class Mixture:
             steps = self.parameter("real", K)
             return lambda v, z: v[steps].cumsum(0)[z]
         if kind == "hidden unit":
-            unit = self.parameter("real", P)
+            unit = self.parameter("real", P, smooth=True)
             return lambda v, z: torch.tanh(X @ v[unit] + 0.3)
         if kind == "one slope":
             slope = self.parameter("real", K)

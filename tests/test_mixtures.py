@@ -68,12 +68,28 @@ def test_one_update_is_the_argmax(seed: int) -> None:
     reached = torch.cat([u.reshape(-1) for u in free.values()]).numpy()
     rows = 48.0 if mixture.weights is None else float(mixture.weights.sum())
     top, slope = negative(reached)
+    slope = np.concatenate(
+        [_nearest(mixture, n, result.params[n], g) for n, g in zip(free, _split(slope, sizes), strict=True)]
+    )
     assert np.abs(slope).max() <= CERTIFICATE * rows, mixture.words
     near = reached + 0.05 * np.random.default_rng(seed).normal(size=reached.shape)
     found = minimize(negative, near, jac=True, method="L-BFGS-B", options={"maxiter": 40})
     assert -float(found.fun) <= -top + 1e-12 * (abs(top) + rows), mixture.words
     for name in mixture.fixed:
         torch.testing.assert_close(result.params[name], mixture.start[name], rtol=1e-14, atol=0.0)
+
+
+def _split(x: Any, sizes: list[int]) -> list[Any]:
+    return np.split(x, np.cumsum(sizes)[:-1])
+
+
+def _nearest(mixture: Mixture, name: str, value: Tensor, slope: Any) -> Any:
+    """At the kink of a Laplace prior the subgradient nearest to 0; |x| has derivative 0 there for torch."""
+    if mixture.parameters[name].kink is None:
+        return slope
+    rate, center = (x.expand(value.shape).numpy().reshape(-1) for x in mixture.parameters[name].kink)
+    soft = np.sign(slope) * np.maximum(np.abs(slope) - rate, 0.0)
+    return np.where(value.numpy().reshape(-1) == center, soft, slope)
 
 
 def test_the_generator_covers_what_it_promises() -> None:
@@ -87,6 +103,9 @@ def test_the_generator_covers_what_it_promises() -> None:
     assert sum(m.weights is not None for m in mixtures) >= 8
     assert sum(any(site.mask is not None for site in m.sites) for m in mixtures) >= 8
     assert sum(bool(m.fixed) for m in mixtures) >= 8
+    kinks = [(result.params[n], p.kink[1]) for m, _, result in cases for n, p in m.parameters.items() if p.kink]
+    on, off = sum(int((v == c).sum()) for v, c in kinks), sum(int((v != c).sum()) for v, c in kinks)
+    assert min(on, off) >= 3, "coefficients at the kink of their prior, and away from it"
     routes = {row.route for _, _, result in cases for row in result.plan.m_step}
     assert {"closed", "newton", "numeric", "fixed"} <= routes
     engines = {result.plan.engine.split()[0] for _, _, result in cases}

@@ -207,9 +207,7 @@ class MStep:
     def _certificate(self, params: Params, expectation: Expectation, sufficient: Sufficient) -> float:
         largest = float(self.closed_score(params, sufficient))
         if self.numeric:
-            block = _block(params, expectation, self.numeric)
-            _, gradient, _ = block.gradient(block.free())
-            largest = max(largest, _largest(gradient))
+            largest = max(largest, _largest(_block(params, expectation, self.numeric).slope()))
         return largest
 
 

@@ -19,8 +19,10 @@ from torch import Tensor
 from pyro_em.e_step.base import Expectation
 from pyro_em.errors import InputError, Refusal
 from pyro_em.m_step.closed import NotClosed
+from pyro_em.m_step.kinks import kinked
 from pyro_em.m_step.linear import is_linear, linear_blocks
 from pyro_em.m_step.newton import Newton, is_newton, newton_blocks
+from pyro_em.m_step.numeric import NEWTON_LIMIT
 from pyro_em.m_step.responses import not_completed
 from pyro_em.m_step.separate import Separate
 from pyro_em.m_step.states import state_blocks
@@ -81,7 +83,7 @@ def choose(problem: Problem, uses: Uses, options: Mapping[str, str]) -> Choices:
     """The rules of all parameters.
 
     :param uses: those that count in Q.
-    :raises Refusal: if a closed form is asked for where there is none.
+    :raises Refusal: if a closed form is asked for where there is none, or none can be had where it is needed.
     """
     with torch.no_grad():
         run = problem.run(problem.start)
@@ -125,6 +127,14 @@ def choose(problem: Problem, uses: Uses, options: Mapping[str, str]) -> Choices:
     for left, reason in not_completed(units, numeric, uses, run.sites):
         units.remove(left)
         choices |= {name: Choice("numeric", reason) for name in left.names}
+    bent = sorted(kinked({n: uses[n] for n in rest if choices[n].route == "numeric"}, run.sites))
+    if bent and sum(problem.parameters[n].value.numel() for n in rest if choices[n].route == "numeric") > NEWTON_LIMIT:
+        raise Refusal(
+            bent[0],
+            "its Laplace prior has a kink, at which L-BFGS does not converge, and so many parameters have no other "
+            f"M-step ({choices[bent[0]].reason}).",
+            f"use a Normal or StudentT prior, or m_step={{'{bent[0]}': 'gradient'}}, which only climbs.",
+        )
     return Choices(choices, units, collinear)
 
 

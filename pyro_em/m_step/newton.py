@@ -49,7 +49,7 @@ class Newton:
     def slope(self, params: Params, sufficient: Sufficient) -> Tensor:
         """max|∂Q/∂u|, ()."""
         q = self._open(params, sufficient)
-        return q.pulled(q.gradient(torch.zeros(self.size, dtype=torch.float64))).abs().amax()
+        return q.subslope(q.free(), q.pulled(q.gradient(torch.zeros(self.size, dtype=torch.float64)))).abs().amax()
 
     def update(self, params: Params, sufficient: Sufficient) -> tuple[Params, set[str]]:
         """The argmax of Q."""
@@ -86,6 +86,7 @@ class Newton:
         q = self._open(params, sufficient)
         zero = torch.zeros(self.size, dtype=torch.float64)
         gradient, hessian = q.gradient(zero), q.hessian(zero)
+        gradient = q.subslope(q.free(), gradient) if q.real else gradient
         if float(gradient.abs().max()) > 1e5 * self.tolerance or any(c.size != v.numel() for c, v in q.charts):
             return set()
         step = ascent(gradient, hessian)

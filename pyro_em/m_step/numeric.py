@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_em.charts import Chart, chart
 from pyro_em.errors import NonFiniteError
+from pyro_em.m_step.kinks import Kinks, kink_of, kinked
 from pyro_em.model.trace import Run
 from pyro_em.problem import Problem
 from pyro_em.statistics import Posteriors
@@ -47,6 +48,16 @@ class Block:
         records = self.problem.parameters
         self.charts: dict[str, Chart] = {n: chart(records[n].constraint, self.params[n].double()) for n in self.names}
         self.sizes = [self.charts[n].size for n in self.names]
+
+    def kinks(self, u: Tensor) -> Kinks | None:
+        """Of Laplace priors, over `u`; |x| has the derivative 0 at its kink for torch."""
+        counted = {n: self.problem.uses[n] for n in self.names if self.problem.with_prior}
+        bent = kinked(counted, {site.name: site for site in self.problem.sites})
+        if not bent:
+            return None
+        with torch.no_grad():
+            _, run = self.objective(self.values(u))
+        return Kinks.of([(self.charts[n].size, kink_of(run.sites[n]) if n in bent else None) for n in self.names])
 
     def free(self) -> Tensor:
         parts = [self.charts[n].to_free(self.params[n].double()) for n in self.names]
@@ -91,7 +102,10 @@ class Block:
 
         :raises NonFiniteError: if it has a NaN: maxima pass over it, and a score of 0 is convergence.
         """
-        _, gradient, _ = self.gradient(self.free())
+        u = self.free()
+        _, gradient, _ = self.gradient(u)
+        kinks = self.kinks(u)
+        gradient = gradient if kinks is None else kinks.nearest(u, gradient)
         for name, part in zip(self.names, torch.split(gradient, self.sizes), strict=True):
             if bool(part.isnan().any()):
                 raise NonFiniteError(
@@ -176,22 +190,31 @@ def newton(block: Block, u: Tensor, *, tolerance: float, max_iter: int) -> Tenso
     """Newton's method on -Q; a Hessian that is not negative definite is shifted by its eigenvalues."""
     for _ in range(max_iter):
         _, gradient, hessian = block.hessian(u)
-        if not bool(gradient.isfinite().all()) or float(gradient.abs().max()) <= tolerance:
+        kinks = block.kinks(u)
+        size = _size(kinks, u, gradient)
+        if not bool(gradient.isfinite().all()) or size <= tolerance:
             return u
         hessian = (hessian + hessian.mT) / 2
         values, vectors = torch.linalg.eigh(-hessian)
-        floor = max(float(values.abs().max()) * 1e-12, 1e-300)
-        step = vectors @ ((vectors.mT @ gradient) / values.abs().clamp(min=floor))
-        moved = _back_track(block, u, step, slope=float(gradient @ step))
+        values = values.abs().clamp(min=max(float(values.abs().max()) * 1e-12, 1e-300))
+        step = vectors @ ((vectors.mT @ gradient) / values)
+        target, gain = u + step, gradient @ step
+        if kinks is not None:
+            target, gain = kinks.target(u, gradient, vectors @ (values.unsqueeze(-1) * vectors.mT))
+        moved = _back_track(block, u, target - u, slope=float(gain))
         if torch.equal(moved, u):
             # Q is flat to rounding here: keep a full step if it lowers the gradient without lowering Q.
-            _, after, _ = block.gradient(u + step)
-            if float(after.abs().max()) < float(gradient.abs().max()) and _level(block, u, u + step):
-                u = u + step
+            _, after, _ = block.gradient(target)
+            if _size(kinks, target, after) < size and _level(block, u, target):
+                u = target
                 continue
             return u
-        u = moved
+        u = target if torch.equal(moved, u + (target - u)) else moved  # a kink is met exactly
     return u
+
+
+def _size(kinks: Kinks | None, u: Tensor, gradient: Tensor) -> float:
+    return float((gradient if kinks is None else kinks.nearest(u, gradient)).abs().max())
 
 
 def _level(block: Block, u: Tensor, v: Tensor) -> bool:

@@ -10,7 +10,10 @@ Numbers stay tensors, so that what is decided by them can be recorded (tape/).
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ from torch import Tensor
 from pyro_em.charts import Chart, ElementwiseChart
 from pyro_em.kernels import QuadraticKernel
 from pyro_em.m_step.curves import cellwise_derivatives
+from pyro_em.m_step.kinks import Kinks, kink_of
 from pyro_em.m_step.linear import prior_precision
 from pyro_em.m_step.predictors import OpenSite
 from pyro_em.model.use import Use
@@ -32,11 +36,11 @@ class Prior:
     """log p(θ) of one parameter, given the arguments of its prior."""
 
     def __init__(self, part: slice, use: Use, sufficient: Sufficient, shape: torch.Size) -> None:
-        site = sufficient.sites[use.site]
+        site = dataclasses.replace(sufficient.sites[use.site], arguments=sufficient.arguments[use.site])
         assert site.family is not None
         kernel = site.family.value_kernel({**site.constants, **sufficient.arguments[use.site]})
         assert kernel is not None
-        self.part, self.kernel, self.shape = part, kernel, shape
+        self.part, self.site, self.kernel, self.shape = part, site, kernel, shape
 
     def value(self, theta: Tensor) -> Tensor:
         """Up to a constant, one term for each entry (row) of the parameter."""
@@ -68,6 +72,14 @@ class Objective:
     charts: list[tuple[Chart, Tensor]]
     priors: list[Prior]
     real: bool  # u = θ
+
+    @cached_property
+    def kinks(self) -> Kinks | None:
+        """Of Laplace priors, over u: their parameters are real, so that u = θ there."""
+        found = {p.part.start: kink_of(p.site) for p in self.priors}
+        starts = itertools.accumulate((value.numel() for _, value in self.charts), initial=0)
+        parts = [(own.size, found.get(begin)) for (own, _), begin in zip(self.charts, starts, strict=False)]
+        return Kinks.of(parts) if any(kernel is not None for _, kernel in parts) else None
 
     def theta(self, u: Tensor) -> Tensor:
         if self.real:
@@ -158,29 +170,42 @@ class Objective:
         free, jacobian = torch.cat(index), torch.cat(first)
         return hessian[free][:, free] * jacobian * jacobian.unsqueeze(-1) - torch.diag(torch.cat(second))
 
+    def subslope(self, u: Tensor, slope: Tensor) -> Tensor:
+        """Of the subgradients at u the one nearest to 0, given `slope(u)`: the slope where Q has no kink."""
+        return slope if self.kinks is None else self.kinks.nearest(u, slope)
+
     def maximised(self, tolerance: float) -> Tensor:
         """Newton's method with backtracking, in free coordinates."""
         u, known = self.free(), None
         slope = self.slope(u)
         for _ in range(MAX_STEPS):
-            if not bool(slope.isfinite().all()) or bool(slope.abs().max() <= tolerance):
+            size = self.subslope(u, slope).abs().max()
+            if not bool(slope.isfinite().all()) or bool(size <= tolerance):
                 break
             before = self.value(u) if known is None else known
-            step = ascent(slope, self.curvature(u))
+            target, gain = self._target(u, slope)
             # Close to the top Q says nothing more, but its slope does: Newton's steps lower it quadratically.
-            close = bool(slope @ step <= CLOSE * before.rounding)
-            moved, known = (u + step, None) if close else self._back_tracked(u, step, slope, before)
+            close = bool(gain <= CLOSE * before.rounding)
+            moved, known = (target, None) if close else self._back_tracked(u, target, gain, before)
             following = self.slope(moved)
-            if torch.equal(moved, u) or (close and not bool(following.abs().max() < slope.abs().max())):
+            if torch.equal(moved, u) or (close and not bool(self.subslope(moved, following).abs().max() < size)):
                 break
             u, slope = moved, following
         return u
 
-    def _back_tracked(self, u: Tensor, step: Tensor, slope: Tensor, before: Value) -> tuple[Tensor, Value]:
+    def _target(self, u: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """Where Newton's step ends, and the rise of Q that its slope promises."""
+        curvature = self.curvature(u)
+        if self.kinks is not None:
+            return self.kinks.target(u, slope, convex(curvature))
+        step = ascent(slope, curvature)
+        return u + step, slope @ step
+
+    def _back_tracked(self, u: Tensor, target: Tensor, gain: Tensor, before: Value) -> tuple[Tensor, Value]:
         """The longest of step, step/2, ... on which Q rises by a share of what its slope promises; u itself if none."""
-        gain, length = slope @ step, 1.0
+        length = 1.0
         while length > 1e-12:
-            moved = u + length * step
+            moved = target if length == 1 else u + length * (target - u)
             after = self.value(moved)
             if bool(after.total >= before.total + 1e-4 * length * gain - before.rounding):
                 return moved, after
@@ -190,13 +215,18 @@ class Objective:
 
 def ascent(gradient: Tensor, hessian: Tensor) -> Tensor:
     """H⁻¹g; where H is not positive definite, of its absolute eigenvalues (of least length where it is singular)."""
+    return QuadraticKernel(gradient, convex(hessian), torch.zeros_like(gradient), vector=True).argmax()
+
+
+def convex(hessian: Tensor) -> Tensor:
+    """H, or the matrix of its absolute eigenvalues if some are negative."""
     hessian = (hessian + hessian.mT) / 2
     _, failed = torch.linalg.cholesky_ex(hessian)
     if failed:
         values, vectors = torch.linalg.eigh(hessian)
         if bool(values[0] < -1e-12 * values.abs().max()):
-            hessian = vectors @ (values.abs().unsqueeze(-1) * vectors.mT)
-    return QuadraticKernel(gradient, hessian, torch.zeros_like(gradient), vector=True).argmax()
+            return vectors @ (values.abs().unsqueeze(-1) * vectors.mT)
+    return hessian
 
 
 def chart_derivatives(own: ElementwiseChart, value: Tensor) -> tuple[Tensor, Tensor]:
