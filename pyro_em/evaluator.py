@@ -25,6 +25,7 @@ from pyro_em.tape import NotRecorded
 
 WARM = 5  # ordinary evaluations before a recording, which costs about ten of them; caches are filled by then
 REFRESH = 100
+FAILURES = 3  # to record, after which it is not tried again: some E-steps do more than others (an error estimate)
 DEVIATIONS = 3  # calls in a row in which no replay held, after which the new way is recorded
 
 
@@ -38,7 +39,7 @@ class Evaluator:
         self.engine, self.m_step, self.num_starts = engine, m_step, num_starts
         self.refusal = ""
         self._recording: Recording | None = None
-        self._count, self._deviations, self._coupled = 0, 0, False
+        self._count, self._deviations, self._failures, self._coupled = 0, 0, 0, False
 
     def __call__(self, requests: Sequence[Request]) -> list[Evaluated | Exception]:
         self._count += 1
@@ -74,8 +75,8 @@ class Evaluator:
             return nothing
         try:
             found = recording(requests)
-        except NotRecorded as error:  # the first replay was not what the code does: there are no more
-            self._recording, self.refusal = None, str(error)
+        except NotRecorded as error:  # the first replay was not what the code does: there are no more of it
+            self._failed(error)
             return nothing
         # One of many starts may go another way for good: it is evaluated by itself, the others are replayed.
         self._deviations = 0 if any(found) else self._deviations + 1
@@ -88,6 +89,8 @@ class Evaluator:
         for name in ("log_likelihood", "log_prior", "magnitude"):
             if getattr(replayed, name) != getattr(ordinary, name):
                 self._recording, self.refusal = None, "a later replay differs from the code"
+        if replayed.error != ordinary.error:  # estimated anew
+            self._recording, self._count = None, 0
 
     def _record(self, request: Request) -> None:
         """Record, if it is time to, the way that the code goes at this request."""
@@ -108,9 +111,15 @@ class Evaluator:
             self._count, self._deviations = 0, 0
             return
         except Exception as error:  # what the code has to say, it says when it is asked
-            self.refusal = str(error) or type(error).__name__
+            self._failed(error)
             return
         self._recording, self._deviations = recording, 0
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        self._recording, self._count, self._deviations = None, 0, 0
+        if self._failures == FAILURES:
+            self.refusal = str(error) or type(error).__name__
 
     def _new(self, names: tuple[str, ...]) -> Recording:
         engine = self.engine

@@ -133,7 +133,7 @@ class QuadratureRoute:
             decrement = (rotated * rotated / size).sum(-1)
             if not bool(decrement.isfinite().all()):
                 break
-            if float(decrement.max()) <= CLOSE:
+            if bool(decrement.max() <= CLOSE):
                 if bool((values <= 0).any()):
                     break
                 # L Lᵀ = (-H)⁻¹
