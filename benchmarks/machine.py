@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-PACKAGES = ("torch", "pyro-ppl", "numpy", "scipy", "scikit-learn", "pomegranate", "stepmix")
+PACKAGES = ("torch", "pyro-ppl", "numpy", "scipy", "scikit-learn", "pomegranate", "stepmix", "dynamax")
 
 
 def environment(threads: int) -> dict[str, str]:

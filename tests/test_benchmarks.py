@@ -33,7 +33,11 @@ from benchmarks.run import main, run
 from benchmarks.workload import Workload
 from benchmarks.workloads import WORKLOADS
 
-NEEDS = {"pomegranate": "pomegranate", "StepMix": "stepmix"}  # peers that the extra `test` does not install
+NEEDS = {
+    "pomegranate": "pomegranate",
+    "StepMix": "stepmix",
+    "dynamax": "dynamax",
+}  # peers that the extra `test` does not install
 
 
 def test_set_up_cancels() -> None:
@@ -162,7 +166,7 @@ def _installed(fit: str) -> bool:
 
 
 @pytest.mark.filterwarnings("default")  # what peers warn about on import is theirs
-@pytest.mark.parametrize("name", ["A1", "A4", "D"])
+@pytest.mark.parametrize("name", ["A1", "A4", "D", "C2"])
 def test_peers_do_the_same_work(name: str) -> None:
     workload = WORKLOADS[name]
     assert isinstance(workload, Paired)
