@@ -11,6 +11,7 @@ gives the exact state at every boundary and the log-evidence. There is no burn-i
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -76,12 +77,31 @@ def cut(S: int, n: int) -> tuple[int, int]:
     return n // best, best
 
 
+def recentred(chain: Chain) -> tuple[Chain, Tensor]:
+    """The chain of states around the constant (S, D) that the mean of the data speaks for, and that constant.
+
+    What chunks do to an unknown state is a quadratic around 0, whose terms cancel where states are far from 0.
+    """
+    if chain.C.shape[1] > 1 or chain.d.shape[1] > 1:
+        return chain, chain.mean.new_zeros(1, chain.mean.shape[-1])
+    seen = torch.ones_like(chain.y) if chain.seen is None else chain.seen.expand(chain.y.shape).to(chain.y.dtype)
+    with torch.no_grad():
+        mean = (chain.y * seen).sum(1) / seen.sum(1).clamp(min=1) - chain.d[:, 0]
+        inverse = torch.linalg.pinv(chain.C[:, 0])
+        at = (inverse @ mean.unsqueeze(-1)).squeeze(-1) * (seen.sum(1) > 0).all(-1, keepdim=True)
+    column = at[:, None, :, None]
+    moved = (chain.A @ column).squeeze(-1) - at[:, None]
+    offset = (chain.C @ column).squeeze(-1)
+    return dataclasses.replace(chain, mean=chain.mean - at, b=chain.b + moved, d=chain.d + offset), at
+
+
 def log_evidence(chain: Chain) -> Tensor:
     """log p(y) of every sequence, shape (S,); twice differentiable in the chain's arguments.
 
     :raises SingularInnovation: where an observed step has no density given the past.
     """
     S, T, _ = chain.y.shape
+    chain, _ = recentred(chain)
     steps = prepared(chain)
     M, L = cut(S, T - 1)
     head = T - M * L

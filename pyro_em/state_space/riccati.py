@@ -20,14 +20,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.linalg.lapack import dpotrf, dpotrs, dtrtri
 
-from pyro_em.state_space.steps import SingularInnovation
+from pyro_em.state_space.steps import SingularInnovation, gain
 
 Array = NDArray[np.float64]
 EPS = np.finfo(np.float64).eps
 STEADY = 8 * EPS  # relative distance of a covariance from its limit that is rounding
+WIDE = 1e3  # times the steady covariance
 BY_ONE = 24  # steps taken one by one at the beginning
 
 
@@ -122,7 +124,7 @@ class SmoothedSums:
     noise_states: Array
 
 
-def smoothed_sums(own: Gains, C: Array, Q: Array, T: int) -> SmoothedSums:
+def smoothed_sums(own: Gains, A: Array, C: Array, Q: Array, R: Array, T: int) -> SmoothedSums:
     """Sums over all T steps."""
     n, P = len(own), own.predicted
     info = C.T @ own.whiteners.swapaxes(1, 2)
@@ -139,11 +141,29 @@ def smoothed_sums(own: Gains, C: Array, Q: Array, T: int) -> SmoothedSums:
         later[t] = N
     V = P - P @ later @ P
     last = own.predicted[-1]
+    _narrow(V, own, A, C, Q, R)
     total = V.sum(0) + (T - n) * last - last @ steady @ last
     crossed = (after @ own.closed[: n - 1] @ P[: n - 1]).sum(0) + steady @ own.closed[-1] @ last
     noise = (T - 1) * Q - Q @ (after.sum(0) + steady) @ Q
     V_last = V[-1] if n == T else last - last @ info[-1] @ last
     return SmoothedSums(V[0], V_last, (total + total.T) / 2, (noise + noise.T) / 2, -Q @ crossed)
+
+
+def _narrow(V: Array, own: Gains, A: Array, C: Array, Q: Array, R: Array) -> None:
+    """Put right the V_t of wide starts, where P - P N P cancels: by Rauch, Tung and Striebel, as a sum of squares."""
+    size = abs(own.predicted).max((1, 2))
+    wide = np.flatnonzero(size > WIDE * size[-1])
+    eye = np.eye(len(A))
+    for t in reversed(range(int(wide[-1]) + 1 if len(wide) else 0)):
+        if t + 1 >= len(own):
+            continue
+        P, W = own.predicted[t], own.whiteners[t]
+        K = P @ C.T @ W.T @ W
+        keep = eye - K @ C
+        P = keep @ P @ keep.T + K @ R @ K.T
+        G = gain(*map(torch.from_numpy, (P, np.ascontiguousarray(A), own.predicted[t + 1]))).numpy()
+        keep = eye - G @ A
+        V[t] = keep @ P @ keep.T + G @ (Q + V[t + 1]) @ G.T
 
 
 def _doubled(M: Array, L: Array, m: int) -> tuple[Array, Array]:

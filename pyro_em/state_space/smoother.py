@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_em.state_space.kalman import Action, act, begin, cut
+from pyro_em.state_space.kalman import Action, act, begin, cut, recentred
 from pyro_em.state_space.linear_gaussian import Chain, Smoothed, symmetric
 from pyro_em.state_space.steps import Steps, gain, predict, prepared, update
 
@@ -83,6 +83,7 @@ def smooth(chain: Chain) -> Smoothed:
     """
     with torch.no_grad():
         S, T, _ = chain.y.shape
+        chain, at = recentred(chain)
         steps = prepared(chain)
         M, L = cut(S, T - 1)
         head = T - M * L
@@ -106,10 +107,10 @@ def smooth(chain: Chain) -> Smoothed:
         density = joined([density, *front.densities], filtered.densities)
         return Smoothed(
             density.sum(1),
-            joined(earlier.means, later.means[1:]),
+            joined(earlier.means, later.means[1:]) + at.unsqueeze(1),
             joined(earlier.covariances, later.covariances[1:]),
             joined(earlier.lags, later.lags) if T > 1 else P.new_zeros(S, 0, *P.shape[-2:]),
-            joined(front.means, filtered.means[1:]),
+            joined(front.means, filtered.means[1:]) + at.unsqueeze(1),
             joined(front.covariances, filtered.covariances[1:]),
             density,
         )

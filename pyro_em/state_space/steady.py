@@ -24,7 +24,7 @@ from pyro_em.state_space.smoother import smooth
 from pyro_em.state_space.steps import LOG_2PI, SingularInnovation
 
 Array = NDArray[np.float64]
-WIDE = 1e8  # a start so much wider than the steady covariance is left to smoother.py, whose form loses no digits
+WIDE = 1e12  # a start so much wider than the steady covariance is left to smoother.py, whose form loses no digits
 
 
 def steady_moments(chain: Chain, weight: Tensor | None = None) -> ChainMoments:
@@ -104,7 +104,7 @@ def _moments_of(chain: Chain, weight: Tensor) -> ChainMoments:
     sums, count = _sums(Z, w)
     firsts, lasts = _row(Z, 0), _row(Z, -1)
     first, last = _gram(firsts, w), _gram(lasts, w)
-    V = smoothed_sums(own, C, Q, T)
+    V = smoothed_sums(own, A, C, Q, R, T)
     x, r, u = slice(1, 1 + D), slice(1 + D, 1 + 2 * D), slice(1 + 2 * D, None)
     start = firsts[:, :D] - mean
     initial = _gram(start, w)
