@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_em.condense import condense
 from pyro_em.errors import Refusal
 from pyro_em.evidence.rule import Quadrature
+from pyro_em.model.counting import num_rows
 from pyro_em.options import point_estimated
 from pyro_em.problem import Problem, bind
 from pyro_em.store import unspent_rng
@@ -29,8 +30,8 @@ class Bound:
 
     @property
     def num_observations(self) -> float:
-        """N; the weights of pseudo-rows have it up to rounding."""
-        count = self.problem.graph.num_observations
+        """n of BIC; the weights of pseudo-rows have it up to rounding."""
+        count = num_rows(self.problem.graph, self.problem.capture)
         return float(round(count)) if self.notes else count
 
     @property

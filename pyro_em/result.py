@@ -178,7 +178,7 @@ class FitResult:
 
     @property
     def bic(self) -> float:
-        """-2 log p + num_parameters·log N (smaller is better)."""
+        """-2 log p + num_parameters·log n (smaller is better); n counts every step of a series (model/counting.py)."""
         return -2.0 * self._likelihood() + self.num_parameters * math.log(self.num_observations)
 
     @property

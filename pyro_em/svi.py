@@ -29,6 +29,7 @@ from pyro_em.initialise import initial_starts
 from pyro_em.loop import Callback
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.compat import base_distribution
+from pyro_em.model.counting import num_rows
 from pyro_em.model.graph import independent_plates
 from pyro_em.model.plan import Plan, Row
 from pyro_em.model.resources import predicted_bytes
@@ -107,7 +108,7 @@ def fit_svi(
         restarts=tuple((run.objective, run.outcome.name) for run in runs),
         seed=seed,
         missing=missing,
-        num_observations=_num_observations(split) if problem is None else problem.graph.num_observations,
+        num_observations=_num_observations(split) if problem is None else num_rows(problem.graph, problem.capture),
         num_parameters=sum(free_dimension(records[n].constraint, best.params[n]) for n in free),
         problem=problem,
         free=free,

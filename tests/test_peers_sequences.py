@@ -130,6 +130,7 @@ def test_hmmlearn(kind: str) -> None:
         if kind == "poisson":
             peer.n_features, peer.lambdas_ = 1, state["rate"].reshape(3, 1)
         assert result.history["log_likelihood"][k] == pytest.approx(peer.score(rows, list(LENGTHS)), abs=1e-8)
+        assert result.num_observations == sum(LENGTHS)
         peer.fit(rows, list(LENGTHS))
         state = {"pi": peer.startprob_, "A": peer.transmat_}
         state |= {name: np.asarray(getattr(peer, attribute)) for name, attribute in names.items()}

@@ -15,6 +15,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 import pyro_em
+from tests.published import read
 
 simplex = constraints.simplex
 Loop = Callable[[int], Any]
@@ -106,6 +107,35 @@ def test_forbidden_transitions_stay_zero(loop: Loop) -> None:
     x = torch.tensor([[0, 0, 1], [0, 1, 0], [1, 2, 2], [2, 2, 1]])
     found = pyro_em.fit(chain, x, loop, init=start, max_iter=5, tol=0).params["A"]
     assert float(found[1, 0]) == 0.0 and float(found[0, 1]) > 0.0
+
+
+@LOOPS
+def test_every_step_is_an_observation(loop: Loop) -> None:
+    """n of BIC: 6 steps of 3 sequences, a weight counting its sequence's steps, a series of one sequence."""
+    assert pyro_em.fit(chain, _symbols(), loop, max_iter=0).num_observations == 18
+    weights = {"sequences": torch.tensor([1.0, 2.0, 0.5])}
+    assert pyro_em.fit(chain, _symbols(), loop, max_iter=0, weights=weights).num_observations == 21
+    assert pyro_em.fit(chain, _symbols(6, 1), loop, max_iter=0).num_observations == 6
+
+
+@pytest.mark.filterwarnings("ignore::pyro_em.BoundaryEstimate")  # the published first state is certain
+def test_published_bic() -> None:
+    """depmixS4's vignette: AIC 191.46 and BIC 220.05 of two states on one series of 439 reaction times."""
+
+    def model(y: Tensor) -> None:
+        pi = pyro.param("pi", torch.tensor([0.0, 1.0]), constraint=simplex)
+        A = pyro.param("A", torch.tensor([[0.883504, 0.116496], [0.084334, 0.915666]]), constraint=simplex)
+        mu = pyro.param("mu", torch.tensor([5.510355, 6.385047]))
+        sd = pyro.param("sd", torch.tensor([0.191743, 0.244164]), constraint=constraints.positive)
+        z = None
+        for t in pyro_em.markov(len(y)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(pi if z is None else A[z]))
+            pyro.sample(f"y_{t}", dist.Normal(mu[z], sd[z]), obs=y[t])
+
+    result = pyro_em.fit(model, read("speed", "rt")[:, 0], max_iter=0)
+    assert result.num_observations == 439
+    assert result.aic == pytest.approx(191.46, abs=0.005)
+    assert result.bic == pytest.approx(220.05, abs=0.005)
 
 
 @LOOPS

@@ -72,7 +72,7 @@ class FactorGraph:
 
     @property
     def num_observations(self) -> float:
-        """N of the stopping rule and of BIC: elements of the data plates, or the sum of their weights.
+        """N of the stopping rule: elements of the data plates, or the sum of their weights (of BIC: counting.py).
 
         (Integer weights are repeats, so that both must count alike.) Data in plates side by side, such as the
         labelled and the unlabelled rows, are counted plate by plate. Where continuous
@@ -80,10 +80,11 @@ class FactorGraph:
         """
         if not any(self._roots()) and any(c.symbols - self.symbol_sites.keys() for c in self.components):
             return float(max(math.prod(self.plate_sizes[p] for p in f.plates) for f in self.factors.values()))
-        total = sum(self._elements(plates) for plates in independent_plates(self._roots()))
+        total = sum(self.elements(plates) for plates in independent_plates(self._roots()))
         return max(total, torch.finfo(torch.float64).tiny)
 
-    def _elements(self, plates: frozenset[str]) -> float:
+    def elements(self, plates: frozenset[str]) -> float:
+        """Number of elements of some plates together, or the sum of their weights."""
         total = 1.0
         for plate in sorted(plates):
             weight = self.plate_weights.get(plate)
