@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,105 +15,14 @@ from torch import Tensor
 
 import pyro_em
 from pyro_em.evidence.conjugate_kinds import BetaKind, GammaKind, InverseGammaKind
-from tests import zoo_conjugate as z
+from tests.conjugate_problems import CASES, Case
 from tests.laws import largest_score, to_constrained, to_free
 from tests.oracles import constraints
 
 EPS = torch.finfo(torch.float64).eps
-Params = Mapping[str, Tensor]
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_em.BoundaryEstimate")
 
 
-@dataclass(frozen=True)
-class Case:
-    """`evidence` is log p(x) per independent element, by a closed form; `posterior` that of the latent `site`."""
-
-    model: Callable[..., Any]
-    args: tuple[Any, ...]
-    init: Params
-    evidence: Callable[[Params], Tensor]
-    site: str
-    posterior: Callable[[Params], Any]
-
-
-def _t(values: Any) -> Tensor:
-    return torch.as_tensor(np.asarray(values, dtype=float))
-
-
-def _cases() -> dict[str, Case]:
-    rng = np.random.default_rng(0)
-    exposure, y = _t(rng.uniform(0.5, 3, 15)), _t(rng.poisson(rng.gamma(2.0, 1.5, 15)))
-    group = torch.as_tensor(np.concatenate([[0, 1, 2, 3], rng.integers(0, 4, 11)]))
-    wins = _t(rng.binomial(12, rng.beta(2, 3, 15)))
-    tails = _t(1.0 + 2 * rng.standard_t(3, 20))
-    spread = _t(rng.normal(size=(4, 6)) * rng.gamma(2, 1, 6) + 0.3)
-    waits = _t(rng.gamma(2.0, 0.4, 9))
-    table = _t(rng.poisson(rng.gamma(2.0, 1.5, (8, 3))))
-    both = _t(np.concatenate([rng.poisson(1.0, 8), rng.poisson(rng.gamma(9.0, 1.0, 8))]))
-    sums = _t(np.zeros(4)).index_add(0, group, y)
-    counts = _t(np.zeros(4)).index_add(0, group, torch.ones_like(y))
-    hyper = {"alpha": _t(1.7), "beta": _t(0.8)}
-
-    def groups(p: Params) -> Tensor:
-        a, b = p["alpha"], p["beta"]
-        own = torch.lgamma(a + sums) - torch.lgamma(a) + a * b.log() - (a + sums) * (b + counts).log()
-        return own - torch.zeros_like(sums).index_add(0, group, torch.lgamma(y + 1))
-
-    def variances(p: Params) -> Tensor:
-        a, b, half = p["shape"], p["rate"], 2.0
-        ss = ((spread - p["mu"]) ** 2).sum(0) / 2
-        own = a * b.log() - torch.lgamma(a) + torch.lgamma(a + half) - (a + half) * (b + ss).log()
-        return own - half * np.log(2 * np.pi)
-
-    def common(p: Params) -> Tensor:
-        a, b = p["alpha"], _t(0.5)
-        own = a * b.log() - torch.lgamma(a) + torch.lgamma(a + 18) - (a + 18) * (b + waits.sum()).log()
-        return own + waits.log().sum()  # Gamma(2, r): log y + 2 log r - r y
-
-    def mixed(p: Params) -> Tensor:
-        own = dist.GammaPoisson(p["alpha"], p["beta"]).log_prob(both.unsqueeze(-1))
-        return (own + p["w"].log()).logsumexp(-1)
-
-    def grouped_posterior(p: Params) -> Any:
-        return dist.Gamma(p["alpha"] + sums, p["beta"] + counts)
-
-    return {
-        "gamma_poisson": Case(
-            z.gamma_poisson, (exposure, y), hyper,
-            lambda p: dist.GammaPoisson(p["alpha"], p["beta"] / exposure).log_prob(y),
-            "rate", lambda p: dist.Gamma(p["alpha"] + y, p["beta"] + exposure)),
-        "negative_binomial": Case(
-            z.negative_binomial, (y,), {"m": _t(2.0), "k": _t(1.3)},
-            lambda p: dist.GammaPoisson(p["k"], p["k"] / p["m"]).log_prob(y),
-            "rate", lambda p: dist.Gamma(p["k"] + y, p["k"] / p["m"] + 1)),
-        "grouped_counts": Case(z.grouped_counts, (group, y), hyper, groups, "rate", grouped_posterior),
-        "positional_counts": Case(z.positional_counts, (group, y), hyper, groups, "rate", grouped_posterior),
-        "beta_binomial": Case(
-            z.beta_binomial, (wins,), {"a": _t(1.4), "b": _t(2.5)},
-            lambda p: dist.BetaBinomial(p["a"], p["b"], 12).log_prob(wins),
-            "p", lambda p: dist.Beta(p["a"] + wins, p["b"] + 12 - wins)),
-        "student": Case(
-            z.student, (tails,), {"mu": _t(0.5), "sigma": _t(1.5), "nu": _t(4.0)},
-            lambda p: dist.StudentT(p["nu"], p["mu"], p["sigma"]).log_prob(tails),
-            "precision", lambda p: dist.Gamma(p["nu"] / 2 + 0.5,
-                                              p["nu"] / 2 + ((tails - p["mu"]) / p["sigma"]) ** 2 / 2)),
-        "group_variances": Case(
-            z.group_variances, (spread,), {"shape": _t(2.0), "rate": _t(1.5), "mu": _t(0.1)}, variances,
-            "variance", lambda p: dist.InverseGamma(p["shape"] + 2, p["rate"] + ((spread - p["mu"]) ** 2).sum(0) / 2)),
-        "common_rate": Case(
-            z.common_rate, (waits,), {"alpha": _t(1.2)}, common,
-            "rate", lambda p: dist.Gamma(p["alpha"] + 18, 0.5 + waits.sum())),
-        "event_rates": Case(
-            z.event_rates, (table,), hyper,
-            lambda p: dist.GammaPoisson(p["alpha"], p["beta"]).log_prob(table).sum(-1),
-            "rate", lambda p: dist.Gamma(p["alpha"] + table, p["beta"] + 1)),
-        "mixed_counts": Case(
-            z.mixed_counts, (both,), {"w": _t([0.5, 0.5]), "alpha": _t([1.5, 8.0]), "beta": _t([1.0, 0.9])}, mixed,
-            "rate", lambda p: None),
-    }  # fmt: skip
-
-
-CASES = _cases()
 NAMES = list(CASES)
 
 
@@ -207,7 +115,7 @@ def test_atoms_have_the_expectations_of_the_posterior(kind: Any) -> None:
                 jacobian = x if kind.name != "Beta" else x * (1 - x)
                 if not 0 < x < (1 if kind.name == "Beta" else np.inf) or jacobian == 0:
                     return 0.0
-                return float(statistic(sign * x) * np.exp(float(own.log_prob(_t(x)))) * jacobian)
+                return float(statistic(sign * x) * np.exp(float(own.log_prob(torch.as_tensor(x)))) * jacobian)
 
             width = (34.0 if kind.name == "Beta" else 60.0) if i == 0 else 20.0
             truth, _ = integrate.quad(density, -width, width, points=[-1.0, 0.0, 1.0, 2.0], limit=400, epsabs=1e-12)
@@ -221,7 +129,12 @@ def test_units_do_not_matter() -> None:
     exposure, y = case.args
     for factor in (1e-6, 1e6):
         scaled = pyro_em.fit(
-            case.model, exposure * factor, y, init={"alpha": _t(1.7), "beta": _t(0.8 * factor)}, max_iter=3, tol=0
+            case.model,
+            exposure * factor,
+            y,
+            init={"alpha": torch.as_tensor(1.7), "beta": torch.as_tensor(0.8 * factor)},
+            max_iter=3,
+            tol=0,
         )
         plain = _fit(case, max_iter=3, tol=0)
         assert scaled.log_likelihood == pytest.approx(plain.log_likelihood, rel=1e-10)
@@ -234,7 +147,7 @@ def _refused(model: Callable[..., Any], *args: Any) -> Any:
     return caught.value
 
 
-Y = _t([1.0, 0.0, 2.0, 4.0, 1.0])
+Y = torch.tensor([1.0, 0.0, 2.0, 4.0, 1.0])
 
 
 def _with_prior(prior: Callable[[], Any], child: Callable[[Tensor], Any], data: Tensor) -> Callable[[], None]:

@@ -196,10 +196,7 @@ def _cases() -> dict[str, Case]:
 
 # Iterates that are checked below in another way: one would take a minute, and one is no exact number in the file.
 UNREACHED = {("C15_nile", 5000), ("C23_robot_lds", 20)}
-# Rows after thousands of updates that take minutes without a compiled engine, left out.
-LONG = {("C16_dyestuff", 3000), ("C17_sleepstudy", 3000), ("C18_eight_schools", 10000)}
 POINTS = [(name, row["it"]) for name, case in TRAJECTORIES.items() for row in case["trace"]]
-POINTS = [point for point in POINTS if point not in LONG]
 POINTS = [point for point in POINTS if point not in UNREACHED]
 
 
