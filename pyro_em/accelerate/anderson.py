@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_em.accelerate.base import Coordinates, evaluate
@@ -71,25 +73,29 @@ class Anderson:
         left, singular, right = torch.linalg.svd(residuals.diff(dim=-1), full_matrices=False)
         kept = singular > RANK * singular[:1]
         singular, target = singular[kept], (left.mT @ residuals[:, -1])[kept]
-        penalty = ridge(singular, target, share=1 / (1 + GROWTH**-self._accepted))
+        penalty = ridge(singular.numpy(), target.numpy(), share=1 / (1 + GROWTH**-self._accepted))
         gamma = right.mT[:, kept] @ (singular * target / (singular**2 + penalty))
         return maps[:, -1] - maps.diff(dim=-1) @ gamma
 
 
-def ridge(singular: Tensor, target: Tensor, share: float) -> float:
+def ridge(singular: NDArray[np.float64], target: NDArray[np.float64], share: float) -> float:
     """λ for which ‖γ(λ)‖² = share · ‖γ(0)‖², where γ_j(λ) = d_j t_j / (d_j² + λ), d and t (k,).
 
     Newton's method on 1/‖γ‖, as in trust regions (Moré 1978): from λ = 0 it rises to the root monotonically.
     """
-    if not bool(target.any()):
+    if not target.any():
         return 0.0
-    wanted = math.sqrt(share) * float((target / singular).norm())
+    wanted = math.sqrt(share) * _norm(target / singular)
     penalty = 0.0
     for _ in range(20):
         shifted = singular**2 + penalty
         gamma = singular * target / shifted
-        size = float(gamma.norm())
+        size = _norm(gamma)
         if size <= 1.001 * wanted:
             break
         penalty += size**2 / float((gamma**2 / shifted).sum()) * (size - wanted) / wanted
     return penalty
+
+
+def _norm(x: NDArray[np.float64]) -> float:
+    return math.sqrt(float(x @ x))

@@ -8,13 +8,13 @@ does not know the model: all it sees are parameters and objectives.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from pyro_em.charts import Chart, chart
+from pyro_em.charts import Chart, CovarianceChart, ElementwiseChart, SimplexChart, chart
 from pyro_em.errors import DegenerateLikelihoodError, InputError, NonFiniteError
 from pyro_em.loop import EMMap, Iterate, Steps
 from pyro_em.types import Params
@@ -26,6 +26,7 @@ class Coordinates:
 
     params: Params
     charts: Mapping[str, Chart]
+    _known: list[tuple[Params, Tensor]] = field(default_factory=list)  # coordinates of the last few
 
     @classmethod
     def around(cls, em: EMMap, params: Params) -> Coordinates:
@@ -35,6 +36,14 @@ class Coordinates:
 
     def to_free(self, params: Params) -> Tensor:
         """Coordinates (P,); not finite where an entry with a coordinate is on the boundary or outside."""
+        for own, free in self._known:
+            if own is params:
+                return free
+        free = self._to_free(params)
+        self._known[:] = [(params, free), *self._known[:2]]
+        return free
+
+    def _to_free(self, params: Params) -> Tensor:
         try:
             parts = [c.to_free(params[name]).detach().double().cpu() for name, c in self.charts.items()]
         except LinAlgError:  # a covariance that is no longer positive definite
@@ -54,8 +63,19 @@ class Coordinates:
         free = self.to_free(params)
         if not bool(free.isfinite().all()):
             return False
+        if all(_whole(c) for c in self.charts.values()):
+            return True
         again = self.from_free(free)
         return all(torch.allclose(again[name], params[name], equal_nan=True) for name in self.charts)
+
+
+def _whole(own: Chart) -> bool:
+    """Whether every entry has a coordinate, so that nothing is held."""
+    if isinstance(own, ElementwiseChart):
+        return own.size == own.template.numel()
+    if isinstance(own, SimplexChart):
+        return own.size == own.logits.numel() - own.reference.numel()
+    return isinstance(own, CovarianceChart)
 
 
 def evaluate(em: EMMap, coordinates: Coordinates, free: Tensor, iteration: int) -> Steps[Iterate | None]:
