@@ -22,6 +22,7 @@ from tests.problems import BY_NAME, PROBLEMS, Problem
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_em.EMWarning")
 
 
+OTHERWISE = {"timed_ragged", "timed_factorial"}  # short chains, which LAPACK smooths on the CPU
 ON_CPU = {"module_mixture"}  # its module is made with the model, which the user would have to move
 
 
@@ -44,10 +45,12 @@ def _compare(problem: Problem, max_iter: int) -> None:
         rows, spread = found.log_prob(), found.standard_errors()
         assert all(x.device == device for x in (rows, *found.params.values(), *spread.values()))
         rows, params, spread = (tree_map(Tensor.cpu, x) for x in (rows, found.params, spread))
-    assert found.log_likelihood == expected.log_likelihood
-    assert torch.equal(rows, pointwise)
-    assert all(torch.equal(params[name], expected.params[name]) for name in params)
-    assert all(torch.equal(spread[name], errors[name]) for name in spread)
+    digits = {"rtol": 1e-9, "atol": 1e-9} if problem.name in OTHERWISE else {"rtol": 0, "atol": 0}
+    assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=digits["rtol"], abs=0)
+    torch.testing.assert_close(rows, pointwise, **digits)
+    for values, others in ((params, expected.params), (spread, errors)):
+        for name, value in values.items():
+            torch.testing.assert_close(value, others[name], **digits)
 
 
 @pytest.mark.parametrize("name", [problem.name for problem in PROBLEMS if problem.name not in ON_CPU])

@@ -100,7 +100,7 @@ class Product:
 
     @staticmethod
     def _log_joint(w: Tensor, sites: list[tuple[SiteLayout, Normal]], phi: Tensor, begin: int) -> Tensor:
-        log_joint = w @ phi if w.shape[1] > 1 else w
+        log_joint = w @ phi if w.shape[1] == len(phi) else w.expand(-1, phi.shape[1])
         for layout, own in sites:
             log_joint = log_joint + centered_log_density(layout, own, begin, begin + phi.shape[1])
         return log_joint

@@ -134,7 +134,8 @@ def compile_scan(problem: Problem, run: Run, component: Component) -> tuple[Scan
     plates = graph.factors[z0].plates
     order = [d for d in by_dim(run.sites[z1]) if d in plates]
     steps, chains = loop.loop.steps, math.prod(graph.plate_sizes[d] for d in order)
-    short = is_short(steps, chains, states.num)
+    on_cpu = torch.get_default_device().type == "cpu"  # LAPACK's band solver, called through NumPy
+    short = on_cpu and is_short(steps, chains, states.num)
     blocks = Blocks(steps, chains, steps, 1) if short else Blocks.of(steps, chains, states.num)
     banded = Banded(blocks, states.num) if short else None
     sites, joined = _observed(problem, run, component, loop, own)

@@ -78,10 +78,10 @@ def spread_of(uses: tuple[Use, ...], sufficient: Sufficient) -> Tensor | None:
         if own.center is None:
             continue
         weight, second = own.moments[0], own.moments[2]
-        if family.event_dim == 1:
-            second = second.diagonal(dim1=-2, dim2=-1)
-            weight = weight.unsqueeze(-1)
-        width = second.shape[-1] if family.event_dim == 1 else 1
+        width = 1
+        if second.dim() > weight.dim():  # x xᵀ of vectors
+            second, weight = second.diagonal(dim1=-2, dim2=-1), weight.unsqueeze(-1)
+            width = second.shape[-1]
         count.append(weight.expand(second.shape).reshape(-1, width))
         center.append(own.center.expand(second.shape).reshape(-1, width))
         squares.append(second.reshape(-1, width))
