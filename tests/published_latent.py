@@ -138,8 +138,9 @@ def lmm_penicillin() -> Found:
 def map_eight_schools_gamma2() -> Found:
     y, sigma = read("eight_schools", "y", "sigma").unbind(-1)
     result = fit(eight_schools.bayesian, y, sigma, **FAST | {"algorithm": "map-em"})
-    # EM approaches the boundary tau = 0 sublinearly: Anderson's extrapolation gets there.
-    boundary = fit(eight_schools.model, y, sigma, **FAST | {"accelerate": "anderson", "max_iter": 400})
+    # EM approaches the boundary tau = 0 sublinearly, the mean with it: extrapolation gets there.
+    boundary = fit(eight_schools.model, y, sigma, **FAST | {"max_iter": 400})
+    assert boundary.converged
     return {
         "tau": result.params["tau"],
         "mu": result.params["mu"],
