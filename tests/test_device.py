@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import pyro_em
+from models import glmm, mvn_missing, overdispersed, state_space
 from tests.emulated import emulated_device
 from tests.latent_problems import BY_NAME as LATENT_BY_NAME
 from tests.latent_problems import LATENT_PROBLEMS
@@ -74,6 +75,26 @@ def test_continuous_latents(name: str) -> None:
     expected = fit(torch.device("cpu"))
     with emulated_device() as device:
         found = fit(device)
+        params = {name: value.cpu() for name, value in found.params.items()}
+    assert found.log_likelihood == expected.log_likelihood
+    assert all(torch.equal(params[name], expected.params[name]) for name in params)
+
+
+MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "state space": (state_space.local_level, lambda: (state_space.load(),), {}),
+    "series side by side": (state_space.lds, lambda: (state_space.simulate(20, 3, num_observed=2),), {}),
+    "quadrature": (glmm.model, glmm.load, {"e_step": {"b": pyro_em.Quadrature(num_nodes=7)}}),
+    "missing cells": (mvn_missing.model, lambda: (mvn_missing.simulate(30, 3),), {"missing": "nan"}),
+    "conjugate": (overdispersed.gamma_poisson, overdispersed.load, {}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name: str) -> None:
+    model, load, options = MODELS[name]
+    expected = pyro_em.fit(model, *load(), max_iter=3, tol=0, **options)
+    with emulated_device() as device:
+        found = pyro_em.fit(model, *_moved(load(), device), max_iter=3, tol=0, **options)
         params = {name: value.cpu() for name, value in found.params.items()}
     assert found.log_likelihood == expected.log_likelihood
     assert all(torch.equal(params[name], expected.params[name]) for name in params)
