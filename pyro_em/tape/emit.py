@@ -76,6 +76,8 @@ def numpy_call(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         return BINARY[call], list(args)
     if call in UNARY:
         return UNARY[call], list(args)
+    if call is aten.pow.Tensor_Scalar and args[1] == 2:  # which torch computes in this way
+        return np.multiply, [args[0], args[0]]
     if call is aten.clamp.default and len(args) == 2:
         return np.maximum, list(args)
     if call in REDUCTIONS and not kwargs and len(args) <= 3:

@@ -7,7 +7,8 @@
     guards      a replay counts only if its guards hold: after `not mask.any()`, where(mask, a, b) is b;
     dead code   what no output, guard or written memory needs is left out.
 
-Memory that is written in place keeps all of its operations, in their order: nothing about it is shared or moved.
+Memory that is written in place keeps all of its operations, in their order: nothing about it is shared or moved,
+unless nothing from the inputs ever enters it, and nothing that does reads it before it is complete.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class _Simplifier:
     def __init__(
         self, operations: Sequence[Operation], inputs: Sequence[Tensor], masks: Mapping[int, bool] | None = None
     ) -> None:
-        self.written = {storage(x) for operation in operations for x in operation.written}
+        self.written = _written(operations, inputs)
         self.variables: dict[int, Variable] = {}  # by id of the recorded tensor
         self.base: dict[Variable, tuple[Variable, Tensor]] = {}  # of a view: the variable below, and as recorded
         self.known: dict[Hashable, tuple[Variable | None, ...]] = {}
@@ -204,6 +205,20 @@ class _Simplifier:
             return (type(x), *(self._frozen(y) for y in x))
         value = self.value(x)
         return id(value) if isinstance(value, Tensor) else (type(value), value)
+
+
+def _written(operations: Sequence[Operation], inputs: Sequence[Tensor]) -> set[int]:
+    """Memory that is written in place, but for constants that are made so."""
+    dependent = {storage(x) for x in inputs}
+    last: dict[int, int] = {}  # by storage: when it was last written
+    first: dict[int, int] = {}  # when it was first read together with what follows from the inputs
+    for i, operation in enumerate(operations):
+        if any(storage(x) in dependent for x in operation.inputs):
+            dependent.update(storage(x) for x in (*operation.outputs, *operation.written))
+            for x in operation.inputs:
+                first.setdefault(storage(x), i)
+        last.update((storage(x), i) for x in operation.written)
+    return {own for own, i in last.items() if own in dependent or first.get(own, i + 1) <= i}
 
 
 def _known_masks(work: _Simplifier) -> dict[int, bool]:

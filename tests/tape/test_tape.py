@@ -28,6 +28,15 @@ def in_place(x: Tensor) -> list[Tensor]:
     return [total, own, own.detach()[0] + total]
 
 
+def constants_in_place(x: Tensor) -> list[Tensor]:
+    """A table that is filled before it is read is a constant, one that goes on changing is not."""
+    table = torch.zeros(3, 3).scatter_(1, torch.tensor([[1], [0], [2]]), 1.0)
+    moving = torch.ones(3)
+    early = x * moving
+    moving.mul_(3.0)
+    return [x @ table, early, x * moving, x**2]
+
+
 def algebra(x: Tensor) -> list[Tensor]:
     square = x.mT @ x + torch.eye(3)
     factor = torch.linalg.cholesky(square)
@@ -69,7 +78,9 @@ def branches(x: Tensor) -> list[Tensor]:
     return [near * 1.0 + 0.0, x.clamp(min=0.0), torch.where(x > 0, x.log(), 0.0 * x)]
 
 
-@pytest.mark.parametrize("function", [views, in_place, algebra, branches, gradients, reshaped, roots, seeded])
+@pytest.mark.parametrize(
+    "function", [views, in_place, constants_in_place, algebra, branches, gradients, reshaped, roots, seeded]
+)
 def test_a_replay_gives_the_same_bits(function: Function) -> None:
     tape = Tape(function, [torch.randn(4, 3)])
     for _ in range(5):
