@@ -15,6 +15,8 @@ from torch import Tensor
 
 import pyro_em
 from benchmarks import state_space as peers
+from models import time_loops
+from tests.dense import dense
 from tests.loop_chains import BY_NAME, system
 
 pytestmark = pytest.mark.filterwarnings("default")  # what peers warn about is theirs
@@ -127,3 +129,35 @@ def test_sequences_in_another_order_are_the_same() -> None:
     ]
     assert results[0].log_likelihood == pytest.approx(results[1].log_likelihood, rel=1e-12)
     torch.testing.assert_close(results[0].log_prob()[[2, 0, 1]], results[1].log_prob(), rtol=1e-9, atol=1e-9)
+
+
+SHORT = (
+    (time_loops.local_level, time_loops.simulate(6)),
+    (time_loops.trend_and_seasonal, time_loops.simulate(7)),
+    (time_loops.dynamic_factor, time_loops.simulate(6, num_observed=3)),
+    (time_loops.lds, time_loops.simulate(5, num_observed=3)),
+    (time_loops.autoregression, time_loops.simulate_gaps(13)),
+)
+
+
+@pytest.mark.parametrize(("model", "data"), SHORT, ids=lambda x: getattr(x, "__name__", ""))
+def test_models_as_loops(model: Any, data: Tensor) -> None:
+    """G1 and G2 of the models, against the joint normal; every update in closed form."""
+    result = pyro_em.fit(model, data, max_iter=6, tol=0)
+    objective = np.array(result.history["objective"])
+    assert (np.diff(objective) >= -1e-13 * np.abs(objective).max()).all()
+    truth = float(dense(model, (data,), result.params).log_evidence.detach())
+    assert result.log_likelihood == pytest.approx(truth, rel=1e-11)
+    assert {row.route for row in result.plan.m_step} == {"closed"}
+
+
+def test_an_autoregression_with_gaps_is_that_of_statsmodels() -> None:
+    from statsmodels.tsa.statespace.sarimax import SARIMAX
+
+    y = time_loops.simulate_gaps()
+    result = pyro_em.fit(time_loops.autoregression, y, max_iter=300, tol=1e-9)
+    assert result.converged
+    c, phi, s = (float(result.params[name]) for name in ("c", "phi", "s"))
+    peer = SARIMAX(y[1:].numpy(), order=(1, 0, 0), trend="c")
+    peer.ssm.initialize_known(np.array([c + phi * float(y[0])]), np.array([[s**2]]))
+    assert result.log_likelihood == pytest.approx(float(peer.loglike([c, phi, s**2])), rel=1e-10)

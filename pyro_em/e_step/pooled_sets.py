@@ -162,7 +162,7 @@ def _rows_of(x: Tensor, site: SiteRecord) -> Tensor:
     """A value over (rows, cells)."""
     event = tuple(site.fn.event_shape)
     batch = tuple(site.batch_shape)
-    return x.expand(*batch, *event).reshape(torch.Size(batch).numel(), -1)
+    return x.expand([*batch, *event]).reshape(torch.Size(batch).numel(), -1)
 
 
 def _known_scale(site: SiteRecord, problem: Problem, m: int) -> Tensor:

@@ -149,6 +149,8 @@ def _check_data(name: str, fn: Any, value: Tensor, mask: Any, gaps: bool) -> Non
     """
     if not isinstance(value, Tensor):
         raise InputError(f"Site '{name}': the observation is a {type(value).__name__}, not a torch tensor.")
+    if isinstance(compat.base_distribution(fn), SERIES) and not value.shape[-2]:
+        raise InputError(f"Site '{name}': the series has no steps. Leave series of length 0 out.")
     if 0 in tuple(fn.event_shape):
         return  # a `pyro.factor` has no value
     support = _plain_support(fn)

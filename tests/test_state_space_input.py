@@ -1,0 +1,114 @@
+"""State-space models and bad input: every refusal names the site, and where; switching systems are offered by SVI."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+import pyro_em
+from pyro_em.errors import InputError, NonFiniteError, Refusal
+from tests.dense import dense
+from tests.state_space_cases import CASES, trend
+
+
+def test_an_outlier_of_ten_thousand_standard_deviations_stays_finite() -> None:
+    y = CASES[2].data.clone()
+    y[0, 5] += 1e4
+    result = pyro_em.fit(trend, y, max_iter=50, tol=0)
+    assert all(bool(value.isfinite().all()) for value in result.params.values())
+    assert (np.diff(result.history["objective"]) >= -1e-7).all()
+
+
+def test_bad_input_is_named() -> None:
+    y = CASES[2].data.clone()
+    y[0, 3] = torch.nan
+    with pytest.raises(InputError, match="'y'"):
+        pyro_em.fit(trend, y)
+
+    def silent(y: Tensor) -> None:
+        q = pyro.param("q", torch.tensor([1.0]), constraint=constraints.positive)
+        start = dist.Normal(torch.zeros(1), 0.0, validate_args=False).to_event(1)
+        still = dist.Normal(torch.zeros(1), q * 0, validate_args=False).to_event(1)
+        pyro.sample("y", dist.LinearHMM(start, torch.eye(1), still, torch.eye(1), still, duration=y.shape[1]), obs=y[0])
+
+    with pytest.raises(NonFiniteError, match=r"'y'.*step 0"):
+        pyro_em.fit(silent, CASES[2].data)
+
+
+def _switching(y: Tensor, in_states: bool) -> None:
+    """A regime at every step that moves the states, or else only what is seen of them."""
+    P = pyro.param("P", torch.tensor([[0.9, 0.1], [0.1, 0.9]]), constraint=constraints.simplex)
+    a = pyro.param("a", torch.tensor([0.9, 0.1]))
+    s, x = torch.tensor(0), torch.zeros(())
+    for t in pyro.markov(range(len(y))):
+        s = pyro.sample(f"s_{t}", dist.Categorical(P[s]))
+        x = pyro.sample(f"x_{t}", dist.Normal(a[s] * x if in_states else 0.5 * x, 1.0))
+        pyro.sample(f"y_{t}", dist.Normal(x if in_states else a[s] * x, 1.0), obs=y[t])
+
+
+@pytest.mark.parametrize(("in_states", "site"), [(True, "x_0"), (False, "y_0")])
+def test_switching_systems_are_refused(in_states: bool, site: str) -> None:
+    with pytest.raises(Refusal, match=rf"'{site}'.*switches.*svi"):
+        pyro_em.fit(_switching, torch.randn(5), in_states)
+
+
+FAST = pyro.optim.Adam({"lr": 0.05})
+
+
+def _guide(y: Tensor, in_states: bool) -> None:
+    """The states, each by itself; the discrete latents are left to enumeration."""
+    for t in pyro.markov(range(len(y))):
+        loc = pyro.param(f"loc_{t}", torch.tensor(0.0))
+        scale = pyro.param(f"scale_{t}", torch.tensor(1.0), constraint=constraints.positive)
+        pyro.sample(f"x_{t}", dist.Normal(loc, scale))
+
+
+def test_switching_systems_are_offered_by_svi() -> None:
+    """The ELBO climbs, and stays below the log-evidence, that of 2³ joint normals, but for the noise of its draws."""
+    y = torch.tensor([0.5, 3.5, 4.0])
+    result = pyro_em.fit(_switching, y, True, algorithm="svi", guide=_guide, max_iter=200, seed=0, optim=FAST)
+    assert not result.exact
+    first, last = (np.array(result.history["objective"])[part] for part in (slice(50), slice(-100, None)))
+    assert last.mean() > first.mean() + 3 * last.std() / 10
+    names = ("P", "a")
+    truth = dense(_switching, (y, True), {n: result.params[n] for n in names}).log_evidence
+    assert last.mean() < float(truth.detach()) + 3 * last.std() / 10
+
+
+def _level(y: Tensor, still: bool = False, blind: bool = False) -> None:
+    q = pyro.param("q", torch.tensor(1.0), constraint=constraints.positive)
+    r = pyro.param("r", torch.tensor(1.0), constraint=constraints.positive)
+    x = torch.tensor(0.0)
+    for t in pyro_em.markov(len(y)):
+        x = pyro.sample(f"x_{t}", dist.Normal(x, 0 * q if still else q, validate_args=False))
+        pyro.sample(f"y_{t}", dist.Normal(x, 0 * r if blind else r, validate_args=False), obs=y[t])
+
+
+def test_loops_and_bad_input() -> None:
+    """States or observations without noise are fine, both at once have no density; no step at all; an outlier."""
+    y = torch.tensor([0.3, 0.1, -0.4, 0.2])
+    for still, blind in ((True, False), (False, True)):
+        result = pyro_em.fit(_level, y, still, blind, max_iter=2, tol=0)
+        assert np.isfinite(result.log_likelihood)
+        expected = torch.distributions.Normal(0.0, 1.0).log_prob(y if still else torch.diff(y, prepend=torch.zeros(1)))
+        assert result.history["log_likelihood"][0] == pytest.approx(float(expected.sum()), rel=1e-12)
+    with pytest.raises(NonFiniteError, match=r"'y'.*step 0"):
+        pyro_em.fit(_level, y, True, True)
+    with pytest.raises(InputError, match="0 steps"):
+        pyro_em.fit(_level, y[:0])
+    with pytest.raises(InputError, match=r"'y_1:4'.*NaN"):
+        pyro_em.fit(_level, torch.where(torch.arange(4) == 2, torch.nan, y))
+    wild = torch.where(torch.arange(4) == 2, 1e4, y)
+    result = pyro_em.fit(_level, wild, max_iter=30, tol=0)
+    assert all(bool(value.isfinite()) for value in result.params.values())
+    assert (np.diff(result.history["objective"]) >= 0).all()
+
+
+def test_a_series_of_no_steps() -> None:
+    with pytest.raises(InputError, match="'y': the series has no steps"):
+        pyro_em.fit(trend, CASES[2].data[:, :0])
