@@ -1,10 +1,11 @@
 """Compiled E-step for Gaussian latents of a plate: factor analysis, PPCA, mixed models, from moments formed once.
 
-Rows enter through the pseudo-elements of their classes (pooled_data.py), whatever their number. With residuals
-r = d + T z of all sites of an element, divided by their noise scales, L Lᵀ = TᵀT (K x K, which is Woodbury's
-side where K is small), and w_u elements in class u,
+Rows enter through the pseudo-elements of their classes (pooled_data.py), whatever their number. Latents are written
+z = a + B u with u ~ N(0, I) from their own sites, so that a variance of 0 is a value like any other. With residuals
+r = d + T u of the observed sites of an element, divided by their noise, L Lᵀ = I + TᵀT (K x K, which is Woodbury's side
+where K is small), and w elements in a class,
 
-    m = -L⁻ᵀ L⁻¹ Tᵀ d,     log p(x) = c - ½ |d + T m|² - w_u log|L|,     z = m and the columns of √w_u L⁻ᵀ,
+    m = -L⁻ᵀ L⁻¹ Tᵀ d,     log p(x) = c - ½ |d + T m|² - ½ |m|² - w log|L|,     u = m and the columns of √w L⁻ᵀ,
 
 these *atoms* having the posterior's second moments, summed over all elements of the class. From there on everything
 is least squares on a few pseudo-rows (pooled_location.py). The model is not run again.
@@ -43,6 +44,11 @@ class _Whitener:
 
     root: Tensor
     log_det: Tensor
+
+    @property
+    def matrix(self) -> Tensor:
+        """The root as a matrix."""
+        return torch.diag(self.root) if self.root.dim() == 1 else self.root
 
     def __call__(self, x: Tensor) -> Tensor:
         """Residuals (U, V₁, P, any) in units of the noise."""
@@ -176,37 +182,50 @@ def _whitener(site: PooledSite, sufficient: Sufficient) -> _Whitener:
     if "scale_tril" in arguments:
         lower = arguments["scale_tril"]
     elif "covariance_matrix" in arguments:
-        lower = torch.linalg.cholesky(arguments["covariance_matrix"])
+        covariance = arguments["covariance_matrix"]
+        lower, failed = torch.linalg.cholesky_ex(covariance)
+        if bool(failed.any()):
+            if not site.site.latent:
+                raise NonFiniteError(site.site.name, f"Site '{site.site.name}': its covariance matrix is singular.")
+            values, vectors = torch.linalg.eigh(covariance)  # effects without variance in some direction
+            lower = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
     else:
         lower = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(arguments["precision_matrix"])))
     lower = lower.reshape(lower.shape[-2:])
-    return _Whitener(lower, lower.diagonal().log().sum())
+    return _Whitener(lower, lower.diagonal().abs().log().sum())
 
 
 def _posterior(own: PooledSet, noise: Sequence[tuple[Tensor, _Whitener]]) -> tuple[Tensor, Tensor, Tensor]:
     """ζ (U, K + 1, c + K), log p(x|θ) of the set, and the magnitude of the terms in it."""
     classes, size = own.classes, own.size
-    residuals, slopes = [], []
+    parts = [_residual(site, C, classes.ones, size) for site, (C, _) in zip(own.sites, noise, strict=True)]
+    latent = [i for i, site in enumerate(own.sites) if site.site.latent]
+    # Every latent's own site says what it is made of, unless its rows are told apart (a row that reads two elements).
+    spherical = sum(own.sites[i].shared * own.sites[i].cells for i in latent) == size
     constant = torch.full((), own.constant, dtype=torch.float64)
     left = torch.zeros((), dtype=torch.float64)
-    for site, (C, white) in zip(own.sites, noise, strict=True):
-        shared = C[: site.shared * (size + 1)].reshape(site.shared, size + 1, site.cells)
-        d = torch.einsum("umv,vp,uc->umpc", site.pooled.design, shared[:, 0], classes.ones)
-        if site.alone:
-            alone = C[site.shared * (size + 1) :]
-            d = d + torch.einsum("umvc,vp->umpc", site.pooled.data[:, :, : site.alone], alone)
-        if site.has_data:
-            d = d + site.pooled.data[:, :, site.alone :]
-        slope = torch.einsum("umv,vkp->umpk", site.pooled.design, shared[:, 1:])
-        residuals.append(white(d).flatten(1, 2))
-        slopes.append(white(slope).flatten(1, 2))
-        constant = constant - site.pooled.count * (white.log_det + 0.5 * site.cells * LOG_2PI)
+    seen = []
+    for i, (site, (C, white)) in enumerate(zip(own.sites, noise, strict=True)):
+        constant = constant - site.pooled.count * 0.5 * site.cells * LOG_2PI
+        if spherical and i in latent:
+            continue
+        constant = constant - site.pooled.count * white.log_det
+        seen.append(tuple(white(x).flatten(1, 2) for x in parts[i]))
         if len(site.pooled.left):
             rest = site.pooled.left[:, site.alone :]
             rest = rest + site.pooled.left[:, : site.alone] @ C[len(C) - site.alone :]
             left = left + (white(rest.unsqueeze(-1)) ** 2).sum()
-    d, T = torch.cat(residuals, 1), torch.cat(slopes, 1)
-    lower, failed = torch.linalg.cholesky_ex(T.mT @ T)
+    d, T = (torch.cat(own_parts, 1) for own_parts in zip(*seen, strict=True))
+    basis: Tensor | None = None
+    if spherical:
+        drawn, made = (torch.cat([parts[i][k].flatten(1, 2) for i in latent], 1) for k in range(2))
+        roots = torch.block_diag(*(noise[i][1].matrix for i in latent))
+        basis, start = torch.linalg.solve(made, roots.expand_as(made)), -torch.linalg.solve(made, drawn)
+        d, T = d + T @ start, T @ basis
+    precision = T.mT @ T
+    if basis is not None:
+        precision = precision + torch.eye(size, dtype=torch.float64)
+    lower, failed = torch.linalg.cholesky_ex(precision)
     if bool(failed.any()):
         raise NonFiniteError(
             own.sites[0].site.name,
@@ -215,17 +234,34 @@ def _posterior(own: PooledSet, noise: Sequence[tuple[Tensor, _Whitener]]) -> tup
         )
     mean = -torch.cholesky_solve(T.mT @ d, lower)
     residual = d + T @ mean
-    step = -torch.cholesky_solve(T.mT @ residual, lower)  # mends the rounding of the first solve
+    slope = T.mT @ residual if basis is None else T.mT @ residual + mean
+    step = -torch.cholesky_solve(slope, lower)  # mends the rounding of the first solve
     mean, residual = mean + step, residual + T @ step
     energy = 0.5 * ((residual * residual).sum() + left)
+    if basis is not None:
+        energy = energy + 0.5 * (mean * mean).sum()
     spread = (classes.weight * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)).sum()
     two_pi = 0.5 * size * LOG_2PI * classes.weight.sum()
     likelihood = constant - energy - spread + two_pi
     magnitude = constant.abs() + energy + spread.abs() + two_pi
     identity = torch.eye(size, dtype=torch.float64).expand_as(lower)
     root = torch.linalg.solve_triangular(lower.mT, identity, upper=True) * classes.weight.sqrt()[:, None, None]
+    if basis is not None:
+        mean, root = start + basis @ mean, basis @ root
     zeta = torch.cat([torch.cat([classes.ones.unsqueeze(1), mean], 1), torch.nn.functional.pad(root, (0, 0, 1, 0))], -1)
     return zeta, likelihood, magnitude
+
+
+def _residual(site: PooledSite, C: Tensor, ones: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """d (U, V₁, P, c) and T (U, V₁, P, K) of a site, not divided by its noise."""
+    shared = C[: site.shared * (size + 1)].reshape(site.shared, size + 1, site.cells)
+    d = torch.einsum("umv,vp,uc->umpc", site.pooled.design, shared[:, 0], ones)
+    if site.alone:
+        alone = C[site.shared * (size + 1) :]
+        d = d + torch.einsum("umvc,vp->umpc", site.pooled.data[:, :, : site.alone], alone)
+    if site.has_data:
+        d = d + site.pooled.data[:, :, site.alone :]
+    return d, torch.einsum("umv,vkp->umpk", site.pooled.design, shared[:, 1:])
 
 
 def compile_pooled(problem: Problem) -> Pooled:
