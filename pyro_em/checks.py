@@ -98,6 +98,19 @@ def separated(names: Collection[str]) -> None:
         )
 
 
+def at_zero(names: Collection[str]) -> None:
+    """Warn about variances of random effects that are estimated as 0."""
+    if names:
+        warnings.warn(
+            f"The likelihood is at least as high with {', '.join(map(repr, names))} at 0 (in some entry or direction): "
+            "the estimate is on the boundary of its space, which updates approach but never reach. The model explains "
+            "as much without these random effects; standard errors do not apply to their spread. Leave them out, or "
+            "put a prior on it and use algorithm='map-em'.",
+            BoundaryEstimate,
+            stacklevel=3,
+        )
+
+
 def after_fit(problem: Problem, ended: Ended) -> None:
     """Warn about parameters that no data informed, and about estimates on a boundary."""
     if ended.empty:

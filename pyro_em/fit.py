@@ -12,11 +12,12 @@ from torch import Tensor
 from pyro_em.accelerate import choose_accelerator
 from pyro_em.anneal import Temperature, annealed, check_temperature, stochastic, temperatures
 from pyro_em.binding import Bound, bound_for
-from pyro_em.checks import after_fit, at_start, collinear, separated, unobserved_cells
+from pyro_em.checks import after_fit, at_start, at_zero, collinear, separated, unobserved_cells
 from pyro_em.device import on_device
 from pyro_em.e_step.assigned import Assigned
 from pyro_em.e_step.auto import choose_engine, in_double, verified
 from pyro_em.e_step.base import Engine, Expectation
+from pyro_em.e_step.pooled import Pooled
 from pyro_em.errors import EMWarning, InputError
 from pyro_em.evaluator import Evaluator
 from pyro_em.explain import explain
@@ -184,6 +185,8 @@ def fit(
         alive = [r for r in runs if r.outcome is not Outcome.degenerate]
         best = max(alive or runs, key=lambda r: r.last.objective)
         after_fit(problem, best)
+        if isinstance(engine, Pooled) and alive and not problem.with_prior:
+            at_zero(engine.vanishing(best.last.params))
         if alive and not errors and isinstance(best.last.expectation, Expectation):
             separated(m.diverging(best.last.params, best.last.expectation))
         messages = tuple(str(w.message) for w in caught)

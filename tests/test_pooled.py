@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import pyro_em
+from models import linear_mixed
 from pyro_em.e_step.auto import choose_engine
 from pyro_em.e_step.interpreted import Interpreted
 from pyro_em.e_step.pooled import Pooled
@@ -70,6 +71,7 @@ def test_data_far_from_zero_keep_their_digits(
 
 
 @pytest.mark.parametrize("name", ["factor_analysis", "random_slopes", "random_intercepts", "eight_schools", "matches"])
+@pytest.mark.filterwarnings("ignore::pyro_em.BoundaryEstimate")
 def test_updates_are_recorded(name: str) -> None:
     """After the warm-up the tape replays what the engine does: the same fit, whichever way."""
     problem = BY_NAME[name]
@@ -124,3 +126,64 @@ def _squares(site: object, ones: Tensor) -> Tensor:
 def _by_hand(group: Tensor, shared: Tensor, y: Tensor) -> Tensor:
     rows = torch.cat([shared, y], -1)
     return rows.mT @ rows
+
+
+BALANCED = torch.arange(8).repeat_interleave(6)
+
+
+def _without_groups(covariate: bool) -> tuple[Tensor, ...]:
+    """Rows whose group means differ less than chance would have it: the variance between groups is 0."""
+    generator = torch.Generator().manual_seed(1)
+    y, x = (torch.randn(48, generator=generator, dtype=torch.float64) for _ in range(2))
+    means = torch.zeros(8, dtype=torch.float64).index_add(0, BALANCED, y) / 6
+    y = y - 0.9 * means[BALANCED]
+    return (x, BALANCED, y) if covariate else (BALANCED, y)
+
+
+@pytest.mark.parametrize("accelerate", ["squarem", "anderson"])
+def test_eight_schools_end_at_no_variance(accelerate: str) -> None:
+    """tau = 0: mu is the mean weighted by precision, and the boundary is reported."""
+    y, sigma = BY_NAME["eight_schools"].args
+    with pytest.warns(pyro_em.BoundaryEstimate, match="'tau2'"):
+        result = pyro_em.fit(
+            BY_NAME["eight_schools"].model, y, sigma, init={"mu": 3.0, "tau2": 30.0}, accelerate=accelerate
+        )
+    assert result.converged
+    expected = float((y / sigma**2).sum() / (sigma**-2).sum())
+    assert float(result.params["mu"]) == pytest.approx(expected, abs=1e-3)  # as far as tau2 is above 0
+    limit = torch.distributions.Normal(torch.tensor(expected, dtype=y.dtype), sigma).log_prob(y).sum()
+    assert result.log_likelihood == pytest.approx(float(limit), abs=1e-5)
+
+
+def test_mixed_models_without_variance_between_groups() -> None:
+    group, y = _without_groups(False)
+    with pytest.warns(pyro_em.BoundaryEstimate, match="'between'"):
+        result = pyro_em.fit(linear_mixed.model, group, y, accelerate="anderson")
+    assert result.converged
+    limit = torch.distributions.Normal(y.mean(), y.std(correction=0)).log_prob(y).sum()
+    assert result.log_likelihood == pytest.approx(float(limit), abs=1e-4)
+    with pytest.warns(pyro_em.BoundaryEstimate, match="'D'"):
+        slopes = pyro_em.fit(linear_mixed.slopes, *_without_groups(True), accelerate="anderson")
+    # D itself is kept to rounding, which is all that is left of its smallest eigenvalue.
+    assert slopes.outcome.name in ("converged", "stalled")
+    smallest, largest = torch.linalg.eigvalsh(slopes.params["D"]).tolist()
+    assert 0 <= smallest < 1e-6 * largest
+
+
+def test_a_variance_that_the_data_show_is_no_boundary(recwarn: pytest.WarningsRecorder) -> None:
+    group, y = linear_mixed.load()
+    pyro_em.fit(linear_mixed.model, group, y, accelerate="anderson")
+    assert not [w for w in recwarn if issubclass(w.category, pyro_em.BoundaryEstimate)]
+
+
+def test_an_effect_without_variance_is_allowed() -> None:
+    """log p(x) at tau = 0 exactly, which no Normal could be asked for."""
+    problem = BY_NAME["random_intercepts"]
+    bound, m = _bound(problem)
+    engine = choose_engine(bound, m)
+    assert isinstance(engine, Pooled)
+    params = {**problem.start(), "tau": torch.tensor(0.0, dtype=torch.float64)}
+    (sums,) = engine.core([engine.before(params, torch.zeros(()))])
+    (y,) = problem.args
+    expected = torch.distributions.Normal(params["mu"], params["sd"]).log_prob(y).sum()
+    assert float(sums[-1][0]) == pytest.approx(float(expected), rel=1e-13)

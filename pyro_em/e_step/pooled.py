@@ -28,6 +28,7 @@ from pyro_em.e_step.interpreted import expectation, from_totals
 from pyro_em.e_step.outside import Outside
 from pyro_em.e_step.pooled_location import PooledLocation, PooledSite, per_cell
 from pyro_em.e_step.pooled_sets import PooledSet, pooled_sets
+from pyro_em.e_step.vanishing import vanishing
 from pyro_em.errors import NonFiniteError
 from pyro_em.m_step.location import Location, total_moments
 from pyro_em.problem import Problem
@@ -110,6 +111,18 @@ class Pooled:
         reference = expectation(self.problem, run, evidence)
         sufficient.problem = reference.sufficient.problem
         return reference.weights
+
+    def vanishing(self, params: Params) -> tuple[str, ...]:
+        """Spreads of latents whose estimate is 0, see vanishing.py."""
+
+        def evidence(at: Params) -> tuple[float, float]:
+            try:
+                ((*_, found),) = self.core([self.before(at, torch.zeros((), dtype=torch.float64))])
+            except NonFiniteError:  # rows that read several elements: a variance of 0 has no basis there
+                return -math.inf, 0.0
+            return float(found[0]), float(found[1])
+
+        return vanishing(self.problem, params, evidence)
 
     def before(self, params: Params, magnitude: Tensor) -> Stage:
         """Coefficients of all residuals, and the noise."""

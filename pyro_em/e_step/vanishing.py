@@ -1,0 +1,60 @@
+"""Variances of random effects whose maximum-likelihood estimate is 0: EM only ever comes near it.
+
+An update multiplies such a variance by a factor that tends to 1, so that a fit ends a little above 0, where the score
+is small. Whether 0 itself is better is a question that the engine can answer: its E-step allows it.
+
+    log p(x | θ with the variance at 0)  ≥  log p(x | θ)
+
+Asked entry by entry of scales and variances; of a covariance matrix for its smallest eigenvalue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from pyro_em.model.use import VALUE, Use
+from pyro_em.problem import Problem
+from pyro_em.types import Params
+
+MAX_ENTRIES = 32  # of one parameter that are asked for
+
+
+def vanishing(problem: Problem, params: Params, evidence: Callable[[Params], tuple[float, float]]) -> tuple[str, ...]:
+    """Parameters of which some entry (or eigenvalue) is better at 0, priors not counted.
+
+    :param evidence: log p(x|θ) and the magnitude of its terms.
+    """
+    likelihood, magnitude = evidence(params)
+    rounding = 8 * torch.finfo(torch.float64).eps * (1 + magnitude)
+    found = []
+    for name, value in params.items():
+        uses = [use for use in problem.uses[name] if use.slot != VALUE]
+        if not uses or not all(_is_spread(use, problem) for use in uses):
+            continue
+        if any(evidence({**params, name: zero})[0] >= likelihood - rounding for zero in _at_zero(value, uses[0])):
+            found.append(name)
+    return tuple(found)
+
+
+def _is_spread(use: Use, problem: Problem) -> bool:
+    """The use is the scale of continuous latents, or their variance."""
+    continuous = problem.continuous
+    if continuous is None or use.site not in continuous.names or use.exponential:
+        return False
+    return use.index is not None and use.power > 0 and use.slot in ("scale", "covariance_matrix")
+
+
+def _at_zero(value: Tensor, use: Use) -> Iterator[Tensor]:
+    value = value.detach().double()
+    if use.slot == "covariance_matrix" and value.dim() == 2:
+        values, vectors = torch.linalg.eigh(value)
+        values[0] = 0.0
+        yield (vectors * values) @ vectors.mT
+    elif value.numel() <= MAX_ENTRIES:
+        for i in range(value.numel()):
+            own = value.clone().reshape(-1)
+            own[i] = 0.0
+            yield own.reshape(value.shape)
