@@ -26,7 +26,7 @@ from pyro_em.evidence.blocked import BlockedPosterior, Blocks, Scratch, smooth_b
 from pyro_em.evidence.chain import LOWEST
 
 LOG_2 = math.log(2)
-MOST = 200_000  # T·C·K² up to which the blocks' calls cost more than the solves
+MOST = 300_000  # T·C·K² up to which the blocks' calls cost more than the solves
 
 
 def is_short(steps: int, chains: int, states: int) -> bool:
