@@ -10,7 +10,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -18,30 +17,7 @@ import pyro_em
 from pyro_em.distributions import IncompleteNormal, InverseWishart, patterns
 from pyro_em.errors import InputError, Refusal, UnidentifiedParameter
 from tests import zoo_missing as zoo
-
-NAN = float("nan")
-Array = np.ndarray[Any, Any]
-
-
-def _rows(n: int = 40, D: int = 3, seed: int = 0, share: float = 0.3) -> Tensor:
-    """Correlated rows of two groups with cells missing at random, the last row wholly."""
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(n, D)) @ (np.eye(D) + 0.5 * np.triu(np.ones((D, D)), 1)) + 3.0 * (rng.random((n, 1)) < 0.5)
-    x[rng.random((n, D)) < share] = NAN
-    x[-1] = NAN
-    return torch.tensor(x)
-
-
-START = {
-    "w": torch.tensor([0.4, 0.6], dtype=torch.float64),
-    "mu": torch.tensor([[0.0, 0.2, -0.1], [2.5, 3.0, 3.5]], dtype=torch.float64),
-    "S": torch.tensor([[1.2, 0.3, 0.1], [0.3, 0.9, 0.2], [0.1, 0.2, 1.1]], dtype=torch.float64),
-}
-
-
-def _row_density(x: Array, mu: Array, S: Array) -> float:
-    o = ~np.isnan(x)
-    return float(stats.multivariate_normal.logpdf(x[o], mu[o], S[np.ix_(o, o)])) if o.any() else 0.0
+from tests.missing_data import NAN, START, Array, mixed, row_density, rows
 
 
 def _naive(x: Array, w: Array, mu: Array, S: Array, tied: bool, steps: int) -> tuple[float, Array, Array, Array]:
@@ -49,7 +25,7 @@ def _naive(x: Array, w: Array, mu: Array, S: Array, tied: bool, steps: int) -> t
     x = x[~np.isnan(x).all(1)]
     K, D = mu.shape
     for _ in range(steps):
-        log_joint = np.array([[np.log(w[k]) + _row_density(row, mu[k], S[k]) for k in range(K)] for row in x])
+        log_joint = np.array([[np.log(w[k]) + row_density(row, mu[k], S[k]) for k in range(K)] for row in x])
         r = np.exp(log_joint - np.logaddexp.reduce(log_joint, 1)[:, None])
         first, second = np.zeros((K, D)), np.zeros((K, D, D))
         for n, row in enumerate(x):
@@ -66,7 +42,7 @@ def _naive(x: Array, w: Array, mu: Array, S: Array, tied: bool, steps: int) -> t
         w, mu = count / count.sum(), first / count[:, None]
         scatter = second - count[:, None, None] * mu[:, :, None] * mu[:, None, :]
         S = np.repeat(scatter.sum(0, keepdims=True) / count.sum(), K, 0) if tied else scatter / count[:, None, None]
-    log_joint = np.array([[np.log(w[k]) + _row_density(row, mu[k], S[k]) for k in range(K)] for row in x])
+    log_joint = np.array([[np.log(w[k]) + row_density(row, mu[k], S[k]) for k in range(K)] for row in x])
     return float(np.logaddexp.reduce(log_joint, 1).sum()), w, mu, S
 
 
@@ -85,7 +61,7 @@ def _covariance(value: Tensor, given: str) -> Tensor:
 @pytest.mark.parametrize("given", ["covariance_matrix", "scale_tril", "precision_matrix"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_iterates_of_a_mixture_equal_naive_em(given: str, tied: bool) -> None:
-    x, S = _rows(), START["S"]
+    x, S = rows(), START["S"]
     init = {**START, "S": _given(S, given) if tied else _given(S, given).repeat(2, 1, 1)}
     result = pyro_em.fit(zoo.mixture, x, init=init, missing="nan", max_iter=3, tol=0, K=2, given=given, tied=tied)
     start = (START["w"].numpy(), START["mu"].numpy(), S.repeat(2, 1, 1).numpy())
@@ -114,7 +90,7 @@ def _largest_gradient(objective: Any, values: dict[str, Tensor]) -> float:
 
 
 def test_limit_of_one_normal_is_stationary_and_its_errors_are_the_curvature() -> None:
-    x = _rows(60)
+    x = rows(60)
     result = pyro_em.fit(zoo.normal, x, missing="nan", tol=1e-10, max_iter=5000)
     assert result.converged
     assert result.log_likelihood == pytest.approx(
@@ -140,7 +116,7 @@ def test_limit_of_one_normal_is_stationary_and_its_errors_are_the_curvature() ->
 
 
 def test_opaque_covariance_and_locations_that_vary_by_row() -> None:
-    x = _rows(30)
+    x = rows(30)
     result = pyro_em.fit(zoo.exchangeable, x, missing="nan", tol=1e-9)
     assert result.converged
 
@@ -159,7 +135,7 @@ def test_opaque_covariance_and_locations_that_vary_by_row() -> None:
 
 def test_priors_and_a_diagonal_covariance() -> None:
     """A diagonal covariance makes the cells independent: the same model as univariate cells with a mask."""
-    x = _rows(30)
+    x = rows(30)
     vector = pyro_em.fit(zoo.conjugate, x, algorithm="map-em", missing="nan", tol=1e-11, max_iter=5000)
     cells = pyro_em.fit(zoo.diagonal, x, algorithm="map-em", missing="nan", tol=1e-11, max_iter=5000)
     assert vector.converged and cells.converged
@@ -169,7 +145,7 @@ def test_priors_and_a_diagonal_covariance() -> None:
 
 
 def test_inverse_wishart_prior() -> None:
-    x = _rows(25)
+    x = rows(25)
 
     def model(x: Tensor) -> None:
         S = pyro.sample("S", InverseWishart(6.0, torch.eye(3)))
@@ -188,18 +164,8 @@ def test_inverse_wishart_prior() -> None:
     assert _largest_gradient(objective, result.params) < 1e-6
 
 
-def _mixed() -> tuple[Tensor, Tensor, Tensor]:
-    rng = np.random.default_rng(3)
-    z = rng.random(50) < 0.5
-    x = rng.normal(np.where(z, 1.5, -1.5)[:, None], 1.0, (50, 2))
-    counts, colours = rng.poisson(np.where(z, 5.0, 1.0)).astype(float), rng.integers(0, 3, 50).astype(float)
-    for table in (x, counts, colours):
-        table[rng.random(table.shape) < 0.25] = NAN
-    return torch.tensor(x), torch.tensor(counts), torch.tensor(colours)
-
-
 def test_univariate_cells_equal_masks_written_by_hand() -> None:
-    data = _mixed()
+    data = mixed()
     keep = tuple(~table.isnan() for table in data)
     filled = [table.nan_to_num(1.0) for table in data]
     found = pyro_em.fit(zoo.classes, *data, missing="nan", max_iter=30, tol=0)
@@ -210,17 +176,17 @@ def test_univariate_cells_equal_masks_written_by_hand() -> None:
 
 
 def test_svi_sees_the_same_likelihood() -> None:
-    data = _mixed()
+    data = mixed()
     result = pyro_em.fit(zoo.classes, *data, missing="nan", algorithm="svi", max_iter=2, seed=0)
     assert result.elbo == pytest.approx(result.log_likelihood, rel=1e-10)
-    x = _rows(20)
+    x = rows(20)
     vector = pyro_em.fit(zoo.normal, x, missing="nan", algorithm="svi", max_iter=2, seed=0)
     expected = float(_marginal(x, vector.params["mu"], vector.params["S"]))
     assert vector.elbo == pytest.approx(expected, rel=1e-10)
 
 
 def test_full_data_are_untouched_and_rows_without_data_count_nothing() -> None:
-    x = _rows(30)
+    x = rows(30)
     full = x.nan_to_num(0.3)
     init = {**START, "S": START["S"].repeat(2, 1, 1)}
     options: dict[str, Any] = {"init": init, "max_iter": 4, "tol": 0}
@@ -240,7 +206,7 @@ def test_full_data_are_untouched_and_rows_without_data_count_nothing() -> None:
 
 
 def test_row_order_and_units() -> None:
-    x = _rows(30)
+    x = rows(30)
     options: dict[str, Any] = {"missing": "nan", "max_iter": 5, "tol": 0}
     first = pyro_em.fit(zoo.normal, x, init={"mu": torch.zeros(3), "S": torch.eye(3)}, **options)
     turned = pyro_em.fit(zoo.normal, x.flip(0), init={"mu": torch.zeros(3), "S": torch.eye(3)}, **options)
@@ -272,19 +238,19 @@ def test_density_of_batches(shared: int, monkeypatch: pytest.MonkeyPatch) -> Non
             S.expand(*full, 2, 2).reshape(-1, 2, 2),
             strict=True,
         )
-        expected = [_row_density(r.numpy(), m.numpy(), c.numpy()) for r, m, c in rows]
+        expected = [row_density(r.numpy(), m.numpy(), c.numpy()) for r, m, c in rows]
         torch.testing.assert_close(found, torch.tensor(expected).reshape(full), atol=1e-12, rtol=1e-12)
 
 
 def test_more_cells_than_bits() -> None:
-    x = _rows(6, 70)
+    x = rows(6, 70)
     loc, S = torch.zeros(70), torch.eye(70) + 0.2
-    expected = [_row_density(row, loc.numpy(), S.numpy()) for row in x.numpy()]
+    expected = [row_density(row, loc.numpy(), S.numpy()) for row in x.numpy()]
     torch.testing.assert_close(IncompleteNormal(loc, S).log_prob(x), torch.tensor(expected), rtol=1e-12, atol=1e-12)
 
 
 def test_column_never_observed() -> None:
-    x = _rows(20)
+    x = rows(20)
     x[:, 1] = NAN
     start = {"mu": torch.tensor([0.0, 7.0, 0.0]), "S": torch.diag(torch.tensor([1.0, 4.0, 1.0]))}
     with pytest.warns(UnidentifiedParameter, match=r"'x': cells .*1"):
@@ -294,85 +260,15 @@ def test_column_never_observed() -> None:
     assert result.params["mu"][1] == pytest.approx(7.0)
     assert result.params["S"][1].tolist() == pytest.approx([0.0, 4.0, 0.0])
 
-    data = _mixed()
+    data = mixed()
     data[0][:, 0] = NAN
     with pytest.warns(UnidentifiedParameter, match="'mu'"):
         result = pyro_em.fit(zoo.classes, *data, missing="nan")
     assert result.params["mu"][:, 0].tolist() == [-1.0, 1.0]
 
 
-def _conditional(row: Array, mu: Array, S: Array) -> tuple[Array, Array]:
-    o, m = ~np.isnan(row), np.isnan(row)
-    gain = S[np.ix_(m, o)] @ np.linalg.pinv(S[np.ix_(o, o)])
-    return mu[m] + gain @ (row[o] - mu[o]), S[np.ix_(m, m)] - gain @ S[np.ix_(o, m)]
-
-
-def test_imputations_of_a_mixture() -> None:
-    x = _rows(12)
-    result = pyro_em.fit(
-        zoo.mixture, x, init={**START, "S": START["S"].repeat(2, 1, 1)}, missing="nan", max_iter=2, tol=0
-    )
-    p = {n: v.numpy() for n, v in result.params.items()}
-    filled = result.impute()["x"]
-    assert torch.equal(filled.missing, x.isnan())
-    assert torch.equal(filled.mean[~x.isnan()], x[~x.isnan()])
-    assert bool((filled.sd[~x.isnan()] == 0).all())
-    for n, row in enumerate(x.numpy()):
-        joint = np.array([np.log(p["w"][k]) + _row_density(row, p["mu"][k], p["S"][k]) for k in range(2)])
-        r = np.exp(joint - np.logaddexp.reduce(joint))
-        parts = [_conditional(row, p["mu"][k], p["S"][k]) for k in range(2)]
-        mean = sum(r[k] * parts[k][0] for k in range(2))
-        second = sum(r[k] * (np.diag(parts[k][1]) + parts[k][0] ** 2) for k in range(2))
-        gone = np.isnan(row)
-        np.testing.assert_allclose(filled.mean[n].numpy()[gone], mean, atol=1e-12)
-        np.testing.assert_allclose(filled.variance[n].numpy()[gone], second - mean**2, atol=1e-12)
-    draws = filled.sample(400, seed=1)
-    assert bool((draws[:, ~x.isnan()] == x[~x.isnan()]).all())
-    error = (draws.mean(0) - filled.mean)[x.isnan()] / filled.sd[x.isnan()]
-    assert float(error.abs().max()) < 4.5 / np.sqrt(400)
-
-
-def test_draws_are_joint() -> None:
-    """Means and covariances of the missing cells of a row, against those of the normal given its other cells."""
-    x = _rows(12)
-    result = pyro_em.fit(zoo.normal, x, missing="nan", max_iter=3, tol=0)
-    mu, S = (result.params[n].numpy() for n in ("mu", "S"))
-    filled = result.impute()["x"]
-    draws = filled.sample(4000, seed=1)
-    assert draws.shape == (4000, 12, 3)
-    assert torch.equal(draws, filled.sample(4000, seed=1))
-    assert not torch.equal(draws, filled.sample(4000, seed=2))
-    for n, row in enumerate(x.numpy()):
-        gone = np.isnan(row)
-        if gone.any():
-            mean, covariance = _conditional(row, mu, S)
-            own = draws[:, n].numpy()[:, gone]
-            scale = np.sqrt(np.diag(covariance))
-            assert np.abs((own.mean(0) - mean) / scale).max() < 4.5 / np.sqrt(4000)
-            found = np.cov(own.T).reshape(covariance.shape)
-            assert np.abs((found - covariance) / np.outer(scale, scale)).max() < 7 / np.sqrt(4000)
-
-
-def test_imputations_of_counts_and_categories() -> None:
-    data = _mixed()
-    result = pyro_em.fit(zoo.classes, *data, missing="nan", max_iter=5, tol=0)
-    found = result.impute()
-    assert found.keys() == {"x", "count", "colour"}
-    r, p = result.posterior().responsibilities("z"), result.params
-    gone = data[1].isnan()
-    rate = r @ p["rate"]
-    torch.testing.assert_close(found["count"].mean[gone], rate[gone])
-    second = r @ (p["rate"] + p["rate"] ** 2)
-    torch.testing.assert_close(found["count"].variance[gone], (second - rate**2)[gone])
-    gone = data[2].isnan()
-    assert found["colour"].probabilities is not None
-    torch.testing.assert_close(found["colour"].probabilities[gone], (r @ p["shade"])[gone])
-    draws = found["colour"].sample(50)[:, gone]
-    assert set(draws.unique().tolist()) <= {0.0, 1.0, 2.0}
-
-
 def test_obs_mask_of_a_continuous_site() -> None:
-    x = _rows(20)[:, 0]
+    x = rows(20)[:, 0]
     known = ~x.isnan()
 
     def model(x: Tensor, known: Tensor, read: bool = False) -> None:
@@ -411,7 +307,7 @@ def test_parts_of_other_vectors_are_refused(fn: Any) -> None:
 
 
 def test_bad_input() -> None:
-    x = _rows(10)
+    x = rows(10)
     with pytest.raises(InputError, match=r"'x'.*row .*NaN.*missing='nan'"):
         pyro_em.fit(zoo.normal, x)
     with pytest.raises(InputError, match=r"missing='mean'.*'nan'"):
@@ -422,20 +318,20 @@ def test_bad_input() -> None:
     with pytest.raises(InputError, match=r"'x'.*row 2"):
         pyro_em.fit(zoo.normal, x, missing="nan")
     with pytest.raises(InputError, match="num"):
-        pyro_em.fit(zoo.normal, _rows(10), missing="nan", max_iter=1).impute()["x"].sample(0)
+        pyro_em.fit(zoo.normal, rows(10), missing="nan", max_iter=1).impute()["x"].sample(0)
 
 
 def test_the_other_ways_in(tmp_path: Path) -> None:
     """plan, EM, new data, files, predictions."""
-    x = _rows(20)
+    x = rows(20)
     result = pyro_em.fit(zoo.normal, x, missing="nan", max_iter=3, tol=0)
     assert pyro_em.plan(zoo.normal, x, missing="nan").route("S") == "closed"
     pyro.clear_param_store()
     em = pyro_em.EM(zoo.normal, missing="nan")
     losses = em.run(x, num_steps=3)
     assert [-v for v in losses] == pytest.approx(result.history["objective"][:3], rel=1e-13)
-    new = _rows(7, seed=9)
-    expected = [_row_density(r, result.params["mu"].numpy(), result.params["S"].numpy()) for r in new.numpy()]
+    new = rows(7, seed=9)
+    expected = [row_density(r, result.params["mu"].numpy(), result.params["S"].numpy()) for r in new.numpy()]
     torch.testing.assert_close(result.log_prob(new), torch.tensor(expected))
     assert bool(result.predictive(num_samples=2)["x"].isfinite().all())
     result.save(tmp_path / "fit.em")

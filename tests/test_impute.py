@@ -1,0 +1,80 @@
+"""`result.impute()`: missing cells given the observed ones, against conditional normals, enumeration and moments."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+import pyro_em
+from tests import zoo_missing as zoo
+from tests.missing_data import START, Array, mixed, row_density, rows
+
+
+def _conditional(row: Array, mu: Array, S: Array) -> tuple[Array, Array]:
+    o, m = ~np.isnan(row), np.isnan(row)
+    gain = S[np.ix_(m, o)] @ np.linalg.pinv(S[np.ix_(o, o)])
+    return mu[m] + gain @ (row[o] - mu[o]), S[np.ix_(m, m)] - gain @ S[np.ix_(o, m)]
+
+
+def test_imputations_of_a_mixture() -> None:
+    x = rows(12)
+    result = pyro_em.fit(
+        zoo.mixture, x, init={**START, "S": START["S"].repeat(2, 1, 1)}, missing="nan", max_iter=2, tol=0
+    )
+    p = {n: v.numpy() for n, v in result.params.items()}
+    filled = result.impute()["x"]
+    assert torch.equal(filled.missing, x.isnan())
+    assert torch.equal(filled.mean[~x.isnan()], x[~x.isnan()])
+    assert bool((filled.sd[~x.isnan()] == 0).all())
+    for n, row in enumerate(x.numpy()):
+        joint = np.array([np.log(p["w"][k]) + row_density(row, p["mu"][k], p["S"][k]) for k in range(2)])
+        r = np.exp(joint - np.logaddexp.reduce(joint))
+        parts = [_conditional(row, p["mu"][k], p["S"][k]) for k in range(2)]
+        mean = sum(r[k] * parts[k][0] for k in range(2))
+        second = sum(r[k] * (np.diag(parts[k][1]) + parts[k][0] ** 2) for k in range(2))
+        gone = np.isnan(row)
+        np.testing.assert_allclose(filled.mean[n].numpy()[gone], mean, atol=1e-12)
+        np.testing.assert_allclose(filled.variance[n].numpy()[gone], second - mean**2, atol=1e-12)
+    draws = filled.sample(400, seed=1)
+    assert bool((draws[:, ~x.isnan()] == x[~x.isnan()]).all())
+    error = (draws.mean(0) - filled.mean)[x.isnan()] / filled.sd[x.isnan()]
+    assert float(error.abs().max()) < 4.5 / np.sqrt(400)
+
+
+def test_draws_are_joint() -> None:
+    """Means and covariances of the missing cells of a row, against those of the normal given its other cells."""
+    x = rows(12)
+    result = pyro_em.fit(zoo.normal, x, missing="nan", max_iter=3, tol=0)
+    mu, S = (result.params[n].numpy() for n in ("mu", "S"))
+    filled = result.impute()["x"]
+    draws = filled.sample(4000, seed=1)
+    assert draws.shape == (4000, 12, 3)
+    assert torch.equal(draws, filled.sample(4000, seed=1))
+    assert not torch.equal(draws, filled.sample(4000, seed=2))
+    for n, row in enumerate(x.numpy()):
+        gone = np.isnan(row)
+        if gone.any():
+            mean, covariance = _conditional(row, mu, S)
+            own = draws[:, n].numpy()[:, gone]
+            scale = np.sqrt(np.diag(covariance))
+            assert np.abs((own.mean(0) - mean) / scale).max() < 4.5 / np.sqrt(4000)
+            found = np.cov(own.T).reshape(covariance.shape)
+            assert np.abs((found - covariance) / np.outer(scale, scale)).max() < 7 / np.sqrt(4000)
+
+
+def test_imputations_of_counts_and_categories() -> None:
+    data = mixed()
+    result = pyro_em.fit(zoo.classes, *data, missing="nan", max_iter=5, tol=0)
+    found = result.impute()
+    assert found.keys() == {"x", "count", "colour"}
+    r, p = result.posterior().responsibilities("z"), result.params
+    gone = data[1].isnan()
+    rate = r @ p["rate"]
+    torch.testing.assert_close(found["count"].mean[gone], rate[gone])
+    second = r @ (p["rate"] + p["rate"] ** 2)
+    torch.testing.assert_close(found["count"].variance[gone], (second - rate**2)[gone])
+    gone = data[2].isnan()
+    assert found["colour"].probabilities is not None
+    torch.testing.assert_close(found["colour"].probabilities[gone], (r @ p["shade"])[gone])
+    draws = found["colour"].sample(50)[:, gone]
+    assert set(draws.unique().tolist()) <= {0.0, 1.0, 2.0}
