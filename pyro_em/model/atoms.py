@@ -16,6 +16,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_em.errors import Refusal
 from pyro_em.model.compat import detached, dims_of
 from pyro_em.model.density import log_density, packed_log_density
 from pyro_em.model.packing import align
@@ -100,7 +101,7 @@ class AtomRuns:
                 same = together.sites.keys() == stacked.sites.keys() and all(
                     _equal(together.sites[n], stacked.sites[n]) for n in stacked.sites
                 )
-            except (RuntimeError, IndexError, ValueError, TypeError):  # whatever indexing a wrong dim leads to
+            except (RuntimeError, IndexError, ValueError, TypeError, Refusal):  # whatever indexing a wrong dim leads to
                 same = False
         return self if same else dataclasses.replace(self, looped=True)
 
