@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_em.state_space.blocks import Blocks, smoothed
+from pyro_em.state_space.blocks import KEPT, Blocks, smoothed
 from pyro_em.state_space.linear_gaussian import Chain, ChainMoments, LinearMoments, chain_moments
 from pyro_em.state_space.riccati import filter_gains, smoothed_sums
 from pyro_em.state_space.scan import scan
@@ -132,7 +132,12 @@ _known: dict[str, tuple[Tensor, int, Array]] = {}
 
 
 def _array(y: Tensor) -> Array:
-    """The data as one array object as long as it is one tensor, unchanged: what is made of them is made once."""
+    """The data as one array object as long as it is one tensor, unchanged: what is made of them is made once.
+
+    (Unless they are so many that they should not be held on to.)
+    """
+    if y.numel() * y.element_size() > KEPT:
+        return y.numpy()
     last = _known.get("y")
     if last is None or last[0] is not y or last[1] != y._version:
         last = y, y._version, y.numpy()
