@@ -5,6 +5,7 @@
     model          noise scale of each measurement, scale (D,)      Lawley and Maxwell (1971)
     ppca           one noise scale for all, scale ()                probabilistic PCA, Tipping and Bishop (1999)
     confirmatory   each measurement loads on one given factor, factors are correlated
+    low_rank       `model` with the factors integrated by the distribution
     mixture        K analysers, each with its own W_k, b_k           Ghahramani and Hinton (1996)
 
 Loadings are identified up to a rotation of the factors (a sign in `confirmatory`); what the data determine is the
@@ -72,6 +73,15 @@ def ppca(data: Tensor, num_factors: int = 1) -> None:
     with pyro.plate("rows", len(data)):
         z = pyro.sample("z", dist.Normal(torch.zeros(num_factors).to(data), 1.0).to_event(1))
         pyro.sample("x", dist.Normal(z @ loading.T + mean, scale).to_event(1), obs=data)
+
+
+def low_rank(data: Tensor, num_factors: int = 1) -> None:
+    """`model` without its latents: x is normal with covariance W Wᵀ + noise, here with its `variance` (D,)."""
+    loading = pyro.param("loading", lambda: _principal(data, num_factors))
+    mean = pyro.param("mean", lambda: data.mean(0))
+    variance = pyro.param("variance", lambda: _spread(data) ** 2 / 4, constraint=constraints.positive)
+    with pyro.plate("rows", len(data)):
+        pyro.sample("x", dist.LowRankMultivariateNormal(mean, loading, variance), obs=data)
 
 
 def confirmatory(data: Tensor, factor: Tensor) -> None:

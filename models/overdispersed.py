@@ -2,6 +2,7 @@
 
     gamma_poisson   λ_n ~ Gamma(α, β),   y_n ~ Poisson(λ_n t_n)     y_n is negative binomial      y, t (N,)
     beta_binomial   p_n ~ Beta(a, b),    y_n ~ Binomial(m, p_n)     y_n is beta-binomial          y (N,)
+    dirichlet_multinomial                                           the same with K categories    y (N, K)
 
 The posterior of λ_n and p_n has the family of its prior, so that EM is exact and the empirical Bayes estimates of the
 rows are its means.
@@ -54,6 +55,14 @@ def simulate_trials(num_rows: int = 60, num_trials: int = 12, *, seed: int = 0) 
     )
 
 
+def simulate_categories(num_rows: int = 60, num_trials: int = 12, num_categories: int = 3, *, seed: int = 0) -> Tensor:
+    """Counts of categories whose probabilities in a row are those of exponential numbers. (N, K)."""
+    generator = torch.Generator().manual_seed(seed)
+    p = -torch.rand(num_rows, num_categories, generator=generator, dtype=torch.float64).log()
+    draws = torch.multinomial(p, num_trials, replacement=True, generator=generator)
+    return torch.nn.functional.one_hot(draws, num_categories).sum(1).double()
+
+
 def gamma_poisson(y: Tensor, time: Tensor) -> None:
     """Start: shape 1, and the rate at which the mean is that of the data."""
     alpha = pyro.param("alpha", torch.ones((), dtype=time.dtype), constraint=positive)
@@ -69,3 +78,12 @@ def beta_binomial(y: Tensor, num_trials: int = 12) -> None:
     with pyro.plate("rows", len(y)):
         p = pyro.sample("p", dist.Beta(a, b))
         pyro.sample("y", dist.Binomial(num_trials, p), obs=y)
+
+
+def dirichlet_multinomial(y: Tensor) -> None:
+    """The probabilities of a row are integrated by the distribution itself; start: the uniform distribution."""
+    concentration = pyro.param(
+        "concentration", torch.ones(y.shape[-1], dtype=torch.float64), constraint=constraints.positive
+    )
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.DirichletMultinomial(concentration, y.sum(-1)), obs=y)

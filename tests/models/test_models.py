@@ -161,6 +161,7 @@ TABLE: list[tuple[str, str, Callable[[], tuple[Tensor, ...]]]] = [
     ("factor_analysis", "model", simulated("factor_analysis")),
     ("factor_analysis", "model", loaded("factor_analysis")),
     ("factor_analysis", "ppca", loaded("factor_analysis")),
+    ("factor_analysis", "low_rank", loaded("factor_analysis")),
     ("factor_analysis", "confirmatory", with_factors(simulated("factor_analysis"))),
     ("factor_analysis", "mixture", loaded("factor_analysis")),
     ("linear_mixed", "model", simulated("linear_mixed")),
@@ -180,6 +181,7 @@ TABLE: list[tuple[str, str, Callable[[], tuple[Tensor, ...]]]] = [
     ("overdispersed", "gamma_poisson", loaded("overdispersed")),
     ("overdispersed", "beta_binomial", lambda: arguments(module("overdispersed").simulate_trials())),
     ("overdispersed", "beta_binomial", categories(loaded("overdispersed", "load_families"))),
+    ("overdispersed", "dirichlet_multinomial", lambda: arguments(module("overdispersed").simulate_categories())),
     ("vae", "model", simulated("vae")),
     ("vae", "model", loaded("vae")),
 ]
