@@ -243,6 +243,13 @@ def _build() -> list[Problem]:
             "sequences",
         ),
         Problem(
+            "timed_mixture",
+            time.mixture,
+            (series[:, :3].mT,),
+            {"A": A, "share": B[:, :2] / B[:, :2].sum(1, keepdim=True), "mu": _t([[-1.0, 1.0], [2.0, 4.0]])},
+            "sequences",
+        ),
+        Problem(
             "timed_second_order",
             time.second_order,
             (words[:, :4].mT,),

@@ -23,7 +23,7 @@ from tests.problems import BY_NAME, PROBLEMS, Problem
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_em.EMWarning")
 
 
-OTHERWISE = {"timed_ragged", "timed_factorial"}  # short chains, which LAPACK smooths on the CPU
+OTHERWISE = {"timed_ragged", "timed_factorial", "timed_mixture"}  # short chains, which LAPACK smooths on the CPU
 ON_CPU = {"module_mixture"}  # its module is made with the model, which the user would have to move
 
 

@@ -139,8 +139,9 @@ def test_ragged_weighted_with_holes(model: Callable[..., Any]) -> None:
     _agree(bind(model, (y, seen), {}, with_prior=False, weights=weights))
 
 
-def test_the_table_problem() -> None:
-    problem = BY_NAME["timed_factorial"]
+@pytest.mark.parametrize("name", ["timed_factorial", "timed_mixture"])
+def test_problems_of_the_table(name: str) -> None:
+    problem = BY_NAME[name]
     _agree(bind(problem.model, problem.args, {}, with_prior=False, params=problem.start()))
 
 

@@ -49,6 +49,19 @@ def factorial(y: Tensor, K: int = 2) -> None:
             pyro.sample(f"y_{t}", dist.Normal(mu[u, v], 1.0), obs=y[t])
 
 
+def mixture(y: Tensor, K: int = 2) -> None:
+    """Emissions are mixtures of two normals; which of them is a latent that no later step reads."""
+    A = pyro.param("A", uniform(K, K), constraint=simplex)
+    share = pyro.param("share", uniform(K, 2), constraint=simplex)
+    mu = pyro.param("mu", torch.zeros(K, 2))
+    with pyro.plate("sequences", y.shape[1]):
+        z = torch.tensor(0)
+        for t in markov(len(y)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+            c = pyro.sample(f"c_{t}", dist.Categorical(share[z]))
+            pyro.sample(f"y_{t}", dist.Normal(Vindex(mu)[z, c], 0.7), obs=y[t])
+
+
 def second_order(words: Tensor, K: int = 2, V: int = 3) -> None:
     """Symbols (T, N); the state depends on the two before it."""
     pi = pyro.param("pi", uniform(K), constraint=simplex)
