@@ -187,8 +187,9 @@ def fit(
         after_fit(problem, best)
         if isinstance(engine, Pooled) and alive and not problem.with_prior:
             at_zero(engine.vanishing(best.last.params))
-        if alive and not errors and isinstance(best.last.expectation, Expectation):
-            separated(m.diverging(best.last.params, best.last.expectation))
+        if alive and not errors and m.by_newton:
+            last = best.last.expectation
+            separated(m.diverging(best.last.params, last if isinstance(last, Expectation) else last.expectation))
         messages = tuple(str(w.message) for w in caught)
         result = _result(bound, engine, m, best, runs, algorithm, seed, missing, messages, temperature is not None)
     for warning in caught:

@@ -73,6 +73,11 @@ def test_separation_is_named_and_nothing_is_lost(scale: float) -> None:
     assert with_prior.converged and not with_prior.warnings
 
 
+def test_separation_is_named_where_the_last_update_was_a_replay() -> None:
+    with pytest.warns(SeparatedData, match="'b'"):
+        pyro_em.fit(_separable(1.0), max_iter=12, tol=0)
+
+
 def test_a_class_without_events_is_named() -> None:
     group = torch.arange(30) % 3
     y = torch.where(group == 2, 0.0, 2.0 + (torch.arange(30) % 2))

@@ -74,7 +74,12 @@ class MStep:
     @property
     def all_closed(self) -> bool:
         """Every moving parameter has a closed form."""
-        return not (self.numeric or self.gradient or any(isinstance(unit, Newton) for unit in self.units))
+        return not (self.numeric or self.gradient or self.by_newton)
+
+    @property
+    def by_newton(self) -> bool:
+        """Some parameters are updated by Newton's method."""
+        return any(isinstance(unit, Newton) for unit in self.units)
 
     @property
     def separate(self) -> bool:
