@@ -122,11 +122,12 @@ class Design:
         if matrix is not None:
             return (matrix @ theta).reshape(self.cells)
         padded = torch.cat([theta, theta.new_zeros(1)])
-        total = theta.new_zeros((1,) * len(self.cells))
+        total: Tensor | None = None  # of the size of the data: none more than are needed
         for group in self.groups:
             operands = [("y", padded[group.index]), ("y", group.coefficient)]
-            total = total + self._sum(operands, "", frozenset(range(len(self.cells))))
-        return total
+            own = self._sum(operands, "", frozenset(range(len(self.cells))))
+            total = own if total is None else total + own
+        return theta.new_zeros((1,) * len(self.cells)) if total is None else total
 
     def pull(self, v: Tensor) -> Tensor:
         """Aᵀ v for v over the cells (broadcastable), (P,)."""

@@ -140,7 +140,8 @@ def site_moments(
     value = clean_value(site)
     if statistics is None:
         statistics = site_statistics(site, arguments, center)
-        weight = weight * complete_count(site, arguments)
+        count = complete_count(site, arguments)
+        weight = weight if isinstance(count, float) else weight * count
     batch = value.shape[: value.dim() - site.family.event_dim]
     moments = [reduce_to(weight, [], 0, cells, batch)]
     moments += [_reduce(weight, statistic, cells, batch) for statistic in statistics]

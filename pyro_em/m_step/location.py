@@ -88,7 +88,8 @@ class _ByRows(Location):
         self.site: SiteRecord = sufficient.sites[own.name]
         # A response seen only in part is completed at the arguments of the E-step, whatever moves since.
         self._at = dict(sufficient.arguments[own.name])
-        self.weight = weight * complete_count(self.site, self._at)
+        count = complete_count(self.site, self._at)
+        self.weight = weight if isinstance(count, float) else weight * count
         self.reached = self.weight if own.free is None else self.weight * own.free
         self.delta = torch.zeros(size, dtype=torch.float64)
 
