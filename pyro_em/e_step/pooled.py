@@ -217,7 +217,7 @@ def _posterior(own: PooledSet, noise: Sequence[tuple[Tensor, _Whitener]]) -> tup
     spherical = sum(own.sites[i].shared * own.sites[i].cells for i in latent) == size
     constant = torch.full((), own.constant, dtype=torch.float64)
     left = torch.zeros((), dtype=torch.float64)
-    seen = []
+    seen = [tuple(x.flatten(1, 2)[:, :0] for x in parts[0])]  # latents that no data read have no other rows
     for i, (site, (C, white)) in enumerate(zip(own.sites, noise, strict=True)):
         constant = constant - site.pooled.count * 0.5 * site.cells * LOG_2PI
         if spherical and i in latent:
