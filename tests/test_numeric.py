@@ -7,11 +7,16 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import scipy.optimize
 import scipy.stats
 import torch
+from pyro.nn import PyroModule
+from pyro.ops.indexing import Vindex
 from torch import Tensor
+from torch.distributions import constraints
 
 import pyro_em
 from pyro_em.m_step import numeric
@@ -162,3 +167,58 @@ def test_gem_takes_the_users_optimiser() -> None:
     )
     objective = result.history["objective"]
     assert all(later > earlier for earlier, later in pairwise(objective))
+
+
+class _Network(PyroModule):
+    """Locations of two components, from a network with a hidden layer; the model is `forward`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = PyroModule[torch.nn.Sequential](
+            PyroModule[torch.nn.Linear](1, 3), PyroModule[torch.nn.Tanh](), PyroModule[torch.nn.Linear](3, 2)
+        )
+
+    def forward(self, x: Tensor, y: Tensor) -> None:
+        loc = self.net(x.unsqueeze(-1))
+        sd = pyro.param("sd", torch.tensor(0.5), constraint=constraints.positive)
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2)))
+            pyro.sample("y", dist.Normal(Vindex(loc)[torch.arange(len(y)), z], sd), obs=y)
+
+
+def _network() -> tuple[_Network, Tensor, Tensor]:
+    torch.manual_seed(0)
+    x = torch.linspace(-2, 2, 30)
+    y = torch.where(torch.rand(30) < 0.5, 2 * x.sin(), -x) + 0.2 * torch.randn(30)
+    return _Network(), x, y
+
+
+def test_gradients_of_a_network_are_those_at_the_values_given() -> None:
+    """Not at the values in the module's own memory, which the run borrows and gives back before the backward pass."""
+    model, x, y = _network()
+    problem = bind(model, (x, y), {}, with_prior=False)
+    evidence, _ = problem.evidence(problem.start)
+    names = tuple(n for n, record in problem.parameters.items() if record.kind == "module")
+    block = Block.of_q(problem, problem.start, evidence.weights, names)
+    u = block.free() + torch.randn(len(block.free()), generator=torch.Generator().manual_seed(1))
+    _, gradient, hessian = block.hessian(u)
+    eye = 1e-6 * torch.eye(len(u))
+    expected = torch.tensor([(block.q(u + e) - block.q(u - e)) / 2e-6 for e in eye])
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
+    slopes = [(block.gradient(u + e)[1] - block.gradient(u - e)[1]) / 2e-6 for e in eye]
+    torch.testing.assert_close(hessian, torch.stack(slopes), rtol=1e-5, atol=1e-5)
+
+
+def test_a_mixture_of_networks_ends_where_the_evidence_has_no_slope() -> None:
+    model, x, y = _network()
+    found = pyro_em.fit(model, x, y, max_iter=60, tol=1e-5)
+    assert found.converged
+    leaves = {name: value.clone().requires_grad_() for name, value in found.params.items()}
+    weight, bias, out, shift, sd = (
+        leaves[n] for n in ("net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias", "sd")
+    )
+    loc = torch.tanh(x.unsqueeze(-1) @ weight.mT + bias) @ out.mT + shift
+    value = (dist.Normal(loc, sd).log_prob(y.unsqueeze(-1)).logsumexp(-1) - np.log(2)).sum()
+    assert found.log_likelihood == pytest.approx(float(value.detach()), rel=1e-10)
+    for gradient in torch.autograd.grad(value, list(leaves.values())):
+        assert float(gradient.abs().max()) < 1e-3

@@ -29,6 +29,7 @@ from pyro_em.sufficient import Sufficient, raw_arguments
 from pyro_em.types import Params
 
 MAX_ROUNDS = 30
+NUMERIC_ROUNDS = 4  # where one of the rules is iterative itself: all together is cheaper then
 CLIMB = 20  # L-BFGS steps of an M-step over many opaque parameters
 
 
@@ -166,7 +167,7 @@ class MStep:
         bound = certificate_bound(params)
         certificate, empty = None, set()
         rounds = 0
-        while rounds < MAX_ROUNDS:
+        while rounds < (NUMERIC_ROUNDS if self.numeric else MAX_ROUNDS):
             rounds += 1
             before = params
             params, found = self._round(params, expectation)

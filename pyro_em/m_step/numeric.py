@@ -7,6 +7,7 @@ rounding). Large blocks: `torch.optim.LBFGS` with strong Wolfe line search. A gr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -187,7 +188,11 @@ def _back_track(block: Block, start: Tensor, step: Tensor, slope: float = 0.0) -
 
 
 def newton(block: Block, u: Tensor, *, tolerance: float, max_iter: int) -> Tensor:
-    """Newton's method on -Q; a Hessian that is not negative definite is shifted by its eigenvalues."""
+    """Newton's method on -Q; a Hessian that is not negative definite is shifted by its eigenvalues.
+
+    Where Q is nearly flat such a step is far too long: the next ones begin at twice the length that was halved to.
+    """
+    reach = math.inf
     for _ in range(max_iter):
         _, gradient, hessian = block.hessian(u)
         kinks = block.kinks(u)
@@ -201,7 +206,12 @@ def newton(block: Block, u: Tensor, *, tolerance: float, max_iter: int) -> Tenso
         target, gain = u + step, gradient @ step
         if kinks is not None:
             target, gain = kinks.target(u, gradient, vectors @ (values.unsqueeze(-1) * vectors.mT))
+        longest = float((target - u).abs().max())
+        if longest > reach:
+            target, gain = u + reach / longest * (target - u), reach / longest * gain
         moved = _back_track(block, u, target - u, slope=float(gain))
+        length = float((moved - u).abs().max())
+        reach = max(reach, 4 * length) if length >= 0.9 * min(longest, reach) else 2 * length
         if torch.equal(moved, u):
             # Q is flat to rounding here: keep a full step if it lowers the gradient without lowering Q.
             _, after, _ = block.gradient(target)

@@ -28,6 +28,7 @@ from pyro_em.families import Family, family_for
 from pyro_em.model import compat
 from pyro_em.model.labels import observe_labels
 from pyro_em.model.missing import first_of, observe_where
+from pyro_em.model.substitute import Substitute
 from pyro_em.model.timeline import Loop, running
 from pyro_em.model.unfold import Unfold
 from pyro_em.types import Model
@@ -88,45 +89,6 @@ class Run:
     leaves: dict[str, Tensor]
     plate_symbols: dict[str, str]
     loops: tuple[Loop, ...] = ()
-
-
-class Substitute(Messenger):
-    """Hand out the given parameter values; must sit outside of the enumeration handler.
-
-    Parameters of torch modules cannot be replaced by a handler (`PyroModule.__getattr__` ignores
-    what the handler returns), so their data are overwritten in place and restored on exit.
-    """
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-        self.leaves: dict[str, Tensor] = {}
-        self._saved: list[tuple[torch.nn.Parameter, Tensor]] = []
-
-    def _pyro_param(self, msg: Any) -> None:
-        name = msg["name"]
-        if name not in self.values:
-            return
-        if name not in self.leaves:
-            own = compat.module_parameter(msg)
-            if own is not None:
-                self._saved.append((own, own.data.clone()))
-                own.data.copy_(self.values[name].detach())
-                self.leaves[name] = own
-            else:
-                self.leaves[name] = self.values[name]
-        msg["value"], msg["done"] = self.leaves[name], True
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values and not msg["is_observed"]:
-            self.leaves[msg["name"]] = self.values[msg["name"]]
-            msg["value"], msg["done"] = self.values[msg["name"]], True
-
-    def __exit__(self, *args: Any) -> Any:
-        for parameter, data in self._saved:
-            parameter.data.copy_(data)
-        self._saved.clear()
-        return super().__exit__(*args)
 
 
 def _enumerate_discrete(site: Any) -> Any:
