@@ -143,7 +143,7 @@ def test_memory_is_bounded_by_the_chunk() -> None:
     features = engine.programs[0].product.features
     chunks = [phi for _, phi in features.chunks()]
     assert sum(phi.shape[1] for phi in chunks) == 400_000 and len(chunks) == engine.programs[0].product.num_chunks > 1
-    assert all(phi.is_contiguous() and phi.numel() * 8 <= 4 * 2**20 for phi in chunks)
+    assert all(phi.is_contiguous() and phi.numel() * 8 <= 4_600_000 for phi in chunks)
 
 
 def test_an_impossible_row_is_named() -> None:

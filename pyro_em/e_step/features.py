@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 KEEP_BYTES = 48 * 2**20  # a Φ no larger than this is built once
-CHUNK_BYTES = 4 * 2**20  # of Φ; the caches that matter hold about this much
+CHUNK_BYTES = 4_600_000  # of Φ; the caches that matter hold about this much
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Features:
         self.num_features = 1 + sum(block.num_features for block in blocks)
         size = dtype.itemsize * self.num_features
         # Of 256 rows at least: below that the overhead of a call outweighs the cache.
-        self.chunk = min(num_rows, max(256, min(max_chunk, 2 ** round(math.log2(CHUNK_BYTES / size)))))
+        self.chunk = min(num_rows, max(256, min(max_chunk, 2 ** int(math.log2(CHUNK_BYTES / size)))))
         self._kept: list[Tensor] = []
         self._buffer = torch.empty(self.num_features * self.chunk, dtype=dtype)
         if size * num_rows <= KEEP_BYTES:
