@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_em.e_step.base import Expectation
 from pyro_em.errors import InputError, Refusal
+from pyro_em.families.heavy import LaplaceFamily
 from pyro_em.m_step.closed import NotClosed
 from pyro_em.m_step.kinks import kinked
 from pyro_em.m_step.linear import is_linear, linear_blocks
@@ -127,6 +128,15 @@ def choose(problem: Problem, uses: Uses, options: Mapping[str, str]) -> Choices:
     for left, reason in not_completed(units, numeric, uses, run.sites):
         units.remove(left)
         choices |= {name: Choice("numeric", reason) for name in left.names}
+    for name, choice in choices.items():
+        median = next((u.site for u in uses[name] if _is_median(u, run)), None)
+        if median is not None and choice.route in ("newton", "numeric"):
+            raise Refusal(
+                median,
+                f"parameter '{name}' is the location of a Laplace density, which has a kink at every datum: its M-step "
+                "is a weighted median, and no rule here finds it.",
+                f"use m_step={{'{name}': 'gradient'}}, which only climbs, or a StudentT density.",
+            )
     bent = sorted(kinked({n: uses[n] for n in rest if choices[n].route == "numeric"}, run.sites))
     if bent and sum(problem.parameters[n].value.numel() for n in rest if choices[n].route == "numeric") > NEWTON_LIMIT:
         raise Refusal(
@@ -136,6 +146,10 @@ def choose(problem: Problem, uses: Uses, options: Mapping[str, str]) -> Choices:
             f"use a Normal or StudentT prior, or m_step={{'{bent[0]}': 'gradient'}}, which only climbs.",
         )
     return Choices(choices, units, collinear)
+
+
+def _is_median(use: Use, run: Run) -> bool:
+    return use.slot == "loc" and isinstance(run.sites[use.site].family, LaplaceFamily)
 
 
 def _told(uses: tuple[Use, ...], option: str) -> Choice:
