@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import pyro_em
+from models import gmm
 from tests import classics, zoo_structured
 from tests.problems import BY_NAME
 
@@ -184,3 +185,14 @@ def test_module_and_function_agree() -> None:
     )
     function = pyro_em.fit(classics.normal_mixture, line, init=start, max_iter=15, tol=0)
     _same({"pi" if n == "w" else n: v for n, v in module.params.items()}, function.params)
+
+
+def test_features_may_be_in_units_far_apart() -> None:
+    """A variance is compared with that of its own feature's data: millions beside tenths are no collapse."""
+    rows = gmm.load_iris()
+    units = torch.tensor([1e7, 1.0, 1.0, 1e-3])
+    plain = pyro_em.fit(gmm.diagonal, rows, 3)
+    scaled = pyro_em.fit(gmm.diagonal, rows * units, 3)
+    assert scaled.converged
+    expected = plain.log_likelihood - len(rows) * float(units.log().sum())
+    assert scaled.log_likelihood == pytest.approx(expected, rel=1e-9)

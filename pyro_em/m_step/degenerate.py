@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ from pyro_em.sufficient import Sufficient
 
 # A variance below this share of the variance of all data of the site is rounding, not information.
 COLLAPSED = 1e-13
+ROUNDED = (64 * torch.finfo(torch.float64).eps) ** 2  # a variance below this share of the mean² is that of a constant
 REMEDY = (
     "start elsewhere (init=, restarts=), use fewer components, share the variance between components, or put a "
     "prior on it (InverseGamma, InverseWishart) and use algorithm='map-em'."
@@ -67,8 +69,13 @@ def _component(bad: Tensor) -> int | None:
 
 
 def spread_of(uses: tuple[Use, ...], sufficient: Sufficient) -> Tensor | None:
-    """Variance of all data that the parameter's sites explain, per dimension (or one number)."""
+    """Variance of all data that the parameter's sites explain, per dimension of vectors, else one number.
+
+    That number is the smallest of those of the elements, which may be in units of their own; elements without spread
+    (one datum each, a constant) are left out while there are others.
+    """
     count, center, squares = [], [], []  # of every cell, whose squares are about a center of its own
+    elements: list[Tensor] = []
     for use in uses:
         family = sufficient.sites[use.site].family
         if use.slot == VALUE or family is None or not family.centered:
@@ -85,12 +92,24 @@ def spread_of(uses: tuple[Use, ...], sufficient: Sufficient) -> Tensor | None:
         count.append(weight.expand(second.shape).reshape(-1, width))
         center.append(own.center.expand(second.shape).reshape(-1, width))
         squares.append(second.reshape(-1, width))
+        if width == 1:
+            number = math.prod(second.shape[second.dim() - sufficient.sites[use.site].element_dims :])
+            cells = [x[-1].reshape(-1, number) for x in (count, center, squares)]
+            variance, mean = _pooled(*cells)
+            elements.append(torch.where(variance > ROUNDED * mean**2, variance, torch.inf).amin())
     if not count:
         return None
-    n, c, s = (torch.cat(x) for x in (count, center, squares))
-    total = n.sum(0)
-    spread = (s + n * (c - (n * c).sum(0) / total) ** 2).sum(0) / total
-    return spread if spread.numel() > 1 else spread.squeeze(0)
+    pooled, _ = _pooled(*(torch.cat(x) for x in (count, center, squares)))
+    if pooled.numel() > 1:
+        return pooled
+    return torch.stack([*elements, pooled.squeeze(0)]).amin()
+
+
+def _pooled(count: Tensor, center: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance and mean over the first dim, of cells whose squares are about centers of their own."""
+    total = count.sum(0)
+    mean = (count * center).sum(0) / total
+    return (squares + count * (center - mean) ** 2).sum(0) / total, mean
 
 
 def _check_matrices(site: str, combined: Combined, spread: Tensor | None) -> None:
