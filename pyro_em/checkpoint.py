@@ -49,12 +49,6 @@ def save(result: FitResult, path: str | Path) -> None:
     Parameters are written bit for bit, with history, plan, outcome, warnings and restarts.
 
     :raises OSError: if the path cannot be written to, or is a symbolic link.
-
-    Example::
-
-        result.save("fit.em")
-        again = pyro_em.load("fit.em", model=model, args=(data,))
-        again.posterior().marginal("z").probs
     """
     header, payload = _header(result), b"".join(_bytes(value) for value in result.params.values())
     text = json.dumps(header).encode()
@@ -78,6 +72,13 @@ def load(
     :raises OSError: if there is no such file, or it is a symbolic link.
 
     Warns `EMWarning` if the model with these data has another log-likelihood than was saved.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pyro_em.fit(model, x).save(f"{folder}/result.nc")
+    ...     loaded = pyro_em.load(f"{folder}/result.nc", model=model, args=(x,))
+    >>> loaded.posterior().mode()["z"]
+    tensor([0, 0, 0, 1, 1, 1])
     """
     header, payload = _parts(read_regular(path), path)
     try:

@@ -33,10 +33,15 @@ class ExactELBO(ELBO):
     :param num_particles: draws of the guide to average over (1 suffices for Delta guides).
     :param max_plate_nesting: as in Pyro; found from the model if not given.
 
-    Example::
+    Example, with the model of `fit`, whose only latent is discrete and needs no guide::
 
-        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss=pyro_em.ExactELBO())
-        svi.step(data)
+        >>> from pyro.infer import SVI
+        >>> def guide(x):
+        ...     pass
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss=pyro_em.ExactELBO())
+        >>> losses = [svi.step(x) for _ in range(20)]
+        >>> losses[0] > losses[-1]
+        True
     """
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
@@ -83,10 +88,12 @@ class ExactELBO(ELBO):
         return total
 
     def loss(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> float:
+        """-ELBO as a number; builds no graph."""
         with torch.no_grad():
             return float(self.differentiable_loss(model, guide, *args, **kwargs))
 
     def loss_and_grads(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> float:
+        """-ELBO as a number; its gradients are added to those of the parameters."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward()

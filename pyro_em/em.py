@@ -57,10 +57,12 @@ class EM:
     :param algorithm: "em", "map-em" or "gem".
     :param options: `e_step`, `m_step`, `roles`, `weights`, `missing`, as in `pyro_em.fit`.
 
-    Example::
+    Example, with the model of `fit`::
 
-        em = pyro_em.EM(model)
-        losses = [em.step(data) for _ in range(100)]
+        >>> em = pyro_em.EM(model)
+        >>> losses = [em.step(x) for _ in range(10)]
+        >>> losses[0] > losses[-1]
+        True
     """
 
     def __init__(

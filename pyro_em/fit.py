@@ -110,17 +110,22 @@ def fit(
 
     Example::
 
-        import pyro, pyro.distributions as dist, torch
-        from torch.distributions import constraints
-
-        def model(x):
-            w = pyro.param("w", torch.ones(2) / 2, constraint=constraints.simplex)
-            loc = pyro.param("loc", torch.tensor([-1.0, 1.0]))
-            with pyro.plate("data", len(x)):
-                z = pyro.sample("z", dist.Categorical(w))
-                pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
-
-        result = pyro_em.fit(model, x, algorithm="em")
+        >>> import pyro, pyro_em, torch
+        >>> import pyro.distributions as dist
+        >>> from torch.distributions import constraints
+        >>> def model(x):
+        ...     w = pyro.param("w", torch.ones(2) / 2, constraint=constraints.simplex)
+        ...     loc = pyro.param("loc", torch.tensor([-1.0, 1.0]))
+        ...     sd = pyro.param("sd", torch.ones(2), constraint=constraints.positive)
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Categorical(w))
+        ...         pyro.sample("x", dist.Normal(loc[z], sd[z]), obs=x)
+        >>> x = torch.tensor([-2.1, -1.9, -2.4, 0.9, 1.2, 1.4])
+        >>> result = pyro_em.fit(model, x, algorithm="em")
+        >>> result.params["loc"]
+        tensor([-2.1333,  1.1667])
+        >>> print(result.outcome)
+        Converged: the score per observation is below tol.
     """
     check_algorithm(algorithm)
     check_restarts(restarts)
@@ -190,8 +195,8 @@ def fit(
         if alive and not errors and m.by_newton:
             last = best.last.expectation
             separated(m.diverging(best.last.params, last if isinstance(last, Expectation) else last.expectation))
-        messages = tuple(str(w.message) for w in caught)
-        result = _result(bound, engine, m, best, runs, algorithm, seed, missing, messages, temperature is not None)
+        result = _result(bound, engine, m, best, runs, algorithm, seed, missing, temperature is not None)
+        result.warnings = tuple(str(w.message) for w in caught)  # with those of the check of the returned parameters
     for warning in caught:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if errors or not alive:
@@ -219,6 +224,12 @@ def plan(
     """What `fit` would do with the same arguments, without doing it. Print it.
 
     :raises Refusal, InputError, ResourceError: as `fit` would.
+
+    Example, with the model of `fit`::
+
+        >>> plan = pyro_em.plan(model, x)
+        >>> plan.exact, plan.route("z"), plan.route("loc")
+        (True, 'enumerate', 'closed')
     """
     check_algorithm(algorithm)
     rules = checked_rules(e_step)
@@ -257,7 +268,6 @@ def _result(
     algorithm: str,
     seed: int | None,
     missing: str | None,
-    messages: tuple[str, ...],
     annealed: bool,
 ) -> FitResult:
     problem = bound.problem
@@ -275,7 +285,6 @@ def _result(
         num_iterations=best.last.iteration,
         history=best.history.as_dict(),
         plan=explain(problem, m, engine, algorithm, annealed, notes),
-        warnings=messages,
         restarts=tuple((run.last.objective, run.outcome.name) for run in runs),
         seed=seed,
         missing=missing,

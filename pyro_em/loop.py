@@ -64,6 +64,14 @@ class Step:
     """What a callback sees at each accepted iterate. Return True from the callback to stop the run.
 
     `start` numbers the starts of a fit with restarts, which may advance together.
+
+    >>> seen = []
+    >>> def watch(step):
+    ...     seen.append(step.objective)
+    ...     return step.iteration == 2
+    >>> result = pyro_em.fit(model, x, callbacks=[watch])
+    >>> len(seen), str(result.outcome)
+    (3, 'Interrupted: the last complete iterate is returned.')
     """
 
     iteration: int

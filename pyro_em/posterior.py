@@ -40,18 +40,17 @@ CHUNK_CELLS = 2**23  # cells of factor tables held at once while drawing
 
 @on_own_device("params")
 class Posterior:
-    """p(z | x, θ), exact. Made by `FitResult.posterior(*args)`.
+    """p(z | x, θ), exact; made by `FitResult.posterior(*args)`.
 
-    Shapes: a latent in plates (N, ...) with K states has responsibilities (N, ..., K). The steps of a
-    `pyro_em.markov` loop are one latent, named without the step, with time as its first plate: `z` for
-    f"z_{t}", responsibilities (T, N, ..., K); `z_17` is one step of it.
+    A latent in plates (N, ...) with K states has responsibilities (N, ..., K). The steps of a `pyro_em.markov` loop are
+    one latent, named without the step, with time as its first plate: `z` for f"z_{t}", responsibilities (T, N, ..., K);
+    `z_17` is one step of it.
 
-    Example::
-
-        posterior = result.posterior(data)
-        posterior.marginal("z").probs      # (N, K)
-        posterior.mode()["z"]              # (N,) the joint mode (Viterbi path of a chain)
-        posterior.sample(100)["z"]         # (100, N) joint draws
+        >>> posterior = pyro_em.fit(model, x).posterior(x)
+        >>> posterior.marginal("z").probs.shape, posterior.sample(100)["z"].shape  # (N, K), joint draws
+        (torch.Size([6, 2]), torch.Size([100, 6]))
+        >>> posterior.mode()["z"].tolist()  # (N,), the joint mode: of a chain the Viterbi path
+        [0, 0, 0, 1, 1, 1]
     """
 
     def __init__(self, problem: Problem, params: Params) -> None:

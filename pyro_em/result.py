@@ -63,6 +63,14 @@ class FitResult:
     under "sem" a last one for the average); its "objective" counts priors where the algorithm does, and is what the
     algorithm climbs. `restarts` lists (objective, outcome) of every start, in order.
     `missing` and `rules` (quadrature, by site) are options of the fit.
+
+    Example, with the model of `fit`::
+
+        >>> result = pyro_em.fit(model, x)
+        >>> result.converged, result.num_parameters, round(result.bic, 4)
+        (True, 5, 15.315)
+        >>> result.standard_errors()["loc"]
+        tensor([0.1186, 0.1186])
     """
 
     algorithm: str

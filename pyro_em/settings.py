@@ -1,4 +1,7 @@
-"""Limits that a user may change: `pyro_em.settings.max_table_bytes = 8 * 2**30`."""
+"""Limits that a user may change.
+
+>>> pyro_em.settings.max_table_bytes = 8 * 2**30
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,11 @@ from pyro_em.errors import InputError
 
 
 class Outcome(Enum):
-    """Why a fit stopped; the value is the sentence."""
+    """Why a fit stopped; the value is the sentence.
+
+    >>> pyro_em.fit(model, x, max_iter=1).outcome is pyro_em.Outcome.max_iter
+    True
+    """
 
     converged = "Converged: the score per observation is below tol."
     max_iter = (

@@ -303,6 +303,7 @@ def test_a_model_whose_digits_cancel_in_single_precision() -> None:
     torch.set_default_dtype(torch.float32)
     with pytest.warns(pyro_em.LostPrecision, match="in float64 it is"):
         found = pyro_em.fit(model, x, max_iter=3, tol=0)
+    assert any("in float64 it is" in message for message in found.warnings)
     torch.set_default_dtype(torch.float64)
     expected = pyro_em.fit(model, x.double(), init={n: v.double() for n, v in found.params.items()}, max_iter=0)
     assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-6)

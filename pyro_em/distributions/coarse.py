@@ -65,7 +65,11 @@ class _Interval(constraints.Constraint):
 
 
 class Coarse(TorchDistribution):
-    """What the three have in common: a base distribution with a batch shape of its own or of the limits."""
+    """What the three have in common: a base distribution with a batch shape of its own or of the limits.
+
+    >>> isinstance(Truncated(torch.distributions.Exponential(1.0), upper=2.0), Coarse)
+    True
+    """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     infinite_values: ClassVar[bool] = False

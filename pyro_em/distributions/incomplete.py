@@ -97,9 +97,9 @@ class RowLayout:
         lead = tuple(x.shape[: x.dim() - event_dim - 1])
         outer = (1,) * (len(self.others) - len(lead)) + lead
         event = tuple(x.shape[x.dim() - event_dim :])
-        x = x.reshape(*outer, *self.sizes, *event)
+        x = x.reshape((*outer, *self.sizes, *event))  # one vector alone: a tuple, since all may be empty
         order = (*self.others, *self.rows)
-        return x.permute(*(order.index(i) for i in range(self.rank)), *range(self.rank, x.dim()))
+        return x.permute((*(order.index(i) for i in range(self.rank)), *range(self.rank, x.dim())))
 
 
 def _listed(value: Tensor, loc: Tensor, covariance: Tensor) -> tuple[RowLayout, Sequence[Any]]:

@@ -178,13 +178,16 @@ def markov(steps: int | range, history: int = 1) -> Iterator[Any]:
 
     Example::
 
-        def model(x):                                            # x: (T,)
-            A = pyro.param("A", torch.full((2, 2), 0.5), constraint=constraints.simplex)
-            mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
-            z = 0
-            for t in pyro_em.markov(len(x)):
-                z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
-                pyro.sample(f"x_{t}", dist.Normal(mu[z], 1.0), obs=x[t])
+        >>> def chain(x):  # x: (T,)
+        ...     A = pyro.param("A", torch.full((2, 2), 0.5), constraint=constraints.simplex)
+        ...     mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+        ...     z = 0
+        ...     for t in pyro_em.markov(len(x)):
+        ...         z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+        ...         pyro.sample(f"x_{t}", dist.Normal(mu[z], 1.0), obs=x[t])
+        >>> result = pyro_em.fit(chain, torch.tensor([-1.9, -2.2, 1.8, 2.1, 1.9, -2.0]))
+        >>> result.posterior().mode()["z"]
+        tensor([0, 0, 1, 1, 1, 0])
     """
     if isinstance(steps, range):
         if steps != range(len(steps)):
