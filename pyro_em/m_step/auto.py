@@ -20,8 +20,10 @@ from torch import Tensor
 from pyro_em.e_step.base import Expectation
 from pyro_em.families import LOCATIONS
 from pyro_em.m_step.choose import certificate_bound, choose, moments_by_weight, opened, options_of
+from pyro_em.m_step.minibatches import adam, climb, minibatches
 from pyro_em.m_step.newton import Newton
 from pyro_em.m_step.numeric import NEWTON_LIMIT, Block, ascend, ascend_with, maximise
+from pyro_em.m_step.rows import Rows
 from pyro_em.m_step.separate import Separate
 from pyro_em.model.use import Use
 from pyro_em.problem import Problem
@@ -30,7 +32,7 @@ from pyro_em.types import Params
 
 MAX_ROUNDS = 30
 NUMERIC_ROUNDS = 4  # where one of the rules is iterative itself: all together is cheaper then
-CLIMB = 20  # L-BFGS steps of an M-step over many opaque parameters
+CLIMB, STEPS = 20, 5  # L-BFGS steps of an M-step over many opaque parameters, and of a gradient M-step
 
 
 class NotCertified(Exception):
@@ -59,11 +61,13 @@ class MStep:
         self.closed = tuple(name for unit in self.units for name in unit.names)
         self.numeric = tuple(n for n in names if self.choices[n].route == "numeric")
         self.gradient = tuple(n for n in names if self.choices[n].route == "gradient")
-        self._large = sum(problem.parameters[n].value.numel() for n in self.numeric) > NEWTON_LIMIT
-        if self._large:  # a network: each M-step climbs, a maximum of it is not worth to be found
-            for name in self.numeric:
-                reason = f"{self.choices[name].reason}; L-BFGS steps that raise Q"
-                self.choices[name] = replace(self.choices[name], reason=reason)
+        self._large = self._many(self.numeric)
+        self._rows: Rows | None = None
+        climbing = self.numeric if self._large else self.gradient if self._many(self.gradient) and not optim else ()
+        if climbing:  # a network: each M-step climbs, a maximum of it is not worth to be found
+            self._rows, how = minibatches(problem)
+            for name in climbing:
+                self.choices[name] = replace(self.choices[name], reason=f"{self.choices[name].reason}; {how}")
         self._count = 0
         self._coupled = bool(self.numeric and self.closed)
 
@@ -92,6 +96,10 @@ class MStep:
         """The units read the moments of their sites alone, no posterior weights of single rows."""
         units = [unit for unit in self.units if not isinstance(unit, Separate)]
         return all(isinstance(unit, Newton) and all(site.compressed for site in unit.sites) for unit in units)
+
+    def _many(self, names: tuple[str, ...]) -> bool:
+        """Too many entries for Newton's method."""
+        return sum(self.problem.parameters[n].value.numel() for n in names) > NEWTON_LIMIT
 
     def _counted(self, name: str) -> tuple[Use, ...]:
         """Uses that enter Q: without priors when they do not count."""
@@ -184,7 +192,7 @@ class MStep:
             certificate = self._certificate(params, expectation, self._refreshed(params, expectation)) / scale
         if self.gradient:
             block = _block(params, expectation, self.gradient)
-            params = ascend(block) if self.optim is None else ascend_with(block, self.optim)
+            params = self._climbed(block, expectation, STEPS) if not self.optim else ascend_with(block, self.optim)
         return params, MStepInfo(rounds, certificate, tuple(sorted(empty - self.collinear)))
 
     def _round(self, params: Params, expectation: Expectation) -> tuple[Params, set[str]]:
@@ -194,11 +202,17 @@ class MStep:
             block = _block(params, expectation, self.numeric)
             scale = self.problem.graph.num_observations
             if self._large:
-                return ascend(block, num_steps=CLIMB), empty
+                return self._climbed(block, expectation, CLIMB), empty
             params = maximise(block, tolerance=0.1 * certificate_bound(params) * scale)
             if self.closed:
                 sufficient.take(self._refreshed(params, expectation))
         return params, empty
+
+    def _climbed(self, block: Block, expectation: Expectation, num_steps: int) -> Params:
+        """Parameters at which Q is no lower; the rows in parts, if they are many."""
+        if self._rows is None or len(block.free()) <= NEWTON_LIMIT:
+            return ascend(block, num_steps=num_steps)
+        return climb(self._rows, block, expectation.weights, num_steps=num_steps, optimiser=self.optim or adam)
 
     def _refreshed(self, params: Params, expectation: Expectation) -> Sufficient:
         weights = expectation.weights  # before the problem: see `_block`

@@ -4,7 +4,7 @@
 2. closed form      the sum of the kernels of its uses has an argmax
 3. Newton           everything else behind linear predictors or taken entry by entry, with the closed forms of the
                     same density (the rate of a Gamma whose concentration is free: rounds would be slow)
-4. numeric          what is opaque: networks, products of parameters, unknown families
+4. numeric          what is opaque: networks (in minibatches of many rows), products of parameters, unknown families
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,12 @@ class Block:
     def of_q(cls, problem: Problem, params: Params, weights: Posteriors, names: tuple[str, ...]) -> Block:
         """The block of Q(θ) = E_q[log p(x,z|θ)] for given posterior weights."""
         return cls(problem, params, lambda values: problem.expected_log_joint(values, weights), names)
+
+    def with_objective(self, objective: Objective) -> Block:
+        """The same parameters in the same coordinates, with another objective."""
+        other = copy(self)
+        other.objective = objective
+        return other
 
     def __post_init__(self) -> None:
         records = self.problem.parameters
@@ -145,15 +152,15 @@ def maximise(block: Block, *, tolerance: float, max_iter: int = 100) -> Params:
         u = newton(block, u, tolerance=tolerance, max_iter=max_iter)
     else:
         u = lbfgs(block, u, tolerance=tolerance, max_iter=max_iter)
-    return _detached(block, u)
+    return detached(block, u)
 
 
-def ascend(block: Block, *, num_steps: int = 5) -> Params:
+def ascend(block: Block, *, num_steps: int) -> Params:
     """A gradient M-step: a few L-BFGS iterations on Q, which never end lower than they began."""
     u = block.free()
     if u.numel() == 0:
         return dict(block.params)
-    return _detached(block, lbfgs(block, u, tolerance=0.0, max_iter=num_steps))
+    return detached(block, lbfgs(block, u, tolerance=0.0, max_iter=num_steps))
 
 
 def ascend_with(
@@ -167,18 +174,19 @@ def ascend_with(
         _, gradient, _ = block.gradient(u)
         u.grad = -gradient
         optimizer.step()
-    return _detached(block, _back_track(block, start, u.detach() - start))
+    return detached(block, back_tracked(block, start, u.detach() - start))
 
 
-def _detached(block: Block, u: Tensor) -> Params:
+def detached(block: Block, u: Tensor) -> Params:
+    """All parameters, those of the block at free coordinates `u`."""
     return {name: value.detach().clone() for name, value in block.values(u.detach()).items()}
 
 
-def _back_track(block: Block, start: Tensor, step: Tensor, slope: float = 0.0) -> Tensor:
-    """The longest of step, step/2, step/4, ... that does not lower Q (Armijo if a slope is given)."""
+def back_tracked(block: Block, start: Tensor, step: Tensor, slope: float = 0.0, halvings: int = 40) -> Tensor:
+    """The longest of step, step/2, step/4, ... that does not lower Q (Armijo if a slope is given); `start` if none."""
     before = block.q(start)
     length = 1.0
-    for _ in range(40):
+    for _ in range(halvings):
         u = start + length * step
         value = block.q(u)
         if value >= before + 1e-4 * length * slope:
@@ -209,7 +217,7 @@ def newton(block: Block, u: Tensor, *, tolerance: float, max_iter: int) -> Tenso
         longest = float((target - u).abs().max())
         if longest > reach:
             target, gain = u + reach / longest * (target - u), reach / longest * gain
-        moved = _back_track(block, u, target - u, slope=float(gain))
+        moved = back_tracked(block, u, target - u, slope=float(gain))
         length = float((moved - u).abs().max())
         reach = max(reach, 4 * length) if length >= 0.9 * min(longest, reach) else 2 * length
         if torch.equal(moved, u):
@@ -257,4 +265,4 @@ def lbfgs(block: Block, u: Tensor, *, tolerance: float, max_iter: int) -> Tensor
     end = leaf.detach()
     if bool(end.isfinite().all()) and block.q(end) >= before:
         return end
-    return _back_track(block, start, torch.nan_to_num(end - start))
+    return back_tracked(block, start, torch.nan_to_num(end - start))
