@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributions import Transform, transform_to
 from torch.distributions.constraints import Constraint
 
+from pyro_em.derivatives import pulled_back
 from pyro_em.errors import InputError
 from pyro_em.shapes import places
 
@@ -199,7 +200,9 @@ class TransformChart(Chart):
     def pull_back(self, value: Tensor, gradient: Tensor) -> Tensor:
         with torch.enable_grad():
             free = self.to_free(value.detach()).requires_grad_()
-            return torch.autograd.grad(self.from_free(free), free, gradient)[0]
+            (found,) = pulled_back([self.from_free(free)], [free], [gradient])
+        assert found is not None
+        return found
 
 
 def chart(constraint: Constraint, value: Tensor, fixed: Tensor | None = None) -> Chart:

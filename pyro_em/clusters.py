@@ -12,10 +12,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # its parts are imported when they are used first
 import torch
 from numpy.typing import NDArray
-from scipy.cluster.vq import ClusterError, kmeans2, vq
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pyro_em.errors import InputError
@@ -144,7 +143,7 @@ def _matched(clusters: Tensor, possible: Tensor) -> Tensor:
         return clusters
     votes = torch.zeros(states, states)
     votes.index_put_((clusters[known], possible[known].long().argmax(-1)), torch.ones(()), accumulate=True)
-    _, number = linear_sum_assignment(votes.cpu().numpy(), maximize=True)
+    _, number = scipy.optimize.linear_sum_assignment(votes.cpu().numpy(), maximize=True)
     return torch.as_tensor(number)[clusters]
 
 
@@ -169,8 +168,8 @@ def _cluster(data: NDArray[np.float64], num_clusters: int, rng: np.random.Genera
     few = data if len(data) <= SAMPLE * num_clusters else rng.choice(data, SAMPLE * num_clusters, replace=False)
     for _ in range(TRIES):
         try:
-            centres, labels = kmeans2(few, num_clusters, minit="++", iter=5, missing="raise", rng=rng)
-        except ClusterError:
+            centres, labels = scipy.cluster.vq.kmeans2(few, num_clusters, minit="++", iter=5, missing="raise", rng=rng)
+        except scipy.cluster.vq.ClusterError:
             continue  # a cluster lost its last row; draw again
-        return np.asarray(labels if few is data else vq(data, centres, check_finite=False)[0])
+        return np.asarray(labels if few is data else scipy.cluster.vq.vq(data, centres, check_finite=False)[0])
     return rng.integers(num_clusters, size=len(data))

@@ -13,8 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 import pyro.distributions as dist
+import scipy  # its parts are imported when they are used first
 import torch
-from scipy.special import log_ndtr, ndtri_exp
 from torch import Tensor
 
 MAX_ROUNDS = 10_000
@@ -44,9 +44,9 @@ def _normal(lower: Tensor, upper: Tensor) -> Tensor:
     flip = lower > 0
     low, high = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
     u = torch.rand(low.shape, dtype=torch.float64)
-    at_high = torch.as_tensor(log_ndtr(high.double().cpu().numpy())) + u.log()
-    at_low = torch.as_tensor(log_ndtr(low.double().cpu().numpy())) + torch.log1p(-u)
-    x = torch.as_tensor(ndtri_exp(torch.logaddexp(at_high, at_low).cpu().numpy())).to(low)
+    at_high = torch.as_tensor(scipy.special.log_ndtr(high.double().cpu().numpy())) + u.log()
+    at_low = torch.as_tensor(scipy.special.log_ndtr(low.double().cpu().numpy())) + torch.log1p(-u)
+    x = torch.as_tensor(scipy.special.ndtri_exp(torch.logaddexp(at_high, at_low).cpu().numpy())).to(low)
     x = torch.minimum(torch.maximum(x, low), high)
     return torch.where(flip, -x, x)
 

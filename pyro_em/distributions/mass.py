@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import pyro.distributions as dist
+import scipy  # its parts are imported when they are used first
 import torch
-from scipy.special import gammainc, gammaincc
 from torch import Tensor
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -157,7 +157,7 @@ def _by_numpy(function: Any, shape: Tensor, rate: Tensor) -> Tensor:
 def _poisson_at_least(rate: Tensor, count: Tensor) -> Tensor:
     """log P(Y >= count) = log of the regularised lower incomplete gamma function; a series where it underflows."""
     finite = torch.where(count.isfinite() & (count > 0), count, torch.ones_like(count))
-    value = _by_numpy(gammainc, finite, rate).log()
+    value = _by_numpy(scipy.special.gammainc, finite, rate).log()
     value = torch.where(finite == 1, log1mexp(rate), value)
     lost = (value < -600) & (rate > 0)
     if bool(lost.any()):
@@ -171,7 +171,7 @@ def _poisson_at_most(rate: Tensor, count: Tensor) -> Tensor:
     """log P(Y <= count)."""
     inside = (count >= 0) & count.isfinite()
     finite = torch.where(inside, count, torch.zeros_like(count))
-    value = _by_numpy(gammaincc, finite + 1, rate).log()
+    value = _by_numpy(scipy.special.gammaincc, finite + 1, rate).log()
     lost = value < -600
     if bool(lost.any()):
         k, r = finite[lost], rate[lost]

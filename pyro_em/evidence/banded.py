@@ -18,8 +18,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import scipy  # its parts are imported when they are used first
 import torch
-from scipy.linalg.lapack import dtbtrs
 from torch import Tensor
 
 from pyro_em.evidence.blocked import BlockedPosterior, Blocks, Scratch, smooth_blocked
@@ -83,8 +83,9 @@ class Banded:
         np.multiply(initial.T, b[:, 0], out=ends[0, :, 0])
         ends[1, :, -1] = 1.0
         forward, backward = ends.reshape(2, -1, 1)
-        alpha = dtbtrs(self._matrix, forward, uplo="L", trans="N", diag="U", overwrite_b=1)[0].reshape(b.shape)
-        beta = dtbtrs(self._matrix, backward, uplo="L", trans="T", diag="U", overwrite_b=1)[0].reshape(b.shape)
+        solve = scipy.linalg.lapack.dtbtrs
+        alpha = solve(self._matrix, forward, uplo="L", trans="N", diag="U", overwrite_b=1)[0].reshape(b.shape)
+        beta = solve(self._matrix, backward, uplo="L", trans="T", diag="U", overwrite_b=1)[0].reshape(b.shape)
         total = alpha[:, -1].sum(-1)
         smallest, ahead, behind = float(total.min()), float(alpha.max()), float(beta.max())
         if not (smallest > 0 and math.isfinite(ahead) and math.isfinite(behind)):

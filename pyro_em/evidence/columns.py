@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_em.derivatives import pulled_back
 from pyro_em.device import seeded_normal
 from pyro_em.errors import Refusal
 from pyro_em.evidence.elimination import Candidate, Values
@@ -67,16 +68,12 @@ def push(outputs: Sequence[Tensor], leaf: Tensor, directions: Sequence[Tensor], 
     if not reached:
         return [zeros for _ in directions]
     cotangents = [torch.zeros_like(outputs[i], requires_grad=True) for i in reached]
-    (pulled,) = torch.autograd.grad(
-        [outputs[i] for i in reached], leaf, cotangents, create_graph=True, allow_unused=True
-    )
+    (pulled,) = pulled_back([outputs[i] for i in reached], [leaf], cotangents, graph=True)
     if pulled is None or not pulled.requires_grad:
         return [zeros for _ in directions]
     found = []
     for along in directions:
-        pushed = torch.autograd.grad(
-            pulled, cotangents, along.to(pulled), retain_graph=True, create_graph=graph, allow_unused=True
-        )
+        pushed = pulled_back([pulled], cotangents, [along.to(pulled)], graph=graph)
         row = list(zeros)
         for i, p in zip(reached, pushed, strict=True):
             if p is not None:

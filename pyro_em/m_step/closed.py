@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_em.derivatives import pulled_back
 from pyro_em.families.base import IDENTITY, LOGIT, NORMALISED, SOFTMAX, Link
 from pyro_em.kernels import (
     BetaKernel,
@@ -91,7 +92,8 @@ class Combined:
         with torch.enable_grad():
             canonical = self.canonical(leaf)
             outer = self.kernel.gradient(canonical.detach())
-            (gradient,) = torch.autograd.grad(canonical, leaf, outer)
+            (gradient,) = pulled_back([canonical], [leaf], [outer])
+        assert gradient is not None
         return gradient
 
 

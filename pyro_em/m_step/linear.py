@@ -20,8 +20,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -220,8 +218,13 @@ def parts_of(coupling: Tensor, size: int) -> list[Tensor]:
     [tensor([[1]]), tensor([[0, 2]])]
     """
     one, other = coupling.cpu().numpy()
-    graph = coo_matrix((np.ones(len(one)), (one, other)), shape=(size, size))
-    _, labels = connected_components(graph, directed=False)
+    labels, before = np.arange(size), None
+    while before is None or (labels != before).any():  # to import scipy.sparse takes longer than a small fit
+        before = labels.copy()
+        np.minimum.at(labels, one, before[other])
+        np.minimum.at(labels, other, before[one])
+        labels = labels[labels]
+    labels = np.unique(labels, return_inverse=True)[1]
     order, counts = np.argsort(labels, kind="stable"), np.bincount(labels)
     blocks = np.split(order, np.cumsum(counts)[:-1])
     return [torch.tensor(np.stack([b for b in blocks if len(b) == n])) for n in np.unique(counts)]

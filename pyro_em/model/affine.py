@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_em.derivatives import pulled_back
 from pyro_em.device import seeded_normal
 from pyro_em.errors import ResourceError
 from pyro_em.model.links import INNER, LINKS, PredictorLink
@@ -183,12 +184,12 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 def _push(output: Tensor, leaf: Tensor) -> Callable[[Tensor], Tensor]:
     """Directional derivative of one argument along directions of `leaf` (double vjp, see recognise.tangents)."""
     cotangent = torch.zeros_like(output, requires_grad=True)
-    (pulled,) = torch.autograd.grad(output, leaf, cotangent, create_graph=True, allow_unused=True)
+    (pulled,) = pulled_back([output], [leaf], [cotangent], graph=True)
 
     def push(direction: Tensor) -> Tensor:
         if pulled is None or not pulled.requires_grad:
             return torch.zeros_like(output).detach()
-        (found,) = torch.autograd.grad(pulled, cotangent, direction, retain_graph=True, allow_unused=True)
+        (found,) = pulled_back([pulled], [cotangent], [direction])
         return torch.zeros_like(output).detach() if found is None else found.detach()
 
     return push

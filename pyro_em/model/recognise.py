@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.charts import chart
+from pyro_em.derivatives import pulled_back
 from pyro_em.device import seeded_normal
 from pyro_em.model.affine import Point, find_predictor
 from pyro_em.model.capture import ParameterRecord
@@ -44,15 +45,12 @@ def tangents(outputs: list[Tensor], leaf: Tensor, directions: list[Tensor]) -> l
     """
     cotangents = [torch.zeros_like(o, requires_grad=True) for o in outputs]
     zeros = [torch.zeros_like(o) for o in outputs]
-    # Inner products, as `grad_outputs` would have torch import its symbolic shapes: a third of a second.
-    total = torch.stack([(o * c).sum() for o, c in zip(outputs, cotangents, strict=True)]).sum()
-    (pulled,) = torch.autograd.grad(total, leaf, create_graph=True, allow_unused=True)
+    (pulled,) = pulled_back(outputs, [leaf], cotangents, graph=True)
     if pulled is None or not pulled.requires_grad:
         return [zeros for _ in directions]
     found = []
     for direction in directions:
-        along = (pulled * direction).sum()
-        pushed = torch.autograd.grad(along, cotangents, retain_graph=True, allow_unused=True)
+        pushed = pulled_back([pulled], cotangents, [direction])
         found.append([z if p is None else p.detach() for p, z in zip(pushed, zeros, strict=True)])
     return found
 

@@ -20,9 +20,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # its parts are imported when they are used first
 import torch
 from numpy.typing import NDArray
-from scipy.linalg.lapack import dpotrf, dpotrs, dtrtri
 
 from pyro_em.state_space.steps import SingularInnovation, gain
 
@@ -57,7 +57,7 @@ def filter_gains(P: Array, A: Array, Q: Array, C: Array, R: Array, T: int, first
     try:
         factors = np.asarray(np.linalg.cholesky(innovation), np.float64)
     except np.linalg.LinAlgError:
-        step = next(t for t, S in enumerate(innovation) if dpotrf(S, lower=1)[1])
+        step = next(t for t, S in enumerate(innovation) if scipy.linalg.lapack.dpotrf(S, lower=1)[1])
         raise SingularInnovation(step) from None
     whiteners = np.asarray(np.linalg.inv(factors), np.float64)
     half = np.log(np.diagonal(factors, axis1=1, axis2=2)).sum(1)
@@ -69,10 +69,10 @@ def filter_gains(P: Array, A: Array, Q: Array, C: Array, R: Array, T: int, first
 
 def _predicted(P: Array, A: Array, Q: Array, C: Array, R: Array, T: int, first_unseen: bool) -> Array:
     """P_0, P_1, ... up to where they stand still, at most T of them."""
-    factor, failed = dpotrf(R, lower=1, clean=1)
+    factor, failed = scipy.linalg.lapack.dpotrf(R, lower=1, clean=1)
     J = None
     if not failed:
-        root = dtrtri(factor, lower=1)[0] @ C
+        root = scipy.linalg.lapack.dtrtri(factor, lower=1)[0] @ C
         J = root.T @ root
     steps = [P]
     while len(steps) < T and (J is None or len(steps) < BY_ONE):
@@ -101,10 +101,10 @@ def _next(P: Array, A: Array, Q: Array, C: Array, R: Array, step: int, *, unseen
     """One step in Joseph's form."""
     if not unseen:
         CP = C.dot(P)
-        factor, failed = dpotrf(CP.dot(C.T) + R, lower=1, clean=1)
+        factor, failed = scipy.linalg.lapack.dpotrf(CP.dot(C.T) + R, lower=1, clean=1)
         if failed:
             raise SingularInnovation(step)
-        K = dpotrs(factor, CP, lower=1)[0].T
+        K = scipy.linalg.lapack.dpotrs(factor, CP, lower=1)[0].T
         keep = K.dot(C)
         keep *= -1.0
         keep.flat[:: len(P) + 1] += 1.0
