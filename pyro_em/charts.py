@@ -200,9 +200,7 @@ class TransformChart(Chart):
     def pull_back(self, value: Tensor, gradient: Tensor) -> Tensor:
         with torch.enable_grad():
             free = self.to_free(value.detach()).requires_grad_()
-            (found,) = pulled_back([self.from_free(free)], [free], [gradient])
-        assert found is not None
-        return found
+            return pulled_back([self.from_free(free)], [free], [gradient])[0]  # type: ignore[return-value]
 
 
 def chart(constraint: Constraint, value: Tensor, fixed: Tensor | None = None) -> Chart:

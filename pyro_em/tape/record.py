@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 
 READ = aten._local_scalar_dense.default
-LEAVING = ("numpy", "tolist", "__array__", "__dlpack__")  # ways out of torch that the dispatcher does not see
+LEAVING = frozenset(("numpy", "tolist", "__array__", "__dlpack__"))  # ways out of torch that the dispatcher misses
 DYNAMIC_SHAPE = (aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default)
 SHAPES = frozenset((*DYNAMIC_SHAPE, aten.index.Tensor))
 
@@ -37,17 +36,18 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, list | tuple):
+        elif type(value) is list or type(value) is tuple:
             found += _tensors(value)
     return found
 
 
 def each(function: Callable[[Any], Any], value: Any) -> Any:
     """`function` of an argument, or of each entry of a list, tuple or dict of arguments."""
-    if isinstance(value, dict):
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind([each(function, x) for x in value])
+    if kind is dict:
         return {name: each(function, x) for name, x in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)([each(function, x) for x in value])
     return function(value)
 
 
@@ -55,7 +55,7 @@ class NotRecorded(Exception):
     """The function does something that a list of tensor operations cannot repeat; the text says what."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kind:
     """What the schema of a call says.
 
@@ -67,45 +67,66 @@ class Kind:
     written: tuple[tuple[int, str], ...]
     draws: bool
     reshapes: bool
+    reads_shape: bool  # what it gives may have a shape that depends on the data
+    call: Any  # held, so that its id stays its own
 
 
-@lru_cache(maxsize=4096)
+_KINDS: dict[int, Kind] = {}  # by id of the call, whose hash is slow
+
+
 def kind_of(call: Any) -> Kind:
     """The kind of a call (torch._ops.OpOverload)."""
-    infos = [r.alias_info for r in call._schema.returns]
-    view = bool(infos) and infos[0] is not None and not infos[0].is_write
-    aliases = [(i, x.name, x.alias_info) for i, x in enumerate(call._schema.arguments)]
-    written = tuple((i, name) for i, name, alias in aliases if alias is not None and alias.is_write)
-    return Kind(view, written, torch.Tag.nondeterministic_seeded in call.tags, torch.Tag.inplace_view in call.tags)
+    found = _KINDS.get(id(call))
+    if found is None:
+        infos = [r.alias_info for r in call._schema.returns]
+        view = bool(infos) and infos[0] is not None and not infos[0].is_write
+        aliases = [(i, x.name, x.alias_info) for i, x in enumerate(call._schema.arguments)]
+        written = tuple((i, name) for i, name, alias in aliases if alias is not None and alias.is_write)
+        draws, reshapes = (tag in call.tags for tag in (torch.Tag.nondeterministic_seeded, torch.Tag.inplace_view))
+        found = _KINDS[id(call)] = Kind(view, written, draws, reshapes, call in SHAPES, call)
+    return found
 
 
 class Operation:
     """One call: `outputs` are its tensors; `guard` is the Boolean or integer that it gave instead, if it did.
 
-    `inputs` are the tensors among its arguments, `written` those that it changes in place.
+    `inputs` are the tensors among its arguments, `written` those that it changes in place; `reads`, `makes` and
+    `changes` the memory (`storage`) of inputs, outputs and written ones.
     """
 
-    __slots__ = ("args", "call", "guard", "inputs", "is_view", "kwargs", "outputs", "single", "written")
+    __slots__ = (
+        "args", "call", "changes", "guard", "inputs", "is_view", "kwargs", "makes", "outputs", "reads", "single",
+        "written",
+    )  # fmt: skip
 
     def __init__(
         self,
         call: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        places: Callable[[Iterable[Tensor]], list[int]],
         outputs: tuple[Tensor, ...] = (),
         single: bool = False,
         guard: bool | int | None = None,
     ) -> None:
         self.call, self.args, self.kwargs = call, args, kwargs
-        self.outputs, self.single, self.guard = outputs, single, guard
+        self.single, self.guard = single, guard
         self.inputs: list[Tensor] = _tensors(args) + _tensors(kwargs.values()) if kwargs else _tensors(args)
+        self.reads = places(self.inputs)
         kind = kind_of(call)
-        self.is_view, self.written = kind.is_view, []
+        self.is_view = kind.is_view
+        self.written: list[Tensor] = []
         for position, name in kind.written:
             value = kwargs.get(name)
             if value is None and position < len(args):
                 value = args[position]
             self.written += _tensors([value])
+        self.changes = places(self.written) if self.written else []
+        self.gave(outputs, places)
+
+    def gave(self, outputs: tuple[Tensor, ...], places: Callable[[Iterable[Tensor]], list[int]]) -> None:
+        """Note what the call gave."""
+        self.outputs, self.makes = outputs, places(outputs) if outputs else []
 
 
 @dataclass
@@ -115,6 +136,7 @@ class _Recorder(TorchDispatchMode):
     most: int = 0
     most_bytes: float = math.inf
     _bytes: int = 0
+    _storages: dict[int, int] = field(default_factory=dict)  # by id of tensors, which the operations hold
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -124,6 +146,16 @@ class _Recorder(TorchDispatchMode):
         """torch.compile is not in play here, and to say so to it would import it: a second of start-up."""
         return False
 
+    def places(self, tensors: Iterable[Tensor]) -> list[int]:
+        """Their storages."""
+        known, found = self._storages, []
+        for x in tensors:
+            own = known.get(id(x))
+            if own is None:
+                own = known[id(x)] = storage(x)
+            found.append(own)
+        return found
+
     def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         kind = kind_of(call)
@@ -132,17 +164,18 @@ class _Recorder(TorchDispatchMode):
         if kind.draws and kwargs.get("generator") is None:
             raise NotRecorded(f"a random draw ({call})")
         result = call(*args, **kwargs)
-        own = Operation(call, tuple(args), kwargs)
-        depends = any(storage(x) in self.dependent for x in own.inputs)
+        own = Operation(call, tuple(args), kwargs, self.places)
+        depends = not self.dependent.isdisjoint(own.reads)
         if isinstance(result, Tensor):
-            own.outputs, own.single = (result,), True
+            own.gave((result,), self.places)
+            own.single = True
         elif isinstance(result, tuple | list):
-            own.outputs = tuple(result)
+            own.gave(tuple(result), self.places)
         else:
             own.guard = self._guard(call, result, depends)
         if depends:
             self._check(own)
-            self.dependent.update(storage(x) for x in (*own.outputs, *own.written))
+            self.dependent.update(own.makes, own.changes)
             if not own.is_view:
                 self._bytes += sum(x.numel() * x.element_size() for x in own.outputs)
             if self._bytes > self.most_bytes:
@@ -165,11 +198,11 @@ class _Recorder(TorchDispatchMode):
             made = any(y is x for y in own.outputs)
             if made or any(y is x for y in own.inputs):
                 then = [each(as_it_was, y) for y in (own.args, own.kwargs, own.outputs)]
-                self.operations[i] = Operation(own.call, then[0], then[1], then[2], own.single, own.guard)
+                self.operations[i] = Operation(own.call, then[0], then[1], self.places, then[2], own.single, own.guard)
             if made:
                 break
         call(*args, **kwargs)
-        self.operations.append(Operation(view, (before, *args[1:]), kwargs, (x,), True))
+        self.operations.append(Operation(view, (before, *args[1:]), kwargs, self.places, (x,), True))
         return x
 
     @staticmethod
@@ -181,9 +214,10 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _check(self, operation: Operation) -> None:
-        if operation.call not in SHAPES:
+        if not kind_of(operation.call).reads_shape:
             return
-        masks = [x for x in operation.inputs[1:] if x.dtype == torch.bool and storage(x) in self.dependent]
+        others = zip(operation.inputs[1:], operation.reads[1:], strict=True)
+        masks = [x for x, own in others if x.dtype == torch.bool and own in self.dependent]
         if operation.call is not aten.index.Tensor or masks:
             raise NotRecorded(f"a shape that depends on the data ({operation.call})")
 
@@ -210,7 +244,7 @@ class _Guarded(TorchFunctionMode):
         name = getattr(call, "__name__", "")
         if name in LEAVING and isinstance(args[0], Tensor) and storage(args[0]) in self.recorder.dependent:
             raise NotRecorded(f"values left torch ({name})")
-        return call(*args, **(kwargs or {}))
+        return call(*args, **kwargs) if kwargs else call(*args)
 
 
 def storage(x: Tensor) -> int:

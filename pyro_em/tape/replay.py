@@ -1,4 +1,4 @@
-"""A simplified list of operations as one Python function over memory that is laid out once.
+"""A simplified list of operations as calls over memory that is laid out once.
 
 Every value keeps its place from one replay to the next, so that views cost nothing and nothing is allocated but the
 outputs, which are copies. A tape is therefore not for two threads at once.
@@ -16,17 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_em.tape.calls import Call, bound, copied, guard
 from pyro_em.tape.emit import BINARY, MOST_CELLS, WITH_OUT, numpy_call
+from pyro_em.tape.listing import Listing, Step, Variable
 from pyro_em.tape.record import READ, NotRecorded, aten, each, record
-from pyro_em.tape.simplify import CHECK, Listing, Step, Variable, simplify
+from pyro_em.tape.simplify import CHECK, simplify
 
 MOST = 10_000  # operations
 DTYPES = (torch.float64, torch.float32, torch.bool, torch.int64, torch.int32)  # that NumPy treats as torch does
 MOST_BYTES = 2**26  # of all values together; where they are more, Python is the smaller part
-
-
-class Deviation(Exception):
-    """A guard has another value than when the function was recorded: the replay is void."""
 
 
 class Tape:
@@ -52,7 +50,7 @@ class Tape:
             values = [x.clone() for x in outputs]
             self.listing = simplify(operations, own, outputs)
             writer = _Writer(self.listing)
-            self._inputs, self._replay, self._outputs = writer.function()
+            self._inputs, self._calls, self._outputs = writer.function()
         self._function: Callable[..., Sequence[Tensor]] | None = None
         self._compare(self(own), values)
         if any(place.shape != shape for place, shape in writer.shapes()):
@@ -75,7 +73,8 @@ class Tape:
             else:
                 place.copy_(x)
         with np.errstate(all="ignore"):  # as torch does
-            self._replay()
+            for call in self._calls:
+                call()
         outputs = [x.clone(memory_format=torch.contiguous_format) for x in self._outputs]
         if self._function is not None:
             function, self._function = self._function, None
@@ -101,28 +100,25 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 class _Writer:
-    """Lays out the memory, and writes the function line by line."""
+    """Lays out the memory, and makes one call without arguments of every step."""
 
     def __init__(self, listing: Listing) -> None:
         self.listing = listing
         self.places: dict[Variable, Tensor] = {}
-        self.names: dict[str, Any] = {"Deviation": Deviation, "copyto": np.copyto}
-        self.known: dict[int, str] = {}
-        self.lines: list[str] = []
-        self.masks: dict[Variable, str] = {}  # any/all that only a guard reads: the expression itself
+        self.arrays: dict[int, Any] = {}  # the same memory for NumPy, by id of the tensor
+        self.calls: list[Call] = []
         self.size = 0
 
-    def function(self) -> tuple[list[Tensor], Callable[[], None], list[Tensor]]:
-        """Memory of the inputs, the function, memory of the outputs."""
+    def function(self) -> tuple[list[Tensor], list[Call], list[Tensor]]:
+        """Memory of the inputs, what to call, memory of the outputs."""
         for variable in self.listing.inputs:
             self._place(variable)
         for step in self.listing.steps:
             self._write(step)
         if self.size > MOST_BYTES:
             raise NotRecorded(f"{self.size / 2**20:.0f} MiB of values")
-        exec("\n    ".join(["def replay():", *(self.lines or ["pass"])]), self.names)  # of calls that torch reported
         outputs = [self._tensor(x) for x in self.listing.outputs]
-        return [self.places[v] for v in self.listing.inputs], self.names["replay"], outputs
+        return [self.places[v] for v in self.listing.inputs], self.calls, outputs
 
     def shapes(self) -> list[tuple[Tensor, torch.Size]]:
         """Memory of every value, and its shape as recorded."""
@@ -140,26 +136,17 @@ class _Writer:
             return self.places[x]
         return x.detach() if isinstance(x, Tensor) and x.requires_grad else x
 
-    def _name(self, x: Any) -> str:
-        if isinstance(x, bool | int | str) or x is None or x is ...:
-            return repr(x)
-        if isinstance(x, list | tuple):
-            inner = ", ".join(self._name(y) for y in x)
-            return f"[{inner}]" if isinstance(x, list) else f"({inner}{',' if len(x) == 1 else ''})"
-        if id(x) not in self.known:
-            self.known[id(x)] = f"x{len(self.known)}"
-            self.names[self.known[id(x)]] = x
-        return self.known[id(x)]
-
     def _array(self, x: Any) -> Any:
         """The same memory as a NumPy array, for a tensor or variable."""
         if not isinstance(x, Variable | Tensor):
             return x
         tensor = self._tensor(x)
-        key = f"array of {self._name(tensor)}"
-        if key not in self.names:
-            self.names[key] = tensor.detach().numpy()
-        return self.names[key]
+        found = self.arrays.get(id(tensor))
+        if found is None:
+            found = tensor.detach().numpy()
+            if isinstance(x, Variable) or tensor is x:  # held elsewhere, so that its id stays its own
+                self.arrays[id(tensor)] = found
+        return found
 
     def _write(self, step: Step) -> None:
         args, kwargs = each(self._tensor, step.args), each(self._tensor, step.kwargs)
@@ -170,64 +157,51 @@ class _Writer:
                     self.places[target] = view
             return
         if step.guard is not None:
-            self._write_guard(step, args, kwargs)
+            read = self._array(step.args[0]).item if step.call is READ and _on_cpu(args) else None
+            self.calls.append(guard(read or bound(step.call._op, args, kwargs), step.guard))
             return
         if step.call is CHECK and _on_cpu(args):
-            self.lines.append(f"if {self._name(self._array(step.args[0]))}.any(): raise Deviation")
+            self.calls.append(guard(self._array(step.args[0]).any, False))
             return
         if None in step.targets or not step.targets:
-            self.lines.append(self._call(step.call._op, args, kwargs))
+            self.calls.append(bound(step.call._op, args, kwargs))
             return
         places = [self._place(target) for target in step.targets if target is not None]
         if self._write_numpy(step, places):
             return
+        out = places[0] if step.single else tuple(places)
         if step.call in WITH_OUT:
-            out = places[0] if step.single else tuple(places)
-            self.lines.append(self._call(WITH_OUT[step.call], args, {**kwargs, "out": out}))
-            return
-        self.lines.append(f"done = {self._call(step.call._op, args, kwargs)}")
-        for i, place in enumerate(places):
-            self.lines.append(f"{self._name(place)}.copy_(done{'' if step.single else f'[{i}]'})")
-
-    def _call(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
-        words = [self._name(x) for x in args] + [f"{name}={self._name(x)}" for name, x in kwargs.items()]
-        return f"{self._name(function)}({', '.join(words)})"
-
-    def _write_guard(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if step.call is READ and _on_cpu(args):
-            done = f"{self._name(self._array(step.args[0]))}.item()"
+            self.calls.append(bound(WITH_OUT[step.call], args, {**kwargs, "out": out}))
         else:
-            done = self._call(step.call._op, args, kwargs)
-        self.lines.append(f"if {done} != {step.guard}: raise Deviation")
+            self.calls.append(copied(bound(step.call._op, args, kwargs), out))
 
     def _write_numpy(self, step: Step, places: list[Tensor]) -> bool:
         flat = [x for a in step.args for x in (a if isinstance(a, list | tuple) else [a])]
         values = [self._tensor(x) for x in flat if isinstance(x, Variable | Tensor)]
-        if not _on_cpu([*values, *places]) or max(x.numel() for x in (*values, *places)) > MOST_CELLS:
+        values += places
+        if not all(x.device.type == "cpu" and x.dtype in DTYPES and x.numel() <= MOST_CELLS for x in values):
             return False
-        if any(x.dtype not in DTYPES for x in (*values, *places)):
-            return False
-        out = self._array(places[0])
-        if step.call is aten.where.self:
-            mask, yes, no = (self._name(self._array(x)) for x in step.args)
-            self.lines += [f"copyto({self._name(out)}, {no})", f"copyto({self._name(out)}, {yes}, where={mask})"]
+        out, call = self._array(places[0]), step.call
+        if call is aten.where.self:
+            mask, yes, no = (self._array(x) for x in step.args)
+            self.calls += [bound(np.copyto, [out, no]), bound(np.copyto, [out, yes], {"where": mask})]
             return True
-        if step.call in (aten.stack.default, aten.cat.default):
+        if call is aten.stack.default or call is aten.cat.default:
             self._write_pieces(step, places[0])
             return True
-        if step.call is aten.clone.default:
-            self.lines.append(f"copyto({self._name(out)}, {self._name(self._array(step.args[0]))})")
+        if call is aten.clone.default:
+            self.calls.append(bound(np.copyto, [out, self._array(step.args[0])]))
             return True
-        found = numpy_call(step.call, step.args, step.kwargs)
+        found = numpy_call(call, step.args, step.kwargs)
         if found is None:
             return False
         function, args = found
         kind = self._array(next(x for x in step.args if isinstance(x, Variable | Tensor))).dtype
-        plain = step.call in BINARY or step.call is aten.clamp.default
+        plain = call in BINARY or call is aten.clamp.default
         if plain:  # a scalar of another type would be converted at every call
             args = [np.asarray(x, kind) if isinstance(x, int | float) and kind.kind == "f" else x for x in args]
         words = [out if x is ... else self._array(x) for x in args]
-        self.lines.append(self._call(function, words, {} if ... in args else {"out": out}))
+        self.calls.append(bound(function, words, {} if ... in args else {"out": out}))
         return True
 
     def _write_pieces(self, step: Step, place: Tensor) -> None:
@@ -239,7 +213,7 @@ class _Writer:
         else:
             pieces = list(place.split([x.shape[dim] for x in tensors], dim))
         for piece, part in zip(pieces, parts, strict=True):
-            self.lines.append(f"copyto({self._name(self._array(piece))}, {self._name(self._array(part))})")
+            self.calls.append(bound(np.copyto, [piece.numpy(), self._array(part)]))
 
 
 def _on_cpu(values: Sequence[Any]) -> bool:

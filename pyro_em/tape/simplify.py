@@ -14,85 +14,67 @@ unless nothing from the inputs ever enters it, and nothing that does reads it be
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_em.tape.listing import Listing, Step, Variable
 from pyro_em.tape.record import Operation, aten, each, storage
 
 CHECK = aten._linalg_check_errors.default
-ALWAYS_VIEWS = (aten._unsafe_view.default, aten._reshape_alias.default)  # of fresh memory that nothing else sees
-SPLITS = (aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default)
-FILLED = (  # of their first argument they take the shape and type alone
+# Sets by id: a call's own hash is slow.
+VIEWS = frozenset(map(id, (  # besides what the schema calls a view
+    aten._unsafe_view.default,  # of fresh memory that nothing else sees
+    aten._reshape_alias.default,
+    aten.unbind.int,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+)))  # fmt: skip
+FILLED = frozenset(map(id, (  # of their first argument they take the shape and type alone
     aten.zeros_like.default,
     aten.ones_like.default,
     aten.full_like.default,
     aten.new_zeros.default,
     aten.new_ones.default,
     aten.new_full.default,
-)
+)))  # fmt: skip
 SMALL = 4096  # entries up to which equal constants are found by their contents
-
-
-@dataclass(frozen=True)
-class Variable:
-    """A value that follows from the inputs."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """`targets = call(*args, **kwargs)`; `guard` is what the call must give instead of targets.
-
-    A target of None is an argument that was changed in place; a `view` shares the memory of its first argument.
-    """
-
-    call: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    targets: tuple[Variable | None, ...]
-    single: bool
-    guard: bool | int | None
-    view: bool = False
-
-
-@dataclass(frozen=True)
-class Listing:
-    """Steps in order; `outputs` are variables or constant tensors. `examples` are the recorded values of all."""
-
-    inputs: tuple[Variable, ...]
-    steps: tuple[Step, ...]
-    outputs: tuple[Variable | Tensor, ...]
-    examples: Mapping[Variable, Tensor]
 
 
 class _Simplifier:
     def __init__(
-        self, operations: Sequence[Operation], inputs: Sequence[Tensor], masks: Mapping[int, bool] | None = None
+        self,
+        operations: Sequence[Operation],
+        inputs: Sequence[Tensor],
+        judged: Mapping[int, bool],
     ) -> None:
-        self.written = _written(operations, inputs)
+        """`judged`: by id of a recorded mask what a guard says of all of its entries."""
+        self.placed = _placed(operations, inputs)
         self.variables: dict[int, Variable] = {}  # by id of the recorded tensor
         self.base: dict[Variable, tuple[Variable, Tensor]] = {}  # of a view: the variable below, and as recorded
         self.known: dict[Hashable, tuple[Variable | None, ...]] = {}
         self.steps: list[Step] = []
         self.contents: dict[Hashable, Tensor] = {}
         self.constants: dict[int, Tensor] = {}  # by id of the recorded tensor
-        self.masks = masks or {}
-        self.kept = [*operations]  # holds every recorded tensor, so that ids and storages stay unique
+        self.units: dict[tuple[int, float], bool] = {}  # whether a constant, by id, is 0 or 1 everywhere
+        self.judged = judged
+        self.masks: dict[Variable, bool] = {}  # of all entries, by the mask
+        self.kept = operations  # holds every recorded tensor, so that ids and storages stay unique
         self.examples: dict[Variable, Tensor] = {}
         for x in inputs:
-            self.variables[id(x)] = self._new(x)
+            self._set(x, self._new(x))
 
     def _new(self, example: Tensor) -> Variable:
-        variable = Variable(len(self.examples))
+        variable = Variable()
         self.examples[variable] = example
         return variable
 
-    def _in_place(self, x: Tensor) -> bool:
-        return bool(self.written) and storage(x) in self.written
+    def _set(self, x: Tensor, variable: Variable) -> None:
+        """The variable of a recorded tensor."""
+        self.variables[id(x)] = variable
+        if id(x) in self.judged:
+            self.masks.setdefault(variable, self.judged[id(x)])
 
     def value(self, x: Any) -> Any:
         """The variable of a recorded tensor, or a tensor of the same contents, a constant."""
@@ -102,69 +84,84 @@ class _Simplifier:
         return self._constant(x) if known is None else known
 
     def _constant(self, x: Tensor) -> Tensor:
-        if id(x) not in self.constants:
+        found = self.constants.get(id(x))
+        if found is None:
             found = x
-            if x.numel() <= SMALL and not self._in_place(x) and x.device.type == "cpu":
-                key = (x.dtype, tuple(x.shape), tuple(x.stride()), x.detach().contiguous().numpy().tobytes())
+            if x.numel() <= SMALL and id(x) not in self.placed and x.device.type == "cpu":
+                key = (x.dtype, x.shape, x.stride(), x.detach().contiguous().numpy().tobytes())
                 found = self.contents.setdefault(key, x)
             self.constants[id(x)] = found
-        return self.constants[id(x)]
+        return found
 
     def add_all(self) -> None:
         for operation in self.kept:
             self.add(operation)
 
     def add(self, operation: Operation) -> None:
-        dynamic = any(id(x) in self.variables for x in operation.inputs)
-        in_place = any(self._in_place(x) for x in (*operation.inputs, *operation.outputs))
-        filled = operation.call in FILLED and not in_place
-        if filled or (not dynamic and not in_place):
-            return
-        if operation.written and operation.single:
+        in_place = False
+        if self.placed:
+            in_place = any(id(x) in self.placed for x in (*operation.inputs, *operation.outputs))
+        if not in_place:
+            call = id(operation.call)
+            if not any(id(x) in self.variables for x in operation.inputs) or call in FILLED:
+                return
+            if operation.single and self._same_as(operation):
+                return
+            if (operation.is_view or call in VIEWS) and operation.outputs:
+                for view in operation.outputs:
+                    self._view(operation.inputs[0], view, operation)
+                return
+        elif operation.written and operation.single:
             # The output is the changed argument.
             self._emit(operation, (None,))
-            self.variables.setdefault(id(operation.outputs[0]), self._of(operation.written[0]))
-            return
-        if not in_place and self._same_as(operation):
-            return
-        views = operation.is_view or operation.call in ALWAYS_VIEWS or operation.call in SPLITS
-        if views and not in_place and operation.outputs:
-            for view in operation.outputs:
-                self._view(operation.inputs[0], view, operation)
+            if id(operation.outputs[0]) not in self.variables:
+                self._set(operation.outputs[0], self._of(operation.written[0]))
             return
         key = None if in_place else self._key(operation)
-        if key is not None and key in self.known:
-            for x, variable in zip(operation.outputs, self.known[key], strict=True):
-                if variable is not None:
-                    self.variables[id(x)] = variable
-            return
-        targets = tuple(self._new(x) for x in operation.outputs)
-        self._emit(operation, targets)
-        for x, variable in zip(operation.outputs, targets, strict=True):
-            self.variables[id(x)] = variable
-        if key is not None:
-            self.known[key] = targets
+        found = None if key is None else self.known.get(key)
+        if found is None:
+            found = tuple([self._new(x) for x in operation.outputs])
+            self._emit(operation, found)
+            if key is not None:
+                self.known[key] = found
+        for x, variable in zip(operation.outputs, found, strict=True):
+            if variable is not None:
+                self._set(x, variable)
 
     def _same_as(self, operation: Operation) -> bool:
         """The result is one of the arguments: note it as that."""
-        if not operation.single:
-            return False
-        result, args = operation.outputs[0], operation.args
+        result, args, call = operation.outputs[0], operation.args, operation.call
         source: Tensor | None = None
-        if operation.call is aten.where.self and id(args[0]) in self.masks:
-            source = args[1] if self.masks[id(args[0])] else args[2]
-        elif operation.call in (aten.mul.Tensor, aten.add.Tensor) and not operation.kwargs:
-            unit = 1.0 if operation.call is aten.mul.Tensor else 0.0
+        if call is aten.where.self:
+            says = self._judgement(args[0])
+            source = None if says is None else args[1] if says else args[2]
+        elif (call is aten.mul.Tensor or call is aten.add.Tensor) and not operation.kwargs:
+            unit = 1.0 if call is aten.mul.Tensor else 0.0
             for own, other in (args, args[::-1]):
-                constant = isinstance(other, Tensor) and id(other) not in self.variables and not self._in_place(other)
-                if isinstance(own, Tensor) and constant and other.numel() <= SMALL and bool((other == unit).all()):
+                if isinstance(own, Tensor) and isinstance(other, Tensor) and self._is_all(other, unit):
                     source = own
-        elif operation.call is aten.clone.default and args[0].is_contiguous():
+        elif call is aten.clone.default and args[0].is_contiguous():
             source = args[0]
         if source is None or id(source) not in self.variables or _geometry(source) != _geometry(result):
             return False
-        self.variables[id(result)] = self.variables[id(source)]
+        self._set(result, self.variables[id(source)])
         return True
+
+    def _judgement(self, mask: Any) -> bool | None:
+        """What all entries of a mask are, if a guard says so."""
+        own = self.variables.get(id(mask))
+        if own is None or not self.masks:
+            return None
+        return self.masks.get(self.base[own][0] if own in self.base else own)
+
+    def _is_all(self, x: Tensor, number: float) -> bool:
+        """Whether it is a constant of this number."""
+        if id(x) in self.variables or id(x) in self.placed or x.numel() > SMALL:
+            return False
+        key = (id(x), number)
+        if key not in self.units:
+            self.units[key] = bool((x == number).all())
+        return self.units[key]
 
     def _of(self, x: Tensor) -> Any:
         return self.variables.get(id(x), x)
@@ -177,79 +174,99 @@ class _Simplifier:
     def _view(self, source: Tensor, view: Tensor, operation: Operation) -> None:
         own = self.variables[id(source)]
         below, recorded = self.base.get(own, (own, source))
-        if _geometry(view) == _geometry(recorded):
-            self.variables[id(view)] = below
-            return
+        geometry = (tuple(view.shape), view.stride(), view.storage_offset())
         if view.dtype != recorded.dtype or view.is_conj() or view.is_neg():
             self._emit(operation, (variable := self._new(view),))
-            self.variables[id(view)] = variable
+            self._set(view, variable)
             return
-        geometry = (tuple(view.shape), tuple(view.stride()), view.storage_offset())
-        key = (aten.as_strided.default, below, geometry)
+        if geometry == (tuple(recorded.shape), recorded.stride(), recorded.storage_offset()):
+            self._set(view, below)
+            return
+        key = (below, geometry)
         if key not in self.known:
             variable = self._new(view)
             self.steps.append(Step(aten.as_strided.default, (below, *geometry), {}, (variable,), True, None, True))
             self.known[key] = (variable,)
             self.base[variable] = (below, recorded)
         (variable,) = self.known[key]  # type: ignore[assignment]
-        self.variables[id(view)] = variable
+        self._set(view, variable)
 
     def _key(self, operation: Operation) -> Hashable:
         """Equal keys, equal results; None for what must not be merged."""
         if operation.guard is not None:
             return None
-        return (operation.call, self._frozen(operation.args), self._frozen([*operation.kwargs.items()]))
+        named = self._frozen([*operation.kwargs.items()]) if operation.kwargs else None
+        return (id(operation.call), self._frozen(operation.args), named)
 
     def _frozen(self, x: Any) -> Hashable:
+        if isinstance(x, Tensor):
+            known = self.variables.get(id(x))
+            return known if known is not None else id(self._constant(x))
         if isinstance(x, list | tuple):
-            return (type(x), *(self._frozen(y) for y in x))
-        value = self.value(x)
-        return id(value) if isinstance(value, Tensor) else (type(value), value)
+            return (type(x), *[self._frozen(y) for y in x])
+        return (type(x), x)
 
 
-def _written(operations: Sequence[Operation], inputs: Sequence[Tensor]) -> set[int]:
-    """Memory that is written in place, but for constants that are made so."""
+def _placed(operations: Sequence[Operation], inputs: Sequence[Tensor]) -> frozenset[int]:
+    """Recorded tensors, by id, in memory that is written in place, but for constants that are made so."""
     dependent = {storage(x) for x in inputs}
     last: dict[int, int] = {}  # by storage: when it was last written
     first: dict[int, int] = {}  # when it was first read together with what follows from the inputs
     for i, operation in enumerate(operations):
-        if any(storage(x) in dependent for x in operation.inputs):
-            dependent.update(storage(x) for x in (*operation.outputs, *operation.written))
-            for x in operation.inputs:
-                first.setdefault(storage(x), i)
-        last.update((storage(x), i) for x in operation.written)
-    return {own for own, i in last.items() if own in dependent or first.get(own, i + 1) <= i}
+        if not dependent.isdisjoint(operation.reads):
+            dependent.update(operation.makes, operation.changes)
+            for own in operation.reads:
+                first.setdefault(own, i)
+        for own in operation.changes:
+            last[own] = i
+    written = {own for own, i in last.items() if own in dependent or first.get(own, i + 1) <= i}
+    if not written:
+        return frozenset()
+    return frozenset(
+        id(x)
+        for operation in operations
+        for tensors, places in ((operation.inputs, operation.reads), (operation.outputs, operation.makes))
+        for x, own in zip(tensors, places, strict=True)
+        if own in written
+    )
 
 
-def _known_masks(work: _Simplifier) -> dict[int, bool]:
-    """Recorded masks (by id) of which a guard says that all entries are False, or that all are True."""
-    made = {target: step for step in work.steps for target in step.targets if target is not None}
-    known: dict[Variable, bool] = {}
-    for step in work.steps:
-        judged = made.get(step.args[0]) if step.guard is not None and step.args else None
-        if judged is not None and (judged.call, step.guard) in ((aten.any.default, False), (aten.all.default, True)):
-            known[judged.args[0]] = bool(step.guard)
-    found = {}
-    for operation in work.kept:
-        for x in operation.outputs:
-            variable = work.variables.get(id(x))
-            below = work.base[variable][0] if variable in work.base else variable
-            if x.dtype == torch.bool and below in known:
-                found[id(x)] = known[below]
+def _judged(operations: Sequence[Operation]) -> dict[int, bool]:
+    """Recorded masks, by id, of which a guard says that all entries are False, or that all are True."""
+    made: dict[int, Operation] = {}  # by id of what any and all gave
+    found: dict[int, bool] = {}
+    for operation in operations:
+        if operation.call is aten.any.default or operation.call is aten.all.default:
+            made[id(operation.outputs[0])] = operation
+        elif operation.guard is not None and operation.inputs and id(operation.inputs[0]) in made:
+            judge = made[id(operation.inputs[0])]
+            if operation.guard is (judge.call is aten.all.default):
+                found[id(judge.inputs[0])] = operation.guard
     return found
 
 
+def _judged_after(work: _Simplifier) -> dict[int, bool]:
+    """With the masks that turned out to be the same as a later one of `work.judged`; none if none was used."""
+    conditions = [step.args[0] for step in work.steps if step.call is aten.where.self]
+    below = [work.base[x][0] if x in work.base else x for x in conditions]
+    if not any(x in work.masks for x in below if isinstance(x, Variable)):
+        return {}
+    outputs = [x for operation in work.kept for x in operation.outputs if x.dtype == torch.bool]
+    known = ((x, work.masks.get(work.variables[id(x)])) for x in outputs if id(x) in work.variables)
+    return {**work.judged, **{id(x): says for x, says in known if says is not None}}
+
+
 def _geometry(x: Tensor) -> Hashable:
-    return (x.dtype, tuple(x.shape), tuple(x.stride()), x.storage_offset())
+    return (x.dtype, x.shape, x.stride(), x.storage_offset())
 
 
 def simplify(operations: Sequence[Operation], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Listing:
     """The shortest list that these rules give."""
-    first = _Simplifier(operations, inputs)
-    first.add_all()
-    masks = _known_masks(first)
-    work = _Simplifier(operations, inputs, masks) if masks else first
-    if masks:
+    work = _Simplifier(operations, inputs, _judged(operations))
+    work.add_all()
+    judged = _judged_after(work)
+    if judged:
+        work = _Simplifier(operations, inputs, judged)
         work.add_all()
     results = [work.value(x) for x in outputs]
     first_variables = tuple(work.variables[id(x)] for x in inputs)
