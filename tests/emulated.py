@@ -86,7 +86,7 @@ class _Function(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.device:
+        if func in (torch.device, torch._C._nn._parse_to):  # the latter reads the arguments of Module.to
             return func(*args, **kwargs)
         own = self.memory.device(args[0]) if args and isinstance(args[0], Tensor) else None
         if func == Tensor.device.__get__:  # type: ignore[attr-defined]

@@ -66,6 +66,9 @@ def durations() -> tuple[Tensor, Tensor]:
     return _t(np.minimum(y, limit)), _t(np.where(y <= limit, np.inf, limit))
 
 
+PARTLY = "a partly seen response is completed (test_coarse.py has this Q)"
+
+
 def build(problem: Callable[..., Any]) -> list[Any]:
     start = {"w": _t([0.3, 0.3, 0.4]), "mu": _t([-1.0, 0.5, 2.0]), "sd": _t(1.2)}
     fractions = _t(np.random.default_rng(12).integers(0, 5, 30) / 2)
@@ -75,13 +78,21 @@ def build(problem: Callable[..., Any]) -> list[Any]:
     return [
         problem("label_as_site", zoo_data.label_as_site, labelled_rows(), start, "rows", weights=fractions),
         problem("allowed_states", zoo_data.allowed_by_factor, allowed_rows(), start, "rows"),
-        problem("censored_mixture", z.censored_mixture, censored_rows(), normals, "rows"),
-        problem("interval_mixture", z.interval_mixture, (interval_rows(),), {**two, "rate": _t([2.0, 0.5])}, "rows"),
+        problem("censored_mixture", z.censored_mixture, censored_rows(), normals, "rows", completes=PARTLY),
+        problem(
+            "interval_mixture",
+            z.interval_mixture,
+            (interval_rows(),),
+            {**two, "rate": _t([2.0, 0.5])},
+            "rows",
+            completes=PARTLY,
+        ),
         problem(
             "zero_truncated_mixture",
             z.zero_truncated_mixture,
             (truncated_counts(),),
             {**two, "rate": _t([1.5, 5.0])},
             "rows",
+            completes=PARTLY,
         ),
     ]

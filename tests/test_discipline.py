@@ -147,17 +147,11 @@ def test_zero_iterations_return_the_start(problem: Problem) -> None:
         torch.testing.assert_close(result.params[site], value, rtol=0.0, atol=0.0)
 
 
-# Their M-steps end at the argmax as the closed forms do, but by Newton's method.
-ITERATED = (
-    "poisson_regressions", "experts", "zero_inflated_regression", "negative_binomial_regressions", "gamma_free",
-)  # fmt: skip
-
-
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 def test_closed_forms_are_found_where_they_exist(problem: Problem) -> None:
     """`m_step="closed"` refuses exactly the models which have no closed form, and names a parameter."""
     options = problem.fit_options("map-em" if problem.priors else "em") | {"m_step": "closed"}
-    if problem.closed and problem.name not in ITERATED:
+    if problem.closed:
         pyro_em.fit(problem.model, *problem.args, init=problem.start(), max_iter=1, tol=0, **options)
     else:
         with pytest.raises(PyroEMError, match="|".join(problem.init)):

@@ -189,6 +189,7 @@ def problems(make: Callable[..., Any], t: Callable[[Any], Tensor]) -> list[Any]:
             (X1, counts, exposure),
             {"w": w, "b": t([[0.0, 0.2, 0.0], [1.5, 0.2, 0.0]])},
             "rows",
+            closed=False,
             priors=True,
         ),
         make(
@@ -197,6 +198,7 @@ def problems(make: Callable[..., Any], t: Callable[[Any], Tensor]) -> list[Any]:
             (X1, y),
             {"gate": t([[0.1], [0.2], [-0.1]]), "b": t([[0.2, 0.6, 0.0], [2.0, -0.8, 0.4]]), "s": s},
             "rows",
+            closed=False,
             weights=weights,
         ),
         make(
@@ -205,6 +207,7 @@ def problems(make: Callable[..., Any], t: Callable[[Any], Tensor]) -> list[Any]:
             (X1, inflated),
             {"zero": t([-0.5, 0.0, 0.0]), "b": t([0.5, 0.1, 0.0])},
             "rows",
+            closed=False,
         ),
         make(
             "negative_binomial_regressions",
@@ -212,6 +215,14 @@ def problems(make: Callable[..., Any], t: Callable[[Any], Tensor]) -> list[Any]:
             (X, dispersed),
             {"w": w, "r": t([1.5, 4.0]), "a": t([0.5, 2.2]), "b": t([0.1, 0.0])},
             "rows",
+            closed=False,
         ),
-        make("gamma_free", gamma_free, (gammas,), {"w": w, "shape": t([1.5, 5.0]), "rate": t([2.0, 0.6])}, "rows"),
+        make(
+            "gamma_free",
+            gamma_free,
+            (gammas,),
+            {"w": w, "shape": t([1.5, 5.0]), "rate": t([2.0, 0.6])},
+            "rows",
+            closed=False,
+        ),
     ]
