@@ -139,10 +139,16 @@ def _total(moments: LinearMoments, weight: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("late", [False, True], ids=["first step seen", "first step unseen"])
 @pytest.mark.parametrize(
     "shape",
-    [SHAPES[0], {"S": 3, "T": 333, "D": 3, "P": 1}, {"S": 1, "T": 1500, "D": 2, "P": 2}, {"S": 2, "T": 200, "D": 3,
-     "P": 2, "singular": True}],
+    [
+        SHAPES[0],
+        {"S": 40, "T": 23, "D": 2, "P": 3},
+        {"S": 33, "T": 3, "D": 2, "P": 1},
+        {"S": 3, "T": 333, "D": 3, "P": 1},
+        {"S": 1, "T": 1500, "D": 2, "P": 2},
+        {"S": 2, "T": 200, "D": 3, "P": 2, "singular": True},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_steady_moments_are_the_sums_of_the_smoothed_ones(shape: dict[str, Any], late: bool) -> None:
     chain = random_chain(**shape)
     if late:

@@ -30,7 +30,8 @@ Array = NDArray[np.float64]
 EPS = np.finfo(np.float64).eps
 STEADY = 8 * EPS  # relative distance of a covariance from its limit that is rounding
 WIDE = 1e3  # times the steady covariance
-BY_ONE = 24  # steps taken one by one at the beginning
+BY_ONE = 48  # steps taken one by one at the beginning
+CHECKED = 4  # steps after which they are compared
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,14 @@ def _predicted(P: Array, A: Array, Q: Array, C: Array, R: Array, T: int, first_u
         J = root.T @ root
     steps = [P]
     while len(steps) < T and (J is None or len(steps) < BY_ONE):
-        before = steps[-1]
-        steps.append(_next(before, A, Q, C, R, len(steps) - 1, unseen=first_unseen and len(steps) == 1))
-        late = len(steps) > 1 + first_unseen
-        if late and abs(steps[-1] - before).max() <= STEADY / 2 * abs(before).max():
-            return np.stack(steps[:-1])
+        steps.append(_next(steps[-1], A, Q, C, R, len(steps) - 1, unseen=first_unseen and len(steps) == 1))
+        if len(steps) % CHECKED == 0:
+            last = np.stack(steps[-CHECKED - 1 :])
+            first = len(steps) - len(last) + 1  # number of the step that last[1] is
+            moved = abs(last[1:] - last[:-1]).max((1, 2)) > STEADY / 2 * abs(last[:-1]).max((1, 2))
+            still = [t for t in range(max(first, 1 + first_unseen), len(steps)) if not moved[t - first]]
+            if still:
+                return np.stack(steps[: still[0]])
     if J is None or len(steps) >= T:
         return np.stack(steps)
     known, block = steps[:-1], np.stack(steps[-1:])
@@ -99,17 +103,18 @@ def _predicted(P: Array, A: Array, Q: Array, C: Array, R: Array, T: int, first_u
 
 def _next(P: Array, A: Array, Q: Array, C: Array, R: Array, step: int, *, unseen: bool) -> Array:
     """One step in Joseph's form."""
-    if not unseen:
+    if unseen:
+        P = A.dot(P).dot(A.T)
+    else:
         CP = C.dot(P)
         factor, failed = scipy.linalg.lapack.dpotrf(CP.dot(C.T) + R, lower=1, clean=1)
         if failed:
             raise SingularInnovation(step)
-        K = scipy.linalg.lapack.dpotrs(factor, CP, lower=1)[0].T
-        keep = K.dot(C)
-        keep *= -1.0
-        keep.flat[:: len(P) + 1] += 1.0
-        P = keep.dot(P).dot(keep.T) + K.dot(R).dot(K.T)
-    P = A.dot(P).dot(A.T) + Q
+        K = A.dot(scipy.linalg.lapack.dpotrs(factor, CP, lower=1)[0].T)
+        closed = A - K.dot(C)
+        P = closed.dot(P).dot(closed.T)
+        P += K.dot(R).dot(K.T)
+    P += Q
     return (P + P.T) / 2
 
 

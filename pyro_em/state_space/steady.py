@@ -1,9 +1,9 @@
 """Moments of a time-invariant chain: shared covariances (riccati.py), means by blocks of steps, only sums formed.
 
 The residuals of the M-step are smoothed disturbances (Koopman 1993), E η_t = Q r_t and E ε_t = R u_t (blocks.py), so
-that nothing cancels, and all sums are one product ZᵀZ of Z = (x, r, u).
+that nothing cancels.
 
-Shapes: M blocks of L steps, S sequences, D state dims, P cells. `smoother.py` does the same step by step for any chain
+Shapes: S sequences, D state dims, P cells. `smoother.py` does the same step by step for any chain
 and is what this file is tested against.
 """
 
@@ -36,12 +36,21 @@ def steady_moments(chain: Chain, weight: Tensor | None = None) -> ChainMoments:
     """
     w = torch.ones(len(chain.y), dtype=torch.float64) if weight is None else weight.double()
     given = (chain.mean, chain.covariance, chain.A, chain.b, chain.Q, chain.C, chain.d, chain.R, chain.y, w)
-    status, evidence, *parts = torch.ops.pyro_em.steady_moments(*given, chain.first_unseen)
+    status, evidence, packed = torch.ops.pyro_em.steady_moments(*given, chain.first_unseen)
     step = int(status)
     if step >= 0:
         raise SingularInnovation(step)
+    D, P = chain.A.shape[-1], chain.C.shape[-2]
+    places, sites = _places(D, P), []
+    parts = [x.reshape(shape) for x, shape in zip(packed.split([s.numel() for s in places]), places, strict=True)]
     sites = [LinearMoments(*parts[i : i + 6]) for i in range(0, 24, 6)]
     return ChainMoments(evidence, *sites)
+
+
+def _places(D: int, P: int) -> list[torch.Size]:
+    """Shapes of the moments of x_0, of the transitions, of the later observations and of the first one, in a row."""
+    sites = (D, 0), (D, D), (P, D), (P, D)
+    return [torch.Size((1, 1, *x)) for v, s in sites for x in ((), (v,), (v, v), (v, s), (s,), (s, s))]
 
 
 _LIBRARY = torch.library.Library("pyro_em", "FRAGMENT")
@@ -52,7 +61,7 @@ _LIBRARY.define(
 
 
 def _operation(*given: Any) -> list[Tensor]:
-    """Step without a density (-1 for none), log-evidence, and the moments in a row."""
+    """Step without a density (-1 for none), log-evidence, and the moments in one row (`_places`)."""
     y, w, first_unseen = given[8:]
     seen = None
     if first_unseen:
@@ -64,19 +73,16 @@ def _operation(*given: Any) -> list[Tensor]:
         try:
             found = _moments_of(chain, w)
         except SingularInnovation as error:
-            S, D, P = len(chain.y), chain.A.shape[-1], chain.C.shape[-2]
-            shapes = [((V,), (V, V), (V, n), (n,), (n, n)) for V, n in ((D, 0), (D, D), (P, D), (P, D))]
-            empty = [torch.zeros(1, 1, *shape) for own in shapes for shape in ((), *own)]
-            return [torch.tensor(error.step), torch.zeros(S), *(x.double() for x in empty)]
-    assert found.first is not None
-    sites = (found.initial, found.transition, found.observation, found.first)
-    return [torch.tensor(-1), found.log_evidence, *(x for own in sites for x in vars(own).values())]
+            size = sum(x.numel() for x in _places(A.shape[-1], C.shape[-2]))
+            return [torch.tensor(error.step), torch.zeros(len(y)).double(), torch.zeros(size).double()]
+    return [torch.tensor(-1), *(torch.from_numpy(x) for x in found)]
 
 
 _LIBRARY.impl("steady_moments", _operation, "CPU")
 
 
-def _moments_of(chain: Chain, weight: Tensor) -> ChainMoments:
+def _moments_of(chain: Chain, weight: Tensor) -> tuple[Array, Array]:
+    """Log-evidence of every sequence, and the moments in a row."""
     mean, P0 = chain.mean[0].numpy(), chain.covariance[0].numpy()
     A, b, Q, C, d, R = (x[0, 0].numpy() for x in (chain.A, chain.b, chain.Q, chain.C, chain.d, chain.R))
     y = _array(chain.y)
@@ -91,31 +97,22 @@ def _moments_of(chain: Chain, weight: Tensor) -> ChainMoments:
     elif d.any():
         y = y - d
     data = Blocks.of(y, len(A))
-    D = len(A)
-    squares, Z = smoothed(own, data, A, C)
-    if path is not None:
-        cut = len(data.lead)
-        Z[0][..., :D] += path[:cut, None]
-        Z[1][..., :D] += path[cut:].reshape(-1, 1, data.length, D)
-    n = len(own)
+    n, D = len(own), len(A)
     half_log_det = own.half_log_dets.sum() + (T - n) * own.half_log_dets[-1]
-    evidence = -0.5 * squares - half_log_det - 0.5 * LOG_2PI * P * (T - late)
     w = None if bool((weight == 1).all()) else weight.numpy()
-    sums, count = _sums(Z, w)
-    firsts, lasts = _row(Z, 0), _row(Z, -1)
-    first, last = _gram(firsts, w), _gram(lasts, w)
+    squares, found = smoothed(own, data, A, C, w, path)
+    evidence = -0.5 * squares - half_log_det - 0.5 * LOG_2PI * P * (T - late)
+    sums, W = found.total, found.count
+    first, last = _gram(found.first, w), _gram(found.last, w)
     V = smoothed_sums(own, A, C, Q, R, T)
     x, r, u = slice(1, 1 + D), slice(1 + D, 1 + 2 * D), slice(1 + 2 * D, None)
-    start = firsts[:, :D] - mean
-    initial = _gram(start, w)
-    W = count
+    initial = _gram(found.first[:, :D] - mean, w)
     moved = sums - last
     seen, early = sums - first, first * (1 - late)
     Vs = W * (V.total - V.first)
-    return ChainMoments(
-        torch.from_numpy(evidence),
-        _moments(W, initial[0, 1:], initial[1:, 1:] + W * V.first, np.zeros((D, 0)), np.zeros(0), np.zeros((0, 0))),
-        _moments(
+    return evidence, _row(
+        (W, initial[0, 1:], initial[1:, 1:] + W * V.first),
+        (
             W * (T - 1),
             Q @ sums[0, r],
             Q @ sums[r, r] @ Q + W * V.noise,
@@ -126,6 +123,14 @@ def _moments_of(chain: Chain, weight: Tensor) -> ChainMoments:
         _observed(W * (T - 1), seen, Vs, C, R, x, u),
         _observed(W * (1 - late), early, W * (1 - late) * V.first, C, R, x, u),
     )
+
+
+def _row(*sites: tuple[Any, ...]) -> Array:
+    """Moments of the sites in one row, their squares symmetric."""
+    parts = []
+    for count, residual, square, *rest in sites:
+        parts += [(count,), residual, ((square + square.T) / 2).reshape(-1), *(x.reshape(-1) for x in rest)]
+    return np.concatenate(parts)
 
 
 _known: dict[str, tuple[Tensor, int, Array]] = {}
@@ -145,7 +150,7 @@ def _array(y: Tensor) -> Array:
     return last[2]
 
 
-def _step_by_step(chain: Chain, w: Tensor) -> ChainMoments:
+def _step_by_step(chain: Chain, w: Tensor) -> tuple[Array, Array]:
     """The same by `smoother.py`."""
     found = chain_moments(chain, smooth(chain))
 
@@ -155,17 +160,14 @@ def _step_by_step(chain: Chain, w: Tensor) -> ChainMoments:
 
     seen = found.observation
     initial, transition = summed(found.initial, 0, None), summed(found.transition, 0, None)
-    return ChainMoments(found.log_evidence, initial, transition, summed(seen, 1, None), summed(seen, 0, 1))
+    sites = initial, transition, summed(seen, 1, None), summed(seen, 0, 1)
+    row = torch.cat([x.reshape(-1) for own in sites for x in vars(own).values()])
+    return found.log_evidence.numpy(), row.numpy()
 
 
-def _observed(n: float, G: Array, V: Array, C: Array, R: Array, x: slice, u: slice) -> LinearMoments:
+def _observed(n: float, G: Array, V: Array, C: Array, R: Array, x: slice, u: slice) -> tuple[Any, ...]:
     square = R @ G[u, u] @ R + C @ V @ C.T
-    return _moments(n, R @ G[0, u], square, R @ G[u, x] - C @ V, G[0, x], G[x, x] + V)
-
-
-def _moments(n: float, r: Array, rr: Array, rs: Array, s: Array, ss: Array) -> LinearMoments:
-    parts = (np.array(float(n)), r, (rr + rr.T) / 2, rs, s, ss)
-    return LinearMoments(*(torch.from_numpy(np.ascontiguousarray(x)).reshape(1, 1, *x.shape) for x in parts))
+    return n, R @ G[0, u], square, R @ G[u, x] - C @ V, G[0, x], G[x, x] + V
 
 
 def _mean_path(mean: Array, A: Array, b: Array, T: int) -> Array | None:
@@ -177,32 +179,7 @@ def _mean_path(mean: Array, A: Array, b: Array, T: int) -> Array | None:
     return scan(path[None], A)[0]
 
 
-def _row(Z: tuple[Array, Array], step: int) -> Array:
-    """(S, columns) of the first or the last step."""
-    lead, body = Z
-    if len(body) and (step == -1 or not len(lead)):
-        return body[step, :, step]
-    return lead[step]
-
-
 def _gram(rows: Array, w: Array | None) -> Array:
     """Σ w (1, rows)(1, rows)ᵀ."""
     both = np.concatenate([np.ones((len(rows), 1)), rows], 1)
     return (both if w is None else both * w[:, None]).T @ both
-
-
-def _sums(Z: tuple[Array, Array], w: Array | None) -> tuple[Array, float]:
-    """`_gram` over all steps and sequences, and the sum of the weights."""
-    lead, body = Z
-    S, width = body.shape[1], body.shape[-1]
-    G = np.zeros((1 + width, 1 + width))
-    for part in (body.reshape(-1, S, body.shape[2] * width), lead):
-        if not part.size:
-            continue
-        flat = part.reshape(-1, width)
-        heavy = flat if w is None else (part * w[:, None]).reshape(-1, width)
-        G[1:, 1:] += heavy.T @ flat
-        G[0, 1:] += np.ones(len(flat)) @ heavy
-    count = float(S if w is None else w.sum())
-    G[1:, 0] = G[0, 1:]
-    return G, count
