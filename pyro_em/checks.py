@@ -22,7 +22,10 @@ def at_start(problem: Problem, params: Params) -> None:
     if not graph.latents:
         return
     with torch.no_grad():
-        run = problem.run(params)
+        if all(params[n] is value for n, value in problem.start.items()):
+            run = problem.first
+        else:
+            run = problem.replayed(params) if problem.recognised else problem.run(params)
     for name, symbol in graph.latents.items():
         children = [run.sites[n] for n, f in graph.factors.items() if n != name and symbol in f.dims]
         if children and all(_same_for_all_states(site, symbol) for site in children):

@@ -128,7 +128,9 @@ class Condensed:
             name: dataclasses.replace(site, plates=tuple(dataclasses.replace(p, size=self.rows) for p in site.plates))
             for name, site in problem.capture.sites.items()
         }
-        return dataclasses.replace(problem, capture=dataclasses.replace(problem.capture, sites=sites))
+        found = dataclasses.replace(problem, capture=dataclasses.replace(problem.capture, sites=sites))
+        vars(found)["first"] = problem.first
+        return found
 
     @property
     def note(self) -> str:

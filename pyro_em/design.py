@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.gram import gram_matrices
-from pyro_em.model.affine import Term
+from pyro_em.model.predictor import Term
 from pyro_em.shapes import broadcast_shapes
 
 DENSE = 2**17  # entries of A up to which products with A itself cost less than its pieces

@@ -87,8 +87,7 @@ class Drawing:
     @cached_property
     def run(self) -> Run:
         """The model at its start."""
-        with torch.no_grad():
-            return self.problem.run(self.problem.start)
+        return self.problem.first
 
     @cached_property
     def default(self) -> str:

@@ -15,9 +15,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pyro_em.model.affine import Point, Predictor, Term, find_predictor, linear_part
+from pyro_em.model.affine import Point, find_predictor
 from pyro_em.model.atoms import AtomRuns
 from pyro_em.model.links import LINKS
+from pyro_em.model.predictor import Predictor, Term, linear_part
 from pyro_em.model.trace import Run
 from pyro_em.model.use import VALUE, Use
 from pyro_em.types import Params

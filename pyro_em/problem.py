@@ -7,6 +7,7 @@ Every faster path is tested against this one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -28,11 +29,12 @@ from pyro_em.evidence.rule import Quadrature
 from pyro_em.families import Family
 from pyro_em.latent_uses import without_latents
 from pyro_em.model.atoms import AtomRuns
+from pyro_em.model.bind_rows import bound_by_rows
 from pyro_em.model.capture import Capture, ParameterRecord
 from pyro_em.model.certify import certify_factors, refuse_minibatches
 from pyro_em.model.certify_loops import certify_loops
 from pyro_em.model.compat import dims_of
-from pyro_em.model.density import factor_shape, packed_log_density
+from pyro_em.model.density import packed_log_density, shape_in
 from pyro_em.model.fold_recognition import looked_at
 from pyro_em.model.folding import unfolded
 from pyro_em.model.graph import FactorGraph, build_graph
@@ -40,7 +42,7 @@ from pyro_em.model.packing import multiply, onto
 from pyro_em.model.recognise import VALUE, Use, recognise, second_point
 from pyro_em.model.resources import check_states, check_tables
 from pyro_em.model.roles import RoleOf
-from pyro_em.model.trace import Run, SiteRecord, quiet_store, run_model
+from pyro_em.model.trace import Run, SiteRecord, quiet_store, run_model, without_gradients
 from pyro_em.types import Model, Params
 
 
@@ -91,22 +93,23 @@ class Problem:
 
     def family(self, site: str) -> Family | None:
         """Family of a site, None where it is unknown."""
-        record = self._first.sites.get(site)
+        record = self.first.sites.get(site)
         return None if record is None else record.family
 
     @property
     def sites(self) -> tuple[SiteRecord, ...]:
-        """Sites of a run at the start."""
-        return tuple(self._first.sites.values())
+        """Sites of `first`."""
+        return tuple(self.first.sites.values())
 
     @cached_property
-    def _first(self) -> Run:
+    def first(self) -> Run:
+        """The run at the start, without gradients."""
         with torch.no_grad():
             return self.run(self.start)
 
     def replayed(self, params: Mapping[str, Tensor]) -> Run:
         """The run at `params` from the recognised uses (see recognise.py), differentiable in them."""
-        arguments = {name: dict(site.arguments or {}) for name, site in self._first.sites.items()}
+        arguments = {name: dict(site.arguments or {}) for name, site in self.first.sites.items()}
         values: dict[str, Tensor] = {}
         for name, uses in self.uses.items():
             for use in uses:
@@ -123,9 +126,9 @@ class Problem:
                 value=values.get(name, site.value),
                 arguments=None if site.arguments is None else arguments[name],
             )
-            for name, site in self._first.sites.items()
+            for name, site in self.first.sites.items()
         }
-        return Run(sites, dict(params), self._first.plate_symbols)
+        return Run(sites, dict(params), self.first.plate_symbols)
 
     def modules(self) -> dict[str, Tensor]:
         """The torch modules' own parameters behind the parameters of that kind, by name."""
@@ -253,14 +256,17 @@ def bind(
     others = {name: _leaf(second_point(record, generator)) for name, record in records.items()}
     drawn = latents.draw(seen, latent, 1)
 
-    def run(values: Params) -> Run:
-        with torch.enable_grad(), quiet_store():
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any], point: int, graph: bool = True) -> Run:
+        values = {**(leaves, others)[point], **drawn}
+        validation = pyro.validation_enabled(False) if point else contextlib.nullcontext()
+        with torch.set_grad_enabled(graph), quiet_store(), validation:
             return run_model(
-                model, args, kwargs, {**values, **drawn}, max_plate_nesting=seen.max_plate_nesting, loops=seen.loops,
+                model, args, kwargs, values, max_plate_nesting=seen.max_plate_nesting, loops=seen.loops,
                 integrated=latent,
             )  # fmt: skip
 
-    first = run(leaves)
+    by_rows = None if latent else bound_by_rows(seen, args, kwargs, run, (leaves, others), records, priors)
+    first = by_rows[0] if by_rows else run(args, kwargs, 0)
     start = {n: r.value for n, r in records.items()}
     elsewhere = {n: v.detach() for n, v in others.items()}
     continuous, seen_at = None, first
@@ -269,29 +275,21 @@ def bind(
         continuous = latents.bind_continuous(seen, latent, runs, (start, elsewhere), rules)
         with torch.no_grad():
             seen_at = continuous.runs.several(start, continuous.values)
-    shapes = {name: _shape(site, seen) for name, site in seen_at.sites.items()}
+    shapes = {name: shape_in(site, seen) for name, site in seen_at.sites.items()}
     atoms = {} if continuous is None else {s.symbol: s.names[0] for s in continuous.sets}
     graph = build_graph(seen_at, shapes, priors, weights or {}, atoms)
     if continuous is not None:
         graph = latents.rerooted(graph, continuous)
     certify_factors(seen, first, graph, model, args, kwargs, {**start, **drawn})
     certify_loops(first, graph, model, args, kwargs, start, seen.max_plate_nesting)
-    with pyro.validation_enabled(False):
-        second = run(others)
-    uses = recognise(first, second, records, priors, (leaves, others))
+    uses = by_rows[1] if by_rows else recognise(first, run(args, kwargs, 1), records, priors, (leaves, others))
     if continuous is not None:
         uses = without_latents(uses, continuous.runs, (start, elsewhere), latents.draw(seen, latent, 2))
-    return Problem(model, args, kwargs, seen, assigned, graph, records, uses, with_prior, continuous, rules)
-
-
-def _shape(site: SiteRecord, seen: Capture) -> Tensor:
-    """`factor_shape`, whose refusal then names the latents that the site reads."""
-    try:
-        return factor_shape(site)
-    except Refusal as refusal:
-        latents = [n for n in seen.sites[site.name].upstream if n in seen.sites and seen.sites[n].enumerable]
-        read = f" It reads {', '.join(repr(n) for n in sorted(latents))}." if latents else ""
-        raise Refusal(site.name, refusal.reason + read, refusal.remedy) from refusal
+    problem = Problem(model, args, kwargs, seen, assigned, graph, records, uses, with_prior, continuous, rules)
+    known = without_gradients(seen_at)
+    if known is not None:
+        vars(problem)["first"] = known
+    return problem
 
 
 def _leaf(value: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from pyro_em.design import Design
 from pyro_em.errors import CollinearDesign
 from pyro_em.gram import gram_matrices
 from pyro_em.kernels import QuadraticKernel
-from pyro_em.model.affine import Term
+from pyro_em.model.predictor import Term
 from pyro_em.problem import bind
 from tests.classics import positive, simplex
 from tests.zoo_regression import regressions

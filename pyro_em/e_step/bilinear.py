@@ -25,7 +25,8 @@ from torch import Tensor
 
 from pyro_em.e_step.base import NotCompiled
 from pyro_em.evidence.columns import Column
-from pyro_em.model.affine import linear_part, terms_at
+from pyro_em.model.affine import terms_at
+from pyro_em.model.predictor import linear_part
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.types import Params
 

@@ -53,9 +53,7 @@ class Plated:
             if not all(use.known for use in uses):
                 raise NotCompiled(f"the arguments that '{name}' enters are not recognised")
         self._predictors = {(u.site, u.slot): u.predictor for own in problem.uses.values() for u in own if u.predictor}
-        with torch.no_grad():
-            run = problem.run(problem.start)
-        self.problem, self.run = problem, run
+        self.problem, self.run = problem, (run := problem.first)
         self.start: Arguments = raw_arguments(run.sites)
         self.generation = 0
         predicted = {site for site, _ in self._predictors}

@@ -28,11 +28,11 @@ from pyro_em.e_step.states import joint_states
 from pyro_em.evidence.discrete import weighted_sum
 from pyro_em.families.normal import NormalFamily
 from pyro_em.families.positive import PoissonFamily
-from pyro_em.model.affine import Predictor, at_entry
 from pyro_em.model.compat import dims_of, pack, with_dims
 from pyro_em.model.density import clean_value, packed_log_density
 from pyro_em.model.graph import Component
 from pyro_em.model.packing import align
+from pyro_em.model.predictor import Predictor, at_entry
 from pyro_em.model.trace import SiteRecord
 from pyro_em.model.use import VALUE
 from pyro_em.problem import Problem
@@ -85,8 +85,7 @@ class Predicted:
             raise NotCompiled("the model has no latents")
         if not problem.recognised:
             raise NotCompiled("an argument is not recognised")
-        with torch.no_grad():
-            self.run = problem.run(problem.start)
+        self.run = problem.first
         if any(s.family is not None and (s.family.integrates or s.family.latent_response) for s in problem.sites):
             raise NotCompiled("a site has latents inside")
         for component in problem.graph.components:

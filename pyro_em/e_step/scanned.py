@@ -49,9 +49,7 @@ class Scanned:
         for name, uses in problem.uses.items():
             if any(use.index is None for use in uses):
                 raise NotCompiled(f"the arguments that '{name}' enters are not recognised")
-        with torch.no_grad():
-            run = problem.run(problem.start)
-        self.problem, self.run = problem, run
+        self.problem, self.run = problem, (run := problem.first)
         self.start: Arguments = raw_arguments(run.sites)
         self.outside = Outside(problem, run)
         self._magnitude = torch.zeros((), dtype=torch.float64)  # Σ|ll| of the last E-step

@@ -86,8 +86,7 @@ def choose(problem: Problem, uses: Uses, options: Mapping[str, str]) -> Choices:
     :param uses: those that count in Q.
     :raises Refusal: if a closed form is asked for where there is none, or none can be had where it is needed.
     """
-    with torch.no_grad():
-        run = problem.run(problem.start)
+    run = problem.first
     unweighted = problem.continuous is None and all(info.weight is None for info in problem.graph.factors.values())
     uniform = opened(_uniform(problem, rows_like_others(run) if unweighted else run))
     choices = {n: _told(uses[n], own) for n, own in options.items() if own in ("fixed", "gradient") or not uses[n]}

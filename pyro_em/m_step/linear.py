@@ -36,7 +36,7 @@ from pyro_em.m_step.location import (
 )
 from pyro_em.m_step.moving import designs_at, run_at_atoms
 from pyro_em.m_step.unit import connected, weight_of
-from pyro_em.model.affine import at_entry
+from pyro_em.model.predictor import at_entry
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.model.use import VALUE, Use
 from pyro_em.problem import Problem

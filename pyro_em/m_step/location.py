@@ -26,8 +26,8 @@ from torch import Tensor
 
 from pyro_em.design import Column, Design, Piece
 from pyro_em.families import Statistic
-from pyro_em.model.affine import Term
 from pyro_em.model.density import clean_value
+from pyro_em.model.predictor import Term
 from pyro_em.model.trace import SiteRecord
 from pyro_em.model.use import Use
 from pyro_em.statistics import SiteMoments, argument_cells, complete_count, site_moments, site_statistics

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from pyro_em.design import Design
-from pyro_em.model.affine import at_entry, terms_at
+from pyro_em.model.affine import terms_at
 from pyro_em.model.links import LINKS, PredictorLink
+from pyro_em.model.predictor import at_entry
 from pyro_em.model.trace import Run
 from pyro_em.sufficient import Sufficient
 from pyro_em.types import Params

@@ -27,8 +27,8 @@ from pyro_em.m_step.location import full_cells, terms_of
 from pyro_em.m_step.moving import designs_at
 from pyro_em.m_step.slot import Slot
 from pyro_em.m_step.unit import weight_of
-from pyro_em.model.affine import Term, at_entry
 from pyro_em.model.density import clean_value
+from pyro_em.model.predictor import Term, at_entry
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.model.use import Use
 from pyro_em.problem import Problem

@@ -28,73 +28,9 @@ from pyro_em.derivatives import pulled_back
 from pyro_em.device import seeded_normal
 from pyro_em.errors import ResourceError
 from pyro_em.model.links import INNER, LINKS, PredictorLink
+from pyro_em.model.predictor import Predictor, Term, linear_part
 
 MAX_SLICES = 4096  # tangents that are worth to be pushed for one parameter
-
-
-@dataclass(frozen=True, eq=False)
-class Term:
-    """c·θ[i] of one parameter; `index` (-1 for none) and `coefficient` broadcast against the argument."""
-
-    parameter: str
-    index: Tensor
-    coefficient: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Predictor:
-    """link⁻¹(argument) = offset + Σ terms. `offset` is None if it depends on parameters outside of the terms.
-
-    With `moving` the coefficients depend on continuous latents: the terms are those at one value, see `terms_at`.
-    `fixed`, if given, holds the argument where no parameter reaches it (a structural zero may have no η), else NaN.
-    """
-
-    site: str
-    slot: str
-    link: PredictorLink
-    terms: tuple[Term, ...]
-    offset: Tensor | None
-    fixed: Tensor | None = None
-    moving: bool = False
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of the parameters of the terms, each once."""
-        return tuple(dict.fromkeys(term.parameter for term in self.terms))
-
-    def eta(self, params: Mapping[str, Tensor]) -> Tensor:
-        """Linear predictor, shape of the argument, differentiable in `params`."""
-        assert self.offset is not None
-        return linear_part(self.terms, params, self.offset)
-
-    def argument(self, params: Mapping[str, Tensor]) -> Tensor:
-        """The argument at `params`."""
-        found = self.link.forward(self.eta(params))
-        return found if self.fixed is None else torch.where(self.fixed.isnan(), found, self.fixed.to(found))
-
-    def inverse(self, argument: Tensor) -> Tensor:
-        """η at an argument; 0 where it is fixed."""
-        if self.fixed is None:
-            return self.link.inverse(argument)
-        free = self.fixed.isnan()
-        return torch.where(free, self.link.inverse(torch.where(free, argument, INNER)), 0.0)
-
-
-def linear_part(terms: Sequence[Term], params: Mapping[str, Tensor], start: Tensor) -> Tensor:
-    """start + Σ c·θ[i]."""
-    total = start
-    for term in terms:
-        theta = params[term.parameter].reshape(-1).to(total.dtype)
-        coefficient = torch.where(term.index >= 0, term.coefficient.to(total), torch.zeros((), dtype=total.dtype))
-        total = total + coefficient * theta[term.index.clamp(min=0)]
-    return total
-
-
-def at_entry(term: Term, d: int) -> Term:
-    """The term of one entry of a vector argument."""
-    index = term.index[..., min(d, term.index.shape[-1] - 1)]
-    coefficient = term.coefficient
-    return Term(term.parameter, index, coefficient[..., min(d, coefficient.shape[-1] - 1)])
 
 
 @dataclass(frozen=True)
@@ -126,7 +62,7 @@ def find_predictor(
     for link in LINKS:
         if not (link.reaches(v1, event_dim) and link.reaches(v2, event_dim)):
             continue
-        names = [n for n in moving if _close(link.slope(v1, drawn[n][0]), link.slope(v2, drawn[n][1]), tolerance)]
+        names = [n for n in moving if close(link.slope(v1, drawn[n][0]), link.slope(v2, drawn[n][1]), tolerance)]
         terms: list[Term] = []
         kept = []
         for name in names:
@@ -150,8 +86,8 @@ def find_predictor(
         end = linear_part(terms, {n: second.values[n].detach() for n in kept}, offset)
         if fixed is not None:
             end = torch.where(still, link.inverse(v2), end)
-        if _close(link.inverse(v2), end, tolerance):
-            return Predictor(site, slot, link, tuple(terms), _compressed(offset, rounding), fixed)
+        if close(link.inverse(v2), end, tolerance):
+            return Predictor(site, slot, link, tuple(terms), compressed(offset, rounding), fixed)
     return None
 
 
@@ -174,7 +110,8 @@ def _draw(leaf: Tensor, generator: torch.Generator) -> Tensor:
     return seeded_normal(leaf.shape, generator).to(leaf)
 
 
-def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether two tensors agree up to a share of their largest entry."""
     if not a.numel():
         return True
     size = torch.maximum(a.abs().max(), b.abs().max())
@@ -240,7 +177,7 @@ def _design(
                 terms.append(term)
         else:
             found = linear_part(terms, {name: draw}, torch.zeros_like(value))
-            if _close(torch.where(still, 0.0, found), expected, tolerance):
+            if close(torch.where(still, 0.0, found), expected, tolerance):
                 return terms
     return None
 
@@ -258,10 +195,10 @@ def _term(name: str, one: Tensor, code: Tensor, numel: int, rounding: float, sti
         if bool(((low == high) | (high < 0)).all()):
             index = high
     coefficient = torch.where(none, torch.zeros_like(one), one)
-    return Term(name, index, _compressed(coefficient, rounding * one.abs().max(), (index < 0) | still))
+    return Term(name, index, compressed(coefficient, rounding * one.abs().max(), (index < 0) | still))
 
 
-def _compressed(x: Tensor, limit: Tensor | float, free: Tensor | None = None) -> Tensor:
+def compressed(x: Tensor, limit: Tensor | float, free: Tensor | None = None) -> Tensor:
     """Without the dims along which it is constant, up to `limit`; where it is `free` its value does not matter."""
     if free is not None and bool(free.any()):
         free = free.expand(x.shape)

@@ -15,10 +15,11 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_em.errors import Refusal
+from pyro_em.errors import InputError, Refusal
 from pyro_em.model import compat
 from pyro_em.model.capture import Capture
 from pyro_em.model.density import log_density, packed_log_density
+from pyro_em.model.few_rows import Rows, leading_rows
 from pyro_em.model.first import FirstElements
 from pyro_em.model.graph import FactorGraph
 from pyro_em.model.packing import align
@@ -42,12 +43,12 @@ def certify_factors(
         return
     plate = plate_to_cut(enumerated)
 
-    def drawn(first: FirstElements | None) -> Run:
+    def drawn(first: FirstElements | None = None, rows: Rows | None = None) -> Run:
         with torch.no_grad(), quiet_store(), pyro.validation_enabled(False):
             return run_model(
                 model,
-                args,
-                kwargs,
+                args if rows is None else rows.cut(args),
+                kwargs if rows is None else rows.cut(kwargs),
                 params,
                 max_plate_nesting=capture.max_plate_nesting,
                 enumerated=False,
@@ -55,12 +56,28 @@ def certify_factors(
                 first=first,
             )
 
+    cut = first_rows(enumerated, plate)
+    if plate is None:
+        _compare(cut, drawn(), graph)
+        return
+    # Drawn latents give every row arguments of its own: N covariance matrices, if they are not kept from it.
     try:
-        # Drawn latents give every row arguments of its own: N covariance matrices, if they are not kept from it.
-        plain = drawn(None if plate is None else FirstElements(plate, ROWS))
+        _compare(cut, drawn(rows=leading_rows(plate, _size(enumerated, plate), ROWS)), graph)
+        return
+    except (ValueError, RuntimeError, IndexError, InputError, Refusal):
+        pass  # data elsewhere, or a model that says something else of its first rows alone
+    try:
+        plain = drawn(FirstElements(plate, ROWS))
     except (ValueError, RuntimeError):  # something else has the size of the plate
-        plain = first_rows(drawn(None), plate)
-    enumerated = first_rows(enumerated, plate)
+        plain = first_rows(drawn(), plate)
+    _compare(cut, plain, graph)
+
+
+def _size(run: Run, plate: str) -> int:
+    return next(p.size for site in run.sites.values() for p in site.plates if p.name == plate)
+
+
+def _compare(enumerated: Run, plain: Run, graph: FactorGraph) -> None:
     states = {name: _state_index(enumerated, plain, name) for name in graph.latents}
     for name, site in enumerated.sites.items():
         if name not in plain.sites:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_em.errors import NonFiniteError, Refusal
 from pyro_em.model import compat
+from pyro_em.model.capture import Capture
 from pyro_em.model.trace import SiteRecord
 from pyro_em.shapes import broadcast_shapes
 from pyro_em.state_space.steps import SingularInnovation
@@ -95,6 +96,16 @@ def factor_shape(site: SiteRecord) -> Tensor:
         own = site.element_mask.shape
         batch = broadcast_shapes(batch, own[: max(0, len(own) - site.element_dims)])
     return _pack(torch.zeros(()).expand(batch), site)
+
+
+def shape_in(site: SiteRecord, seen: Capture) -> Tensor:
+    """`factor_shape`, whose refusal then names the latents that the site reads."""
+    try:
+        return factor_shape(site)
+    except Refusal as refusal:
+        latents = [n for n in seen.sites[site.name].upstream if n in seen.sites and seen.sites[n].enumerable]
+        read = f" It reads {', '.join(repr(n) for n in sorted(latents))}." if latents else ""
+        raise Refusal(site.name, refusal.reason + read, refusal.remedy) from refusal
 
 
 def _pack(density: Tensor, site: SiteRecord) -> Tensor:

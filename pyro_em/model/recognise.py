@@ -234,12 +234,29 @@ def _link(
         return None
     if power != int(power) and (bool((base <= 0).any()) or bool((base2 <= 0).any())):
         return None
+    full = same_link(value, value2, theta, theta2, moving, power, exponential, tolerance)
+    return None if full is None else (full, power)
+
+
+def same_link(
+    value: Tensor,
+    value2: Tensor,
+    theta: Tensor,
+    theta2: Tensor,
+    moving: Tensor,
+    power: float,
+    exponential: bool,
+    tolerance: float,
+) -> Tensor | None:
+    """c of value = c·θ^r (or c·exp(rθ)), 1 where nothing moves; None if it is another one at the second point."""
+    v, v2, t, t2 = (x[moving] for x in (value, value2, theta, theta2))
+    base, base2 = (t.exp(), t2.exp()) if exponential else (t, t2)
     coefficient, coefficient2 = v / base**power, v2 / base2**power
     if not torch.allclose(coefficient, coefficient2, rtol=tolerance, atol=0):
         return None
     full = torch.ones_like(value)
     full[moving] = coefficient
-    return full, power
+    return full
 
 
 def _opaque_uses(name: str, leaf: Tensor, run: Run, hidden: Mapping[str, SiteRecord]) -> list[Use]:

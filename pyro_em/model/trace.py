@@ -11,6 +11,7 @@ Not handled here: which site plays which role (roles.py), what the sites mean (r
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,6 +90,22 @@ class Run:
     leaves: dict[str, Tensor]
     plate_symbols: dict[str, str]
     loops: tuple[Loop, ...] = ()
+
+
+def without_gradients(run: Run) -> Run | None:
+    """The same run as far as its sites say what they are; None if one hides its arguments."""
+    if any(site.arguments is None for site in run.sites.values()):
+        return None
+    sites = {
+        name: dataclasses.replace(
+            site,
+            value=site.value.detach(),
+            arguments={a: v.detach() for a, v in (site.arguments or {}).items()},
+            mask=None if site.mask is None else site.mask.detach(),
+        )
+        for name, site in run.sites.items()
+    }
+    return dataclasses.replace(run, sites=sites, leaves={n: v.detach() for n, v in run.leaves.items()})
 
 
 def _enumerate_discrete(site: Any) -> Any:

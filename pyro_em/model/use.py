@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.model.affine import Predictor
+from pyro_em.model.predictor import Predictor
 
 VALUE = "value"  # the slot of a prior: the parameter is the value of the site, not an argument
 
