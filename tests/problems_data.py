@@ -69,6 +69,28 @@ def durations() -> tuple[Tensor, Tensor]:
 PARTLY = "a partly seen response is completed (test_coarse.py has this Q)"
 
 
+def covariates(rows: int) -> np.ndarray[Any, Any]:
+    """A constant and one covariate."""
+    return np.c_[np.ones(rows), np.random.default_rng(17).normal(size=rows)]
+
+
+def tobit_rows() -> tuple[Tensor, Tensor, Tensor]:
+    """48 rows of two lines, clamped at 0 and at 4 or 6."""
+    rng, X = np.random.default_rng(18), covariates(48)
+    kind, upper = np.arange(48) % 2, np.where(np.arange(48) % 3, 4.0, 6.0)
+    y = (X * np.array([[1.0, 1.5], [3.0, -1.0]])[kind]).sum(-1) + 0.5 * rng.normal(size=48)
+    return _t(X), _t(np.clip(y, 0, upper)), _t(upper)
+
+
+def lifetimes() -> tuple[Tensor, Tensor, Tensor]:
+    """60 durations of two kinds, a third of them cut off."""
+    rng, X = np.random.default_rng(19), covariates(60)
+    kind = np.arange(60) % 2
+    y = np.exp((X * np.array([[0.0, 0.5], [2.0, -0.3]])[kind]).sum(-1)) * rng.weibull(np.array([1.2, 3.0])[kind])
+    limit = rng.exponential(8.0, 60)
+    return _t(X), _t(np.minimum(y, limit)), _t(np.where(y <= limit, np.inf, limit))
+
+
 def build(problem: Callable[..., Any]) -> list[Any]:
     start = {"w": _t([0.3, 0.3, 0.4]), "mu": _t([-1.0, 0.5, 2.0]), "sd": _t(1.2)}
     fractions = _t(np.random.default_rng(12).integers(0, 5, 30) / 2)
@@ -94,5 +116,21 @@ def build(problem: Callable[..., Any]) -> list[Any]:
             {**two, "rate": _t([1.5, 5.0])},
             "rows",
             completes=PARTLY,
+        ),
+        problem(
+            "censored_regressions",
+            z.censored_regressions,
+            tobit_rows(),
+            {**two, "b": _t([[0.5, 1.0], [2.5, -0.5]]), "sd": _t([0.8, 1.0])},
+            "rows",
+            completes=PARTLY,
+        ),
+        problem(
+            "weibull_lifetimes",
+            z.weibull_lifetimes,
+            lifetimes(),
+            {**two, "b": _t([[0.2, 0.1], [1.5, 0.0]]), "shape": _t([1.0, 2.0])},
+            "rows",
+            closed=False,
         ),
     ]

@@ -246,7 +246,7 @@ def test_iterates_are_those_of_textbook_tobit_em() -> None:
     ]
 
 
-def test_a_censored_response_without_closed_form_is_maximised_numerically() -> None:
+def test_a_censored_response_without_expected_statistics_is_newtons() -> None:
     y, upper = durations()
     result = pyro_em.fit(zoo_data.censored_weibull, y, upper, tol=1e-10)
     seen = upper.numpy() == INF
@@ -260,6 +260,9 @@ def test_a_censored_response_without_closed_form_is_maximised_numerically() -> N
     assert result.log_likelihood == pytest.approx(-found.fun, rel=1e-10)
     assert [float(result.params[n]) for n in ("scale", "shape")] == pytest.approx(np.exp(found.x), rel=1e-5)
     assert result.posterior().mode() == {}
+    assert result.num_iterations == 1
+    reasons = {row.name: row.reason for row in result.plan.m_step}
+    assert reasons["shape"] == "Newton (Censored Weibull.concentration), jointly with 'scale'"
 
 
 def test_writing_limits_as_intervals_changes_nothing() -> None:

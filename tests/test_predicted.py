@@ -35,6 +35,9 @@ SERVED = [
         "gamma_free",
         "additive",
         "beta_mixture",
+        "censored_mixture",
+        "censored_regressions",
+        "weibull_lifetimes",
     )
 ]
 

@@ -110,3 +110,23 @@ def censored_weibull(y: Tensor, upper: Tensor) -> None:
     shape = pyro.param("shape", torch.tensor(1.0), constraint=positive)
     with pyro.plate("rows", len(y)):
         pyro.sample("y", Censored(dist.Weibull(scale, shape), upper=upper), obs=y)
+
+
+def censored_regressions(X: Tensor, y: Tensor, upper: Tensor) -> None:
+    """A mixture of tobit regressions: negative responses are recorded as 0, large ones as limits of their own."""
+    rows, w = _mixture(len(y))
+    b = pyro.param("b", torch.tensor([[0.0, 0.5], [2.0, -0.5]]))
+    sd = pyro.param("sd", torch.ones(2), constraint=positive)
+    with rows:
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("y", Censored(dist.Normal((X * b[z]).sum(-1), sd[z]), 0.0, upper), obs=y)
+
+
+def weibull_lifetimes(X: Tensor, y: Tensor, upper: Tensor) -> None:
+    """Accelerated failure times of two kinds, right-censored; an infinite limit is a failure that was seen."""
+    rows, w = _mixture(len(y))
+    b = pyro.param("b", torch.zeros(2, X.shape[-1]))
+    shape = pyro.param("shape", torch.ones(2), constraint=positive)
+    with rows:
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("y", Censored(dist.Weibull((X * b[z]).sum(-1).exp(), shape[z]), upper=upper), obs=y)

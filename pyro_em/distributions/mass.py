@@ -249,6 +249,11 @@ _MASSES: dict[type, Callable[[Any, Tensor, Tensor], Tensor]] = {
 }
 
 
+def has_exact_mass(distribution: type) -> bool:
+    """Whether probabilities of intervals of this class are exact, and twice differentiable in all arguments."""
+    return distribution in _MASSES
+
+
 def log_mass(base: Any, lower: Tensor, upper: Tensor) -> Tensor:
     """log P(lower <= Y <= upper) for Y ~ `base`, shape of its batch; infinite limits allowed.
 

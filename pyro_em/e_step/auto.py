@@ -30,7 +30,7 @@ from pyro_em.problem import Problem
 from pyro_em.types import Params
 
 Compiler = Callable[[Problem], Engine]
-COMPILERS: tuple[Compiler, ...] = (compile_plated, compile_scanned, compile_grouped)
+COMPILERS: tuple[Compiler, ...] = (compile_plated, compile_scanned, compile_grouped, compile_predicted)
 LARGE = 2**26  # bytes of reference tables above which a compiled engine is spot-checked
 AGREEMENT = 1e-9  # relative difference of a compiled and the reference log-likelihood
 

@@ -81,12 +81,13 @@ class Predicted:
     reason = "linear predictors of all states and rows by one matrix product with the recorded design"
 
     def __init__(self, problem: Problem) -> None:
-        if not problem.graph.components:
+        coarse = any(s.family is not None and s.family.latent_response for s in problem.sites)
+        if not problem.graph.components and not coarse:
             raise NotCompiled("the model has no latents")
         if not problem.recognised:
             raise NotCompiled("an argument is not recognised")
         self.run = problem.first
-        if any(s.family is not None and (s.family.integrates or s.family.latent_response) for s in problem.sites):
+        if any(s.family is not None and s.family.integrates for s in problem.sites):
             raise NotCompiled("a site has latents inside")
         for component in problem.graph.components:
             joint_states(component, self.run, MAX_STATES)

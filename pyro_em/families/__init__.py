@@ -7,6 +7,7 @@ its parameters are maximised numerically.
 from typing import Any
 
 from pyro_em.distributions import Coarse
+from pyro_em.distributions.mass import has_exact_mass
 from pyro_em.families.base import (
     CHOLESKY,
     IDENTITY,
@@ -28,10 +29,11 @@ from pyro_em.families.moments import EXPECTED
 from pyro_em.families.multivariate_normal import MultivariateNormalFamily
 from pyro_em.families.normal import HalfNormalFamily, LogNormalFamily, NormalFamily
 from pyro_em.families.positive import ExponentialFamily, GammaFamily, InverseGammaFamily, PoissonFamily
-from pyro_em.families.response import ResponseFamily
+from pyro_em.families.response import ObservedFamily, ResponseFamily
 from pyro_em.families.state_space import SITES, GaussianHMMFamily, LinearHMMFamily
 from pyro_em.families.trials import BernoulliFamily, BinomialFamily, GeometricFamily, NegativeBinomialFamily
 from pyro_em.families.uniform import UniformFamily
+from pyro_em.families.weibull import WeibullFamily
 from pyro_em.families.wishart import InverseWishartFamily, WishartFamily
 
 _FAMILIES: tuple[Family, ...] = (
@@ -59,6 +61,7 @@ _FAMILIES: tuple[Family, ...] = (
     BetaFamily(),
     DirichletFamily(),
     UniformFamily(),
+    WeibullFamily(),
     InverseWishartFamily(),
     WishartFamily(),
     GaussianHMMFamily(),
@@ -102,11 +105,12 @@ def family_for(distribution: Any) -> Family | None:
     if not isinstance(distribution, Coarse):
         return family_of(type(distribution))
     complete = family_of(type(distribution.base))
-    if complete is None or complete.name not in EXPECTED:
+    if complete is None or not (complete.name in EXPECTED or has_exact_mass(complete.distribution)):
         return None
     key = (complete, type(distribution))
     if key not in _RESPONSES:
-        _RESPONSES[key] = ResponseFamily(complete, type(distribution))
+        make = ResponseFamily if complete.name in EXPECTED else ObservedFamily
+        _RESPONSES[key] = make(complete, type(distribution))
     return _RESPONSES[key]
 
 

@@ -218,6 +218,12 @@ def other_cells(site: SiteRecord, slot: str, rank: int) -> frozenset[int]:
 def total_moments(site: SiteRecord, vector: bool) -> SiteMoments:
     """Moments of all data of a site around their mean, one cell: what a collapse is judged against."""
     arguments = site.arguments or {}
+    assert site.family is not None
+    if site.family.latent_response:  # where the observations lie: the same for all states of the latents
+        x = site.family.location(clean_value(site)).double()
+        x = x[x.isfinite()]
+        total = (torch.tensor(float(len(x)), dtype=torch.float64), (x - x.mean()).sum(), (x - x.mean()).square().sum())
+        return SiteMoments(total, torch.Size(), x.mean())
     first = site_statistics(site, arguments, None)[0]
     assert isinstance(first, Statistic)
     x = first.dense().double()

@@ -109,6 +109,7 @@ CASES: dict[str, tuple[type, Callable[[], Arguments]]] = {
         dist.Uniform,
         lambda: {"low": -positive(1).expand(CELLS), "high": 2 + positive(1).expand(CELLS)},
     ),
+    "Weibull": (dist.Weibull, lambda: {"scale": positive(CELLS), "concentration": 1 + positive(CELLS)}),
     "InverseWishart": (InverseWishart, lambda: {"df": 5 + positive(CELLS), "scale_matrix": spd(CELLS)}),
     "Wishart(covariance_matrix)": (
         dist.Wishart,
@@ -447,6 +448,7 @@ BOUNDARY: list[tuple[type, dict[str, Any], Any, float]] = [
     (dist.InverseGamma, {"concentration": 3.0, "rate": 2.0}, 0.0, -inf),
     (dist.HalfNormal, {"scale": 1.0}, 0.0, math.log(2 / math.pi) / 2),
     (dist.Uniform, {"low": 0.0, "high": 2.0}, 3.0, -inf),
+    (dist.Weibull, {"scale": 1.0, "concentration": 2.0}, 0.0, -inf),
 ]
 
 
