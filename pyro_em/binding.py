@@ -14,6 +14,7 @@ from pyro_em.condense import condense
 from pyro_em.errors import Refusal
 from pyro_em.evidence.rule import Quadrature
 from pyro_em.model.counting import num_rows
+from pyro_em.model.data import as_data
 from pyro_em.options import point_estimated
 from pyro_em.problem import Problem, bind
 from pyro_em.store import unspent_rng
@@ -56,6 +57,7 @@ def bound_for(
     :param rows: something else than an update reads the data (starts that are drawn from them, annealing).
     :raises Refusal, InputError, ResourceError: as `bind`.
     """
+    args, kwargs = as_data(args), as_data(kwargs)
     deltas = point_estimated(guide, args, kwargs)
     options: dict[str, Any] = {"with_prior": algorithm == "map-em", "roles": roles, "deltas": deltas, "rules": rules}
     whole = partial(bind, model, args, kwargs, weights=weights, **options)

@@ -64,8 +64,10 @@ def fit(
     """Fit a Pyro model by EM, MAP-EM, generalised EM or SVI.
 
     `args` and `kwargs` go to the model (and guide), as in `SVI.step`; the keyword options below shadow
-    model arguments of the same name. The fitted values are written to Pyro's param store. On an error or
-    Ctrl-C the caller's store and random state are as before.
+    model arguments of the same name. Tensors among them of half precision are promoted to torch's default dtype, and no
+    gradients are followed into them. The fitted values are written to Pyro's param store. On an error or Ctrl-C the
+    caller's store and random state are as before. Calls from several threads take turns; inside of a model that is
+    running a call is refused.
 
     :param model: any Pyro model. Discrete latents are enumerated without being marked.
     :param algorithm: "em" (exact posterior, M-step in closed form where there is one), "map-em" (the same,

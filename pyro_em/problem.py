@@ -34,6 +34,7 @@ from pyro_em.model.capture import Capture, ParameterRecord
 from pyro_em.model.certify import certify_factors, refuse_minibatches
 from pyro_em.model.certify_loops import certify_loops
 from pyro_em.model.compat import dims_of
+from pyro_em.model.data import as_data
 from pyro_em.model.density import packed_log_density, shape_in
 from pyro_em.model.fold_recognition import looked_at
 from pyro_em.model.folding import unfolded
@@ -231,6 +232,7 @@ def bind(
     :raises Refusal, InputError, ResourceError: see the modules in `pyro_em.model`.
     """
     rules = rules or {}
+    args, kwargs = as_data(args), as_data(kwargs)
     model, seen, assigned = looked_at(on_grids(unfolded(model), rules), args, kwargs, roles, deltas, rules)
     refuse_minibatches(seen)
     latent = tuple(n for n, role in assigned.items() if role.role == "latent" and not seen.sites[n].enumerable)

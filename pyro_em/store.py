@@ -15,8 +15,9 @@ from pyro.util import get_rng_state, set_rng_seed, set_rng_state
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
+from pyro_em.errors import InputError
 from pyro_em.model.capture import ParameterRecord
-from pyro_em.model.compat import quick_shapes
+from pyro_em.model.compat import quick_shapes, recorded
 from pyro_em.model.trace import LOCK
 
 
@@ -25,7 +26,13 @@ def isolated_rng(seed: int | None) -> Iterator[None]:
     """Run with the random state of torch, NumPy and Python given by `seed`; restore it afterwards.
 
     Without a seed it follows from torch's current state (`torch.manual_seed`), which is not advanced.
+    :raises InputError: inside of a model that is running.
     """
+    if recorded():
+        raise InputError(
+            "pyro_em was called inside of a model that is running (or of a pyro trace): its parameters and draws would "
+            "become sites of that model. Call it before, and give the model what was found as an argument."
+        )
     here = torch.get_default_device()  # of the data (device.py)
     devices = [here.index or 0] if here.type == "cuda" else []
     with LOCK, quick_shapes(), torch.random.fork_rng(devices):  # the random state is global too

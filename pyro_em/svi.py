@@ -30,6 +30,7 @@ from pyro_em.loop import Callback
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.compat import base_distribution
 from pyro_em.model.counting import num_rows
+from pyro_em.model.data import as_data
 from pyro_em.model.graph import independent_plates
 from pyro_em.model.plan import Plan, Row
 from pyro_em.model.resources import predicted_bytes
@@ -70,6 +71,7 @@ def fit_svi(
     if not isinstance(num_particles, int) or isinstance(num_particles, bool) or num_particles < 1:
         raise InputError(f"num_particles must be a positive integer, not {num_particles!r}.")
     make_optim, callbacks = optimiser(optim), tuple(callbacks)
+    args, kwargs = as_data(args), as_data(kwargs)
     with isolated_rng(seed):
         split = split_sites(model, args, kwargs, guide, roles)
         problem = _bind(split, args, kwargs, roles)

@@ -99,7 +99,8 @@ def spread_of(uses: tuple[Use, ...], sufficient: Sufficient) -> Tensor | None:
             elements.append(torch.where(variance > ROUNDED * mean**2, variance, torch.inf).amin())
     if not count:
         return None
-    pooled, _ = _pooled(*(torch.cat(x) for x in (count, center, squares)))
+    pooled, mean = _pooled(*(torch.cat(x) for x in (count, center, squares)))
+    pooled = torch.where(pooled > ROUNDED * mean**2, pooled, 0.0)  # equal data, whose mean is rounded
     if pooled.numel() > 1:
         return pooled
     return torch.stack([*elements, pooled.squeeze(0)]).amin()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +21,13 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em.distributions import Coarse, IncompleteNormal
 from pyro_em.errors import InputError
 from pyro_em.model import compat
-from pyro_em.model.missing import INCOMPLETE, SERIES, check_unread
-from pyro_em.model.timeline import Loop, Unplanned, open_loop, running
-from pyro_em.model.trace import OBSERVE, Plate, combined_masks, quiet_store
+from pyro_em.model.data import check_arguments, check_data, plain_support
+from pyro_em.model.missing import INCOMPLETE, check_unread
+from pyro_em.model.timeline import Loop, Unplanned, running
+from pyro_em.model.trace import OBSERVE, Plate, quiet_store
 from pyro_em.model.unfold import Unfold
-from pyro_em.shapes import broadcast_shapes
 from pyro_em.types import Model
 
 MANY = 2**14  # elements of plates above which a latent is drawn once for all
@@ -126,7 +125,8 @@ class _Observe(Messenger):
             return
         name, value = msg["name"], detach_provenance(msg["value"])
         if msg["is_observed"]:
-            _check_data(name, msg["fn"], value, msg["mask"], gaps=INCOMPLETE in msg["infer"])
+            plates = {f.name: f.size for f in msg["cond_indep_stack"] if f.vectorized}
+            check_data(name, msg["fn"], value, msg["mask"], gaps=INCOMPLETE in msg["infer"], plates=plates)
         raw = compat.raw_arguments(msg["fn"]) or {}
         inputs = list(raw.values())
         upstream = get_provenance([inputs, msg["value"], msg["mask"], msg["scale"]])
@@ -135,107 +135,16 @@ class _Observe(Messenger):
         self.upstream[name] = upstream - {name}
         check_unread(name, self.upstream[name], self.incomplete)
         if msg["is_observed"]:
-            _check_arguments(name, raw)
+            check_arguments(name, raw)
         if INCOMPLETE in msg["infer"]:
             self.incomplete |= {name}
         if not msg["is_observed"] or name in self.incomplete:
             msg["value"] = track_provenance(value, frozenset({name}))
 
 
-def _check_data(name: str, fn: Any, value: Tensor, mask: Any, gaps: bool) -> None:
-    """Raise on observations that are NaN, infinite or outside the support, naming site and rows.
-
-    :param gaps: NaN cells of the site are missing.
-    """
-    if not isinstance(value, Tensor):
-        raise InputError(f"Site '{name}': the observation is a {type(value).__name__}, not a torch tensor.")
-    if isinstance(compat.base_distribution(fn), SERIES) and not value.shape[-2]:
-        raise InputError(f"Site '{name}': the series has no steps. Leave series of length 0 out.")
-    if 0 in tuple(fn.event_shape):
-        return  # a `pyro.factor` has no value
-    support = _plain_support(fn)
-    real = support is constraints.real or getattr(support, "base_constraint", None) is constraints.real
-    if real and value.is_floating_point() and bool(value.sum().isfinite()):
-        return  # a sum of finite numbers; nothing of the size of the data was made to see it
-    rows_of = value.dim() - fn.event_dim
-    batch = broadcast_shapes(value.shape[:rows_of], fn.batch_shape)
-    rows = value.expand(batch + value.shape[rows_of:])
-    over_batch, over_elements = combined_masks(fn, detach_provenance(mask))
-    keep = torch.ones(rows.shape, dtype=torch.bool, device=value.device)
-    if over_batch is not None:
-        over_batch = detach_provenance(over_batch)
-        keep = keep & over_batch.reshape(over_batch.shape + (1,) * fn.event_dim)
-    if over_elements is not None:
-        keep = keep & detach_provenance(over_elements)
-    base = compat.base_distribution(fn)
-    infinite_values = isinstance(base, Coarse) and base.infinite_values
-    finite = ~rows.isnan() if infinite_values or not rows.is_floating_point() else rows.isfinite()
-    if isinstance(base, IncompleteNormal) or (gaps and isinstance(base, SERIES)):
-        finite = finite | rows.isnan()
-        rows = rows.nan_to_num(0.0) if isinstance(base, SERIES) else rows
-    bad = (~finite & keep).reshape(*batch, -1).any(-1)
-    if bool(bad.any()):
-        raise InputError(
-            f"Site '{name}': the observation in {_row(bad)} is NaN or infinite. Correct it, or declare it "
-            "missing: missing='nan' for all NaN observations, or pyro.poutine.mask(mask=...) around the site, true "
-            "where the value is known."
-        )
-    if support is None:
-        return
-    inside = detach_provenance(support.check(rows))
-    bad = ~inside.expand(batch) & keep.reshape(*batch, -1).any(-1)
-    if bool(bad.any()):
-        raise InputError(
-            f"Site '{name}': the observation in {_row(bad)} lies outside of the support of "
-            f"{type(compat.base_distribution(fn)).__name__}, {support}. Check the coding of the data "
-            "(categories count from 0, counts are non-negative integers)."
-        )
-
-
 def _as_given(value: Tensor, gone: Tensor | None) -> Tensor:
     """The value with NaN where it is missing (masked cells hold some other value)."""
     return value if gone is None else torch.where(gone, torch.nan, value)
-
-
-def _plain_support(fn: Any) -> Any:
-    try:
-        return fn.support
-    except NotImplementedError:
-        return None
-
-
-def _check_arguments(name: str, raw: Mapping[str, Any]) -> None:
-    """Raise on arguments that are NaN: what the data depend on (covariates, offsets) is not known."""
-    for argument, value in raw.items():
-        value = detach_provenance(value)
-        if not isinstance(value, Tensor) or not value.is_floating_point() or not bool(value.sum().isnan()):
-            continue
-        bad = value.isnan()
-        if bool(bad.any()):  # a sum of infinities of both signs is NaN, too
-            raise InputError(
-                f"Site '{name}': its argument '{argument}' is NaN in row {_first(bad)}. A covariate, an offset or a "
-                "starting value is NaN there; correct it, or leave the row out."
-            )
-
-
-def _row(bad: Tensor) -> str:
-    """The first bad row of a site; time, where the steps of a loop are run together, is its leftmost plate."""
-    loop = open_loop()
-    if loop is None or bad.dim() < 1 + loop.depth or bad.shape[-1 - loop.depth] != loop.steps - loop.history:
-        return f"row {_first(bad)}"
-    where = bad.movedim(-1 - loop.depth, 0)
-    steps = where.reshape(len(where), -1).any(1).nonzero().reshape(-1)
-    step = int(steps[0])
-    row = f"row {_first(where[step])} of " if where.dim() > 1 else ""
-    more = f" (and {len(steps) - 1} more steps)" if len(steps) > 1 else ""
-    return f"{row}step {step + loop.history}{more}"
-
-
-def _first(bad: Tensor) -> str:
-    index = [int(i) for i in bad.nonzero()[0]]
-    more = int(bad.sum()) - 1
-    where = str(index[0]) if len(index) == 1 else str(tuple(index)) if index else "(the only one)"
-    return where + (f" (and {more} more)" if more else "")
 
 
 def capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
@@ -278,7 +187,7 @@ def _capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], kind: 
         plates = tuple(sorted(stack, key=lambda plate: plate.dim))
         fn = site["fn"]
         depth = max([depth, *(-plate.dim for plate in plates)])
-        support = _plain_support(fn)
+        support = plain_support(fn)
         sites[name] = PlainSite(
             name=name,
             fn=fn,

@@ -41,6 +41,27 @@ def certify_factors(
     """Raise `Refusal` naming the first site whose factor does not match the plain model."""
     if not graph.latents:
         return
+    try:
+        _against_drawn(capture, enumerated, graph, model, args, kwargs, params)
+    except Refusal as refusal:
+        with torch.no_grad(), quiet_store(), pyro.validation_enabled(False):
+            runs = [
+                run_model(model, args, kwargs, params, max_plate_nesting=capture.max_plate_nesting, loops=capture.loops)
+                for _ in range(2)
+            ]
+        _refuse_changing(refusal.site, *runs)
+        raise
+
+
+def _against_drawn(
+    capture: Capture,
+    enumerated: Run,
+    graph: FactorGraph,
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    params: Mapping[str, Tensor],
+) -> None:
     plate = plate_to_cut(enumerated)
 
     def drawn(first: FirstElements | None = None, rows: Rows | None = None) -> Run:
@@ -102,6 +123,20 @@ def _compare(enumerated: Run, plain: Run, graph: FactorGraph) -> None:
                 "its states, or branches on its value.",
                 "use the latent only by indexing (loc[z]) or elementwise arithmetic inside of its own plates.",
             )
+
+
+def _refuse_changing(site: str, before: Run, after: Run) -> None:
+    """Raise `Refusal` if two runs with the same parameters gave a site different densities."""
+    if site in before.sites and site in after.sites:
+        a, b = (compat.detached(packed_log_density(run.sites[site])) for run in (before, after))
+        if torch.equal(a, b):
+            return
+    raise Refusal(
+        site,
+        "two runs of the model with the same parameters gave it different log-densities: the model draws random "
+        "numbers outside of its sites, or changes its data.",
+        "draw what is random before the fit and pass it as an argument, or make it a pyro.sample site.",
+    )
 
 
 def refuse_minibatches(capture: Capture) -> None:

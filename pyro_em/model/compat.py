@@ -18,6 +18,7 @@ from pyro.ops import packed
 from pyro.poutine import runtime
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.markov_messenger import MarkovMessenger
+from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
@@ -198,6 +199,11 @@ def markov_step() -> tuple[int, int] | None:
     if len(loops) > 1:
         raise ValueError("nested loops")
     return (id(loops[0]), loops[0]._pos) if loops else None
+
+
+def recorded() -> bool:
+    """Whether what happens here is being recorded by some trace: this is the inside of a model that runs."""
+    return any(isinstance(own, TraceMessenger) for own in runtime._PYRO_STACK)
 
 
 def prune_and_symbolize(trace: Trace) -> Trace:

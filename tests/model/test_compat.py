@@ -277,3 +277,12 @@ def test_the_step_of_a_markov_loop() -> None:
         for _ in pyro.markov(range(1)):
             with pytest.raises(ValueError, match="nested"):
                 compat.markov_step()
+
+
+def test_whether_a_model_is_running() -> None:
+    seen = []
+    assert not compat.recorded()
+    poutine.trace(lambda: seen.append(compat.recorded())).get_trace()
+    with poutine.block():
+        seen.append(compat.recorded())
+    assert seen == [True, False]

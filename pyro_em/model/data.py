@@ -1,0 +1,156 @@
+"""The data of a fit: brought into a form that can be computed with, and what is wrong with them said by site and row.
+
+Nothing is repaired silently. Half precision is promoted (exactly), gradients are not followed into data; all else that
+cannot be used (NaN, infinities, values outside of the support, shapes that do not go with the model) is an `InputError`
+before the first iteration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pyro.ops.provenance import detach_provenance
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_em.distributions import Coarse, IncompleteNormal
+from pyro_em.errors import InputError
+from pyro_em.model import compat
+from pyro_em.model.missing import SERIES
+from pyro_em.model.timeline import open_loop
+from pyro_em.model.trace import combined_masks
+from pyro_em.shapes import broadcast_shapes
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def as_data(value: Any) -> Any:
+    """Tensors (also in lists, tuples and dicts) without gradients, those of half precision in torch's default dtype.
+
+    Squares and sums of half precision would keep three digits. What needs no change is returned as it is.
+    """
+    if isinstance(value, Tensor):
+        value = value.to(torch.get_default_dtype()) if value.dtype in HALF else value
+        return value.detach() if value.requires_grad else value
+    if type(value) in (list, tuple):
+        found = [as_data(x) for x in value]
+        return type(value)(found) if any(a is not b for a, b in zip(found, value, strict=True)) else value
+    if type(value) is dict:
+        entries = {key: as_data(x) for key, x in value.items()}
+        return entries if any(entries[key] is not x for key, x in value.items()) else value
+    return value
+
+
+def plain_support(fn: Any) -> Any:
+    """The support of a distribution, None where it does not say."""
+    try:
+        return fn.support
+    except NotImplementedError:
+        return None
+
+
+def check_data(name: str, fn: Any, value: Tensor, mask: Any, gaps: bool, plates: Mapping[str, int]) -> None:
+    """Raise on observations that are NaN, infinite or outside the support, naming site and rows.
+
+    :param gaps: NaN cells of the site are missing.
+    :param plates: sizes of the plates around the site, by name.
+    """
+    if not isinstance(value, Tensor):
+        raise InputError(f"Site '{name}': the observation is a {type(value).__name__}, not a torch tensor.")
+    if isinstance(compat.base_distribution(fn), SERIES) and not value.shape[-2]:
+        raise InputError(f"Site '{name}': the series has no steps. Leave series of length 0 out.")
+    if 0 in tuple(fn.event_shape):
+        return  # a `pyro.factor` has no value
+    batch = _check_shapes(name, fn, value, plates)
+    support = plain_support(fn)
+    real = support is constraints.real or getattr(support, "base_constraint", None) is constraints.real
+    if real and value.is_floating_point() and bool(value.sum().isfinite()):
+        return  # a sum of finite numbers; nothing of the size of the data was made to see it
+    rows_of = value.dim() - fn.event_dim
+    rows = value.expand(batch + value.shape[rows_of:])
+    over_batch, over_elements = combined_masks(fn, detach_provenance(mask))
+    keep = torch.ones(rows.shape, dtype=torch.bool, device=value.device)
+    if over_batch is not None:
+        over_batch = detach_provenance(over_batch)
+        keep = keep & over_batch.reshape(over_batch.shape + (1,) * fn.event_dim)
+    if over_elements is not None:
+        keep = keep & detach_provenance(over_elements)
+    base = compat.base_distribution(fn)
+    infinite_values = isinstance(base, Coarse) and base.infinite_values
+    finite = ~rows.isnan() if infinite_values or not rows.is_floating_point() else rows.isfinite()
+    if isinstance(base, IncompleteNormal) or (gaps and isinstance(base, SERIES)):
+        finite = finite | rows.isnan()
+        rows = rows.nan_to_num(0.0) if isinstance(base, SERIES) else rows
+    bad = (~finite & keep).reshape(*batch, -1).any(-1)
+    if bool(bad.any()):
+        raise InputError(
+            f"Site '{name}': the observation in {_row(bad)} is NaN or infinite. Correct it, or declare it "
+            "missing: missing='nan' for all NaN observations, or pyro.poutine.mask(mask=...) around the site, true "
+            "where the value is known."
+        )
+    if support is None:
+        return
+    inside = detach_provenance(support.check(rows))
+    bad = ~inside.expand(batch) & keep.reshape(*batch, -1).any(-1)
+    if bool(bad.any()):
+        raise InputError(
+            f"Site '{name}': the observation in {_row(bad)} lies outside of the support of "
+            f"{type(compat.base_distribution(fn)).__name__}, {support}. Check the coding of the data "
+            "(categories count from 0, counts are non-negative integers)."
+        )
+
+
+def _check_shapes(name: str, fn: Any, value: Tensor, plates: Mapping[str, int]) -> torch.Size:
+    """The batch shape of value and distribution together."""
+    split = value.dim() - fn.event_dim
+    event = tuple(zip(value.shape[max(split, 0) :], fn.event_shape, strict=False))
+    if split < 0 or any(a != b and 1 not in (a, b) for a, b in event):  # a size of 1 is repeated over time
+        raise InputError(
+            f"Site '{name}': the observation has shape {tuple(value.shape)}, each of its events shape "
+            f"{tuple(fn.event_shape)} under {type(compat.base_distribution(fn)).__name__}: these do not go together."
+        )
+    try:
+        return broadcast_shapes(value.shape[:split], fn.batch_shape)
+    except ValueError:
+        within = ", ".join(f"'{plate}' of {size} elements" for plate, size in plates.items())
+        where = f" in plate {within}" if within else ""
+        raise InputError(
+            f"Site '{name}': the observation has batch shape {tuple(value.shape[:split])}, its distribution{where} has "
+            f"{tuple(fn.batch_shape)}: these do not go together. Does the size of the plate agree with the data?"
+        ) from None
+
+
+def check_arguments(name: str, raw: Mapping[str, Any]) -> None:
+    """Raise on arguments that are NaN: what the data depend on (covariates, offsets) is not known."""
+    for argument, value in raw.items():
+        value = detach_provenance(value)
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not bool(value.sum().isnan()):
+            continue
+        bad = value.isnan()
+        if bool(bad.any()):  # a sum of infinities of both signs is NaN, too
+            raise InputError(
+                f"Site '{name}': its argument '{argument}' is NaN in row {_first(bad)}. A covariate, an offset or a "
+                "starting value is NaN there; correct it, or leave the row out."
+            )
+
+
+def _row(bad: Tensor) -> str:
+    """The first bad row of a site; time, where the steps of a loop are run together, is its leftmost plate."""
+    loop = open_loop()
+    if loop is None or bad.dim() < 1 + loop.depth or bad.shape[-1 - loop.depth] != loop.steps - loop.history:
+        return f"row {_first(bad)}"
+    where = bad.movedim(-1 - loop.depth, 0)
+    steps = where.reshape(len(where), -1).any(1).nonzero().reshape(-1)
+    step = int(steps[0])
+    row = f"row {_first(where[step])} of " if where.dim() > 1 else ""
+    more = f" (and {len(steps) - 1} more steps)" if len(steps) > 1 else ""
+    return f"{row}step {step + loop.history}{more}"
+
+
+def _first(bad: Tensor) -> str:
+    index = [int(i) for i in bad.nonzero()[0]]
+    more = int(bad.sum()) - 1
+    where = str(index[0]) if len(index) == 1 else str(tuple(index)) if index else "(the only one)"
+    return where + (f" (and {more} more)" if more else "")
