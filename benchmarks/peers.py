@@ -36,13 +36,10 @@ from pyro_em.types import Params
 RESTARTS, SEED = 20, 0
 
 
-def _ours(model: Callable[..., None], problem: Mixture | LatentClasses, size: int) -> Fit:
-    def fit(updates: int) -> LogLikelihood:
-        result = pyro_em.fit(model, problem.data, size, init=problem.start, max_iter=updates, tol=0, progress=False)
-        assert result.num_iterations == updates
-        return _log_likelihood(result)
-
-    return fit
+def _ours(model: Callable[..., None], problem: Mixture | LatentClasses, size: int, updates: int) -> FitResult:
+    result = pyro_em.fit(model, problem.data, size, init=problem.start, max_iter=updates, tol=0, progress=False)
+    assert result.num_iterations == updates
+    return result
 
 
 def _log_likelihood(result: FitResult) -> LogLikelihood:
@@ -51,14 +48,19 @@ def _log_likelihood(result: FitResult) -> LogLikelihood:
     return lambda: found
 
 
-def ours_mixture(problem: Mixture) -> Fit:
+def fit_mixture(problem: Mixture, updates: int) -> FitResult:
     """`pyro_em.fit` on `gmm.model` or `gmm.diagonal`."""
-    return _ours(gmm.diagonal if problem.diagonal else gmm.model, problem, problem.num_components)
+    return _ours(gmm.diagonal if problem.diagonal else gmm.model, problem, problem.num_components, updates)
+
+
+def ours_mixture(problem: Mixture) -> Fit:
+    """The same as a contender."""
+    return lambda updates: _log_likelihood(fit_mixture(problem, updates))
 
 
 def ours_latent_classes(problem: LatentClasses) -> Fit:
     """`pyro_em.fit` on `lca.model`."""
-    return _ours(lca.model, problem, problem.num_classes)
+    return lambda updates: _log_likelihood(_ours(lca.model, problem, problem.num_classes, updates))
 
 
 def ours_restarts(problem: Mixture) -> Fit:

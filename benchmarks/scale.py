@@ -1,22 +1,30 @@
 """The cost of one unit of work in one update, over sizes: flat if the work is linear and stays in cache.
 
 The unit is a row where N grows, a row and component where K does, a row and feature (of [1, x, x_i x_j]) for D.
+An update's cost is the median step of the clock in one fit's own history: the set-up of 10 million rows takes as long
+as many updates, and its noise would drown the difference of two fits.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.harness import Contender, Record, measure
-from benchmarks.paired import Make, work
+import torch
+
+from benchmarks.harness import Record
+from benchmarks.paired import work
 from benchmarks.workload import Spawn
+from pyro_em.result import FitResult
+
+FIRST = 8  # updates, by which the EM map is recorded (pyro_em/evaluator.py)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """`units(size)` is what the time of an update is divided by, `unit` what it is called.
+    """`fit(problem, updates)` performs them; `units(size)` is what the time of one is divided by, `unit` its name.
 
     `flat_within` is the relative deviation allowed from the smallest cost, None where none is asked for.
     """
@@ -25,7 +33,7 @@ class Scale:
     title: str
     letter: str
     problem: Callable[[int], Any]
-    make: Make
+    fit: Callable[[Any, int], FitResult]
     sizes: Sequence[int]
     units: Callable[[int], int]
     unit: str
@@ -42,22 +50,20 @@ class Scale:
         """Seconds per update, by size."""
         sizes = self.tiny if tiny else self.sizes
         problems = {size: self.problem(size) for size in sizes}
-        contenders = [
-            Contender(str(size), self.make(problem), (2, 4) if tiny else _counts(problem))
-            for size, problem in problems.items()
-        ]
-        units = [self.units(size) for size in sizes]
-        return {"sizes": list(sizes), "units": units, "contenders": measure(contenders, rounds)}
+        found: dict[int, Record] = {}
+        for number in range(rounds):
+            for size in sizes if number % 2 == 0 else sizes[::-1]:
+                problem = problems[size]
+                updates = FIRST + (3 if tiny else _count(problem))
+                clock = torch.tensor(self.fit(problem, updates).history["seconds"], dtype=torch.float64)
+                own = found.setdefault(size, {"counts": [FIRST, updates], "seconds_per_update": []})
+                own["seconds_per_update"].append(statistics.median(clock.diff()[FIRST:].tolist()))
+        return {"sizes": list(sizes), "units": [self.units(size) for size in sizes], "contenders": found}
 
 
-def _counts(problem: Any) -> tuple[int, int]:
-    """Some seconds of updates, so that they outweigh the noise of the set-up, and at small sizes that of the clock.
-
-    Where the work of an update is that of a second, the recording (pyro_em/evaluator.py), which n1 = 25 leaves
-    behind, makes no difference: the ordinary updates are timed, and fewer.
-    """
-    flops = work(problem)["flops"]
-    return (25, 25 + 40_000_000_000 // flops) if flops < 10_000_000_000 else (2, 6)
+def _count(problem: Any) -> int:
+    """Updates of about a second in all, several even where one takes longer."""
+    return min(2000, max(5, 25_000_000_000 // work(problem)["flops"]))
 
 
 def features(width: int) -> int:

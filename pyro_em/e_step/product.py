@@ -2,7 +2,7 @@
 
 With Φ (F, n) the features of a chunk (features.py) and W (J, F) the natural parameters of the joint states,
 
-    L = W Φ,   R = softmax(L, over j),   S += (R·w) Φᵀ,   log p = Σ w · logsumexp(L, over j)
+    L = W Φ,   R = softmax(L, over j),   Sᵀ += Φ (R·w)ᵀ,   log p = Σ w · logsumexp(L, over j)
 
 W of several starts are stacked: the products are then wider, which is where a processor is at its best, and Φ is
 formed once for all of them. Memory is bounded by the chunk. J joint states, F features, n rows of a chunk, R starts.
@@ -20,8 +20,9 @@ from torch import Tensor
 from pyro_em.e_step.direct import NUM_PREPARED, centered_log_density
 from pyro_em.e_step.features import Features
 from pyro_em.e_step.layout import SiteLayout
+from pyro_em.softmax import padded, softmax, softmax_
 
-CHUNK_CELLS = 2**17  # of L, in one start's W or several: what the processor's cache holds beside Φ
+CHUNK_CELLS = 2**16  # of L, in one start's W or several: half of a second-level cache of 1 MiB
 
 
 def rows_of_cells(states: int) -> int:
@@ -67,25 +68,34 @@ class Product:
         """One `Sums` per start; all must evaluate the same sites directly."""
         w, sites = self._stacked(prepared)
         w = w.to(self.features.dtype)
+        starts, rows = len(prepared), w.shape[0]
+        most, height = rows_of_cells(rows), padded(rows)
+        memory = w.new_empty(height * min(most, self.features.chunk))  # which stays in cache
         totals: Tensor | None = None
         evidence: Tensor | None = None
-        step = rows_of_cells(len(w))
         for first, whole in self.features.chunks():
-            for begin in range(0, whole.shape[1], step):
-                phi = whole[:, begin : begin + step]
-                row = first + begin
-                log_joint = self._log_joint(w, sites, phi, row)
-                r, found = self._responsibilities(log_joint, len(prepared), row)
+            for begin in range(0, whole.shape[1], most):
+                phi, row = whole[:, begin : begin + most], first + begin
+                end = row + phi.shape[1]
+                weight = None if self.weight is None else self.weight[row:end]
+                if phi.shape[1] == self.features.num_rows:
+                    r, lse = softmax(self._log_joint(w, sites, phi, row), starts, weight)
+                else:
+                    r = memory[: height * phi.shape[1]].view(height, -1)
+                    self._log_joint(w, sites, phi, row, out=r[:rows])
+                    r[rows:] = 0.0
+                    lse = softmax_(r[:rows], starts, weight)
+                found = self._evidence(lse.double(), row, weight)
                 if totals is None or evidence is None:
-                    totals, evidence = (r @ phi.mT).double(), found
+                    totals, evidence = (phi @ r.mT).double(), found
                 elif phi.dtype == torch.float64:
-                    totals.addmm_(r, phi.mT)
+                    totals.addmm_(phi, r.mT)
                     evidence += found
                 else:  # the sum over chunks keeps its digits
-                    totals += r @ phi.mT
+                    totals += phi @ r.mT
                     evidence += found
         assert totals is not None and evidence is not None
-        split = zip(totals.chunk(len(prepared)), evidence.unbind(0), strict=True)
+        split = zip(totals.mT[:rows].chunk(starts), evidence.unbind(0), strict=True)
         return [Sums(own, found) for own, found in split]
 
     def log_joint(self, prepared: Sequence[Prepared]) -> Tensor:
@@ -99,26 +109,27 @@ class Product:
         return w, [(self.layouts[i], _stacked(prepared, place)) for place, i in enumerate(first.direct)]
 
     @staticmethod
-    def _log_joint(w: Tensor, sites: list[tuple[SiteLayout, Normal]], phi: Tensor, begin: int) -> Tensor:
-        log_joint = w @ phi if w.shape[1] == len(phi) else w.expand(-1, phi.shape[1])
+    def _log_joint(
+        w: Tensor, sites: list[tuple[SiteLayout, Normal]], phi: Tensor, begin: int, out: Tensor | None = None
+    ) -> Tensor:
+        """L (R·J, n), in `out` if it is given."""
+        if w.shape[1] == len(phi):
+            log_joint = torch.mm(w, phi) if out is None else torch.mm(w, phi, out=out)
+        else:
+            log_joint = w.expand(-1, phi.shape[1])
+            log_joint = log_joint if out is None else out.copy_(log_joint)
         for layout, own in sites:
-            log_joint = log_joint + centered_log_density(layout, own, begin, begin + phi.shape[1])
+            density = centered_log_density(layout, own, begin, begin + phi.shape[1])
+            log_joint = log_joint + density if out is None else log_joint.add_(density)
         return log_joint
 
-    def _responsibilities(self, log_joint: Tensor, starts: int, begin: int) -> tuple[Tensor, Tensor]:
-        """Weighted responsibilities (R·J, n), and the evidence of the chunk (R, 2)."""
-        end = begin + log_joint.shape[-1]
-        by_start = log_joint.unflatten(0, (starts, -1))
-        r = torch.softmax(by_start, 1)
-        # softmax leaves max R = exp(max L - lse), so that lse costs no second pass over exp.
-        lse = (by_start.amax(1) - r.amax(1).log()).double()
+    def _evidence(self, lse: Tensor, begin: int, weight: Tensor | None) -> Tensor:
+        """The evidence of a chunk, (R, 2)."""
         if self.base is not None:
-            lse = lse + self.base[begin:end]
-        if self.weight is not None:
-            own = self.weight[begin:end]
-            r = r * own.to(r)
-            lse = torch.where(own == 0, lse.new_zeros(()), lse * own)
-        return r.flatten(0, 1), torch.stack([lse.sum(-1), lse.abs().sum(-1)], -1)
+            lse = lse + self.base[begin : begin + lse.shape[-1]]
+        if weight is not None:
+            lse = torch.where(weight == 0, lse.new_zeros(()), lse * weight)
+        return torch.stack([lse.sum(-1), lse.abs().sum(-1)], -1)
 
 
 def _stacked(prepared: Sequence[Prepared], place: int) -> Normal:
