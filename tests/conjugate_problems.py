@@ -44,6 +44,12 @@ def _cases() -> dict[str, Case]:
     both = _t(np.concatenate([rng.poisson(1.0, 8), rng.poisson(rng.gamma(9.0, 1.0, 8))]))
     sums = _t(np.zeros(4)).index_add(0, group, y)
     counts = _t(np.zeros(4)).index_add(0, group, torch.ones_like(y))
+    votes = _t([rng.multinomial(12, rng.dirichlet([2.0, 1.0, 3.0])) for _ in range(14)])
+    shown = torch.as_tensor(np.array([rng.choice(3, p=row / 12) for row in votes.numpy()]))
+    document = torch.as_tensor(np.concatenate([np.arange(5), rng.integers(0, 5, 30)]))
+    tables = rng.dirichlet([1.0, 0.5, 2.0, 1.5], 5)
+    word = torch.as_tensor(np.array([rng.choice(4, p=tables[d]) for d in document.numpy()]))
+    tally = torch.zeros(5, 4, dtype=torch.float64).index_put((document, word), torch.ones(35).double(), True)
     hyper = {"alpha": _t(1.7), "beta": _t(0.8)}
 
     def groups(p: Params) -> Tensor:
@@ -65,6 +71,20 @@ def _cases() -> dict[str, Case]:
     def mixed(p: Params) -> Tensor:
         own = dist.GammaPoisson(p["alpha"], p["beta"]).log_prob(both.unsqueeze(-1))
         return (own + p["w"].log()).logsumexp(-1)
+
+    def rows(alpha: Tensor, counts: Tensor) -> Tensor:
+        """log of Γ(A)/Γ(A + n) Π Γ(α + x)/Γ(α)."""
+        own = torch.lgamma(alpha + counts).sum(-1) - torch.lgamma(alpha).sum(-1)
+        return own + torch.lgamma(alpha.sum(-1)) - torch.lgamma(alpha.sum(-1) + counts.sum(-1))
+
+    def kinds(p: Params) -> Tensor:
+        counts = votes + torch.nn.functional.one_hot(shown, 3)
+        own = rows(p["alpha"], counts.unsqueeze(-2))
+        orders = torch.lgamma(_t(13.0)) - torch.lgamma(votes + 1).sum(-1)
+        return (own + p["w"].log()).logsumexp(-1) + orders
+
+    def topics(p: Params) -> Tensor:
+        return ((p["alpha"] / p["alpha"].sum()) @ p["phi"])[word].log()
 
     def grouped_posterior(p: Params) -> Any:
         return dist.Gamma(p["alpha"] + sums, p["beta"] + counts)
@@ -102,6 +122,19 @@ def _cases() -> dict[str, Case]:
         "mixed_counts": Case(
             z.mixed_counts, (both,), {"w": _t([0.5, 0.5]), "alpha": _t([1.5, 8.0]), "beta": _t([1.0, 0.9])}, mixed,
             "rate", lambda p: None),
+        "categories": Case(
+            z.categories, (votes,), {"alpha": _t([1.5, 0.8, 2.2])},
+            lambda p: dist.DirichletMultinomial(p["alpha"], 12 * torch.ones(14)).log_prob(votes),
+            "theta", lambda p: dist.Dirichlet(p["alpha"] + votes)),
+        "words": Case(
+            z.words, (document, word), {"alpha": _t([1.0, 0.7, 1.8, 0.9])}, lambda p: rows(p["alpha"], tally),
+            "theta", lambda p: dist.Dirichlet(p["alpha"] + tally)),
+        "kinds_of_categories": Case(
+            z.kinds_of_categories, (votes, shown),
+            {"w": _t([0.4, 0.6]), "alpha": _t([[1.5, 0.8, 2.2], [0.6, 2.0, 1.1]])}, kinds, "theta", lambda p: None),
+        "one_token": Case(
+            z.one_token, (word,), {"alpha": _t([1.2, 0.7]), "phi": _t([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]])},
+            topics, "theta", lambda p: None),
     }  # fmt: skip
 
 

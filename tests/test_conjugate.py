@@ -12,9 +12,11 @@ import pytest
 import torch
 from scipy import integrate
 from torch import Tensor
+from torch.distributions.constraints import simplex
 
 import pyro_em
 from pyro_em.evidence.conjugate_kinds import BetaKind, GammaKind, InverseGammaKind
+from pyro_em.evidence.conjugate_rows import DirichletKind
 from tests.conjugate_problems import CASES, Case
 from tests.laws import largest_score, to_constrained, to_free
 from tests.oracles import constraints
@@ -41,14 +43,15 @@ def test_evidence_and_posterior(name: str) -> None:
         torch.testing.assert_close(result.log_prob(), truth, rtol=1e-10, atol=1e-11)
     posterior, expected = result.posterior(), case.posterior(result.params)
     if expected is not None:
-        torch.testing.assert_close(posterior.mean(case.site), expected.mean, rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(posterior.variance(case.site), expected.variance, rtol=1e-8, atol=1e-12)
-        x = expected.mean * 1.1 if name != "beta_binomial" else expected.mean * 0.9
+        torch.testing.assert_close(posterior.mean(case.site), expected.mean, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(posterior.variance(case.site), expected.variance, rtol=1e-10, atol=1e-12)
+        x = expected.mean * (0.9 if name == "beta_binomial" else 1.1)
+        x = x / x.sum(-1, keepdim=True) if isinstance(expected, dist.Dirichlet) else x
         marginal = posterior.marginal(case.site)
         found = marginal.log_prob(x)
         reference = expected.log_prob(x)
         torch.testing.assert_close(
-            found, reference.sum(-1) if marginal.event_shape else reference, rtol=1e-8, atol=1e-9
+            found, reference.sum(-1) if reference.dim() > found.dim() else reference, rtol=1e-8, atol=1e-9
         )
         assert posterior.entropy() == pytest.approx(float(expected.entropy().sum()), rel=1e-7, abs=1e-8)
 
@@ -123,6 +126,19 @@ def test_atoms_have_the_expectations_of_the_posterior(kind: Any) -> None:
             assert found == pytest.approx(truth, rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    "alpha", [[0.02, 0.5, 3.0], [1.0, 1.0, 1.0], [2e3, 5.0, 0.3], [1e7, 3e7, 2e7], [0.01, 0.01, 0.02]], ids=str
+)
+def test_atoms_on_a_simplex(alpha: list[float]) -> None:
+    """Both lie on it, and their mean logarithms are those of the Dirichlet distribution."""
+    a = torch.tensor(alpha)
+    atoms = DirichletKind(3).atoms(torch.stack([a - 1, torch.zeros(3)], -1))
+    for atom in atoms:
+        assert float(atom.sum()) == pytest.approx(1.0, abs=4 * EPS)
+    expected = torch.digamma(a) - torch.digamma(a.sum())
+    torch.testing.assert_close((atoms[0].log() + atoms[1].log()) / 2, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_units_do_not_matter() -> None:
     """Rates of 1e-6 and 1e6 a row are found as precisely as rates of one."""
     case = CASES["gamma_poisson"]
@@ -149,6 +165,9 @@ def _refused(model: Callable[..., Any], *args: Any) -> Any:
 
 Y = torch.tensor([1.0, 0.0, 2.0, 4.0, 1.0])
 
+ONES, LABELS = torch.ones(3), torch.tensor([0, 2, 1, 1, 0])
+TABLE = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.3, 0.3, 0.4]])
+
 
 def _with_prior(prior: Callable[[], Any], child: Callable[[Tensor], Any], data: Tensor) -> Callable[[], None]:
     def model() -> None:
@@ -170,6 +189,9 @@ def _with_prior(prior: Callable[[], Any], child: Callable[[Tensor], Any], data: 
         (_with_prior(lambda: dist.Gamma(2.0, 1.0), lambda v: dist.Poisson(v * v.roll(1, -1)), Y), "several elements"),
         (_with_prior(lambda: dist.Beta(2.0, 1.0), lambda v: dist.Binomial(9, v**2), Y), "Beta"),
         (_with_prior(lambda: dist.Beta(2.0, 1.0), lambda v: dist.Poisson(v), Y), "Beta"),
+        (_with_prior(lambda: dist.Dirichlet(ONES), lambda v: dist.Categorical(v**2), LABELS), "Dirichlet"),
+        (_with_prior(lambda: dist.Dirichlet(ONES), lambda v: dist.Categorical(v @ TABLE), LABELS), "Dirichlet"),
+        (_with_prior(lambda: dist.Dirichlet(ONES), lambda v: dist.Poisson(v[..., 0]), Y), "Dirichlet"),
     ],
 )
 def test_what_is_not_conjugate_is_refused(model: Callable[[], None], reason: str) -> None:
@@ -179,14 +201,80 @@ def test_what_is_not_conjugate_is_refused(model: Callable[[], None], reason: str
     assert reason in refusal.reason
 
 
-def test_two_conjugate_latents_in_one_factor_are_refused() -> None:
+@pytest.mark.parametrize("second", [dist.Gamma(2.0, 1.0), dist.Beta(2.0, 3.0)], ids=["one kind", "two kinds"])
+def test_two_conjugate_latents_in_one_factor_are_refused(second: Any) -> None:
     def model(y: Tensor) -> None:
         with pyro.plate("rows", len(y)):
             u = pyro.sample("u", dist.Gamma(2.0, 1.0))
-            v = pyro.sample("v", dist.Gamma(2.0, 1.0))
+            v = pyro.sample("v", second)
             pyro.sample("y", dist.Poisson(u * v), obs=y)
 
-    assert "also read" in _refused(model, Y).reason
+    refusal = _refused(model, Y)
+    assert refusal.site == "v" and "'u'" in refusal.reason and "also read" in refusal.reason
+
+
+def test_two_conjugate_latents_in_factors_of_their_own() -> None:
+    """They are two sets, each integrated by its own family, in one plate."""
+    trials, counts = torch.tensor([3.0, 0.0, 5.0, 4.0, 1.0]), Y.double()
+
+    def model() -> None:
+        a = pyro.param("a", torch.tensor(2.0), constraint=dist.constraints.positive)
+        with pyro.plate("rows", len(counts)):
+            rate = pyro.sample("rate", dist.Gamma(a, 1.0))
+            p = pyro.sample("p", dist.Beta(2.0, a))
+            pyro.sample("counts", dist.Poisson(rate), obs=counts)
+            pyro.sample("trials", dist.Binomial(6, p), obs=trials)
+
+    result = pyro_em.fit(model, max_iter=3, tol=0)
+    a = result.params["a"]
+    own = dist.GammaPoisson(a, torch.tensor(1.0)).log_prob(counts)
+    own = own + dist.BetaBinomial(torch.tensor(2.0), a, 6).log_prob(trials)
+    assert result.log_likelihood == pytest.approx(float(own.sum()), rel=1e-12)
+    posterior = result.posterior()
+    torch.testing.assert_close(posterior.mean("rate"), (a + counts) / 2, rtol=1e-12, atol=0)
+    torch.testing.assert_close(posterior.mean("p"), (2 + trials) / (8 + a), rtol=1e-12, atol=0)
+
+
+def test_topics_of_single_words_are_refused() -> None:
+    """Latent Dirichlet allocation: the topics of a document's words are exchangeable, not independent."""
+    document, word = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 3, 2, 1, 0])
+
+    def model() -> None:
+        phi = pyro.param("phi", torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]]), constraint=simplex)
+        with pyro.plate("documents", 2):
+            theta = pyro.sample("theta", dist.Dirichlet(torch.ones(2)))
+        with pyro.plate("words", len(word)):
+            topic = pyro.sample("topic", dist.Categorical(theta[..., document, :]))
+            pyro.sample("word", dist.Categorical(phi[topic]), obs=word)
+
+    with pytest.raises(pyro_em.Refusal, match=r"'theta': its posterior depends .*read by topic"):
+        pyro_em.plan(model, roles={"theta": "latent"})
+    # As fixed hyperparameters without a data plate have it, the documents' probabilities are parameters otherwise.
+    assert pyro_em.fit(model, max_iter=3, tol=0).plan.route("theta") == "closed"
+
+
+def test_rows_of_probabilities_in_one_event() -> None:
+    """Two rows of an event are two Dirichlet posteriors."""
+    counts = torch.tensor([[[3.0, 1.0, 0.0], [2.0, 2.0, 5.0]], [[0.0, 4.0, 1.0], [1.0, 0.0, 0.0]]])
+
+    def model() -> None:
+        alpha = pyro.param("alpha", torch.tensor([1.0, 2.0, 0.5]), constraint=dist.constraints.positive)
+        with pyro.plate("rows", 2):
+            theta = pyro.sample("theta", dist.Dirichlet(alpha).expand([2]).to_event(1))
+            multinomial = dist.Multinomial(9, theta)  # the largest total
+            pyro.sample("y", multinomial.to_event(1), obs=counts)
+
+    result = pyro_em.fit(model, max_iter=2, tol=0)
+    own = dist.Dirichlet(result.params["alpha"] + counts)
+    posterior = result.posterior()
+    torch.testing.assert_close(posterior.mean("theta"), own.mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(posterior.variance("theta"), own.variance, rtol=1e-10, atol=0)
+    marginal = posterior.marginal("theta")
+    assert marginal.batch_shape == (2,) and marginal.event_shape == (2, 3)
+    torch.testing.assert_close(marginal.log_prob(own.mean), own.log_prob(own.mean).sum(-1), rtol=1e-10, atol=0)
+    assert posterior.sample(4)["theta"].shape == (4, 2, 2, 3)
+    expected = dist.DirichletMultinomial(result.params["alpha"], counts.sum(-1)).log_prob(counts)
+    assert result.log_likelihood == pytest.approx(float(expected.sum()), rel=1e-12)
 
 
 def test_the_plan_names_the_family() -> None:

@@ -339,3 +339,26 @@ def test_the_other_ways_in(tmp_path: Path) -> None:
     assert torch.equal(again.impute()["x"].mean, result.impute()["x"].mean)
     tree = result.to_inference_data()
     assert int(np.isnan(tree["observed_data"]["x"].values).sum()) == int(x.isnan().sum())
+
+
+@pytest.mark.parametrize("missing", [None, "nan"])
+def test_data_that_the_model_computes_with(missing: str | None) -> None:
+    """A start made from NaN fails before any site sees them: the argument and its row are named, not the algebra."""
+    x = torch.eye(5).repeat(3, 1)
+    x[7, 2] = torch.nan
+
+    def model(x: Tensor) -> None:
+        _, vectors = torch.linalg.eigh(x.T @ x)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(pyro.param("loc", vectors[0]), 1.0).to_event(1), obs=x)
+
+    with pytest.raises(pyro_em.InputError, match=r"NaN in row 7, .* before a site observes it"):
+        pyro_em.fit(model, x, missing=missing)
+
+
+def test_other_failures_of_a_model_are_its_own() -> None:
+    def model(x: Tensor) -> None:
+        raise KeyError("covariate")
+
+    with pytest.raises(KeyError, match="covariate"):
+        pyro_em.fit(model, torch.zeros(3))

@@ -99,3 +99,41 @@ def mixed_counts(y: Tensor) -> None:
         k = pyro.sample("k", dist.Categorical(w))
         rate = pyro.sample("rate", dist.Gamma(alpha[k], beta[k]))
         pyro.sample("y", dist.Poisson(rate), obs=y)
+
+
+def categories(y: Tensor, total: int = 12) -> None:
+    """Counts of categories of every row, whose probabilities are its own."""
+    alpha = pyro.param("alpha", torch.ones(y.shape[-1]), constraint=positive)
+    with pyro.plate("rows", len(y)):
+        theta = pyro.sample("theta", dist.Dirichlet(alpha))
+        pyro.sample("y", dist.Multinomial(total, theta), obs=y)
+
+
+def words(document: Tensor, word: Tensor, size: int = 4) -> None:
+    """Long format: every word is a draw from the probabilities of its document."""
+    alpha = pyro.param("alpha", torch.ones(size), constraint=positive)
+    with pyro.plate("documents", int(document.max()) + 1):
+        theta = pyro.sample("theta", dist.Dirichlet(alpha))
+    with pyro.plate("words", len(word)):
+        pyro.sample("word", dist.Categorical(theta[..., document, :]), obs=word)
+
+
+def kinds_of_categories(y: Tensor, label: Tensor, total: int = 12) -> None:
+    """Two kinds of rows, each with its own distribution of probabilities, which a label shows a little of too."""
+    w = pyro.param("w", torch.ones(2) / 2, constraint=simplex)
+    alpha = pyro.param("alpha", torch.ones(2, y.shape[-1]), constraint=positive)
+    with pyro.plate("rows", len(y)):
+        k = pyro.sample("k", dist.Categorical(w))
+        theta = pyro.sample("theta", dist.Dirichlet(alpha[k]))
+        pyro.sample("label", dist.Categorical(theta), obs=label)
+        pyro.sample("y", dist.Multinomial(total, theta), obs=y)
+
+
+def one_token(word: Tensor) -> None:
+    """A topic of every row, drawn from the row's probabilities: the topic is summed over, the row stays conjugate."""
+    alpha = pyro.param("alpha", torch.ones(2), constraint=positive)
+    phi = pyro.param("phi", torch.ones(2, 4) / 4, constraint=simplex)
+    with pyro.plate("rows", len(word)):
+        theta = pyro.sample("theta", dist.Dirichlet(alpha))
+        topic = pyro.sample("topic", dist.Categorical(theta))
+        pyro.sample("word", dist.Categorical(phi[topic]), obs=word)

@@ -26,6 +26,7 @@ from pyro_em.evidence.residuals import is_normal, whitened
 from pyro_em.model.trace import Run, SiteRecord
 
 MAX_SPLIT = 512  # elements of a latent that are treated one by one where a row reads several
+DOUBLE, SINGLE = 1e-7, 1e-4  # relative deviation of tangents from those of an index that rounding explains
 AFFINE = 1e-7  # relative deviation from an affine residual that rounding explains
 
 OutputsOf = Callable[[Run, tuple[str, ...]], Sequence[Tensor]]
@@ -171,7 +172,8 @@ def _readings(
         for i, name in enumerate(names):
             if bool((by_one[i] != 0).any()) or bool((by_draw[i] != 0).any()):
                 rank = -candidate.dim
-                index = _index(by_one[i], by_code[i], by_draw[i], draw, rank)
+                rounding = SINGLE if leaves[column.site].dtype == torch.float32 else DOUBLE
+                index = _index(by_one[i], by_code[i], by_draw[i], draw, rank, rounding)
                 if index is None:
                     raise Coupled(name, column.site)
                 found[name][column] = None if column.element is not None else _aligned(index, shape[0], rank)
@@ -220,17 +222,20 @@ def _check_scales(names: Sequence[str], log_norms: Sequence[Tensor], leaves: Val
                 )
 
 
-def _index(ones: Tensor, code: Tensor, draw: Tensor, drawn: Tensor, rank: int) -> Tensor | None:
+def _index(ones: Tensor, code: Tensor, draw: Tensor, drawn: Tensor, rank: int, rounding: float) -> Tensor | None:
     """Element that each row reads, shape of its plates (`rank` dims), -1 for none; None if some row reads several."""
     valid = ones != 0
     if bool(((draw != 0) & ~valid).any()):
         return None
     ratio = torch.where(valid, code / torch.where(valid, ones, 1.0), 0.0)
     index = ratio.round().long() - 1
-    if bool(((ratio - ratio.round()).abs() > 1e-6).any()) or bool((index >= len(drawn)).any()):
+    bound = 10 * rounding + (0.01 * rounding * ratio.abs() if rounding > DOUBLE else 0.0)
+    if bool(((ratio - ratio.round()).abs() > bound).any()):
+        return None
+    if bool((index >= len(drawn)).any()):
         return None
     expected = torch.where(valid, ones * drawn[index.clamp(min=0)], 0.0)
-    if not torch.allclose(draw, expected, rtol=1e-7, atol=1e-9 * float(ones.abs().max())):
+    if not torch.allclose(draw, expected, rtol=rounding, atol=0.01 * rounding * float(ones.abs().max())):
         return None
     rows = index.amax(-1)
     if bool((index != rows.unsqueeze(-1))[valid].any()):

@@ -1,4 +1,4 @@
-"""Exact integration of conjugate latents: Gamma, InverseGamma and Beta posteriors, read off from gradients.
+"""Exact integration of conjugate latents: Gamma, InverseGamma, Beta and Dirichlet posteriors, read off from gradients.
 
 Given the parameters the log joint of an element z is linear in the few statistics of its kind (conjugate_kinds.py).
 The gradient at as many points determines the coefficients; at one more, random in every element, it must be what
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +24,9 @@ from pyro_em.device import seeded_normal
 from pyro_em.errors import NonFiniteError, Refusal
 from pyro_em.evidence.assembly import Geometry, Reading, Rows, to_elements
 from pyro_em.evidence.columns import direction, push, readings_of
-from pyro_em.evidence.conjugate_kinds import KINDS, Kind
+from pyro_em.evidence.conjugate_kinds import Kind
 from pyro_em.evidence.conjugate_posterior import ConjugatePosterior
+from pyro_em.evidence.conjugate_rows import kinds
 from pyro_em.evidence.elimination import Candidate, Eliminated, LatentSet, NotMine, RunAt
 from pyro_em.evidence.gaussian_recognition import one_family, plate_symbols
 from pyro_em.model.compat import pack, with_dims
@@ -66,24 +66,23 @@ class ConjugateRoute:
         :raises Refusal: if the log joint is of another form at the values at hand.
         :raises NonFiniteError: if the posterior cannot be normalised.
         """
-        start = torch.full((*self.geometry.layout, len(self.geometry.columns_a)), 0.5, dtype=torch.float64)
+        start = self.kind.start(self.geometry.layout, len(self.geometry.columns_a))
         rough, _ = self._coefficients(run_at, start, graph=False)
         self._check(rough, start)
         center = self.kind.center(rough).detach()
         lead = tuple(range(center.dim() - start.dim()))
-        at = center.log().mean(lead).exp() if lead else center  # one point for all states of discrete latents
+        at = self.kind.common(center, lead)  # one point for all states of discrete latents
         coefficients, log_joint = self._coefficients(run_at, at, graph=differentiable)
         self._check(coefficients, at)
         self._certify(run_at, coefficients.detach(), at)
-        q: Any = self.kind.distribution(coefficients)
-        energy = log_joint - q.log_prob(at).sum(-1)
+        energy = log_joint - self.kind.log_density(coefficients, at)
         posterior = ConjugatePosterior(self.latents, self.geometry, self.kind, coefficients.detach())
         low, high = self.kind.atoms(coefficients.detach())
         m = len(self.geometry.layout)
         atoms = torch.cat([low, high], low.dim() - 1 - m)
         weights = with_dims(torch.full((2,), 0.5, dtype=torch.float64), self.latents.symbol)
         (name,) = self.latents.names
-        peak = q.log_prob(self.kind.mode(coefficients.detach())).sum(-1)
+        peak = self.kind.log_density(coefficients.detach(), self.kind.mode(coefficients.detach()))
         placed = posterior.placed(atoms).to(self.dtype)
         size = self.kind.magnitude(coefficients.detach()).sum()
         return Eliminated(
@@ -101,16 +100,13 @@ class ConjugateRoute:
 
     def _coefficients(self, run_at: RunAt, center: Tensor, *, graph: bool) -> tuple[Tensor, Tensor]:
         """Coefficients, layout + (k, J), and the log joint at the center, over the layout."""
-        rows, targets, log_joint = [], [], None
-        for z in self.kind.probes(center):
+        points, targets, log_joint = self.kind.probes(center), [], None
+        for z in points:
             gradient, value = self._gradient(run_at, z, graph=graph)
             log_joint = value if log_joint is None else log_joint
-            rows.append(self.kind.design(z))
             targets.append(self.kind.scaled(z, gradient))
         assert log_joint is not None
-        design, target = torch.stack(rows, -2), torch.stack(torch.broadcast_tensors(*targets), -1)
-        design = design.expand(*target.shape[:-1], *design.shape[-2:])
-        return torch.linalg.solve(design, target.unsqueeze(-1)).squeeze(-1), log_joint
+        return self.kind.solve(points, torch.broadcast_tensors(*targets)), log_joint
 
     def _gradient(self, run_at: RunAt, z: Tensor, *, graph: bool) -> tuple[Tensor, Tensor]:
         """∂ log joint/∂z of every element, (states) layout + (k,), and the log joint, (states) layout."""
@@ -140,8 +136,7 @@ class ConjugateRoute:
     def _certify(self, run_at: RunAt, coefficients: Tensor, center: Tensor) -> None:
         generator = torch.Generator().manual_seed(3)
         noise = seeded_normal(center.shape, generator)
-        positive = self.kind.num_probes == 3
-        z = center * noise.exp() if positive else torch.sigmoid(torch.logit(center) + noise)
+        z = self.kind.near(center, noise)
         gradient, _ = self._gradient(run_at, z, graph=False)
         terms = coefficients * self.kind.design(z)
         found, predicted = self.kind.scaled(z, gradient), terms.sum(-1)
@@ -165,7 +160,7 @@ class ConjugateRoute:
 
 
 def recognise_conjugate(candidate: Candidate) -> ConjugateRoute:
-    """The route of a latent on (0, ∞) or (0, 1).
+    """The route of a latent on (0, ∞), (0, 1) or a simplex.
 
     :raises NotMine: if a latent has another support.
     :raises Refusal: if its posterior is in none of the known families.
@@ -173,7 +168,7 @@ def recognise_conjugate(candidate: Candidate) -> ConjugateRoute:
     supports = {name: _support(candidate.first, name) for name in candidate.latents.names}
     if not all(supports.values()):
         name = next(n for n, s in supports.items() if not s)
-        raise NotMine(f"'{name}' lies neither in (0, ∞) nor in (0, 1)")
+        raise NotMine(f"'{name}' lies neither in (0, ∞) nor in (0, 1) nor on a simplex")
     if len(supports) > 1:
         first, second, *_ = supports
         raise Refusal(
@@ -187,7 +182,8 @@ def recognise_conjugate(candidate: Candidate) -> ConjugateRoute:
     symbols, plates = plate_symbols(candidate, geometry, columns, made)
     dtype = candidate.leaves[0][name].dtype
     refusal: Refusal | None = None
-    for kind in KINDS[supports[name]]:
+    size = (candidate.latents.shapes[name][1] or torch.Size([1]))[-1]
+    for kind in kinds(supports[name], size):
         route = ConjugateRoute(candidate.latents, kind, geometry, made, symbols, plates, dtype)
         try:
             for run_at in candidate.run_at:
@@ -197,7 +193,7 @@ def recognise_conjugate(candidate: Candidate) -> ConjugateRoute:
             continue
         return route
     assert refusal is not None
-    names = " or ".join(kind.name for kind in KINDS[supports[name]])
+    names = " or ".join(kind.name for kind in kinds(supports[name], size))
     raise _refusal(candidate.latents, f"the gradient of its log joint is not that of a {names}") from refusal
 
 
@@ -220,6 +216,8 @@ def _support(run: Run, name: str) -> str:
         support = support.base_constraint
     if support is constraints.unit_interval:
         return "unit"
+    if support is constraints.simplex:
+        return "simplex"
     lower = getattr(support, "lower_bound", None)
     unbounded = getattr(support, "upper_bound", None) is None
     return "positive" if unbounded and lower is not None and float(lower) == 0.0 else ""

@@ -3,6 +3,7 @@
     support       ∂ log joint / ∂z        posterior
     (0, ∞)        a/z − b + c/z²          Gamma(a + 1, b) if c = 0;  InverseGamma(−a − 1, c) if b = 0
     (0, 1)        a/z − b/(1 − z)         Beta(a + 1, b + 1)
+    simplex       a_k/z_k − c             Dirichlet(a + 1), see conjugate_rows.py
 
 Every conjugate pair with such a latent is one of these, whatever its sites are called: Poisson, exponential and
 Gamma observations of a rate, the precision or the variance of a normal, counts out of n. With b and c both there the
@@ -21,7 +22,8 @@ Shapes: any, elementwise; coefficients have one more dim at the end.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -35,6 +37,38 @@ class Kind(ABC):
 
     name: ClassVar[str]
     num_probes: ClassVar[int]
+
+    @property
+    def event_dim(self) -> int:
+        """Event dims of `distribution`."""
+        return 0
+
+    def marginal(self, coefficients: Tensor) -> dist.Distribution:
+        """The posterior, coefficients in the latent's own event shape + (J,)."""
+        return self.distribution(coefficients)
+
+    def start(self, layout: tuple[int, ...], k: int) -> Tensor:
+        """A point to begin with, layout + (k,)."""
+        return torch.full((*layout, k), 0.5, dtype=torch.float64)
+
+    def common(self, center: Tensor, lead: tuple[int, ...]) -> Tensor:
+        """One point in place of several along the dims `lead`."""
+        return center.log().mean(lead).exp() if lead else center
+
+    @abstractmethod
+    def near(self, center: Tensor, noise: Tensor) -> Tensor:
+        """A random point around the center, given standard normal numbers."""
+
+    def solve(self, points: Sequence[Tensor], scaled: Sequence[Tensor]) -> Tensor:
+        """Coefficients from `scaled` gradients at the probes."""
+        design, target = torch.stack([self.design(z) for z in points], -2), torch.stack(list(scaled), -1)
+        design = design.expand(*target.shape[:-1], *design.shape[-2:])
+        return torch.linalg.solve(design, target.unsqueeze(-1)).squeeze(-1)
+
+    def log_density(self, coefficients: Tensor, z: Tensor) -> Tensor:
+        """log q of all entries of an event together."""
+        q: Any = self.distribution(coefficients)
+        return q.log_prob(z).sum(-1)
 
     @abstractmethod
     def probes(self, center: Tensor) -> list[Tensor]:
@@ -80,6 +114,9 @@ class _Positive(Kind):
 
     def probes(self, center: Tensor) -> list[Tensor]:
         return [center, 0.5 * center, 2.0 * center]
+
+    def near(self, center: Tensor, noise: Tensor) -> Tensor:
+        return center * noise.exp()
 
     def design(self, z: Tensor) -> Tensor:
         return torch.stack([torch.ones_like(z), -z, 1 / z], -1)
@@ -168,6 +205,9 @@ class BetaKind(Kind):
     def probes(self, center: Tensor) -> list[Tensor]:
         return [center, torch.where(center > 0.5, 0.5 * center, 0.5 * (1 + center))]
 
+    def near(self, center: Tensor, noise: Tensor) -> Tensor:
+        return torch.sigmoid(torch.logit(center) + noise)
+
     def design(self, z: Tensor) -> Tensor:
         return torch.stack([1 - z, -z], -1)
 
@@ -201,7 +241,3 @@ class BetaKind(Kind):
     def mode(self, coefficients: Tensor) -> Tensor:
         a, b = coefficients.unbind(-1)
         return torch.where((a >= 0) & (b >= 0) & (a + b > 0), a / (a + b), torch.nan)
-
-
-KINDS: dict[str, tuple[Kind, ...]] = {"positive": (GammaKind(), InverseGammaKind()), "unit": (BetaKind(),)}
-"""Kinds to try, in order, by support."""

@@ -46,17 +46,22 @@ class ConjugatePosterior:
     def _q(self) -> Any:
         return self.kind.distribution(self.coefficients)
 
+    def _entries(self, x: Tensor) -> Tensor:
+        """Entries of an event in one dim, where the distribution has rows of them."""
+        return x.flatten(-2) if self.kind.event_dim else x
+
     def mean(self, site: str) -> Tensor:
-        return self._natural(self._q.mean)
+        return self._natural(self._entries(self._q.mean))
 
     def variance(self, site: str) -> Tensor:
-        return self._natural(self._q.variance)
+        return self._natural(self._entries(self._q.variance))
 
     def marginal(self, site: str) -> dist.Distribution:
-        own = torch.stack([self._natural(c) for c in self.coefficients.unbind(-1)], -1)
-        q: Any = self.kind.distribution(own)
         _, event = self.latents.shapes[site]
-        return q.to_event(len(event)) if len(event) else q
+        own = torch.stack([self._natural(c) for c in self.coefficients.unbind(-1)], -1)
+        q: Any = self.kind.marginal(own)
+        elements = len(event) - self.kind.event_dim
+        return q.to_event(elements) if elements else q
 
     def mode(self) -> dict[str, Tensor]:
         (name,) = self.latents.names
@@ -67,5 +72,5 @@ class ConjugatePosterior:
 
     def sample(self, num: int) -> dict[str, Tensor]:
         (name,) = self.latents.names
-        draws = self._q.sample((num,))
+        draws = self._entries(self._q.sample((num,)))
         return {name: torch.stack([self._natural(draw) for draw in draws])}

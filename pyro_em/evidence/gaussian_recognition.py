@@ -162,7 +162,7 @@ def plate_symbols(
             candidate.latents.names[0],
             f"its posterior depends on the states of discrete latents in other plates (read by {states}): exact "
             "elimination would be exponential in the number of elements.",
-            "let the discrete latent share the plate of the Gaussian one, or use algorithm='svi'.",
+            f"let the discrete latent share the plate of '{candidate.latents.names[0]}', or use algorithm='svi'.",
         )
     return symbols, frozenset(s for d, s in symbols.items() if d > candidate.dim) if apart else frozenset()
 

@@ -28,6 +28,7 @@ from pyro_em.families.incomplete_normal import IncompleteNormalFamily
 from pyro_em.families.moments import EXPECTED
 from pyro_em.families.multivariate_normal import MultivariateNormalFamily
 from pyro_em.families.normal import HalfNormalFamily, LogNormalFamily, NormalFamily
+from pyro_em.families.overdispersed import BetaBinomialFamily, DirichletMultinomialFamily, GammaPoissonFamily
 from pyro_em.families.positive import ExponentialFamily, GammaFamily, InverseGammaFamily, PoissonFamily
 from pyro_em.families.response import ObservedFamily, ResponseFamily
 from pyro_em.families.state_space import SITES, GaussianHMMFamily, LinearHMMFamily
@@ -60,6 +61,9 @@ _FAMILIES: tuple[Family, ...] = (
     IncompleteNormalFamily(),
     BetaFamily(),
     DirichletFamily(),
+    GammaPoissonFamily(),
+    BetaBinomialFamily(),
+    DirichletMultinomialFamily(),
     UniformFamily(),
     WeibullFamily(),
     InverseWishartFamily(),

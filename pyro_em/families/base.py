@@ -152,6 +152,8 @@ class Family(ABC):
     """Matrix arguments which have a `diagonal_kernel`."""
     by_entries: ClassVar[frozenset[str]] = frozenset()
     """Matrix arguments whose kernel is quadratic in all their entries in a row, event shape (rows x columns,)."""
+    by_row: ClassVar[frozenset[str]] = frozenset()
+    """Vector arguments that Newton's method moves on the log-density of the rows, where there is no closed form."""
     integrates: ClassVar[bool] = False
     """Whether the distribution has latents inside, whose posterior `posterior_moments` gives."""
     centered: ClassVar[bool] = False

@@ -1,6 +1,7 @@
 """Priors of probabilities: Beta (a−1) log p + (b−1) log(1−p), and Dirichlet Σ_k (a_k−1) log p_k.
 
-Their own concentrations have no closed form. On the boundary the density is 0, finite or infinite as
+The concentration of a Dirichlet has a kernel in the mean logarithms (kernels/concentration.py); those of a Beta are two
+arguments, which Newton's method moves together. On the boundary the density is 0, finite or infinite as
 a is above, at or below 1; at exactly 1 it is flat, with gradient 0 where torch gives NaN.
 """
 
@@ -12,9 +13,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_em.families.base import Arguments, Family
+from pyro_em.families.base import Arguments, Family, Moments, Statistic
 from pyro_em.families.numerics import floats, weighted_log, weighted_log1m
-from pyro_em.kernels import BetaKernel, SimplexKernel
+from pyro_em.kernels import BetaKernel, DirichletKernel, SimplexKernel
 
 
 class BetaFamily(Family):
@@ -34,16 +35,28 @@ class BetaFamily(Family):
 
 
 class DirichletFamily(Family):
-    """Prior of a row of probabilities."""
+    """A row of probabilities."""
 
     distribution = dist.Dirichlet
     event_dim = 1
     arguments: ClassVar = {"concentration": 1}
+    closed = frozenset({"concentration"})
+    by_row = frozenset({"concentration"})
 
     def log_prob(self, args: Arguments, value: Tensor) -> Tensor:
         a, value = floats(args["concentration"], value)
         log_norm = torch.lgamma(a.sum(-1)) - torch.lgamma(a).sum(-1)
         return weighted_log(a - 1, value).sum(-1) + log_norm
+
+    def statistics(
+        self, value: Tensor, args: Arguments | None = None, center: Tensor | None = None
+    ) -> tuple[Statistic, ...]:
+        return (Statistic((value.log(),), 1),)
+
+    def kernel(
+        self, argument: str, moments: Moments, args: Arguments, center: Tensor | None = None
+    ) -> DirichletKernel | None:
+        return DirichletKernel(*floats(moments[0], moments[1])) if argument == "concentration" else None
 
     def value_kernel(self, args: Arguments) -> SimplexKernel:
         (a,) = floats(args["concentration"])

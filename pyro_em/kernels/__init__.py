@@ -8,6 +8,7 @@ that add up:
     BetaKernel       A log p + B log(1 − p)             probabilities
     SimplexKernel    Σ_k A_k log p_k                    rows of probabilities
     QuadraticKernel  h·(μ−o) − ½ (μ−o)ᵀΛ(μ−o)           locations
+    DirichletKernel  n (log Γ(Σα) − Σ log Γ(α_k)) + Σ_k L_k α_k      concentrations
     WishartKernel    −A log|Σ| − ½ tr(B Σ⁻¹)            covariances and precisions
     PositiveSum      sums of PowerKernels and others that are concave in log θ: priors that are not conjugate
     LassoKernel      a QuadraticKernel − r |μ − m|; StudentKernel likewise, − c log(1 + (μ − m)²/t)
@@ -19,6 +20,7 @@ kernels, take the `argmax`. Kernels know no distribution and no model.
 """
 
 from pyro_em.kernels.base import FlatKernel, IncompatibleKernels, Kernel
+from pyro_em.kernels.concentration import DirichletKernel
 from pyro_em.kernels.heavy import LassoKernel, StudentKernel
 from pyro_em.kernels.positive import HalfCauchyKernel, LogNormalKernel, PositiveSum
 from pyro_em.kernels.power import PowerKernel
@@ -28,6 +30,7 @@ from pyro_em.kernels.wishart import WishartKernel
 
 __all__ = [
     "BetaKernel",
+    "DirichletKernel",
     "FlatKernel",
     "HalfCauchyKernel",
     "IncompatibleKernels",

@@ -21,6 +21,7 @@ from pyro_em.derivatives import pulled_back
 from pyro_em.families.base import IDENTITY, LOGIT, NORMALISED, SOFTMAX, Link
 from pyro_em.kernels import (
     BetaKernel,
+    DirichletKernel,
     FlatKernel,
     HalfCauchyKernel,
     IncompatibleKernels,
@@ -43,6 +44,7 @@ Arguments = Mapping[str, Mapping[str, Tensor]]
 
 WORDS: dict[type[Kernel], str] = {
     BetaKernel: "ratio of counts",
+    DirichletKernel: "Newton in the mean logarithms",
     HalfCauchyKernel: "mode of the prior",
     LassoKernel: "soft threshold",
     LogNormalKernel: "mode of the prior",

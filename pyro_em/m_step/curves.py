@@ -143,3 +143,12 @@ def cellwise_derivatives(
             )
             rows.append([torch.zeros_like(e) if f is None else -f for e, f in zip(leaves, found, strict=True)])
     return [slope.detach() for slope in slopes], rows
+
+
+def rowwise_derivatives(function: Callable[[Tensor], Tensor], eta: Tensor) -> Derivatives:
+    """Slope (cells, D) and curvature (cells, D, D) of a function that acts on the vector of every cell by itself."""
+    leaf = eta.detach().clone().requires_grad_(True)
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(function(leaf).sum(), leaf, create_graph=True)
+        rows = [torch.autograd.grad(slope[..., d].sum(), leaf, retain_graph=True)[0] for d in range(leaf.shape[-1])]
+    return slope.detach(), -torch.stack(rows, -2)

@@ -22,7 +22,7 @@ from torch import Tensor
 from pyro_em.design import Design
 from pyro_em.families import SOFTMAX
 from pyro_em.families.base import IDENTITY, NORMALISED
-from pyro_em.m_step.curves import Curve, cellwise_derivatives, curve_of
+from pyro_em.m_step.curves import Curve, cellwise_derivatives, curve_of, rowwise_derivatives
 from pyro_em.m_step.location import full_cells, terms_of
 from pyro_em.m_step.moving import designs_at
 from pyro_em.m_step.slot import Slot
@@ -177,7 +177,15 @@ class _Whole(OpenSite):
         return self._density(self.etas(delta))
 
     def _cellwise(self, etas: list[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
+        if self.own.slots[0].vector:  # the only one
+            slope, curvature = rowwise_derivatives(lambda eta: self._density([eta]), _per_cell(etas[0], self.cells))
+            return [slope], [[curvature]]
         return cellwise_derivatives(self._density, [eta.expand(self.cells) for eta in etas])
+
+
+def _per_cell(eta: Tensor, cells: torch.Size) -> Tensor:
+    """A vector for every cell."""
+    return eta.expand(*cells, eta.shape[-1])
 
 
 def _curve(slot: Slot, site: SiteRecord, own: SiteMoments, arguments: Mapping[str, Tensor]) -> Curve:
@@ -193,7 +201,7 @@ def is_behind_predictor(use: Use, site: SiteRecord) -> bool:
     family = site.family
     if family is None or site.arguments is None or family.integrates or family.latent_response:
         return False
-    if family.arguments[use.slot] == 0:
+    if family.arguments[use.slot] == 0 or use.slot in family.by_row:
         return use.index is not None or use.predictor is not None
     canonical, predictor = family.link(use.slot), use.predictor
     if predictor is None or use.slot not in family.closed:
@@ -209,7 +217,7 @@ def predictor_site(
     family = site.family
     assert family is not None and site.arguments is not None
     (first, *rest) = own
-    compressed = not rest and first in family.closed
+    compressed = not rest and first in family.closed and first not in family.by_row
     cells = argument_cells(site, dict(site.arguments)) if compressed else full_cells(site)
     slots = []
     for name, uses in own.items():

@@ -69,7 +69,7 @@ class Slot:
             eta = self.change(theta)  # all of it is linear in the block: a product is cheaper than the inverse link
             offset = predictor.offset
             return eta if offset.numel() == 1 and float(offset) == 0 else eta + offset
-        eta = self.designs[0].predict(theta)
+        eta = self.change(theta)
         free = self.free()
         return eta if free is None else torch.where(free, eta, 1.0)
 

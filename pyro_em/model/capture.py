@@ -28,6 +28,7 @@ from pyro_em.model.missing import INCOMPLETE, check_unread
 from pyro_em.model.timeline import Loop, Unplanned, running
 from pyro_em.model.trace import OBSERVE, Plate, quiet_store
 from pyro_em.model.unfold import Unfold
+from pyro_em.model.unusable import explained
 from pyro_em.types import Model
 
 MANY = 2**14  # elements of plates above which a latent is drawn once for all
@@ -165,13 +166,8 @@ def _capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], kind: 
     quiet = pyro.validation_enabled(False)
     labels = compat.masked_observations(OBSERVE)
     with quiet_store(), poutine.block(), compat.recording_arguments(), labels, torch.no_grad(), quiet:
-        try:
-            with running(kind, loops) as met:
-                trace: Any = poutine.trace(observe(Unfold()(model))).get_trace(*args, **kwargs)
-        except ZeroDivisionError as error:
-            if "size cannot be zero" not in str(error):
-                raise
-            raise InputError("A plate of the model is empty. There are no data to fit.") from error
+        with running(kind, loops) as met, explained(model, args, kwargs):
+            trace: Any = poutine.trace(observe(Unfold()(model))).get_trace(*args, **kwargs)
         declared = pyro.get_param_store().get_state()["constraints"]
     trace = compat.prune_and_symbolize(trace)
     if not any(site["type"] == "sample" for site in trace.nodes.values()):

@@ -104,4 +104,5 @@ def at_entry(term: Term, d: int) -> Term:
     """The term of one entry of a vector argument."""
     index = term.index[..., min(d, term.index.shape[-1] - 1)]
     coefficient = term.coefficient
-    return Term(term.parameter, index, coefficient[..., min(d, coefficient.shape[-1] - 1)])
+    own = coefficient[..., min(d, coefficient.shape[-1] - 1)] if coefficient.dim() else coefficient
+    return Term(term.parameter, index, own)

@@ -15,6 +15,14 @@ nothing else, become the latents `x_component` and `x_zero` of the site x,
     x_component ~ mixture_distribution,  x ~ component_distribution[x_component]
     x_zero ~ Bernoulli(gate),            x ~ Poisson(0 if x_zero else rate)
 
+`LowRankMultivariateNormal`: factor analysis with the factors integrated, which are the latent `x_factor`,
+
+    x_factor ~ N(0, I),  x ~ N(loc + W x_factor, diagonal)
+
+so that the M-step is closed, and the density that of residuals, exact for any small diagonal (torch's own subtracts two
+quadratic forms that are alike then). In a loop over time the factors would be a set of latents at every step: there the
+site keeps its density.
+
 Not unfolded: distributions inside whose arguments are not seen (mixtures of mixtures, flows), and those in a wrapper
 (`.to_event`, `.mask`); the site then keeps its own density, and its parameters have a numeric M-step.
 """
@@ -34,14 +42,17 @@ from torch import Tensor
 
 from pyro_em.families import family_of
 from pyro_em.model import compat
-from pyro_em.model.timeline import is_active, markov
+from pyro_em.model.timeline import is_active, markov, open_loop
 
 
 class Unfold(Messenger):
     """Replace observed sites of these distributions; must be the innermost handler of a run."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        unfold = UNFOLDED.get(type(msg["fn"])) if msg["is_observed"] else None
+        kind = type(msg["fn"])
+        unfold = UNFOLDED.get(kind) if msg["is_observed"] else None
+        if kind in OUTSIDE_OF_LOOPS and (open_loop() is not None or compat.markov_depth(msg) is not None):
+            return
         raw = None if unfold is None else compat.raw_arguments(msg["fn"])
         if unfold is not None and raw is not None and unfold(msg["name"], raw, msg["value"]):
             msg["done"] = msg["stop"] = True  # handlers further out see the new sites instead
@@ -95,6 +106,16 @@ def _zero_inflated(name: str, raw: compat.RawArguments, value: Tensor) -> bool:
     return True
 
 
+def _low_rank(name: str, raw: compat.RawArguments, value: Tensor) -> bool:
+    loading, variance = raw["cov_factor"], raw["cov_diag"]
+    rank = dist.Normal(loading.new_zeros(loading.shape[-1]), 1.0).to_event(1)
+    as_latent: Any = {"em": "latent"}
+    factor = pyro.sample(f"{name}_factor", rank, infer=as_latent)
+    loc = raw["loc"] + (loading @ factor.unsqueeze(-1)).squeeze(-1)
+    pyro.sample(name, dist.Normal(loc, variance.sqrt()).to_event(1), obs=value)
+    return True
+
+
 def _hidden_markov(name: str, raw: compat.RawArguments, value: Tensor) -> bool:
     inner = _inner(raw["observation_dist"]) if is_active() else None
     if inner is None:
@@ -137,6 +158,8 @@ def _of_state(x: Any, state: Tensor, trailing: int) -> Any:
 
 UNFOLDED: dict[Any, Callable[[str, compat.RawArguments, Tensor], bool]] = {
     dist.DiscreteHMM: _hidden_markov,
+    dist.LowRankMultivariateNormal: _low_rank,
     dist.MixtureSameFamily: _mixture,
     dist.ZeroInflatedPoisson: _zero_inflated,
 }
+OUTSIDE_OF_LOOPS = frozenset({dist.LowRankMultivariateNormal})  # those whose latents are continuous

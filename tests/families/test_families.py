@@ -105,6 +105,16 @@ CASES: dict[str, tuple[type, Callable[[], Arguments]]] = {
         lambda: {"concentration1": positive(CELLS) + 1, "concentration0": positive(CELLS) + 1},
     ),
     "Dirichlet": (dist.Dirichlet, lambda: {"concentration": positive(CELLS, SIZE) + 1}),
+    "GammaPoisson": (dist.GammaPoisson, lambda: {"concentration": positive(CELLS), "rate": positive(CELLS)}),
+    "BetaBinomial": (
+        dist.BetaBinomial,
+        lambda: {
+            "concentration1": positive(CELLS),
+            "concentration0": positive(CELLS),
+            "total_count": torch.tensor(5.0),
+        },
+    ),
+    "DirichletMultinomial": (dist.DirichletMultinomial, lambda: {"concentration": positive(CELLS, SIZE)}),
     "Uniform": (
         dist.Uniform,
         lambda: {"low": -positive(1).expand(CELLS), "high": 2 + positive(1).expand(CELLS)},
@@ -133,7 +143,7 @@ VALUES = [name for name, (cls, _) in CASES.items() if cls in (
 
 
 def law(cls: type, args: Arguments) -> Any:
-    extra = {"total_count": 4} if cls is dist.Multinomial else {}
+    extra = {"total_count": 4} if cls in (dist.Multinomial, dist.DirichletMultinomial) else {}
     return cls(**args, **extra)
 
 
@@ -227,7 +237,9 @@ def test_log_prob_is_differentiable_in_its_arguments(name: str) -> None:
     args = make()
     value = draw(cls, args)[:, None]
     # Pyro's Binomial takes its coefficient for a constant when differentiated in the total count.
-    names = [key for key in args if (cls, key) != (dist.Binomial, "total_count")]
+    names = [
+        key for key in args if (cls, key) not in ((dist.Binomial, "total_count"), (dist.BetaBinomial, "total_count"))
+    ]
     leaves = {key: args[key].clone().requires_grad_() for key in names}
     expected = torch.autograd.grad(law(cls, {**args, **leaves}).log_prob(value).sum(), list(leaves.values()))
     actual = torch.autograd.grad(FAMILIES[cls].log_prob({**args, **leaves}, value).sum(), list(leaves.values()))

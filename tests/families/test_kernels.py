@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_em.kernels import (
     BetaKernel,
+    DirichletKernel,
     FlatKernel,
     IncompatibleKernels,
     Kernel,
@@ -36,6 +37,11 @@ def rows(*shape: int, size: int = 3) -> Tensor:
     return torch.distributions.Dirichlet(torch.ones(size)).sample(shape)
 
 
+def _dirichlet(count: Tensor) -> DirichletKernel:
+    """Sums of logarithms of eight rows each: of one row alone the concentration would be infinite."""
+    return DirichletKernel(count, count.unsqueeze(-1) * rows(8, CELLS).log().mean(0))
+
+
 # name -> (a random kernel over CELLS blocks, a random feasible θ of that shape)
 KERNELS: dict[str, tuple[Callable[[], Kernel], Callable[[], Tensor]]] = {
     "power, positive A": (
@@ -56,6 +62,7 @@ KERNELS: dict[str, tuple[Callable[[], Kernel], Callable[[], Tensor]]] = {
     ),
     "beta": (lambda: BetaKernel(positive(CELLS), positive(CELLS)), lambda: torch.rand(CELLS)),
     "simplex": (lambda: SimplexKernel(positive(CELLS, 3)), lambda: rows(CELLS)),
+    "concentrations": (lambda: _dirichlet(positive(CELLS)), lambda: positive(CELLS, 3)),
     "quadratic": (
         lambda: QuadraticKernel(torch.randn(CELLS), positive(CELLS), torch.randn(CELLS)),
         lambda: torch.randn(CELLS),
@@ -140,7 +147,7 @@ def test_rescale_substitutes_the_argument(name: str) -> None:
     make, draw = KERNELS[name]
     kernel, theta, other = make(), draw(), draw()
     factor = positive(*theta.shape) if kernel.event_dim < 2 else positive(CELLS, 1, 1)
-    if isinstance(kernel, BetaKernel):
+    if isinstance(kernel, BetaKernel | DirichletKernel):
         factor = torch.ones(())
     if isinstance(kernel, SimplexKernel):
         factor = positive(CELLS, 1)
