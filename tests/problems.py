@@ -232,6 +232,7 @@ def _build() -> list[Problem]:
             (words[:, :4].mT,),
             {"pi": pi, "A": A, "C": cube, "B": B},
             "sequences",
+            rounds=SHORT,
         ),
         Problem(
             "timed_switching",

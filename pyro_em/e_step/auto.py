@@ -21,6 +21,7 @@ from pyro_em.e_step.plated import Plated, compile_plated
 from pyro_em.e_step.pooled import compile_pooled
 from pyro_em.e_step.predicted import compile_predicted
 from pyro_em.e_step.scanned import Scanned, compile_scanned
+from pyro_em.e_step.timed_rows import compile_timed_rows
 from pyro_em.errors import LostPrecision, PyroEMError
 from pyro_em.evidence.integrated import has_states
 from pyro_em.loop import Iterate
@@ -30,7 +31,13 @@ from pyro_em.problem import Problem
 from pyro_em.types import Params
 
 Compiler = Callable[[Problem], Engine]
-COMPILERS: tuple[Compiler, ...] = (compile_plated, compile_scanned, compile_grouped, compile_predicted)
+COMPILERS: tuple[Compiler, ...] = (
+    compile_plated,
+    compile_scanned,
+    compile_timed_rows,
+    compile_grouped,
+    compile_predicted,
+)
 LARGE = 2**26  # bytes of reference tables above which a compiled engine is spot-checked
 AGREEMENT = 1e-9  # relative difference of a compiled and the reference log-likelihood
 
@@ -50,7 +57,7 @@ def choose_engine(problem: Problem, m_step: MStep) -> Engine:
             return compile_inside(problem)
     if not m_step.separate:
         if not m_step.numeric and not m_step.gradient:
-            either: tuple[Compiler, ...] = (compile_plated, compile_predicted)
+            either: tuple[Compiler, ...] = (compile_plated, compile_predicted, compile_timed_rows)
             for compiler in either if m_step.compressed else either[1:]:
                 with contextlib.suppress(NotCompiled):
                     return compiler(problem)

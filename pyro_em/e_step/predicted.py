@@ -90,7 +90,7 @@ class Predicted:
         if any(s.family is not None and s.family.integrates for s in problem.sites):
             raise NotCompiled("a site has latents inside")
         for component in problem.graph.components:
-            joint_states(component, self.run, MAX_STATES)
+            self._admit(component)
         self.problem, self.start = problem, raw_arguments(self.run.sites)
         self.readers: dict[tuple[str, str], Reader] = {}
         for uses in problem.uses.values():
@@ -104,6 +104,10 @@ class Predicted:
                     self.readers[key] = Reader(use.predictor, problem.start, shape, vector)
         self._centers: dict[str, Tensor | None] = {}
         self._base: dict[str, Tensor] = {}
+
+    def _admit(self, component: Component) -> None:
+        """:raises NotCompiled: if the component's latents do not live in the plate of their data."""
+        joint_states(component, self.run, MAX_STATES)
 
     def e_step(self, params: Params) -> Expectation:
         """Exact E-step at `params`; raises `NonFiniteError` as `Problem.evidence` does."""

@@ -20,7 +20,7 @@ from pyro_em.evidence.banded import Banded, is_short
 from pyro_em.evidence.blocked import BlockedPosterior, Blocks, Scratch, smooth_blocked
 from pyro_em.evidence.chain import smooth
 from pyro_em.model.chained import ChainedLoop
-from pyro_em.model.graph import Component
+from pyro_em.model.graph import Component, FactorGraph
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.problem import Problem
 
@@ -145,7 +145,7 @@ def compile_scan(problem: Problem, run: Run, component: Component) -> tuple[Scan
     chain_weight = over(component.weight, order, [graph.plate_sizes[d] for d in order])
     widths = [graph.plate_sizes[d] for d in order]
     first = {name: over(graph.factors[name].weight, order, widths) for name in own.first}
-    later = {name: _pair_weight(problem, name, loop, order, blocks) for name in own.later}
+    later = {n: leaving_weight(graph, graph.factors[n].weight, loop.plate, order, blocks) for n in own.later}
     kinds: dict[str, int] = {}
     initial: list[Tensor | None] = []
     pairs: list[Tensor | None] = []
@@ -188,13 +188,17 @@ def _observed(
     return found, joined
 
 
-def _pair_weight(problem: Problem, name: str, loop: ChainedLoop, order: list[str], blocks: Blocks) -> Tensor | None:
-    """Multiplicity of the transition that leaves each step, (L, M)."""
-    weight = problem.graph.factors[name].weight
+def leaving_weight(
+    graph: FactorGraph, weight: Tensor | None, plate: str, order: list[str], blocks: Blocks
+) -> Tensor | None:
+    """Multiplicity of the transition that leaves each step, (L, M), zero where there is no next step.
+
+    :param weight: packed over the plate of all steps but the first, and the chains' plates `order`.
+    """
     if weight is None and blocks.length * blocks.per_chain == blocks.steps:
         return None  # what leaves the last step is zero anyway
-    sizes = [blocks.steps - 1, *(problem.graph.plate_sizes[d] for d in order)]
-    leaving = over(weight, [loop.plate, *order], sizes)
+    sizes = [blocks.steps - 1, *(graph.plate_sizes[d] for d in order)]
+    leaving = over(weight, [plate, *order], sizes)
     if leaving is None:
         leaving = torch.ones((blocks.steps - 1) * blocks.chains, dtype=torch.float64)
     rows = torch.cat([leaving, leaving.new_zeros(blocks.chains + 1)])  # the last step's, and the padding's

@@ -1,6 +1,7 @@
 """Links of linear predictors: argument = link(η), elementwise, or on the last dim as a whole for softmax.
 
-softmax ignores what all entries share, so that its inverse takes the first category as the reference.
+softmax ignores what all entries share, so that its inverse takes the first category as the reference. It stands before
+the sigmoid, so that (1 - sigmoid(η), sigmoid(η)), the gate of two states, is a softmax of (0, η).
 """
 
 from __future__ import annotations
@@ -42,7 +43,6 @@ def _relative(value: Tensor, tangent: Tensor) -> Tensor:
 LINKS: tuple[PredictorLink, ...] = (
     PredictorLink("identity", lambda e: e, lambda v: v, lambda v, t: t, lambda v: v.isfinite()),
     PredictorLink("exp", torch.exp, torch.log, lambda v, t: t / v, _positive),
-    PredictorLink("sigmoid", torch.sigmoid, torch.logit, lambda v, t: t / (v * (1 - v)), lambda v: (v > 0) & (v < 1)),
     PredictorLink(
         "softmax",
         lambda e: torch.softmax(e, -1),
@@ -51,6 +51,7 @@ LINKS: tuple[PredictorLink, ...] = (
         lambda v: _positive(v).all(-1) & ((v.sum(-1) - 1).abs() < 1e-6),
         vector=True,
     ),
+    PredictorLink("sigmoid", torch.sigmoid, torch.logit, lambda v, t: t / (v * (1 - v)), lambda v: (v > 0) & (v < 1)),
     PredictorLink(
         "softplus",
         torch.nn.functional.softplus,
