@@ -3,7 +3,7 @@
 `torch.autograd.grad(outputs, inputs, grad_outputs)` is the same, but imports torch's symbolic shapes, and sympy with
 them, at its first call: a third of a second of a first fit. An inner product with the cotangents needs none of it.
 
-Not handled: outputs that are not differentiable (the caller knows which are).
+Not handled: outputs that are not differentiable (the caller knows which are); cotangents that depend on the inputs.
 """
 
 from __future__ import annotations

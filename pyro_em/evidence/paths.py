@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_em.derivatives import pulled_back
 from pyro_em.evidence.chain import ChainPosterior, smooth
 from pyro_em.evidence.ring import Elimination, logsumexp
 from pyro_em.evidence.two_level import MAX, Messages
@@ -59,7 +58,8 @@ class _Eliminate(torch.autograd.Function):
         if ctx.elimination == "sum":
             if torch.is_grad_enabled():  # the gradient will be differentiated
                 inputs = [x for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False) if needed]
-                found = iter(pulled_back([_tree(start, unary, pair)], inputs, [gradient], graph=True))
+                # Not `pulled_back`: the cotangent may depend on the inputs itself, through what the loop is part of.
+                found = iter(torch.autograd.grad(_tree(start, unary, pair), inputs, gradient, create_graph=True))
                 return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
             posterior: ChainPosterior = ctx.posterior
             states = posterior.unary * gradient.unsqueeze(-1)
