@@ -27,6 +27,7 @@ def table_cells(capture: Capture, site: PlainSite) -> tuple[int, list[str]]:
     states = math.prod(capture.sites[name].num_states for name in latents)
     plates = math.prod(plate.size for plate in site.plates)
     event = math.prod(site.value.shape[site.value.dim() - site.fn.event_dim :]) if site.observed else 1
+    event = max(event, 1)  # the value of a `pyro.factor` is empty, its table is not
     return states * plates * event, latents
 
 
