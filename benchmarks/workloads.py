@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import chains, gaussian, item_response, peers, problems, regressions, state_space
+from benchmarks import chains, cuda, gaussian, item_response, peers, problems, regressions, state_space
 from benchmarks.cold import Cold
 from benchmarks.gap import Gap, Problem
 from benchmarks.paired import OURS, Entry, Paired
@@ -224,5 +224,11 @@ _ALL: tuple[Workload, ...] = (
     Gap("gap-poisson", "To within 1e-3 nat: two Poissons, London Times deaths", _death_notices, 4000, 5.0),
 )
 
-_OTHERS = (*regressions.WORKLOADS, *state_space.WORKLOADS, *item_response.WORKLOADS, *gaussian.WORKLOADS)
+_OTHERS: tuple[Workload, ...] = (
+    *regressions.WORKLOADS,
+    *cuda.WORKLOADS,
+    *state_space.WORKLOADS,
+    *item_response.WORKLOADS,
+    *gaussian.WORKLOADS,
+)
 WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in (*_ALL, *_OTHERS)}

@@ -31,6 +31,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_em.device import checked_indices
 from pyro_em.evidence.blocks import simplex
 from pyro_em.families.multivariate_normal import MultivariateNormalFamily
 from pyro_em.families.normal import NormalFamily
@@ -158,7 +159,7 @@ def condense(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Con
     """The model on pseudo-rows; None if its rows are few or not alike (which `bind` then looks at)."""
     thin = _Thin()
     try:
-        with torch.no_grad(), quiet_store(), pyro.validation_enabled(False):
+        with torch.no_grad(), quiet_store(), pyro.validation_enabled(False), checked_indices():
             run = run_model(model, args, kwargs, {}, max_plate_nesting=1, enumerated=False, first=thin)
     except Exception:  # a model that indexes its latents, or is wrong: not for here to say
         return None

@@ -1,9 +1,10 @@
 """Vector-Jacobian products: c ↦ Jᵀc, and by applying it twice Jacobian-vector products.
 
 `torch.autograd.grad(outputs, inputs, grad_outputs)` is the same, but imports torch's symbolic shapes, and sympy with
-them, at its first call: a third of a second of a first fit. An inner product with the cotangents needs none of it.
+them, at its first call: a third of a second of a first fit. An inner product with the cotangents needs none of it,
+where they are leaves. Others may be functions of the inputs, through which the inner product would be differentiated.
 
-Not handled: outputs that are not differentiable (the caller knows which are); cotangents that depend on the inputs.
+Not handled: outputs that are not differentiable (the caller knows which are).
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ def pulled_back(
     >>> pulled_back([x**2], [x], [torch.tensor([1.0, 10.0])])
     (tensor([ 2., 40.]),)
     """
+    if any(c.grad_fn is not None for c in cotangents):  # which may depend on the inputs: not to be differentiated here
+        return torch.autograd.grad(
+            outputs, inputs, cotangents, retain_graph=True, create_graph=graph, allow_unused=True
+        )
     with torch.enable_grad():
         total = sum(((o * c).sum() for o, c in zip(outputs, cotangents, strict=True)), outputs[0].new_zeros(()))
     return torch.autograd.grad(total, inputs, retain_graph=True, create_graph=graph, allow_unused=True)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_em.device import chunk_scale
+
 CHUNK_BYTES = 4 * 2**20  # of products x_i x_j
 MIN_STATES = 3  # fewer weightings than this are cheaper one by one
 
@@ -24,7 +26,7 @@ def gram_matrices(weight: Tensor, x: Tensor) -> Tensor:
     if states < MIN_STATES:
         return torch.stack([(x * w) @ x.mT for w in weight])
     i, j = torch.triu_indices(size, size)
-    chunk = max(256, CHUNK_BYTES // (8 * len(i)))
+    chunk = max(256, chunk_scale(x.device) * CHUNK_BYTES // (8 * len(i)))
     buffer = x.new_empty(len(i), min(chunk, x.shape[1]))
     total = x.new_zeros(states, len(i))
     for begin in range(0, x.shape[1], chunk):

@@ -23,6 +23,7 @@ import numpy as np
 from pyro_em.ascent import Ascent, Run, optimiser, publish
 from pyro_em.charts import free_dimension
 from pyro_em.checks import at_start
+from pyro_em.device import on_device
 from pyro_em.errors import EMWarning, InputError, Refusal, ResourceError
 from pyro_em.guides import Split, split_sites
 from pyro_em.initialise import initial_starts
@@ -72,7 +73,7 @@ def fit_svi(
         raise InputError(f"num_particles must be a positive integer, not {num_particles!r}.")
     make_optim, callbacks = optimiser(optim), tuple(callbacks)
     args, kwargs = as_data(args), as_data(kwargs)
-    with isolated_rng(seed):
+    with on_device(args, kwargs), isolated_rng(seed):
         split = split_sites(model, args, kwargs, guide, roles)
         problem = _bind(split, args, kwargs, roles)
         m_step = None if problem is None else MStep(problem, "auto", "map-em" if split.points else "em")

@@ -1,15 +1,17 @@
 """A device that is not there: tensors that say they are elsewhere, and will not mix with those of the CPU.
 
 What CUDA would refuse is refused: an operation on tensors of two devices (a CPU scalar is allowed), NumPy arrays of
-tensors that are elsewhere, a factory that forgot the device. The numbers lie in the CPU's memory, so that results
-must be those of the CPU to the last bit. What this cannot show: speed, and the rounding of another device.
+tensors that are elsewhere, a factory that forgot the device. An index out of range is the end of the device. The
+numbers lie in the CPU's memory, so that results must be those of the CPU to the last bit. What this cannot show:
+speed, and the rounding of another device.
 
-Memory is known to be of the device, or of the CPU; what PyTorch makes inside of its own functions is neither, and
-mixes with both.
+Memory is known to be of the device, or of the CPU (constants of the package's modules too); what PyTorch makes inside
+of its own functions is neither, and mixes with both.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +36,10 @@ MIXED = {
 NAMES = "tensor as_tensor zeros ones empty full arange eye linspace rand randn randint randperm empty_strided"
 FACTORIES = {getattr(torch, name) for name in (*NAMES.split(), "triu_indices", "tril_indices")}
 TO_NUMPY = {Tensor.numpy, Tensor.__array__}
+
+
+class DeviceLost(BaseException):
+    """An index out of range reached a kernel, whose assertion no program survives: not to be caught as an Exception."""
 
 
 class _Memory:
@@ -68,7 +74,12 @@ class _Dispatch(TorchDispatchMode):
         if len(arrays) > 1 and func not in MIXED:
             shapes = [(tuple(x.shape), str(d)) for x, d in zip(tensors, known, strict=True)]
             raise RuntimeError(f"{func}: Expected all tensors to be on the same device, found {shapes}")
-        found = func(*args, **kwargs)
+        try:
+            found = func(*args, **kwargs)
+        except (IndexError, RuntimeError) as error:
+            if DEVICE in known and ("out of bounds" in str(error) or "out of range in self" in str(error)):
+                raise DeviceLost(f"{func}: device-side assert triggered: {error}") from None
+            raise
         device = DEVICE if DEVICE in known else CPU if CPU in known else None
         if device is not None:
             for x in tree_leaves(found):
@@ -133,5 +144,9 @@ def _here(x: Any) -> Any:
 def emulated_device() -> Iterator[torch.device]:
     """Within, `x.to(device)` and factories with `device=` make tensors of the emulated device."""
     memory = _Memory()
+    for module in [m for name, m in sys.modules.items() if name.split(".")[0] == "pyro_em"]:
+        for x in vars(module).values():
+            if isinstance(x, Tensor):
+                memory.put(x, CPU)
     with _Function(memory), _Dispatch(memory):
         yield DEVICE

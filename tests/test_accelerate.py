@@ -185,7 +185,8 @@ def test_deterministic_and_fresh_for_every_start(method: str) -> None:
     starts: list[Step] = []
     case.fit(method, restarts=2, callbacks=[lambda s: starts.append(s) if s.iteration == 0 else None])
     alone = case.fit(method, init=starts[1].params)
-    assert alone.log_likelihood == first.restarts[1][0]
+    # Products of one start and of several side by side may round differently, where the processor's library does.
+    assert alone.log_likelihood == pytest.approx(first.restarts[1][0], rel=1e-13, abs=0)
 
 
 @pytest.mark.parametrize("method", METHODS)

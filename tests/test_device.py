@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import pyro_em
-from models import glmm, mvn_missing, overdispersed, state_space
+import pyro_em.device as device_module
+from models import glmm, gmm, mvn_missing, overdispersed, state_space
 from tests.emulated import emulated_device
 from tests.latent_problems import BY_NAME as LATENT_BY_NAME
 from tests.latent_problems import LATENT_PROBLEMS
@@ -125,3 +127,48 @@ def test_results(tmp_path: Path) -> None:
     for a, b in zip(found, expected, strict=True):
         for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True):
             assert torch.equal(x, y) if isinstance(x, Tensor) else x == y
+
+
+def test_an_index_out_of_range_does_not_reach_the_device() -> None:
+    """The user's mistake is an IndexError as on the CPU, and not the end of the process's device."""
+
+    def model(group: Tensor, y: Tensor) -> None:
+        loc = pyro.param("loc", torch.zeros(3))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(loc[group] + z, 1.0), obs=y)
+
+    with emulated_device() as device:
+        group, y = torch.tensor([0, 1, 3, 2]).to(device), torch.zeros(4).to(device)
+        with pytest.raises(IndexError, match="index 3 is out of bounds for a dimension of size 3"):
+            pyro_em.fit(model, group, y)
+
+
+@pytest.mark.parametrize("algorithm", ["em", "map-em", "gem", "cem", "sem", "svi"])
+def test_algorithms(algorithm: str) -> None:
+    """Every flag gives the parameters of the CPU."""
+    expected = pyro_em.fit(gmm.bayesian, gmm.load(), algorithm=algorithm, seed=0, max_iter=8, tol=0)
+    with emulated_device() as device:
+        found = pyro_em.fit(gmm.bayesian, gmm.load().to(device), algorithm=algorithm, seed=0, max_iter=8, tol=0)
+        params = {name: value.cpu() for name, value in found.params.items()}
+    assert all(torch.equal(params[name], expected.params[name]) for name in params)
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_wide_systems_are_solved_part_by_part(left: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA solves them wrong; the gradient passes the same way."""
+    monkeypatch.setattr(device_module, "WIDE", 4)
+    generator = torch.Generator().manual_seed(0)
+    matrix, right = torch.randn(2, 3, 3, generator=generator).tril() + 3 * torch.eye(3), torch.randn(2, 3, 11)
+    right = right if left else right.mT
+
+    def solved() -> tuple[Tensor, ...]:
+        inputs = [x.clone().requires_grad_() for x in (matrix, right)]
+        found = torch.linalg.solve_triangular(*inputs, upper=False, left=left)
+        return found, *torch.autograd.grad((found**3).sum(), inputs)
+
+    expected = solved()
+    with emulated_device() as device, device_module.on_device(right.to(device)):
+        found = solved()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_em.device import chunk_scale
+
 KEEP_BYTES = 48 * 2**20  # a Φ no larger than this is built once
 CHUNK_BYTES = 4_600_000  # of Φ; the caches that matter hold about this much
 
@@ -102,11 +104,13 @@ class Features:
         self.blocks, self.num_rows, self.max_chunk, self.dtype = blocks, num_rows, max_chunk, dtype
         self.num_features = 1 + sum(block.num_features for block in blocks)
         size = dtype.itemsize * self.num_features
+        self._buffer = torch.empty(0, dtype=dtype)
+        larger = chunk_scale(self._buffer.device)
         # Of 256 rows at least: below that the overhead of a call outweighs the cache.
-        self.chunk = min(num_rows, max(256, min(max_chunk, 2 ** int(math.log2(CHUNK_BYTES / size)))))
+        self.chunk = min(num_rows, max(256, min(max_chunk, 2 ** int(math.log2(larger * CHUNK_BYTES / size)))))
         self._kept: list[Tensor] = []
-        self._buffer = torch.empty(self.num_features * self.chunk, dtype=dtype)
-        if size * num_rows <= KEEP_BYTES:
+        self._buffer.resize_(self.num_features * self.chunk)
+        if size * num_rows <= larger * KEEP_BYTES:
             self._kept = [self._filled(begin).clone() for begin in range(0, num_rows, self.chunk)]
             del self._buffer
         _, first = next(self.chunks())

@@ -17,17 +17,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_em.device import chunk_scale
 from pyro_em.e_step.direct import NUM_PREPARED, centered_log_density
 from pyro_em.e_step.features import Features
 from pyro_em.e_step.layout import SiteLayout
 from pyro_em.softmax import padded, softmax, softmax_
 
+FIRST_ROWS = 2**16  # at which the product is compared with the families' own log-densities
 CHUNK_CELLS = 2**16  # of L, in one start's W or several: half of a second-level cache of 1 MiB
 
 
-def rows_of_cells(states: int) -> int:
+def rows_of_cells(states: int, device: torch.device) -> int:
     """Rows that go through the products together, at most."""
-    return max(256, CHUNK_CELLS // states // 64 * 64)
+    return max(256, chunk_scale(device) * CHUNK_CELLS // states // 64 * 64)
 
 
 Normal = tuple[Tensor, Tensor, Tensor]  # what direct.py prepares
@@ -69,7 +71,7 @@ class Product:
         w, sites = self._stacked(prepared)
         w = w.to(self.features.dtype)
         starts, rows = len(prepared), w.shape[0]
-        most, height = rows_of_cells(rows), padded(rows)
+        most, height = rows_of_cells(rows, w.device), padded(rows)
         memory = w.new_empty(height * min(most, self.features.chunk))  # which stays in cache
         totals: Tensor | None = None
         evidence: Tensor | None = None
@@ -101,7 +103,7 @@ class Product:
     def log_joint(self, prepared: Sequence[Prepared]) -> Tensor:
         """log p(x_n, z = j) of the first rows without their base measure, (R·J, n)."""
         _, phi = next(self.features.chunks())
-        return self._log_joint(*self._stacked(prepared), phi, 0)
+        return self._log_joint(*self._stacked(prepared), phi[:, :FIRST_ROWS], 0)
 
     def _stacked(self, prepared: Sequence[Prepared]) -> tuple[Tensor, list[tuple[SiteLayout, Normal]]]:
         first = prepared[0]

@@ -135,7 +135,7 @@ def compile_program(
         dataclasses.replace(x, block=block, absolute=x.site.name in absolute)
         for x, block in zip(layouts, blocks, strict=True)
     )
-    features = Features(blocks, num_rows, rows_of_cells(states.num))
+    features = Features(blocks, num_rows, rows_of_cells(states.num, torch.get_default_device()))
     return Program(run, component, states, own, Product(features, own, weight, base))
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em.device import seeded_normal
+from pyro_em.device import checked_indices, seeded_normal
 from pyro_em.errors import Refusal
 from pyro_em.evidence.columns import Column, direction, push
 from pyro_em.evidence.elimination import Candidate, Values
@@ -203,7 +203,8 @@ def _batched(candidate: Candidate, layout: Layout, dtypes: Mapping[str, torch.dt
     with torch.no_grad():
         single = [layout.total(candidate.run_at[0], layout.values(z[i : i + 1], dtypes)) for i in (0, 1)]
         try:
-            both = layout.total(candidate.run_at[0], layout.values(z, dtypes))
+            with checked_indices():
+                both = layout.total(candidate.run_at[0], layout.values(z, dtypes))
         except (RuntimeError, IndexError, ValueError, TypeError):  # whatever indexing a wrong dim leads to
             return False
     axis = single[0].dim() - len(layout.sizes)

@@ -16,6 +16,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_em.device import checked_indices
 from pyro_em.errors import Refusal
 from pyro_em.model.compat import detached, dims_of
 from pyro_em.model.density import log_density, packed_log_density
@@ -97,7 +98,8 @@ class AtomRuns:
         with torch.no_grad():
             stacked = stack([self.one(params, v) for v in values], self.dim, self.symbols)
             try:
-                together = self.several(params, self.as_atoms(values))
+                with checked_indices():
+                    together = self.several(params, self.as_atoms(values))
                 same = together.sites.keys() == stacked.sites.keys() and all(
                     _equal(together.sites[n], stacked.sites[n]) for n in stacked.sites
                 )

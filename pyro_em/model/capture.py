@@ -21,6 +21,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_em.device import checked_indices
 from pyro_em.errors import InputError
 from pyro_em.model import compat
 from pyro_em.model.data import check_arguments, check_data, plain_support
@@ -166,7 +167,7 @@ def _capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], kind: 
     quiet = pyro.validation_enabled(False)
     labels = compat.masked_observations(OBSERVE)
     with quiet_store(), poutine.block(), compat.recording_arguments(), labels, torch.no_grad(), quiet:
-        with running(kind, loops) as met, explained(model, args, kwargs):
+        with running(kind, loops) as met, checked_indices(), explained(model, args, kwargs):
             trace: Any = poutine.trace(observe(Unfold()(model))).get_trace(*args, **kwargs)
         declared = pyro.get_param_store().get_state()["constraints"]
     trace = compat.prune_and_symbolize(trace)

@@ -45,7 +45,7 @@ def relevance_of(
                 # A continuous latent may stand before the discrete one that its atoms depend on.
                 own = [relevant.get(child) for child in children[name]]
                 own += [
-                    _steps_before(before.get(child, _NOWHERE), run.sites[child], *how) for child, how in later[name]
+                    _steps_before(before.get(child, _nowhere()), run.sites[child], *how) for child, how in later[name]
                 ]
                 relevant[name] = _any(own, site.plate_dims)
         if not loops or _unchanged(before, relevant):
@@ -58,8 +58,11 @@ def relevance_of(
     }
 
 
-_NOWHERE = compat.with_dims(torch.zeros((), dtype=torch.bool), "")
 _How = tuple[ChainedLoop, int]
+
+
+def _nowhere() -> Tensor:
+    return compat.with_dims(torch.zeros((), dtype=torch.bool), "")
 
 
 def _later_children(
@@ -89,7 +92,7 @@ def _steps_before(flag: Tensor | None, site: SiteRecord, loop: ChainedLoop, lag:
 
 def _any(flags: Sequence[Tensor | None], plates: frozenset[str]) -> Tensor | None:
     """Where some flag is true, over the given plates."""
-    total = _NOWHERE
+    total = _nowhere()
     for flag in flags:
         if flag is None:
             return None

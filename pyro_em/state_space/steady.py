@@ -78,7 +78,14 @@ def _operation(*given: Any) -> list[Tensor]:
     return [torch.tensor(-1), *(torch.from_numpy(x) for x in found)]
 
 
+def _on_cpu(*given: Any) -> list[Tensor]:
+    """The operation for tensors that are elsewhere: small matrices one after the other are the CPU's."""
+    device = given[0].device
+    return [x.to(device) for x in _operation(*(x.cpu() if isinstance(x, Tensor) else x for x in given))]
+
+
 _LIBRARY.impl("steady_moments", _operation, "CPU")
+_LIBRARY.impl("steady_moments", _on_cpu, "CompositeExplicitAutograd")
 
 
 def _moments_of(chain: Chain, weight: Tensor) -> tuple[Array, Array]:

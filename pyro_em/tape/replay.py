@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_em.device import chunk_scale
 from pyro_em.tape.calls import Call, bound, copied, guard
 from pyro_em.tape.emit import BINARY, MOST_CELLS, WITH_OUT, numpy_call
 from pyro_em.tape.listing import Listing, Step, Variable
@@ -24,7 +25,7 @@ from pyro_em.tape.simplify import CHECK, simplify
 
 MOST = 10_000  # operations
 DTYPES = (torch.float64, torch.float32, torch.bool, torch.int64, torch.int32)  # that NumPy treats as torch does
-MOST_BYTES = 2**26  # of all values together; where they are more, Python is the smaller part
+MOST_BYTES = 2**26  # of all values together, on the CPU; where they are more, Python is the smaller part
 
 
 class Tape:
@@ -46,7 +47,7 @@ class Tape:
         """
         own = [x.detach().clone(memory_format=torch.contiguous_format) for x in inputs]
         with _no_collection():
-            operations, outputs = record(function, own, MOST, MOST_BYTES)
+            operations, outputs = record(function, own, MOST, _most_bytes())
             values = [x.clone() for x in outputs]
             self.listing = simplify(operations, own, outputs)
             writer = _Writer(self.listing)
@@ -72,7 +73,8 @@ class Tape:
                 place.fill_(x)
             else:
                 place.copy_(x)
-        with np.errstate(all="ignore"):  # as torch does
+        # NumPy is to say as little as torch does; no call is for torch functions (device.py) to look at once more.
+        with np.errstate(all="ignore"), torch._C.DisableTorchFunction():
             for call in self._calls:
                 call()
         outputs = [x.clone(memory_format=torch.contiguous_format) for x in self._outputs]
@@ -115,7 +117,7 @@ class _Writer:
             self._place(variable)
         for step in self.listing.steps:
             self._write(step)
-        if self.size > MOST_BYTES:
+        if self.size > _most_bytes():
             raise NotRecorded(f"{self.size / 2**20:.0f} MiB of values")
         outputs = [self._tensor(x) for x in self.listing.outputs]
         return [self.places[v] for v in self.listing.inputs], self.calls, outputs
@@ -218,3 +220,8 @@ class _Writer:
 
 def _on_cpu(values: Sequence[Any]) -> bool:
     return all(x.device.type == "cpu" for x in values if isinstance(x, Tensor))
+
+
+def _most_bytes() -> int:
+    """Of all values together, where tensors are made now."""
+    return MOST_BYTES * chunk_scale(torch.get_default_device())
