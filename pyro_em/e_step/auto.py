@@ -19,6 +19,7 @@ from pyro_em.e_step.inside import compile_inside
 from pyro_em.e_step.interpreted import Interpreted
 from pyro_em.e_step.plated import Plated, compile_plated
 from pyro_em.e_step.pooled import compile_pooled
+from pyro_em.e_step.pooled_states import compile_states
 from pyro_em.e_step.predicted import compile_predicted
 from pyro_em.e_step.scanned import Scanned, compile_scanned
 from pyro_em.e_step.timed_rows import compile_timed_rows
@@ -49,7 +50,7 @@ def choose_engine(problem: Problem, m_step: MStep) -> Engine:
         if not m_step.all_closed:
             return Interpreted(problem, f"{names}; not all parameters have a closed form")
         try:
-            return compile_pooled(problem)
+            return compile_states(problem) if problem.graph.symbol_sites else compile_pooled(problem)
         except NotCompiled as error:
             return Interpreted(problem, f"{names}; {error}")
     if m_step.all_closed and any(has_states(site.fn) for site in problem.capture.sites.values()):

@@ -109,7 +109,14 @@ class _Reader:
 
 
 def read_form(
-    site: SiteRecord, run: Run, params: Params, names: Sequence[str], columns: Sequence[Column], m: int, scale: Tensor
+    site: SiteRecord,
+    run: Run,
+    params: Params,
+    names: Sequence[str],
+    columns: Sequence[Column],
+    m: int,
+    scale: Tensor,
+    state: int | None = None,
 ) -> Form:
     """The form of one site, as it is in a run at one value of the latents.
 
@@ -117,6 +124,7 @@ def read_form(
         with gradients to the parameters `names` that reach the location.
     :param m: number of plate-like dims, the atoms' dim first.
     :param scale: known part of the noise scale of every row, (N,) or (1,); residuals are divided by it.
+    :param state: of the one discrete latent on which the location depends, if it may.
     :raises NotCompiled: see the module docstring.
     """
     elements = len(site.fn.event_shape)
@@ -133,9 +141,10 @@ def read_form(
         """Rows and cells at each atom, (N, P) or with size 1 where nothing varies."""
         x = x.reshape((1,) * (m + elements - x.dim()) + tuple(x.shape))
         lead = x.shape[: x.dim() - m - elements]
-        if lead.numel() > 1:
+        if lead.numel() > 1 and state is None:
             raise NotCompiled("a location depends on discrete latents")
-        x = x.reshape(x.shape[len(lead) :])
+        x = x.reshape(-1, *x.shape[len(lead) :])
+        x = x[state if state is not None and len(x) > 1 else 0]
         flat_rows = tuple(sizes) if any(s > 1 for s in x.shape[1:m]) else (1,) * (m - 1)
         flat_cells = cells if any(s > 1 for s in x.shape[m:]) else (1,) * elements
         x = x.expand(x.shape[0], *flat_rows, *flat_cells)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,8 +25,9 @@ from torch import Tensor
 from pyro_em.e_step.base import Expectation, NotCompiled, Stage
 from pyro_em.e_step.interpreted import expectation, from_totals
 from pyro_em.e_step.outside import Outside
-from pyro_em.e_step.pooled_location import PooledLocation, PooledSite, per_cell
-from pyro_em.e_step.pooled_sets import PooledSet, pooled_sets
+from pyro_em.e_step.pooled_location import PooledLocation, PooledSite
+from pyro_em.e_step.pooled_posterior import Whitener, posterior, whitener
+from pyro_em.e_step.pooled_sets import pooled_sets
 from pyro_em.e_step.vanishing import vanishing
 from pyro_em.errors import NonFiniteError
 from pyro_em.m_step.location import Location, total_moments
@@ -35,28 +35,6 @@ from pyro_em.problem import Problem
 from pyro_em.statistics import Posteriors, SiteMoments
 from pyro_em.sufficient import Arguments, Sufficient, raw_arguments
 from pyro_em.types import Params
-
-LOG_2PI = math.log(2 * math.pi)
-
-
-@dataclass(frozen=True)
-class _Whitener:
-    """Noise of one site: `root` is the scale of each cell (P,), or the Cholesky factor of the covariance (P, P)."""
-
-    root: Tensor
-    log_det: Tensor
-
-    @property
-    def matrix(self) -> Tensor:
-        """The root as a matrix."""
-        return torch.diag(self.root) if self.root.dim() == 1 else self.root
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Residuals (U, V₁, P, any) in units of the noise."""
-        if self.root.dim() == 1:
-            return x / self.root.unsqueeze(-1)
-        lower = self.root.expand(*x.shape[:-2], *self.root.shape)
-        return torch.linalg.solve_triangular(lower, x, upper=False)
 
 
 class Pooled:
@@ -130,7 +108,7 @@ class Pooled:
         tensors: list[Tensor] = []
         for own in self.sets:
             for site in own.sites:
-                noise = _whitener(site, sufficient)
+                noise = whitener(site, sufficient.arguments[site.site.name])
                 tensors += [site.form.coefficients(params), noise.root, noise.log_det]
         return Stage(tuple(tensors), None)
 
@@ -142,8 +120,8 @@ class Pooled:
         tensors = iter(stage.tensors)
         found, totals = [], []
         for own in self.sets:
-            noise = [(next(tensors), _Whitener(next(tensors), next(tensors))) for _ in own.sites]
-            zeta, likelihood, magnitude = _posterior(own, noise)
+            noise = [(next(tensors), Whitener(next(tensors), next(tensors))) for _ in own.sites]
+            zeta, likelihood, magnitude = posterior(own, noise)
             found.append(zeta)
             totals.append(torch.stack([likelihood, magnitude]))
         return (*found, torch.stack(totals).sum(0))
@@ -185,96 +163,6 @@ class Pooled:
 
     def _never(self, name: str, arguments: dict[str, Tensor]) -> SiteMoments:
         raise AssertionError(f"moments of '{name}' were asked for before the E-step")
-
-
-def _whitener(site: PooledSite, sufficient: Sufficient) -> _Whitener:
-    arguments = sufficient.arguments[site.site.name]
-    if not site.vector:
-        scale = per_cell(arguments["scale"], site.site) if site.scaled else torch.ones(site.cells, dtype=torch.float64)
-        return _Whitener(scale, scale.log().sum())
-    if "scale_tril" in arguments:
-        lower = arguments["scale_tril"]
-    elif "covariance_matrix" in arguments:
-        covariance = arguments["covariance_matrix"]
-        lower, failed = torch.linalg.cholesky_ex(covariance)
-        if bool(failed.any()):
-            if not site.site.latent:
-                raise NonFiniteError(site.site.name, f"Site '{site.site.name}': its covariance matrix is singular.")
-            values, vectors = torch.linalg.eigh(covariance)  # effects without variance in some direction
-            lower = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
-    else:
-        lower = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(arguments["precision_matrix"])))
-    lower = lower.reshape(lower.shape[-2:])
-    return _Whitener(lower, lower.diagonal().abs().log().sum())
-
-
-def _posterior(own: PooledSet, noise: Sequence[tuple[Tensor, _Whitener]]) -> tuple[Tensor, Tensor, Tensor]:
-    """ζ (U, K + 1, c + K), log p(x|θ) of the set, and the magnitude of the terms in it."""
-    classes, size = own.classes, own.size
-    parts = [_residual(site, C, classes.ones, size) for site, (C, _) in zip(own.sites, noise, strict=True)]
-    latent = [i for i, site in enumerate(own.sites) if site.site.latent]
-    # Every latent's own site says what it is made of, unless its rows are told apart (a row that reads two elements).
-    spherical = sum(own.sites[i].shared * own.sites[i].cells for i in latent) == size
-    constant = torch.full((), own.constant, dtype=torch.float64)
-    left = torch.zeros((), dtype=torch.float64)
-    seen = [tuple(x.flatten(1, 2)[:, :0] for x in parts[0])]  # latents that no data read have no other rows
-    for i, (site, (C, white)) in enumerate(zip(own.sites, noise, strict=True)):
-        constant = constant - site.pooled.count * 0.5 * site.cells * LOG_2PI
-        if spherical and i in latent:
-            continue
-        constant = constant - site.pooled.count * white.log_det
-        seen.append(tuple(white(x).flatten(1, 2) for x in parts[i]))
-        if len(site.pooled.left):
-            rest = site.pooled.left[:, site.alone :]
-            rest = rest + site.pooled.left[:, : site.alone] @ C[len(C) - site.alone :]
-            left = left + (white(rest.unsqueeze(-1)) ** 2).sum()
-    d, T = (torch.cat(own_parts, 1) for own_parts in zip(*seen, strict=True))
-    basis: Tensor | None = None
-    if spherical:
-        drawn, made = (torch.cat([parts[i][k].flatten(1, 2) for i in latent], 1) for k in range(2))
-        roots = torch.block_diag(*(noise[i][1].matrix for i in latent))
-        basis, start = torch.linalg.solve(made, roots.expand_as(made)), -torch.linalg.solve(made, drawn)
-        d, T = d + T @ start, T @ basis
-    precision = T.mT @ T
-    if basis is not None:
-        precision = precision + torch.eye(size, dtype=torch.float64)
-    lower, failed = torch.linalg.cholesky_ex(precision)
-    if bool(failed.any()):
-        raise NonFiniteError(
-            own.sites[0].site.name,
-            f"Site '{own.sites[0].site.name}': the posterior precision of the Gaussian latents is not positive "
-            "definite. A scale has become infinite or 0, or the data are not finite.",
-        )
-    mean = -torch.cholesky_solve(T.mT @ d, lower)
-    residual = d + T @ mean
-    slope = T.mT @ residual if basis is None else T.mT @ residual + mean
-    step = -torch.cholesky_solve(slope, lower)  # mends the rounding of the first solve
-    mean, residual = mean + step, residual + T @ step
-    energy = 0.5 * ((residual * residual).sum() + left)
-    if basis is not None:
-        energy = energy + 0.5 * (mean * mean).sum()
-    spread = (classes.weight * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)).sum()
-    two_pi = 0.5 * size * LOG_2PI * classes.weight.sum()
-    likelihood = constant - energy - spread + two_pi
-    magnitude = constant.abs() + energy + spread.abs() + two_pi
-    identity = torch.eye(size, dtype=torch.float64).expand_as(lower)
-    root = torch.linalg.solve_triangular(lower.mT, identity, upper=True) * classes.weight.sqrt()[:, None, None]
-    if basis is not None:
-        mean, root = start + basis @ mean, basis @ root
-    zeta = torch.cat([torch.cat([classes.ones.unsqueeze(1), mean], 1), torch.nn.functional.pad(root, (0, 0, 1, 0))], -1)
-    return zeta, likelihood, magnitude
-
-
-def _residual(site: PooledSite, C: Tensor, ones: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """d (U, V₁, P, c) and T (U, V₁, P, K) of a site, not divided by its noise."""
-    shared = C[: site.shared * (size + 1)].reshape(site.shared, size + 1, site.cells)
-    d = torch.einsum("umv,vp,uc->umpc", site.pooled.design, shared[:, 0], ones)
-    if site.alone:
-        alone = C[site.shared * (size + 1) :]
-        d = d + torch.einsum("umvc,vp->umpc", site.pooled.data[:, :, : site.alone], alone)
-    if site.has_data:
-        d = d + site.pooled.data[:, :, site.alone :]
-    return d, torch.einsum("umv,vkp->umpk", site.pooled.design, shared[:, 1:])
 
 
 def compile_pooled(problem: Problem) -> Pooled:

@@ -13,7 +13,8 @@ Shapes: R pseudo-rows of all classes together, q regressors, P cells.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,6 +64,12 @@ class PooledSite:
         if len(cells) ** 2 > MAX_PAIRS * (1 if self.vector else self.cells):
             raise NotCompiled(f"the location of '{site.name}' has {len(cells)} coefficients")
         self._pairs: dict[tuple[tuple[str, int], ...], Pairs] = {}
+
+    def at(self, pooled: Pooled) -> PooledSite:
+        """The same site with other rows."""
+        found = copy.copy(self)
+        found.pooled = pooled
+        return found
 
     def pairs(self, starts: Mapping[str, int], size: int) -> Pairs:
         """Of the parameters that have a place in the block."""
@@ -140,9 +147,16 @@ class PooledLocation(Location):
     """One site at the atoms of one E-step: `zeta` (U, K + 1, c + K), of which the last K hold the spread."""
 
     def __init__(
-        self, own: PooledSite, C: Tensor, zeta: Tensor, sufficient: Sufficient, total: SiteMoments | None
+        self,
+        own: PooledSite,
+        C: Tensor,
+        zeta: Tensor,
+        sufficient: Sufficient,
+        total: SiteMoments | None,
+        state: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict,
     ) -> None:
-        self.own, self.sufficient, self.total = own, sufficient, total
+        """`state` picks from the site's arguments those of one state of a discrete latent."""
+        self.own, self.sufficient, self.total, self._state = own, sufficient, total, state
         self.C = self._start = C
         self._regressors, self._data = own.regressors(zeta), own.data(zeta.shape[2])
         self._block: Pairs | None = None
@@ -160,8 +174,13 @@ class PooledLocation(Location):
         return residual if self._data is None else residual + self._data
 
     @property
+    def arguments(self) -> dict[str, Tensor]:
+        """Current arguments of the site (in its state)."""
+        return self._state(self.sufficient.arguments[self.own.site.name])
+
+    @property
     def _precision(self) -> Tensor:
-        return self.own.precision(self.sufficient.arguments[self.own.site.name])
+        return self.own.precision(self.arguments)
 
     def move(self, delta: Tensor) -> None:
         assert self._block is not None
@@ -198,18 +217,21 @@ class PooledLocation(Location):
         """Of the residuals, at the cells of all arguments but the location."""
         residual, own = self._residual(self.C), self.own
         second = residual.mT @ residual if own.vector else (residual**2).sum(0)
-        others = {a: v for a, v in self.sufficient.arguments[own.site.name].items() if a != "loc"}
+        others = {a: v for a, v in self.arguments.items() if a != "loc"}
         found = own.moments(second, torch.zeros(own.cells, dtype=torch.float64), others, None)
         zero = torch.zeros((own.cells,) if own.vector else (), dtype=torch.float64)
         return SiteMoments(found.moments, found.cells, None, {"loc": zero}, self.total)
 
-    def value_moments(self) -> SiteMoments:
-        """Of a latent's value, around its mean in the cells of all arguments."""
-        own, form = self.own, self.own.form
-        assert form.ones is not None
-        value, ones = self._regressors @ form.value, self._regressors[:, form.ones : form.ones + 1]
-        arguments = self.sufficient.arguments[own.site.name]
-        mean = (ones * value).sum(0) / own.pooled.count
+    def mean(self) -> Tensor:
+        """Of a latent's value (P,)."""
+        value, ones = self._values()
+        return (ones * value).sum(0) / self.own.pooled.count
+
+    def value_moments(self, mean: Tensor | None = None) -> SiteMoments:
+        """Of a latent's value, around its own mean in the cells of all arguments or around another one."""
+        own, arguments = self.own, self.arguments
+        value, ones = self._values()
+        mean = self.mean() if mean is None else mean
         if not own.vector:
             event = own.site.fn.event_shape
             cells = argument_cells(own.site, arguments)
@@ -222,6 +244,11 @@ class PooledLocation(Location):
         around = value - ones * mean
         second = around.mT @ around if own.vector else (around**2).sum(0)
         return own.moments(second, (ones * around).sum(0), arguments, center)
+
+    def _values(self) -> tuple[Tensor, Tensor]:
+        form = self.own.form
+        assert form.ones is not None
+        return self._regressors @ form.value, self._regressors[:, form.ones : form.ones + 1]
 
 
 def _pairs(form: Form, starts: Mapping[str, int], size: int, cells: int, vector: bool) -> Pairs:

@@ -54,13 +54,13 @@ def pooled_sets(problem: Problem) -> tuple[list[PooledSet], Run]:
         if route.geometry.num_b:
             raise NotCompiled("effects of several crossing or nested plates")
         routes.append(route)
-    plain, run = _at_units(problem, routes)
+    plain, run = at_units(problem, routes)
     components = {c.symbols: c for c in problem.graph.components}
     sets = [_set(problem, route, components[frozenset({route.latents.symbol})], plain, run) for route in routes]
     return sets, plain
 
 
-def _at_units(problem: Problem, routes: list[GaussianRoute]) -> tuple[Run, Run]:
+def at_units(problem: Problem, routes: list[GaussianRoute]) -> tuple[Run, Run]:
     """The model with the latents at 0; and with those of every set at 0, then at 1 in one column after the other."""
     continuous = problem.continuous
     assert continuous is not None
@@ -86,36 +86,36 @@ def _at_units(problem: Problem, routes: list[GaussianRoute]) -> tuple[Run, Run]:
 
 def _set(problem: Problem, route: GaussianRoute, component: Component, plain: Run, run: Run) -> PooledSet:
     m = len(route.geometry.layout)
-    weight = _element_weights(problem, route, component, plain)
+    weight = element_weights(problem, route, component, plain)
     forms, rows, constant = [], [], 0.0
     for reading in route.readings:
         site = plain.sites[reading.site]
-        _check(site, problem, m)
-        element, kept = _elements(problem, site, reading, route, weight)
-        scale = _known_scale(site, problem, m)
-        form = read_form(site, run, problem.start, _reaching(problem, site), route.geometry.columns_a, m, scale)
+        check_site(site, problem, m)
+        element, kept = elements_read(problem, site, reading, route, weight)
+        scale = known_scale(site, problem, m)
+        form = read_form(site, run, problem.start, reaching(problem, site), route.geometry.columns_a, m, scale)
         alone = form.alone
         if not site.latent:
             assert isinstance(site.family, LocationScaleFamily | MultivariateNormalFamily)
-            y = _rows_of(site.family.location(clean_value(site)).detach().double(), site) / scale.unsqueeze(-1)
+            y = rows_of(site.family.location(clean_value(site)).detach().double(), site) / scale.unsqueeze(-1)
             alone = torch.cat([alone, y], -1)
             own = weight[element] * kept
             jacobian = scale.log() * form.base.shape[1]
             if isinstance(site.family, LogNormalFamily):
-                jacobian = jacobian + _rows_of(clean_value(site).double().log(), site).sum(-1)
+                jacobian = jacobian + rows_of(clean_value(site).double().log(), site).sum(-1)
             constant -= float((own * jacobian).sum())
         shared, element = form.shared[kept], element[kept]
         rows.append(Rows(element, shared, alone[kept]))
         forms.append((site, form, scale.numel() == 1))
     classes = pool(rows, weight)
     sites = tuple(
-        PooledSite(site, form, own, scaled, _moves(form, problem, site))
+        PooledSite(site, form, own, scaled, moves_otherwise(form, problem, site))
         for (site, form, scaled), own in zip(forms, classes.sites, strict=True)
     )
     return PooledSet(sites, classes, len(route.geometry.columns_a), constant)
 
 
-def _moves(form: Form, problem: Problem, site: SiteRecord) -> bool:
+def moves_otherwise(form: Form, problem: Problem, site: SiteRecord) -> bool:
     """The location is more than an entry of a parameter, or a number, in each cell."""
     if any(use.index is None for own in problem.uses.values() for use in own if use.site == site.name):
         return True
@@ -124,7 +124,8 @@ def _moves(form: Form, problem: Problem, site: SiteRecord) -> bool:
     return not rows <= {form.ones}
 
 
-def _check(site: SiteRecord, problem: Problem, m: int) -> None:
+def check_site(site: SiteRecord, problem: Problem, m: int) -> None:
+    """:raises NotCompiled: for a site that is not normal with recognised arguments and all of its cells."""
     if site.element_mask is not None:
         raise NotCompiled(f"'{site.name}' has missing cells")
     if not isinstance(site.family, LocationScaleFamily | MultivariateNormalFamily):
@@ -137,7 +138,7 @@ def _check(site: SiteRecord, problem: Problem, m: int) -> None:
                 raise NotCompiled(f"'{name}' enters '{site.name}.{use.slot}' in a way that is not recognised")
 
 
-def _reaching(problem: Problem, site: SiteRecord) -> list[str]:
+def reaching(problem: Problem, site: SiteRecord) -> list[str]:
     """Parameters that move the location, which is affine in each, and not in their products."""
     names = []
     for name, uses in problem.uses.items():
@@ -158,14 +159,14 @@ def _row_sizes(site: SiteRecord, m: int) -> tuple[int, ...]:
     return (1, *sizes[1:])
 
 
-def _rows_of(x: Tensor, site: SiteRecord) -> Tensor:
+def rows_of(x: Tensor, site: SiteRecord) -> Tensor:
     """A value over (rows, cells)."""
     event = tuple(site.fn.event_shape)
     batch = tuple(site.batch_shape)
     return x.expand([*batch, *event]).reshape(torch.Size(batch).numel(), -1)
 
 
-def _known_scale(site: SiteRecord, problem: Problem, m: int) -> Tensor:
+def known_scale(site: SiteRecord, problem: Problem, m: int) -> Tensor:
     """The factor of the noise scale that differs from row to row, (N,) or (1,).
 
     :raises NotCompiled: if what differs is a parameter.
@@ -181,14 +182,14 @@ def _known_scale(site: SiteRecord, problem: Problem, m: int) -> Tensor:
         moved = any(use.site == site.name and use.slot == slot for uses in problem.uses.values() for use in uses)
         if moved or site.family is None or site.family.event_dim or site.latent:
             raise NotCompiled(f"the {slot} of '{site.name}' differs from row to row")
-        rows = _rows_of(value.detach().double(), site)
+        rows = rows_of(value.detach().double(), site)
         if not bool((rows == rows[:, :1]).all()):
             raise NotCompiled(f"the {slot} of '{site.name}' differs from row to row and cell to cell")
         return rows[:, 0].contiguous()
     return one
 
 
-def _element_weights(problem: Problem, route: GaussianRoute, component: Component, run: Run) -> Tensor:
+def element_weights(problem: Problem, route: GaussianRoute, component: Component, run: Run) -> Tensor:
     """How often every element counts, (G,)."""
     layout = route.geometry.layout
     if component.weight is None:
@@ -208,7 +209,7 @@ def _element_weights(problem: Problem, route: GaussianRoute, component: Componen
     return weight.reshape(-1)
 
 
-def _elements(
+def elements_read(
     problem: Problem, site: SiteRecord, reading: Reading, route: GaussianRoute, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The element that every row reads (N,), and whether the row counts (N,)."""
