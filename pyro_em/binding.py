@@ -28,12 +28,13 @@ class Bound:
     problem: Problem
     whole: Callable[[], Problem]
     notes: tuple[str, ...] = ()
+    weighted: bool = False
 
     @property
     def num_observations(self) -> float:
         """n of BIC; the weights of pseudo-rows have it up to rounding."""
         count = num_rows(self.problem.graph, self.problem.capture)
-        return float(round(count)) if self.notes else count
+        return float(round(count)) if self.notes and not self.weighted else count
 
     @property
     def result_problem(self) -> Problem | Callable[[], Problem]:
@@ -54,21 +55,21 @@ def bound_for(
 ) -> Bound:
     """The problem of a fit or plan.
 
-    :param rows: something else than an update reads the data (starts that are drawn from them, annealing).
+    :param rows: something else than an update reads the data (annealing).
     :raises Refusal, InputError, ResourceError: as `bind`.
     """
     args, kwargs = as_data(args), as_data(kwargs)
     deltas = point_estimated(guide, args, kwargs)
     options: dict[str, Any] = {"with_prior": algorithm == "map-em", "roles": roles, "deltas": deltas, "rules": rules}
     whole = partial(bind, model, args, kwargs, weights=weights, **options)
-    if algorithm in ("em", "map-em") and not (rows or guide or weights or rules):
+    if algorithm in ("em", "map-em") and not (rows or guide or rules):
         with unspent_rng():  # as if it had not been tried
-            few = condense(model, args, kwargs)
+            few = condense(model, args, kwargs, weights)
         problem = None
         if few is not None:
             with contextlib.suppress(Refusal):  # what is wrong is said of all rows
                 problem = few.restored(bind(few.model, args, kwargs, weights=few.weights, **options))
         if few is not None and problem is not None:
-            return Bound(problem, whole, (few.note,))
+            return Bound(problem, whole, (few.note,), bool(weights))
     problem = whole()
     return Bound(problem, lambda: problem)

@@ -155,8 +155,13 @@ class _Rows:
         return [torch.Size(site.fn.event_shape).numel() for site in self.sites]
 
 
-def condense(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Condensed | None:
-    """The model on pseudo-rows; None if its rows are few or not alike (which `bind` then looks at)."""
+def condense(
+    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], weights: Mapping[str, Tensor] | None = None
+) -> Condensed | None:
+    """The model on pseudo-rows; None if its rows are few or not alike (which `bind` then looks at).
+
+    :param weights: of the rows, by plate: their moments are weighted, and pseudo-rows share the total.
+    """
     thin = _Thin()
     try:
         with torch.no_grad(), quiet_store(), pyro.validation_enabled(False), checked_indices():
@@ -167,14 +172,25 @@ def condense(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Con
     if rows is None:
         return None
     joint = [_values(site, rows.count) for site in rows.sites]
-    pseudo = pseudo_rows(joint)
+    counted = _counted(weights, rows)
+    pseudo = None if counted is None and weights else pseudo_rows(joint, counted)
     if pseudo is None:
         return None
+    total = float(rows.count) if counted is None else float(counted.sum())
     parts = pseudo.split(rows.cells, -1)
     data = {s.name: p.reshape(-1, *s.fn.event_shape) for s, p in zip(rows.sites, parts, strict=True)}
-    weights = {rows.plate: torch.full((len(pseudo),), rows.count / len(pseudo), dtype=torch.float64)}
+    shared = {rows.plate: torch.full((len(pseudo),), total / len(pseudo), dtype=torch.float64)}
     few = _Few(rows.plate, data, thin.parameters)
-    return Condensed(_handled(few, model), weights, rows.plate, rows.count, len(pseudo))
+    return Condensed(_handled(few, model), shared, rows.plate, rows.count, len(pseudo))
+
+
+def _counted(weights: Mapping[str, Tensor] | None, rows: _Rows) -> Tensor | None:
+    """How often each row counts; None if nothing is said of it, or nothing that can be used."""
+    own = (weights or {}).get(rows.plate)
+    if own is None or len(weights or {}) > 1 or own.shape != (rows.count,):
+        return None
+    own = own.detach().double()
+    return own if bool((own.isfinite() & (own >= 0)).all()) and bool(own.any()) else None
 
 
 def _handled(handler: Messenger, model: Model) -> Callable[..., Any]:
@@ -222,14 +238,18 @@ def _values(site: SiteRecord, count: int) -> Tensor:
     return site.value.detach().expand(count, *site.fn.event_shape).reshape(count, -1)
 
 
-def pseudo_rows(parts: list[Tensor]) -> Tensor | None:
+def pseudo_rows(parts: list[Tensor], weight: Tensor | None = None) -> Tensor | None:
     """(Q + 1, Q) rows with the mean and covariance of the rows (N, Q), given in parts; None if these are not finite.
+
+    :param weight: how often each row counts, (N,).
 
     >>> pseudo_rows([torch.tensor([[1.0], [3.0], [5.0]], dtype=torch.float64)]).var(0, correction=0)
     tensor([2.6667], dtype=torch.float64)
     """
     count = len(parts[0])
-    mean = torch.cat([part.mean(0) for part in parts])
+    total = float(count if weight is None else weight.sum())
+    means = [part.mean(0) if weight is None else (weight @ part) / total for part in parts]
+    mean = torch.cat(means)
     size = len(mean)
     if not bool(mean.isfinite().all()):
         return None
@@ -242,14 +262,15 @@ def pseudo_rows(parts: list[Tensor]) -> Tensor | None:
             width = part.shape[1]
             torch.sub(part[begin : begin + CHUNK], mean[column : column + width], out=block[:, column : column + width])
             column += width
-        scatter.addmm_(block.mT, block)
-        rest += block.sum(0)
-    rest /= count  # what rounding left of the mean
-    scatter -= count * torch.outer(rest, rest)
+        heavy = block if weight is None else block * weight[begin : begin + CHUNK].unsqueeze(-1)
+        scatter.addmm_(heavy.mT, block)
+        rest += heavy.sum(0)
+    rest /= total  # what rounding left of the mean
+    scatter -= total * torch.outer(rest, rest)
     root, failed = torch.linalg.cholesky_ex(scatter)
     if bool(failed):  # cells that are constant, or combinations of others
         values, vectors = torch.linalg.eigh(scatter)
         root = vectors * values.clamp(min=0).sqrt()
     if not bool(root.isfinite().all()):
         return None
-    return mean + rest + simplex(size) @ root.mT / math.sqrt(count)
+    return mean + rest + simplex(size) @ root.mT / math.sqrt(total)

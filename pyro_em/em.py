@@ -12,6 +12,7 @@ from typing import Any
 import pyro
 from torch import Tensor
 
+from pyro_em.binding import bound_for
 from pyro_em.checks import collinear
 from pyro_em.device import on_device
 from pyro_em.e_step.auto import choose_engine
@@ -20,8 +21,8 @@ from pyro_em.errors import InputError, MonotonicityError
 from pyro_em.loop import MONOTONE, Iterate, at, rounding
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.missing import complete_cases
-from pyro_em.options import EXACT, checked_rules, point_estimated
-from pyro_em.problem import Problem, bind
+from pyro_em.options import EXACT, checked_rules
+from pyro_em.problem import Problem
 from pyro_em.store import isolated_rng, write_params
 from pyro_em.types import Model, Params
 
@@ -85,7 +86,9 @@ class EM:
         self.optim, self.algorithm = optim, algorithm
         self.m_step_option = options.pop("m_step", "auto")
         self.rules = checked_rules(options.pop("e_step", "auto"))
-        self.options = options
+        self.roles, self.weights = options.pop("roles", None), options.pop("weights", None)
+        if options:
+            raise TypeError(f"EM has no option '{next(iter(options))}'.")
         self._bound: _Bound | None = None
         self._sampled: Params = {}
 
@@ -94,15 +97,9 @@ class EM:
         if self._bound is not None and self._bound.same(args, kwargs):
             return self._bound
         with isolated_rng(None):
-            problem = bind(
-                self.model,
-                args,
-                kwargs,
-                with_prior=self.algorithm == "map-em",
-                deltas=point_estimated(self.guide, args, kwargs),
-                rules=self.rules,
-                **self.options,
-            )
+            problem = bound_for(
+                self.model, args, kwargs, self.algorithm, self.guide, self.roles, self.weights, self.rules, False
+            ).problem  # fmt: skip
             m_step = MStep(problem, self.m_step_option, self.algorithm, self.optim)
             collinear(m_step.collinear)
         self._bound = _Bound(args, kwargs, problem, m_step, choose_engine(problem, m_step))

@@ -153,8 +153,7 @@ def fit(
         )  # fmt: skip
     with on_device(args, kwargs), isolated_rng(seed), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", EMWarning)
-        rows = restarts > 1 or isinstance(init, str) or temperature is not None
-        bound = bound_for(model, args, kwargs, algorithm, guide, roles, weights, rules, rows)
+        bound = bound_for(model, args, kwargs, algorithm, guide, roles, weights, rules, temperature is not None)
         problem = bound.problem
         numerical_error(problem, problem.start)
         unobserved_cells(problem)

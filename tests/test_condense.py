@@ -138,3 +138,62 @@ def test_bad_data_are_named_by_row(data: Tensor) -> None:
     bad[1234, 5] = torch.nan
     with pytest.raises(pyro_em.errors.InputError, match="row 1234"):
         pyro_em.fit(z.factor_analysis, bad)
+
+
+def _other_ways(monkeypatch: pytest.MonkeyPatch, run: Any) -> tuple[Any, Any]:
+    few = run()
+    monkeypatch.setattr(binding, "condense", lambda *args: None)
+    return few, run()
+
+
+@pytest.mark.parametrize("whole_numbers", [True, False])
+def test_weighted_rows_have_weighted_moments(
+    whole_numbers: bool, data: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.arange(ROWS, dtype=torch.float64) % 4 + (0.0 if whole_numbers else 0.3)
+    init = {"b": data.mean(0) + 0.1}
+
+    def run() -> Any:
+        return pyro_em.fit(z.factor_analysis, data, 2, init=init, weights={"rows": weight}, max_iter=4, tol=0)
+
+    few, whole = _other_ways(monkeypatch, run)
+    assert "pseudo-rows" in str(few.plan) and "pseudo-rows" not in str(whole.plan)
+    assert few.log_likelihood == pytest.approx(whole.log_likelihood, rel=1e-13)
+    assert few.history["score"] == pytest.approx(whole.history["score"], rel=1e-9)
+    assert few.num_observations == pytest.approx(float(weight.sum()), rel=1e-14)
+    assert few.bic == pytest.approx(whole.bic, rel=1e-13)
+    for name, value in whole.params.items():
+        torch.testing.assert_close(few.params[name], value, rtol=1e-9, atol=1e-10)
+
+
+def test_bad_weights_are_named(data: Tensor) -> None:
+    weight = torch.ones(ROWS, dtype=torch.float64)
+    weight[7] = -1.0
+    with pytest.raises(pyro_em.InputError, match="weights"):
+        pyro_em.fit(z.factor_analysis, data, 2, weights={"rows": weight})
+    with pytest.raises(pyro_em.InputError, match="no vectorised plate"):
+        pyro_em.fit(z.factor_analysis, data, 2, weights={"columns": weight})
+
+
+def test_drawn_starts_are_those_of_all_rows(data: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> Any:
+        return pyro_em.fit(z.ppca, data, 2, restarts=2, seed=5, max_iter=3, tol=0)
+
+    few, whole = _other_ways(monkeypatch, run)
+    assert "pseudo-rows" in str(few.plan) and "pseudo-rows" not in str(whole.plan)
+    for (found, _), (expected, _) in zip(few.restarts, whole.restarts, strict=True):
+        assert found == pytest.approx(expected, rel=1e-11)
+
+
+def test_steps_of_the_em_class(data: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> Any:
+        pyro.clear_param_store()
+        em = pyro_em.EM(z.ppca)
+        losses = [em.step(data, 2) for _ in range(4)]
+        assert em._bound is not None
+        return losses, len(em._bound.problem.sites[-1].value), pyro.param("W").detach().clone()
+
+    (few, rows, W), (whole, all_rows, expected) = _other_ways(monkeypatch, run)
+    assert (rows, all_rows) == (FEATURES + 1, ROWS)
+    assert few == pytest.approx(whole, rel=1e-13)
+    torch.testing.assert_close(W, expected, rtol=1e-9, atol=1e-10)
