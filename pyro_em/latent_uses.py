@@ -57,7 +57,8 @@ def _without_latents(use: Use, first: Run, second: Run, params: tuple[Params, Pa
             return Use(use.parameter, use.site, use.slot, None, predictor=alone)
     elif use.predictor is not None:
         predictor = use.predictor
-        step = {n: params[1][n].detach() - params[0][n].detach() for n in predictor.parameters}
+        here, there = (predictor.coordinates({n: v.detach() for n, v in own.items()}) for own in params)
+        step = {n: there[n] - here[n] for n in predictor.parameters}
         change = predictor.inverse(after.double()) - predictor.inverse(before.double())
         expected = linear_part(predictor.terms, step, torch.zeros_like(change))
         outside = predictor.offset is None  # other parameters move the argument too

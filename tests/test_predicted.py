@@ -33,6 +33,8 @@ SERVED = [
         "zero_inflated_regression",
         "negative_binomial_regressions",
         "gamma_free",
+        "overdispersed_means",
+        "gamma_means",
         "additive",
         "beta_mixture",
         "censored_mixture",

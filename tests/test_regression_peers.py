@@ -15,9 +15,11 @@ import pyro.distributions as dist
 import pytest
 import statsmodels.api as sm
 import torch
-from scipy.optimize import root
+from scipy.optimize import brentq, root
+from scipy.special import digamma
 from sklearn.linear_model import LogisticRegression
 from statsmodels.discrete.count_model import ZeroInflatedPoisson
+from statsmodels.discrete.discrete_model import NegativeBinomial
 from statsmodels.discrete.truncated_model import TruncatedLFPoisson
 from torch import Tensor
 
@@ -83,6 +85,57 @@ def test_statsmodels_glm(name: str) -> None:
     result = pyro_em.fit(_model(site, T(y)), max_iter=1, tol=0)
     assert result.plan.route("b") == "newton"
     np.testing.assert_allclose(result.params["b"].numpy(), expected, atol=1e-8)
+
+
+def test_statsmodels_negative_binomial_with_its_dispersion() -> None:
+    """Mean exp(X b) and size r = 1/alpha together, one M-step: r enters the logits by its logarithm."""
+    peer = NegativeBinomial(COUNTS, X)
+    start = peer.fit(method="newton", maxiter=200, disp=0).params
+    expected = root(peer.score, start, tol=1e-15).x
+
+    def model() -> None:
+        r = pyro.param("r", torch.tensor(1.0), constraint=torch.distributions.constraints.positive)
+        b = pyro.param("b", torch.zeros(P))
+        with pyro.plate("rows", N):
+            pyro.sample("y", dist.NegativeBinomial(r, logits=T(X) @ b - r.log()), obs=T(COUNTS))
+
+    result = pyro_em.fit(model, max_iter=1, tol=0)
+    assert [result.plan.route(n) for n in ("r", "b")] == ["newton", "newton"]
+    np.testing.assert_allclose(result.params["b"].numpy(), expected[:-1], atol=1e-8)
+    assert 1 / float(result.params["r"]) == pytest.approx(expected[-1], abs=1e-8)
+
+
+def test_statsmodels_gamma_with_its_shape() -> None:
+    """Mean exp(X b) whatever the shape a; a solves log a - digamma(a) = mean deviance / 2."""
+    family = sm.families.Gamma(sm.families.links.Log())
+    expected = sm.GLM(WAITS, X, family=family).fit(tol=1e-14, maxiter=200)
+
+    def model() -> None:
+        a = pyro.param("a", torch.tensor(1.0), constraint=torch.distributions.constraints.positive)
+        b = pyro.param("b", torch.zeros(P))
+        with pyro.plate("rows", N):
+            pyro.sample("y", dist.Gamma(a, a / (T(X) @ b).exp()), obs=T(WAITS))
+
+    result = pyro_em.fit(model, max_iter=1, tol=0)
+    np.testing.assert_allclose(result.params["b"].numpy(), expected.params, atol=1e-8)
+    shape = brentq(lambda a: np.log(a) - digamma(a) - expected.deviance / (2 * N), 1e-2, 1e3, xtol=1e-14)
+    assert float(result.params["a"]) == pytest.approx(shape, abs=1e-8)
+
+
+def test_products_of_positive_parameters_are_a_log_linear_model() -> None:
+    """Independence of rows and columns of a table: the fitted counts are products of its margins."""
+    table = T(RNG.poisson(np.outer([2.0, 5.0, 9.0], [1.0, 3.0])).astype(float))
+
+    def model() -> None:
+        a = pyro.param("a", torch.ones(3), constraint=torch.distributions.constraints.positive)
+        b = pyro.param("b", torch.tensor([1.0, 2.0]), constraint=torch.distributions.constraints.positive)
+        with pyro.plate("i", 3, dim=-2), pyro.plate("j", 2, dim=-1):
+            pyro.sample("y", dist.Poisson(a.unsqueeze(-1) * b), obs=table)
+
+    result = pyro_em.fit(model, max_iter=1, tol=0)
+    fitted = torch.outer(result.params["a"], result.params["b"])
+    torch.testing.assert_close(fitted, torch.outer(table.sum(1), table.sum(0)) / table.sum(), rtol=1e-10, atol=0.0)
+    assert result.plan.route("a") == "newton"
 
 
 def test_scikit_learns_logistic_regression() -> None:

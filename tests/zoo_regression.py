@@ -130,6 +130,29 @@ def gamma_free(y: Tensor, K: int = 2) -> None:
         pyro.sample("y", dist.Gamma(shape[z], rate[z]), obs=y)
 
 
+def overdispersed_means(X: Tensor, counts: Tensor, K: int = 2) -> None:
+    """Means of counts behind exp, a size of each class with a prior: it enters the logits by its logarithm."""
+    rows, w = _rows(len(counts), K)
+    with pyro.plate("components", K):
+        size = pyro.sample("size", dist.Gamma(2.0, 0.5))
+    b = pyro.param("b", torch.arange(K)[:, None] * torch.ones(X.shape[-1]))
+    with rows:
+        z = pyro.sample("z", dist.Categorical(w))
+        logits = (X * b[z]).sum(-1) - size[z].log()
+        pyro.sample("count", dist.NegativeBinomial(size[z], logits=logits), obs=counts)
+
+
+def gamma_means(X: Tensor, y: Tensor, K: int = 2) -> None:
+    """Means of waiting times, a positive level of each class times exp of a covariate; one shape for all."""
+    rows, w = _rows(len(y), K)
+    shape = pyro.param("shape", torch.tensor(1.0), constraint=positive)
+    level = pyro.param("level", 1.0 + torch.arange(K), constraint=positive)
+    b = pyro.param("b", torch.zeros(X.shape[-1]))
+    with rows:
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("y", dist.Gamma(shape, shape / (level[z] * torch.exp(X @ b))), obs=y)
+
+
 def problems(make: Callable[..., Any], t: Callable[[Any], Tensor]) -> list[Any]:
     """Rows of the table; `make` is `tests.problems.Problem`, `t` makes a float64 tensor."""
     rng = np.random.default_rng(11)
@@ -155,6 +178,9 @@ def problems(make: Callable[..., Any], t: Callable[[Any], Tensor]) -> list[Any]:
     inflated = t(rng.poisson(2.0 * np.exp(0.4 * X1[:, 1])) * (rng.random(N) < 0.7))
     dispersed = t(rng.negative_binomial(np.array([1, 5])[kind], np.array([0.35, 0.1])[kind]))
     gammas = t(rng.gamma(np.array([2.0, 6.0])[kind], np.array([0.3, 1.5])[kind]))
+    means = np.array([1.0, 25.0])[kind] * np.exp(0.3 * X[:, 0])
+    dispersed_means = t(rng.negative_binomial(1, 1 / (1 + means)))
+    gamma_waits = t(rng.gamma(4.0, means / 4.0))
     X, X1 = t(X), t(X1)
     return [
         make("regressions", regressions, (X, y), {"w": w, "a": a, "b": b, "s": s}, "rows"),
@@ -216,6 +242,24 @@ def problems(make: Callable[..., Any], t: Callable[[Any], Tensor]) -> list[Any]:
             {"w": w, "r": t([1.5, 4.0]), "a": t([0.5, 2.2]), "b": t([0.1, 0.0])},
             "rows",
             closed=False,
+        ),
+        make(
+            "overdispersed_means",
+            overdispersed_means,
+            (X1, dispersed_means),
+            {"w": w, "size": t([2.0, 4.0]), "b": t([[0.1, 0.0, 0.0], [3.0, 0.1, 0.0]])},
+            "rows",
+            closed=False,
+            priors=True,
+        ),
+        make(
+            "gamma_means",
+            gamma_means,
+            (X, gamma_waits),
+            {"w": w, "shape": t(2.0), "level": t([1.2, 20.0]), "b": t([0.1, 0.0])},
+            "rows",
+            closed=False,
+            weights=weights,
         ),
         make(
             "gamma_free",

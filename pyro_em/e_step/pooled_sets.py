@@ -145,7 +145,7 @@ def reaching(problem: Problem, site: SiteRecord) -> list[str]:
         for use in uses:
             if (use.site, use.slot) != (site.name, "loc"):
                 continue
-            affine = use.predictor is not None and use.predictor.link.name == "identity"
+            affine = use.predictor is not None and use.predictor.linear
             gathered = use.index is not None and use.power == 1 and not use.exponential
             if not (affine or gathered):
                 raise NotCompiled(f"'{name}' enters the location of '{site.name}' in a way that is not affine")

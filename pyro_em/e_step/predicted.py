@@ -59,7 +59,8 @@ class Reader:
 
     def eta(self, params: Params) -> Tensor:
         """The linear predictor at `params`."""
-        theta = torch.cat([params[name].detach().double().reshape(-1) for name in self.names])
+        values = self.predictor.coordinates({name: params[name].detach().double() for name in self.names})
+        theta = torch.cat([values[name].reshape(-1) for name in self.names])
         parts = [design.predict(theta) for design in self.designs]
         eta = torch.stack(torch.broadcast_tensors(*parts), -1) if self.vector else parts[0]
         offset = self.predictor.offset

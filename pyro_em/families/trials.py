@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pyro_em.families.base import LOGIT, Arguments, Family, Moments, Statistic
-from pyro_em.families.numerics import floats, real, weighted, weighted_log, weighted_log1m
+from pyro_em.families.numerics import floats, log_rising, real, weighted, weighted_log, weighted_log1m
 from pyro_em.kernels import BetaKernel
 
 
@@ -109,7 +109,7 @@ class NegativeBinomialFamily(TrialsFamily):
         # n = 0 is a point mass at x = 0, where lgamma(n + x) − lgamma(n) would be inf − inf.
         certain = (total + value) == 0
         total = torch.where(certain, torch.ones_like(total), total)
-        return torch.lgamma(total + value) - torch.lgamma(value + 1) - torch.lgamma(total)
+        return log_rising(total, value) - torch.lgamma(value + 1)
 
 
 def _total_count(value: Tensor, args: Arguments) -> Tensor:

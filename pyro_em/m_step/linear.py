@@ -64,7 +64,7 @@ def _is_location(use: Use, site: SiteRecord) -> bool:
     if use.slot != "loc" or use.slot not in family.closed:
         return False
     if use.predictor is not None:
-        return use.predictor.link.name == "identity"
+        return use.predictor.linear
     return use.index is not None and use.power == 1 and not use.exponential
 
 

@@ -13,14 +13,17 @@ Not handled: opaque arguments, vector arguments other than categories; these are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_em.charts import base_constraint, chart
 from pyro_em.kernels import FlatKernel, Kernel, QuadraticKernel
+from pyro_em.m_step.kinks import kinked
 from pyro_em.m_step.moving import run_at_atoms
 from pyro_em.m_step.objective import Objective, Prior, ascent
 from pyro_em.m_step.predictors import PredictorSite, is_behind_predictor, predictor_site
@@ -36,7 +39,10 @@ MAX_SIZE = 1500  # entries of a block
 
 @dataclass(frozen=True)
 class Newton:
-    """A block; made by `newton_blocks`. `tolerance` bounds max|∂Q/∂u| at the end."""
+    """A block; made by `newton_blocks`. `tolerance` bounds max|∂Q/∂u| at the end.
+
+    Of the positive parameters in `logs`, which enter some predictor by their logarithm, it holds that.
+    """
 
     problem: Problem
     names: tuple[str, ...]
@@ -45,6 +51,7 @@ class Newton:
     size: int
     sites: tuple[PredictorSite, ...]
     tolerance: float
+    logs: frozenset[str]
 
     def slope(self, params: Params, sufficient: Sufficient) -> Tensor:
         """max|∂Q/∂u|, ()."""
@@ -59,6 +66,7 @@ class Newton:
         moved = dict(params)
         for name, uses in self.uses.items():
             own = theta[self._slice(name, params[name])].reshape(params[name].shape)
+            own = own.exp() if name in self.logs else own
             moved[name] = own.to(params[name].dtype)
             sufficient.put(moved[name], tuple(use for use in uses if use.index is not None))
         delta = theta - q.start
@@ -96,7 +104,19 @@ class Newton:
                 if float(slot.change(step).abs().max()) > 0.1:
                     here = (opened.own.name, slot.name)
                     found |= {n for n, uses in self.uses.items() if any((u.site, u.slot) == here for u in uses)}
-        return found
+        return found | self._rising(q, gradient)
+
+    def _rising(self, q: Objective, gradient: Tensor) -> set[str]:
+        """Of the parameters held by their logarithms those for which Q rises still at ten times (a tenth of) them.
+
+        The size of a negative binomial without overdispersion: there the curvature has no digits left for a step.
+        """
+        away = torch.zeros_like(gradient)
+        parts = {n: self._slice(n, self.problem.parameters[n].value) for n in self.logs}
+        for part in parts.values():
+            away[part] = gradient[part].sign()
+        onwards = away * q.gradient(math.log(10) * away) > 0 if parts else away
+        return {name for name, part in parts.items() if bool(onwards[part].any())}
 
     def _slice(self, name: str, value: Tensor) -> slice:
         return slice(self.starts[name], self.starts[name] + value.numel())
@@ -114,33 +134,42 @@ class Newton:
         return opened
 
     def _opened(self, params: Params, sufficient: Sufficient) -> Objective:
-        start = torch.cat([params[n].detach().double().reshape(-1) for n in self.names])
+        values = {n: params[n].detach().double() for n in self.names}
+        values |= {n: values[n].log() for n in self.logs}
+        start = torch.cat([value.reshape(-1) for value in values.values()])
         own = self.sites
         if any(site.moving for site in own):
             run = run_at_atoms(self.names, params, sufficient)
             own = tuple(site.at(run, self.starts, self.size) if site.moving else site for site in own)
         sites = [site.open(self.problem, start, sufficient) for site in own]
         charts = []
-        for name in self.names:
-            value = params[name].detach().double()
-            charts.append((chart(self.problem.parameters[name].constraint, value), value))
+        for name, value in values.items():
+            constraint = constraints.real if name in self.logs else self.problem.parameters[name].constraint
+            charts.append((chart(constraint, value), value))
         priors = [
-            Prior(self._slice(name, params[name]), use, sufficient, params[name].shape)
+            Prior(self._slice(name, params[name]), use, sufficient, params[name].shape, name in self.logs)
             for name, uses in self.uses.items()
             for use in uses
             if use.slot == VALUE
         ]
-        real = all(_is_real(self.problem, name) for name in self.names)
+        real = all(name in self.logs or _is_real(self.problem, name) for name in self.names)
         return Objective(start, sites, charts, priors, real)
 
 
 def _is_real(problem: Problem, name: str) -> bool:
-    return base_constraint(problem.parameters[name].constraint) is torch.distributions.constraints.real
+    return base_constraint(problem.parameters[name].constraint) is constraints.real
 
 
 def is_newton(uses: tuple[Use, ...], run: Run) -> bool:
     """Whether every use of a parameter is behind a predictor, or is a prior with a kernel."""
+    kinds = {_by_log(use) for use in uses if use.predictor is not None}
+    if len(kinds) > 1 or (True in kinds and kinked({"": uses}, run.sites)):
+        return False  # linear here, by its logarithm there
     return all(_has_kernel(u, run) if u.slot == VALUE else is_behind_predictor(u, run.sites[u.site]) for u in uses)
+
+
+def _by_log(use: Use) -> bool:
+    return use.predictor is not None and use.parameter in use.predictor.logarithmic
 
 
 def _has_kernel(use: Use, run: Run) -> bool:
@@ -185,5 +214,6 @@ def _block(
         for use in uses[name]:
             if use.slot != VALUE:
                 at.setdefault(use.site, {}).setdefault(use.slot, []).append(use)
-    sites = tuple(predictor_site(run.sites[site], own, starts, size) for site, own in at.items())
-    return Newton(problem, names, {n: uses[n] for n in names}, starts, size, sites, tolerance)
+    logs = frozenset(name for name in names if any(_by_log(use) for use in uses[name]))
+    sites = tuple(predictor_site(run.sites[site], own, starts, size, logs) for site, own in at.items())
+    return Newton(problem, names, {n: uses[n] for n in names}, starts, size, sites, tolerance, logs)

@@ -33,22 +33,36 @@ EPS = torch.finfo(torch.float64).eps
 
 
 class Prior:
-    """log p(θ) of one parameter, given the arguments of its prior."""
+    """log p(θ) of one parameter, given the arguments of its prior; of its logarithm t, `by_log`:
 
-    def __init__(self, part: slice, use: Use, sufficient: Sufficient, shape: torch.Size) -> None:
+    ∂/∂t = θ ∂/∂θ,        −∂²/∂t² = θ (−∂²/∂θ²) θ − diag(θ ∂/∂θ)
+    """
+
+    def __init__(self, part: slice, use: Use, sufficient: Sufficient, shape: torch.Size, by_log: bool = False) -> None:
         site = dataclasses.replace(sufficient.sites[use.site], arguments=sufficient.arguments[use.site])
         assert site.family is not None
         kernel = site.family.value_kernel({**site.constants, **sufficient.arguments[use.site]})
         assert kernel is not None
-        self.part, self.site, self.kernel, self.shape = part, site, kernel, shape
+        self.part, self.site, self.kernel, self.shape, self.by_log = part, site, kernel, shape, by_log
 
     def value(self, theta: Tensor) -> Tensor:
         """Up to a constant, one term for each entry (row) of the parameter."""
-        own = theta[self.part].reshape(self.shape)
+        own = self._own(theta)
         return self.kernel.value(own).expand(self.shape[: len(self.shape) - self.kernel.event_dim])
 
-    def derivatives(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+    def _own(self, theta: Tensor) -> Tensor:
         own = theta[self.part].reshape(self.shape)
+        return own.exp() if self.by_log else own
+
+    def derivatives(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Slope and minus the curvature, (P,) and (P, P)."""
+        slope, curvature = self._derivatives(self._own(theta))
+        if not self.by_log:
+            return slope, curvature
+        value = self._own(theta).reshape(-1)
+        return value * slope, value.unsqueeze(-1) * curvature * value - torch.diag(value * slope)
+
+    def _derivatives(self, own: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(self.kernel, QuadraticKernel):
             return self.kernel.gradient(own).expand(self.shape).reshape(-1), prior_precision(self.kernel, own)
         slopes, curvatures = cellwise_derivatives(lambda etas: self.kernel.value(etas[0]), [own])

@@ -211,9 +211,12 @@ def is_behind_predictor(use: Use, site: SiteRecord) -> bool:
 
 
 def predictor_site(
-    site: SiteRecord, own: Mapping[str, Sequence[Use]], starts: Mapping[str, int], size: int
+    site: SiteRecord, own: Mapping[str, Sequence[Use]], starts: Mapping[str, int], size: int, logs: frozenset[str]
 ) -> PredictorSite:
-    """A site with the block's uses of each of its arguments."""
+    """A site with the block's uses of each of its arguments.
+
+    :param logs: parameters whose logarithms the block holds.
+    """
     family = site.family
     assert family is not None and site.arguments is not None
     (first, *rest) = own
@@ -227,7 +230,8 @@ def predictor_site(
         predictor = uses[0].predictor
         whole = predictor is None or all(parameter in starts for parameter in predictor.parameters)
         designs = tuple(Design(part, starts, size, cells) for part in parts)
-        slots.append(Slot(name, uses[0], vector, designs, whole))
+        by_log = predictor is None and uses[0].parameter in logs
+        slots.append(Slot(name, uses[0], vector, designs, whole, by_log))
     return PredictorSite(site.name, tuple(slots), compressed)
 
 

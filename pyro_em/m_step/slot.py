@@ -26,6 +26,7 @@ class Slot:
     vector: bool
     designs: tuple[Design, ...]
     whole: bool  # the block holds all parameters of the predictor
+    by_log: bool = False  # the block holds the logarithm of the parameter that the argument takes entries of
 
     @property
     def moving(self) -> bool:
@@ -37,7 +38,7 @@ class Slot:
         """Name of the predictor's link; "" for a power or the like of one entry."""
         if self.use.predictor is not None:
             return self.use.predictor.link.name
-        return "identity" if self.use.gather else ""
+        return ("exp" if self.by_log else "identity") if self.use.gather else ""
 
     def free(self) -> Tensor | None:
         """Where a parameter reaches the argument, None for everywhere."""
@@ -54,6 +55,7 @@ class Slot:
             if use.predictor is not None:
                 found = use.predictor.link.forward(eta)
             else:
+                eta = eta.exp() if self.by_log else eta
                 found = torch.exp(use.power * eta) if use.exponential else eta if use.power == 1 else eta**use.power
                 found = found if use.coefficient is None else use.coefficient.to(found) * found
             return found if free is None else torch.where(free, found, old)
@@ -61,7 +63,7 @@ class Slot:
         return forward
 
     def eta(self, argument: Tensor, theta: Tensor) -> Tensor:
-        """η at the block's current place, where the argument is `argument`; 1 in fixed parts."""
+        """η at the block's current place, where the argument is `argument`; that of 1 in fixed parts."""
         predictor = self.use.predictor
         if predictor is not None and (predictor.offset is None or not self.whole):
             return predictor.inverse(argument)
@@ -71,7 +73,7 @@ class Slot:
             return eta if offset.numel() == 1 and float(offset) == 0 else eta + offset
         eta = self.change(theta)
         free = self.free()
-        return eta if free is None else torch.where(free, eta, 1.0)
+        return eta if free is None else torch.where(free, eta, 0.0 if self.by_log else 1.0)
 
     def change(self, delta: Tensor) -> Tensor:
         """Change of η when the block moves by δ."""

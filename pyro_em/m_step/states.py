@@ -178,7 +178,7 @@ def _is_location(use: Use, site: SiteRecord) -> bool:
     if site.family is None or not site.family.integrates or use.slot not in LOCATIONS:
         return False
     if use.predictor is not None:
-        return use.predictor.link.name == "identity"
+        return use.predictor.linear
     return use.index is not None and use.power == 1 and not use.exponential
 
 

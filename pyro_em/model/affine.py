@@ -2,6 +2,7 @@
 
     X @ w,   w[z] * x,   a[z] + X @ b[z],   nn.Linear,   einsum,   base + effect[0] * u + effect[1] * v
     exp, sigmoid, softplus or softmax of any of these
+    r * exp(X @ b), a[i] * b[j], X @ b - log(r)      with r, a, b > 0: affine in their logarithms
 
 Whether an argument g(θ) is one is a question about η = link⁻¹(g): its tangents are the same at two feasible
 points, and η(θ₂) − η(θ₁) is what they predict. Its design is then read off from tangents along *coded*
@@ -13,13 +14,14 @@ p slices, not K·p. A random tangent certifies the result.
 A design is kept in factored form: index and coefficient of a term lose every dim along which they are constant
 (index (K, 1), coefficient (1, N) above), and nothing of size N·P is formed.
 
-Not handled: designs that depend on other parameters (products of parameters), links that are not in `LINKS`.
+Not handled: designs that depend on other parameters (products of parameters that are not positive), links that are not
+in `LINKS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,18 +45,29 @@ class Point:
 
 
 def find_predictor(
-    site: str, slot: str, event_dim: int, first: Point, second: Point, moving: Sequence[str], generator: torch.Generator
+    site: str,
+    slot: str,
+    event_dim: int,
+    first: Point,
+    second: Point,
+    moving: Sequence[str],
+    generator: torch.Generator,
+    positive: Collection[str] = (),
 ) -> Predictor | None:
     """The predictor of one argument over those parameters in which it is affine, or None if there are none.
 
     :param event_dim: event dims of the argument (a softmax needs one).
     :param moving: parameters that reach the argument.
+    :param positive: those of them that may enter by their logarithms.
     """
     v1, v2 = first.argument.detach().double(), second.argument.detach().double()
     tolerance = 1e-9 if first.argument.dtype == torch.float64 else 1e-4
     pushes = {n: (_push(first.argument, first.leaves[n]), _push(second.argument, second.leaves[n])) for n in moving}
     draws = {n: _draw(first.leaves[n], generator) for n in moving}
     drawn = {n: tuple(push(draws[n]).double() for push in both) for n, both in pushes.items()}
+    logs = {n: tuple(_by_logarithm(*pair) for pair in zip(pushes[n], _values(n, first, second), strict=True))
+            for n in moving if n in positive}  # fmt: skip
+    by_log = {n: tuple(push(draws[n]).double() for push in both) for n, both in logs.items()}
     still = torch.stack([tangent == 0 for both in drawn.values() for tangent in both]).all(0) & (event_dim == 0)
     fixed = torch.where(still, v1, torch.nan) if bool(still.any()) else None
     if fixed is not None:
@@ -62,33 +75,49 @@ def find_predictor(
     for link in LINKS:
         if not (link.reaches(v1, event_dim) and link.reaches(v2, event_dim)):
             continue
-        names = [n for n in moving if close(link.slope(v1, drawn[n][0]), link.slope(v2, drawn[n][1]), tolerance)]
         terms: list[Term] = []
         kept = []
-        for name in names:
-            found = _design(
-                name, first.leaves[name], pushes[name][0], v1, link, draws[name], drawn[name][0], tolerance, still
-            )
-            if found is not None:
-                kept.append(name)
-                terms += found
+        for name in moving:
+            for tangents, directions, by_logarithm in ((drawn, pushes, False), (by_log, logs, True)):
+                if name not in tangents or name in kept:
+                    continue
+                one, two = tangents[name]
+                if not close(link.slope(v1, one), link.slope(v2, two), tolerance):
+                    continue
+                found = _design(
+                    name, first.leaves[name], directions[name][0], v1, link, draws[name], one, tolerance, still,
+                    exact=not by_logarithm,
+                )  # fmt: skip
+                if found is not None:
+                    kept.append(name)
+                    terms += [replace(term, logarithmic=by_logarithm) for term in found]
         if not kept:
             continue
-        start = {n: first.values[n].detach() for n in kept}
+        there = Predictor(site, slot, link, tuple(terms), None, fixed)
+        start = there.coordinates({n: first.values[n].detach() for n in kept})
         eta = link.inverse(v1)
         offset = eta - linear_part(terms, start, torch.zeros_like(v1))
         if fixed is not None:
             offset = torch.where(still, torch.zeros_like(offset), offset)
         if len(kept) < len(moving):
-            return Predictor(site, slot, link, tuple(terms), None, fixed)
+            return there
         rounding = 1e-4 * tolerance * float(eta.abs().max())
         offset = torch.where(offset.abs() <= rounding, torch.zeros_like(offset), offset)
-        end = linear_part(terms, {n: second.values[n].detach() for n in kept}, offset)
+        end = linear_part(terms, there.coordinates({n: second.values[n].detach() for n in kept}), offset)
         if fixed is not None:
             end = torch.where(still, link.inverse(v2), end)
         if close(link.inverse(v2), end, tolerance):
-            return Predictor(site, slot, link, tuple(terms), compressed(offset, rounding), fixed)
+            return replace(there, offset=compressed(offset, rounding))
     return None
+
+
+def _values(name: str, first: Point, second: Point) -> tuple[Tensor, Tensor]:
+    return first.values[name].detach(), second.values[name].detach()
+
+
+def _by_logarithm(push: Callable[[Tensor], Tensor], value: Tensor) -> Callable[[Tensor], Tensor]:
+    """Directional derivatives along directions of log θ."""
+    return lambda direction: push(direction * value)
 
 
 def terms_at(name: str, leaf: Tensor, argument: Tensor, link: PredictorLink = LINKS[0]) -> list[Term]:
@@ -158,11 +187,12 @@ def _design(
     drawn: Tensor,
     tolerance: float,
     still: Tensor,
+    exact: bool = True,
 ) -> list[Term] | None:
     code = torch.arange(1, leaf.numel() + 1, dtype=leaf.dtype).reshape(leaf.shape)
     expected = link.slope(value, drawn)
-    # Dividing by the slope of a link leaves rounding where a tangent is 0 or constant.
-    rounding = 0.0 if link is LINKS[0] else 1e-3 * tolerance
+    # Dividing by the slope of a link leaves rounding where a tangent is 0 or constant; so do derivatives by log θ.
+    rounding = 0.0 if exact and link is LINKS[0] else 1e-3 * tolerance
     for masks in _slices(leaf.shape):
         if len(masks) > MAX_SLICES:
             continue

@@ -26,7 +26,7 @@ from pyro_em.errors import InputError
 from pyro_em.model.affine import close, compressed
 from pyro_em.model.capture import Capture, ParameterRecord
 from pyro_em.model.few_rows import Rows, alike, few_rows
-from pyro_em.model.predictor import Predictor, Term, linear_part
+from pyro_em.model.predictor import Predictor, linear_part
 from pyro_em.model.recognise import recognise, same_link
 from pyro_em.model.row_sources import TOLERANCE, Columns, Copies, NotBound, Place, Sources, Varying
 from pyro_em.model.trace import Run, SiteRecord
@@ -139,7 +139,11 @@ class Binding:
         old, dim = use.predictor, self._dim(use)
         assert old is not None
         terms = tuple(
-            Term(t.parameter, self._written_out(t.index, dim, copies), self._written_out(t.coefficient, dim, copies))
+            dataclasses.replace(
+                t,
+                index=self._written_out(t.index, dim, copies),
+                coefficient=self._written_out(t.coefficient, dim, copies),
+            )
             for t in old.terms
         )
         value, value2 = (x.double() for x in pair)
@@ -147,9 +151,9 @@ class Binding:
             raise NotBound
         eta = old.link.inverse(value)
         rounding = 1e-4 * TOLERANCE * float(eta.abs().max())
-        offset = eta - linear_part(terms, values[0], torch.zeros_like(eta))
+        offset = eta - linear_part(terms, old.coordinates(values[0]), torch.zeros_like(eta))
         offset = compressed(torch.where(offset.abs() <= rounding, 0.0, offset), rounding)
-        end = linear_part(terms, values[1], offset)
+        end = linear_part(terms, old.coordinates(values[1]), offset)
         if not close(old.link.inverse(value2), end, TOLERANCE):
             raise NotBound
         return dataclasses.replace(old, terms=terms, offset=offset)

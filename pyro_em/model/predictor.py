@@ -3,13 +3,16 @@
 A design is kept in factored form: index and coefficient of a term lose every dim along which they are constant
 (index (K, 1), coefficient (1, N) for w (K, p) in `(w[z] * x).sum(-1)`), and nothing of size N·P is formed.
 
-Not handled: products of parameters.
+A positive parameter may enter by its logarithm: the θ of its terms is then log θ (`logarithmic`), so that products of
+positive parameters (r·exp(X b), a[i]·b[j]) are linear predictors behind exp.
+
+Not handled: products of other parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ class Term:
     parameter: str
     index: Tensor
     coefficient: Tensor
+    logarithmic: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +53,24 @@ class Predictor:
         """Names of the parameters of the terms, each once."""
         return tuple(dict.fromkeys(term.parameter for term in self.terms))
 
+    @property
+    def logarithmic(self) -> frozenset[str]:
+        """Parameters that enter by their logarithms."""
+        return frozenset(term.parameter for term in self.terms if term.logarithmic)
+
+    @property
+    def linear(self) -> bool:
+        """The argument itself is affine in the parameters themselves."""
+        return self.link.name == "identity" and not self.logarithmic
+
+    def coordinates(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the terms are linear in: the parameters, or their logarithms."""
+        return {n: params[n].log() if n in self.logarithmic else params[n] for n in self.parameters}
+
     def eta(self, params: Mapping[str, Tensor]) -> Tensor:
         """Linear predictor, shape of the argument, differentiable in `params`."""
         assert self.offset is not None
-        return linear_part(self.terms, params, self.offset)
+        return linear_part(self.terms, self.coordinates(params), self.offset)
 
     def argument(self, params: Mapping[str, Tensor]) -> Tensor:
         """The argument at `params`."""
@@ -68,7 +86,10 @@ class Predictor:
 
 
 def linear_part(terms: Sequence[Term], params: Mapping[str, Tensor], start: Tensor) -> Tensor:
-    """start + Σ c·θ[i]; terms of many cells that are outer products of the two by one matrix product for all."""
+    """start + Σ c·θ[i], θ in the coordinates of the terms.
+
+    Terms of many cells that are outer products of index and coefficient go by one matrix product for all.
+    """
     total = start
     outer: dict[tuple[torch.Size, torch.Size], list[Term]] = {}
     for term in terms:
@@ -105,4 +126,4 @@ def at_entry(term: Term, d: int) -> Term:
     index = term.index[..., min(d, term.index.shape[-1] - 1)]
     coefficient = term.coefficient
     own = coefficient[..., min(d, coefficient.shape[-1] - 1)] if coefficient.dim() else coefficient
-    return Term(term.parameter, index, own)
+    return replace(term, index=index, coefficient=own)

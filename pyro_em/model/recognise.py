@@ -10,7 +10,7 @@ entry's number. One double-vjp per parameter gives all codes. An argument is
                   exposure·rate[z]: r = 1; var[z].sqrt(): r = 1/2);
     exponential   ... and equals c·exp(r·θ_i);
     affine        a link of a linear predictor in several parameters jointly (affine.py);
-    opaque        anything else (a network, a product of parameters).
+    opaque        anything else (a network, a sum of products of parameters).
 
 A parameter-role sample site is also *used* by its own prior, as its value. A site whose distribution
 hides its arguments (an unknown family, a mixture, a flow) makes the parameters it depends on opaque.
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_em.charts import chart
+from pyro_em.charts import base_constraint, chart
 from pyro_em.derivatives import pulled_back
 from pyro_em.device import seeded_normal
 from pyro_em.model.affine import Point, find_predictor
@@ -101,9 +101,15 @@ def recognise(
         if name in priors:
             uses.append(_value_use(name, first.sites[name], hidden))
         found[name] = tuple(uses)
+    positive = {n for n, record in parameters.items() if _is_positive(record) and bool((at[n] > 0).all())}
     for slot in slots:
-        _affine_uses(slot, found, (first.leaves, second.leaves), (at, at2), generator)
+        _affine_uses(slot, found, (first.leaves, second.leaves), (at, at2), generator, positive)
     return found
+
+
+def _is_positive(record: ParameterRecord) -> bool:
+    constraint = base_constraint(record.constraint)
+    return getattr(constraint, "lower_bound", None) == 0 and not hasattr(constraint, "upper_bound")
 
 
 def _affine_uses(
@@ -112,6 +118,7 @@ def _affine_uses(
     leaves: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
     values: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
     generator: torch.Generator,
+    positive: set[str],
 ) -> None:
     """Put a predictor in place of the uses of one argument, if it has one and some of them are opaque."""
     own = {n: u for n, uses in found.items() for u in uses if (u.site, u.slot) == (slot.site, slot.argument)}
@@ -121,7 +128,9 @@ def _affine_uses(
         Point(argument, leaf, value)
         for argument, leaf, value in zip((slot.first, slot.second), leaves, values, strict=True)
     ]
-    predictor = find_predictor(slot.site, slot.argument, slot.event_dim, points[0], points[1], list(own), generator)
+    predictor = find_predictor(
+        slot.site, slot.argument, slot.event_dim, points[0], points[1], list(own), generator, positive
+    )
     if predictor is None:
         return
     for name in predictor.parameters:
