@@ -25,6 +25,7 @@ class LatentProblem:
     init: Mapping[str, Tensor]
     algorithm: str = "em"
     options: dict[str, Any] = field(default_factory=dict)
+    attained: bool = True  # the log-evidence has its maximum at variances above 0
 
     def start(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.init.items()}
@@ -67,24 +68,25 @@ def _build() -> list[LatentProblem]:
         P("repeated_vectors", z.repeated_vectors, (subject, treatment, dose, both, times),
           {"effect": _t([0.2, 0.1, 0.3]), "slope": _t(0.1), "shift": _t(0.2), "tau": _t([0.8, 0.5]),
            "sd": _t([1.0, 0.7]), "other": _t(0.9)}),
-        P("masked_factor", z.masked_factor, (x4, known), {"w": _t([1, 0.5, -0.5, 0.2]), "sd": _t([1, 1, 2, 1])}),
+        P("masked_factor", z.masked_factor, (x4, known), {"w": _t([1, 0.5, -0.5, 0.2]), "sd": _t([1, 1, 2, 1])},
+          attained=False),
         P("random_slopes", z.random_slopes, (days, subject, y),
           {"beta": _t([1.0, 0.3]), "D": _t([[1.0, 0.2], [0.2, 0.8]]), "s2": _t(0.5)}),
         P("random_intercepts", z.random_intercepts, (wide,), {"mu": _t(0.2), "tau": _t(0.9), "sd": one}),
         P("crossed", z.crossed, (row, column, cells), {"mu": _t(0.5), "sa": _t(0.8), "sc": _t(1.1), "sd": _t(0.7)}),
         P("nested", z.nested, (pupils,),
           {"mu": _t(0.5), "school_sd": one, "class_sd": _t(0.7), "sd": _t(0.6)}),
-        P("eight_schools", z.eight_schools, (schools, sigma), school_start),
-        P("eight_schools_event", z.eight_schools_event, (schools, sigma), school_start),
+        P("eight_schools", z.eight_schools, (schools, sigma), school_start, attained=False),
+        P("eight_schools_event", z.eight_schools_event, (schools, sigma), school_start, attained=False),
         P("common_shock", z.common_shock, (pairs,), {"tau": _t(0.8), "sd": _t(0.9)}),
         P("path_model", z.path_model, (pairs,), {"slope": _t(0.4), "sd": _t(0.9)}),
         P("two_sets", z.two_sets, (pairs[:, 0], wide[0]), {"mu": _t(0.2), "tau": one}),
         P("matches", z.matches, (home, away, margin), {"tau": _t(0.8), "sd": _t(1.1), "advantage": _t(0.1)}),
         P("mixture_of_factors", z.mixture_of_factors, (few,),
           {"w": half, "W": _t([[1, 0.5, 0.2], [0.3, -0.5, 1]]), "b": _t([[-1.0] * 3, [1.5] * 3]),
-           "sd": _t([1, 0.8, 1])}),
+           "sd": _t([1, 0.8, 1])}, attained=False),
         P("mixture_of_groups", z.mixture_of_groups, (groups,),
-          {"w": half, "mu": _t([-1, 1]), "tau": _t([0.5, 1.0]), "sd": _t([0.6, 1.2])}),
+          {"w": half, "mu": _t([-1, 1]), "tau": _t([0.5, 1.0]), "sd": _t([0.6, 1.2])}, attained=False),
         P("latent_first", z.latent_first, (pairs[:6, 0] * 3,), {"w": half, "mu": _t([-1, 2]), "tau": _t(0.7)}),
         P("schools_with_priors", z.schools_with_priors, (schools, sigma), {"mu": _t(3.0), "tau": _t(5.0)}, "map-em"),
     ]  # fmt: skip
