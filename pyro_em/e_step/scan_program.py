@@ -15,6 +15,7 @@ from pyro_em.e_step.product import Prepared
 from pyro_em.e_step.program import IMPOSSIBLE
 from pyro_em.e_step.scan_data import Emissions
 from pyro_em.e_step.scan_layout import alike, by_dim, over, whole_site
+from pyro_em.e_step.scan_short import Short
 from pyro_em.e_step.scan_states import StepStates, step_states
 from pyro_em.evidence.banded import Banded, is_short
 from pyro_em.evidence.blocked import BlockedPosterior, Blocks, Scratch, smooth_blocked
@@ -48,11 +49,16 @@ class ScanProgram:
     pair_weights: tuple[Tensor | None, ...]  # (L, M) each; zero where there is no next step
     kinds: Mapping[str, int]  # which of these multiplicities a latent's counts have
     banded: Banded | None  # for short chains
+    short: Short | None  # for those of them without weights, masks of states or looked up rows
     scratch: Scratch = field(default_factory=Scratch)
 
     def smooth(self, initial: Tensor, table: Tensor, prepared: Prepared) -> Found:
         """One E-step, from the initial distribution (K, 1), the transition table (K, K) and W."""
         blocks, emissions = self.blocks, self.emissions
+        if self.short is not None and not prepared.direct:
+            sums = self.short.smooth(initial, table, prepared.coefficients)
+            if sums is not None:
+                return Found(*sums)
         given = emissions.likelihood(prepared, self.scratch)
         if given is None:
             return self._impossible()
@@ -152,8 +158,14 @@ def compile_scan(problem: Problem, run: Run, component: Component) -> tuple[Scan
     for weights, distinct in ((first, initial), (later, pairs)):
         for name, weight in weights.items():
             kinds[name] = _place(weight, distinct)
+    weighted = any(w is not None for w in (chain_weight, *initial, *pairs))
+    quick = (
+        Short(banded, emissions.phi, emissions.base, states.num)
+        if banded is not None and not weighted and emissions.lookup is None
+        else None
+    )
     return ScanProgram(
-        component, own, emissions, blocks, chain_weight, tuple(initial), tuple(pairs), kinds, banded
+        component, own, emissions, blocks, chain_weight, tuple(initial), tuple(pairs), kinds, banded, quick
     ), joined
 
 

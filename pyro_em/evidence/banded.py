@@ -26,6 +26,7 @@ from pyro_em.evidence.blocked import BlockedPosterior, Blocks, Scratch, smooth_b
 from pyro_em.evidence.chain import LOWEST
 
 LOG_2 = math.log(2)
+HIGHEST = math.exp(-LOWEST)  # of a message: what is flushed in the other is then less than e^-100 of the posterior mass
 MOST = 300_000  # T·C·K² up to which the blocks' calls cost more than the solves
 
 
@@ -48,6 +49,7 @@ class Banded:
         strides = [8 * n for n in (2 * K * K * T, 2 * K * K, 2 * K - 1, 1)]
         self._links = np.lib.stride_tricks.as_strided(band[K:], (C, T - 1, K, K), strides)
         self._b, self._ends = np.empty((C, T, K)), np.empty((2, C, T, K))
+        self._columns = self._ends.reshape(2, -1, 1)
         self._states, self._right = np.empty((C, T, K)), np.zeros((C, T, K))
 
     def smooth(self, initial: Tensor, table: Tensor, likelihood: Tensor, scratch: Scratch) -> BlockedPosterior | None:
@@ -70,7 +72,19 @@ class Banded:
             self._factors, self._shift = np.exp2(-np.diff(shifts)).reshape(-1, 1), int(shifts[-1])
 
     def _solved(self, initial: np.ndarray, table: np.ndarray, likelihood: np.ndarray) -> BlockedPosterior | None:
-        """None if the messages leave the range of floats.
+        """None if the messages leave the range of floats; arguments as `messages`."""
+        found = self.messages(initial, table, likelihood)
+        if found is None:
+            return None
+        log_scale, states, alpha, right = found
+        return BlockedPosterior(torch.from_numpy(log_scale), *(torch.from_numpy(x.T) for x in (states, alpha, right)))
+
+    def messages(
+        self, initial: np.ndarray, table: np.ndarray, likelihood: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+        """`log_scale` (C,), then (C, T, K) each: posteriors of states, and the two factors of those of pairs.
+
+        β is divided by α's total, so that α ∘ β is the posterior. None if they leave the range of floats.
 
         :param initial: distribution of the first state, (K, C) or (K, 1).
         :param table: transition probabilities A, (K, K), rows to columns.
@@ -81,26 +95,22 @@ class Banded:
         np.multiply(b[:, 1:, None], -table, out=self._links)
         ends.fill(0.0)
         np.multiply(initial.T, b[:, 0], out=ends[0, :, 0])
-        ends[1, :, -1] = 1.0
-        forward, backward = ends.reshape(2, -1, 1)
+        forward, backward = self._columns
         solve = scipy.linalg.lapack.dtbtrs
         alpha = solve(self._matrix, forward, uplo="L", trans="N", diag="U", overwrite_b=1)[0].reshape(b.shape)
+        total = np.add.reduce(alpha[:, -1], -1)
+        smallest, largest = float(total.min()), float(total.max())
+        if not (smallest > 0 and math.isfinite(largest)):
+            return None
+        ends[1, :, -1] = 1 / total.reshape(-1, 1)
         beta = solve(self._matrix, backward, uplo="L", trans="T", diag="U", overwrite_b=1)[0].reshape(b.shape)
-        total = alpha[:, -1].sum(-1)
-        smallest, ahead, behind = float(total.min()), float(alpha.max()), float(beta.max())
-        if not (smallest > 0 and math.isfinite(ahead) and math.isfinite(behind)):
-            return None
         # What is flushed in one message, below e^-708, may meet the largest entry of the other.
-        ahead, behind = math.log(max(ahead, 1.0)), math.log(max(behind, 1.0))
-        if math.log(smallest) - ahead - behind < LOWEST or max(ahead, behind) > -LOWEST:
+        ahead, behind = float(np.maximum.reduce(alpha, None)), float(np.maximum.reduce(beta, None))
+        if not (ahead < HIGHEST and behind < HIGHEST):
             return None
-        scale = total.reshape(-1, 1, 1)
         np.multiply(alpha, beta, out=self._states)
-        self._states /= scale
         np.multiply(b[:, 1:], beta[:, 1:], out=right[:, :-1])
-        right /= scale
         mantissa, exponent = np.frexp(total)
         log_scale = np.log(mantissa) + (exponent + self._shift) * LOG_2
         self._set_rate(float(log_scale.mean()) / self.blocks.steps)
-        states, left, following = (torch.from_numpy(x.T) for x in (self._states, alpha, right))
-        return BlockedPosterior(torch.from_numpy(log_scale), states, left, following)
+        return log_scale, self._states, alpha, right
