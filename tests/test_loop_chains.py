@@ -65,7 +65,7 @@ def test_score_is_the_gradient_of_the_marginal_likelihood(problem: LoopProblem) 
     gradient = dict(zip(free, torch.autograd.grad(value, list(free.values())), strict=True))
     result = _fit(problem, max_iter=0)
     largest = largest_score(gradient, problem.init, support)
-    assert result.history["score"][0] * result.num_observations == pytest.approx(largest, rel=1e-8)
+    assert result.history["score"][0] * result.problem.graph.num_observations == pytest.approx(largest, rel=1e-8)
 
 
 @pytest.mark.parametrize("problem", [p for p in UNWEIGHTED if "ragged" not in p.name], ids=lambda p: p.name)

@@ -167,3 +167,37 @@ def test_partly_known_states(loop: Loop) -> None:
     if loop is pyro_em.markov:
         mode = result.posterior().mode()["z"]
         assert bool((mode == labels)[known].all())
+
+
+def test_series_inside_of_one_site_count_their_steps() -> None:
+    """n of BIC, for states that a distribution has inside: steps with data, times weights of the series."""
+    one = torch.eye(1)
+
+    def inside(y: Tensor) -> None:
+        mean = pyro.param("mean", torch.zeros(1))
+        normal, seen = (dist.MultivariateNormal(m, one) for m in (torch.zeros(1), mean))
+        with pyro.plate("series", len(y)):
+            pyro.sample("y", dist.GaussianHMM(normal, one, normal, one, seen, duration=y.shape[1]), obs=y)
+
+    def symbols(x: Tensor) -> None:
+        B = pyro.param("B", START["B"], constraint=simplex)
+        with pyro.plate("series", len(x)):
+            pyro.sample("x", dist.DiscreteHMM(START["pi"].log(), START["A"].log(), dist.Categorical(B)), obs=x)
+
+    def level(y: Tensor, seen: Tensor) -> None:
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("series", y.shape[1]):
+            x = torch.tensor(0.0)
+            for t in pyro_em.markov(len(y)):
+                x = pyro.sample(f"x_{t}", dist.Normal(x, scale))
+                with pyro.poutine.mask(mask=seen[t]):
+                    pyro.sample(f"y_{t}", dist.Normal(x, 1.0), obs=y[t])
+
+    y = torch.randn(3, 7, 1, generator=torch.Generator().manual_seed(0))
+    seen = torch.ones(7, 3, dtype=torch.bool)
+    seen[4:, 1] = False
+    weights = {"series": torch.tensor([1.0, 2.0, 0.0])}
+    assert pyro_em.fit(inside, y, max_iter=0).num_observations == 21
+    assert pyro_em.fit(symbols, (y[..., 0] > 0).long(), max_iter=0).num_observations == 21
+    assert pyro_em.fit(level, y[..., 0].mT, seen, max_iter=0).num_observations == 18
+    assert pyro_em.fit(level, y[..., 0].mT, seen, max_iter=0, weights=weights).num_observations == 7 + 2 * 4

@@ -274,3 +274,25 @@ def test_replays_are_the_code(model: Callable[..., Any], monkeypatch: pytest.Mon
     assert replayed.history["log_likelihood"] == ordinary.history["log_likelihood"]
     for name, value in ordinary.params.items():
         assert torch.equal(replayed.params[name], value)
+
+
+@pytest.mark.parametrize("most", [0, 10**6])
+def test_hidden_markov_sites(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`DiscreteHMM`, whose state before the first step is a latent of its own."""
+    monkeypatch.setattr(banded, "MOST", most)
+    y, _, _ = _data(70, 3)
+
+    def model() -> None:
+        pi, A = pyro.param("pi", rows(2).log()), pyro.param("A", rows(2, 2, seed=1).log())
+        mu = pyro.param("mu", torch.tensor([0.0, 3.0]))
+        with pyro.plate("series", 3):
+            pyro.sample("y", dist.DiscreteHMM(pi, A, dist.Normal(mu, 1.0)), obs=y.mT)
+
+    problem = bind(model, (), {}, with_prior=False)
+    engine, reference = TimedRows(problem), Interpreted(problem)
+    assert isinstance(engine.programs[0], RowProgram)
+    a, b = engine.e_step(problem.start), reference.e_step(problem.start)
+    assert a.log_likelihood == pytest.approx(b.log_likelihood, rel=1e-12)
+    for name in problem.graph.components[0].factors:
+        cells = b.sufficient.moments(name).moments[0].reshape(-1)
+        torch.testing.assert_close(a.sufficient.moments(name).moments[0].reshape(-1), cells, rtol=1e-11, atol=1e-11)

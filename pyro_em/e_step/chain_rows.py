@@ -26,6 +26,7 @@ from pyro_em.e_step.scan_program import leaving_weight
 from pyro_em.evidence.banded import Banded, is_short
 from pyro_em.evidence.blocked import BlockedPosterior, Blocks, Scratch, smooth_blocked
 from pyro_em.evidence.chain import smooth
+from pyro_em.evidence.ring import logsumexp
 from pyro_em.model.chained import ChainedLoop
 from pyro_em.model.compat import dims_of, with_dims
 from pyro_em.model.graph import Component, FactorGraph
@@ -40,7 +41,7 @@ class Smoothed:
 
     evidence: Tensor  # (2,): Σ w ll, Σ |w ll|
     counts: Tensor  # (kinds, S, S) expected transitions
-    first: Tensor  # (S, C) posterior of the first joint state
+    first: Tensor  # (X, S, C) posterior of the first joint state, and of what only it has
     rows: Tensor  # (E, (n - 1)·C) posterior of what the observed sites read
 
 
@@ -86,7 +87,7 @@ class RowProgram:
         return f"{blocks.chains} chains{joint} of {blocks.steps} steps, smoothed {how}, data row by row"
 
     def potentials(self, factors: Packed) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-potential of the first state (S, C), transition table (S, S), log-densities of the data (E, rows)."""
+        """Log-potential of the first state (X, S, C), transition table (S, S), log-densities of the data (E, rows)."""
         states, steps = self.states, self.blocks.steps - 1
         first = states.first([factors[n] for n in self.heads], self.lead, self.sizes)
         table = states.table([_constant(factors[n], self.loop.plate + self.lead) for n in self.tables])
@@ -102,11 +103,12 @@ class RowProgram:
         padded[:, C:-1] = rows
         density = self.scratch.array("likelihood", len(rows), cells)
         torch.index_select(padded, 1, self._order, out=density)
-        scales, shift = density.amax(0), first.amax(0)
+        start = logsumexp(first.movedim(0, -1))
+        scales, shift = density.amax(0), start.amax(0)
         if not (bool(scales.isfinite().all()) and bool(shift.isfinite().all())):
-            return self._impossible(len(rows))
+            return self._impossible(len(rows), len(first))
         likelihood = density.sub_(scales).exp_()
-        initial = (first - shift).exp()
+        initial = (start - shift).exp()
         total = initial.sum(0)
         initial = initial / total
         if states.row_of is not None:
@@ -118,12 +120,12 @@ class RowProgram:
             found = smooth_blocked(initial, table, likelihood, blocks, self.scratch)
         log_scale = scales.reshape(blocks.length, -1).sum(0).reshape(C, -1).sum(1) + shift + total.log()
         if found is None:
-            return self._unblocked(first, table, padded)
+            return self._unblocked(first, start, table, padded)
         pairs = torch.stack([table * _transitions(found, weight) for weight in self.weights])
         posterior = found.states.reshape(states.num, -1)
-        start = found.states[:, 0, :: blocks.per_chain].clone()
+        at_first = _given(first, start, found.states[:, 0, :: blocks.per_chain])
         seen = states.reduced(posterior).index_select(1, self._place[C:])
-        return Smoothed(self._evidence(found.log_scale + log_scale), pairs, start, seen)
+        return Smoothed(self._evidence(found.log_scale + log_scale), pairs, at_first, seen)
 
     def _evidence(self, terms: Tensor) -> Tensor:
         weight = self.chain_weight
@@ -131,7 +133,7 @@ class RowProgram:
             terms = torch.where(weight == 0, terms.new_zeros(()), terms * weight)
         return torch.stack([terms.sum(), terms.abs().sum()])
 
-    def _impossible(self, read: int) -> Smoothed:
+    def _impossible(self, read: int, alone: int) -> Smoothed:
         S, blocks = self.states.num, self.blocks
         evidence = torch.tensor([-math.inf, 0.0], dtype=torch.float64)
         counts = torch.zeros(len(self.weights), S, S, dtype=torch.float64)
@@ -142,19 +144,19 @@ class RowProgram:
             counts.new_zeros(read, len(self._place[blocks.chains :])),
         )
 
-    def _unblocked(self, first: Tensor, table: Tensor, padded: Tensor) -> Smoothed:
+    def _unblocked(self, first: Tensor, start: Tensor, table: Tensor, padded: Tensor) -> Smoothed:
         """Through chain.py, which has a route in log-space."""
         states, (n, C) = self.states, (self.blocks.steps, self.blocks.chains)
         unary = padded[:, :-1] if states.row_of is None else padded[:, :-1].index_select(0, states.row_of)
         unary = unary.reshape(-1, n, C).permute(1, 2, 0).contiguous()
-        unary[0] += first.mT
+        unary[0] += start.mT
         found = smooth(unary, table.log()[None, None])
         if not bool(found.log_evidence.isfinite().all()):
-            return self._impossible(len(padded))
+            return self._impossible(len(padded), len(first))
         posterior = found.unary.permute(2, 0, 1).reshape(states.num, -1)
         pairs = torch.stack([found.total_pairs(self._by_step(weight)) for weight in self.weights])
         seen = states.reduced(posterior)[:, C:].contiguous()
-        return Smoothed(self._evidence(found.log_evidence), pairs, found.unary[0].mT, seen)
+        return Smoothed(self._evidence(found.log_evidence), pairs, _given(first, start, found.unary[0].mT), seen)
 
     def _by_step(self, weight: Tensor | None) -> Tensor | None:
         n, C = self.blocks.steps, self.blocks.chains
@@ -183,6 +185,12 @@ class RowProgram:
         gone = [i for i, n in enumerate(wide.shape) if n == 1]
         names = "".join(d for i, d in enumerate("".join(symbols) + lead) if i not in gone)
         return with_dims(wide.reshape([n for n in wide.shape if n > 1]), names)
+
+
+def _given(first: Tensor, start: Tensor, posterior: Tensor) -> Tensor:
+    """Posterior (X, S, C) from that of the joint state (S, C), whose potentials are `first` and, summed, `start`."""
+    share = (first - torch.where(start.isfinite(), start, 0.0)).exp()
+    return share * posterior
 
 
 def _transitions(found: BlockedPosterior, weight: Tensor | None) -> Tensor:

@@ -9,9 +9,11 @@ reads. One table serves all steps and chains.
 The symbols of the loop's first h latents stand for "k steps back" in the factors of the later steps (model/chained.py);
 they also name the slots of the first joint state, s_{h-1}, of lag k - 1, and so those of the state before.
 
-Not here: tables that vary with time or between chains, latents of a first step that later ones do not have.
+Latents of the first steps alone (the state before the first one, in `DiscreteHMM`) stand left of the first joint state
+and are summed out of it. Not here: tables that vary with time or between chains.
 
-Shapes: S joint states, S' the same a step before, E states of what the observed sites read of s.
+Shapes: X states of latents of the first steps alone (often 1), S joint states, S' the same a step before, E states of
+what the observed sites read of s.
 """
 
 from __future__ import annotations
@@ -48,12 +50,14 @@ def laid(x: Tensor, names: Sequence[str | None], lead: str) -> Tensor:
 @dataclass(frozen=True)
 class Lagged:
     """Slots (latent, lag) of the joint state in order, latents by their symbol now; `back` are the symbols of a latent
-    k = 1, ..., h steps back; `read` the slots that observed sites read."""
+    k = 1, ..., h steps back; `read` the slots that observed sites read; `alone` latents of the first steps alone, with
+    their numbers of states."""
 
     slots: tuple[tuple[str, int], ...]
     sizes: tuple[int, ...]
     back: Mapping[tuple[str, int], str]
     read: tuple[int, ...]
+    alone: Mapping[str, int]
 
     @property
     def num(self) -> int:
@@ -116,15 +120,15 @@ class Lagged:
         return wide.index_select(1, self._latest) * self._possible
 
     def first(self, factors: Sequence[Tensor], lead: str, sizes: Sequence[int]) -> Tensor:
-        """Log-potential of the first joint state of every chain, (S, C), of all packed factors of the first steps.
+        """Log-potential of the first joint state of every chain, (X, S, C), of all packed factors of the first steps.
 
         :param lead: the chains' plates, of those sizes.
         """
         fixed = [i for i, name in enumerate(self.before) if name is None]
         total = torch.zeros((), dtype=torch.float64)
         for factor in factors:
-            total = total + laid(factor, self.before, lead)
-        total = total.expand(*self.sizes, *sizes).reshape(self.num, -1)
+            total = total + laid(factor, [*self.alone, *self.before], lead)
+        total = total.expand(*self.alone.values(), *self.sizes, *sizes).reshape(-1, self.num, math.prod(sizes))
         if not fixed:
             return total
         outside = (self._places[fixed] > 0).any(0).unsqueeze(1)
@@ -154,8 +158,9 @@ class Lagged:
         return _marginal(counts.reshape(*self.sizes, *self.sizes), names, dims)
 
     def of_first(self, posterior: Tensor, dims: str) -> tuple[Tensor, tuple[str, ...]]:
-        """Posterior of the first state (S, C) summed to the latents of a factor, chains last, and their order."""
-        return _marginal(posterior.reshape(*self.sizes, -1), self.before, dims)
+        """Posterior of the first state (X, S, C) summed to the latents of a factor, chains last, and their order."""
+        wide = posterior.reshape(*self.alone.values(), *self.sizes, -1)
+        return _marginal(wide, [*self.alone, *self.before], dims)
 
     def of_row(self, posterior: Tensor, dims: str) -> tuple[Tensor, tuple[str, ...]]:
         """Posterior of what is read (E, rows) summed to the latents of a factor, rows last, and their order."""
@@ -187,8 +192,8 @@ def lagged(
             if head is None:
                 raise NotCompiled(f"a first step without the latent '{name}' of the later ones")
             back[str(symbol[name]), k] = head
-    if len(later) * (h + 1) != len(symbol):
-        raise NotCompiled("latents outside of the loop, or of its first steps only")
+    known = {*back.values(), *(symbol[name] for name in later)}
+    alone = {str(own): sizes[str(own)] for own in symbol.values() if own not in known}
     slots: list[tuple[str, int]] = []
     read: list[int] = []
     for name in later:
@@ -205,7 +210,7 @@ def lagged(
             if any(named in dims_of(factors[n]) for n in emissions):
                 read.append(len(slots))
             slots.append((v, lag))
-    found = Lagged(tuple(slots), tuple(sizes[v] for v, _ in slots), back, tuple(read))
-    if found.num > MAX_STATES:
+    found = Lagged(tuple(slots), tuple(sizes[v] for v, _ in slots), back, tuple(read), alone)
+    if found.num * math.prod(alone.values()) > MAX_STATES:
         raise NotCompiled(f"{found.num} joint states of the steps that a step looks back at")
     return found

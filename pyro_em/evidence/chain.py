@@ -9,7 +9,8 @@ and the posteriors are α_{t-1} W_t β_t, up to a constant. Three ways to the me
     tree         products of neighbouring W_t, then of these, and so on; back down, every node passes α to
                  its second half and β to its first. 2 log T batched products, for short chains.
     two levels   blocks of time side by side, then from block to block (two_level.py); memory O(T·K).
-    log-space    the same with logsumexp; slower, and the only one without a certificate. Its pairs are a table.
+    log-space    the same with logsumexp; slower, and the only one without a certificate. Its pairs are formed in
+                 chunks of steps, when they are asked for.
 
 The first two work with scaled probabilities. A number below the smallest float is flushed to zero, which
 drops paths; their posterior mass is at most that number over the product of the scales it meets. So if that
@@ -21,6 +22,7 @@ Shapes: T steps, B chains, K states.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +33,7 @@ from pyro_em.evidence.two_level import LINEAR, LOG, Messages
 
 LOWEST = -600.0  # what is flushed, below e^-708, is then less than e^-100 of the posterior mass
 TREE = 500  # B·K² above which the arithmetic of the tree costs more than the calls it saves
+CELLS = 2**22  # of the tables of pairs that are held at once
 SHORT, LONG = 16, 2000  # steps between which the tree saves calls, and its memory does not matter
 
 
@@ -53,6 +56,11 @@ class ChainPosterior:
         """Posterior of neighbours, (T-1, B, K, K)."""
         return self.left.unsqueeze(-1) * self.table * self.right.unsqueeze(-2)
 
+    def before(self, begin: int, end: int) -> Tensor:
+        """Of some steps, weights of the state before each state after, (t, B, after, before)."""
+        table = self.table if len(self.table) == 1 else self.table[begin:end]
+        return self.left[begin:end].unsqueeze(-2) * table.mT
+
     def total_pairs(self, weight: Tensor | None) -> Tensor:
         """Weighted sum of `pairs` over steps and chains, (K, K); `weight` is (T-1, B)."""
         if self.table.shape[:2] != (1, 1):
@@ -60,6 +68,36 @@ class ChainPosterior:
             return (pairs if weight is None else weight[..., None, None] * pairs).sum((0, 1))
         left = self.left if weight is None else self.left * weight.unsqueeze(-1)
         return self.table[0, 0] * (left.flatten(0, 1).mT @ self.right.flatten(0, 1))
+
+
+class _LogPosterior(ChainPosterior):
+    """`left`, `table` and `right` are logarithms, up to one constant for every step and chain."""
+
+    def pairs(self) -> Tensor:
+        return self._between(0, len(self.left))
+
+    def before(self, begin: int, end: int) -> Tensor:
+        return self._between(begin, end).mT
+
+    def total_pairs(self, weight: Tensor | None) -> Tensor:
+        total = self.left.new_zeros(self.table.shape[-2:])
+        for begin, end in steps_of_cells(self.left, self.table):
+            own = self._between(begin, end)
+            total += (own if weight is None else weight[begin:end, :, None, None] * own).sum((0, 1))
+        return total
+
+    def _between(self, begin: int, end: int) -> Tensor:
+        table = self.table if len(self.table) == 1 else self.table[begin:end]
+        joint = self.left[begin:end].unsqueeze(-1) + table + self.right[begin:end].unsqueeze(-2)
+        total = torch.where(self.log_evidence.isfinite(), logsumexp(joint.flatten(-2)), -torch.inf)
+        return _normalised(joint.flatten(-2), total).unflatten(-1, table.shape[-2:])
+
+
+def steps_of_cells(messages: Tensor, pair: Tensor) -> Iterator[tuple[int, int]]:
+    """Ranges of steps (T-1, B, K) whose pairs together have about `CELLS` cells."""
+    count, B, _ = messages.shape
+    size = max(1, CELLS // (B * pair.shape[-1] * pair.shape[-2]))
+    yield from ((begin, min(count, begin + size)) for begin in range(0, count, size))
 
 
 def smooth(unary: Tensor, pair: Tensor) -> ChainPosterior:
@@ -192,16 +230,15 @@ def _after(left: Tensor, table: Tensor) -> Tensor:
 
 
 def _log_space(unary: Tensor, pair: Tensor) -> ChainPosterior:
-    K = unary.shape[-1]
     alpha, beta = Messages(LOG, unary[0], unary[1:], pair).forward_and_backward()
-    joint = alpha[:-1].unsqueeze(-1) + pair
-    step = logsumexp(joint.mT) + unary[1:]  # α of the next step before it is rescaled
-    log_evidence = logsumexp(unary[0]) + (logsumexp(step) - logsumexp(alpha[:-1])).sum(0)
+    left, right = alpha[:-1], unary[1:] + beta[1:]
+    rise = unary.new_zeros(unary.shape[1])
+    for begin, end in steps_of_cells(left, pair):
+        joint = left[begin:end].unsqueeze(-1) + (pair if len(pair) == 1 else pair[begin:end])
+        step = logsumexp(joint.mT) + unary[begin + 1 : end + 1]  # α of the next step before it is rescaled
+        rise += (logsumexp(step) - logsumexp(left[begin:end])).sum(0)
+    log_evidence = logsumexp(unary[0]) + rise
     log_evidence = torch.where(log_evidence.isnan(), -torch.inf, log_evidence)
-    possible = log_evidence.isfinite()
-    joint += (unary[1:] + beta[1:]).unsqueeze(-2)
-    pairs = _normalised(joint.flatten(-2), torch.where(possible, logsumexp(joint.flatten(-2)), -torch.inf))
     both = alpha + beta
-    posterior = _normalised(both, torch.where(possible, logsumexp(both), -torch.inf))
-    one = torch.ones_like(unary[1:])
-    return ChainPosterior(log_evidence, posterior, one, pairs.unflatten(-1, (K, K)), one)
+    posterior = _normalised(both, torch.where(log_evidence.isfinite(), logsumexp(both), -torch.inf))
+    return _LogPosterior(log_evidence, posterior, left, pair, right)

@@ -20,11 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_em.evidence.chain import ChainPosterior, smooth
+from pyro_em.evidence.chain import CELLS, ChainPosterior, smooth, steps_of_cells
 from pyro_em.evidence.ring import Elimination, logsumexp
 from pyro_em.evidence.two_level import MAX, Messages
-
-CELLS = 2**22  # of the tables of pairs that are held at once
 
 
 def chain_evidence(start: Tensor, unary: Tensor, pair: Tensor, elimination: Elimination) -> Tensor:
@@ -115,14 +113,9 @@ def best_path(unary: Tensor, pair: Tensor) -> tuple[Tensor, Tensor]:
 def drawn_path(posterior: ChainPosterior) -> Tensor:
     """One path (T, B) of every chain, drawn from its posterior."""
     last = _draw(posterior.unary[-1])
-    count, B, S = posterior.left.shape
-    maps = torch.empty(count, B, S, dtype=torch.int32)
-    chunk = max(1, CELLS // (B * S * S))
-    for begin in range(0, count, chunk):
-        end = min(count, begin + chunk)
-        table = posterior.table if len(posterior.table) == 1 else posterior.table[begin:end]
-        weights = posterior.left[begin:end].unsqueeze(-2) * table.mT  # (t, B, state at t+1, state at t)
-        maps[begin:end] = _draw(weights).to(torch.int32)
+    maps = torch.empty_like(posterior.left, dtype=torch.int32)
+    for begin, end in steps_of_cells(posterior.left, posterior.table):
+        maps[begin:end] = _draw(posterior.before(begin, end)).to(torch.int32)
     return followed(maps, last)
 
 
