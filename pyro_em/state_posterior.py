@@ -26,8 +26,8 @@ from pyro_em.families.chain import GaussianChainFamily
 from pyro_em.families.state_space import GaussianHMMFamily
 from pyro_em.model.density import clean_value
 from pyro_em.model.trace import SiteRecord
+from pyro_em.state_space.chunked import states
 from pyro_em.state_space.linear_gaussian import Smoothed, regression_on_seen, symmetric
-from pyro_em.state_space.smoother import smooth
 from pyro_em.state_space.steps import gain
 
 
@@ -54,7 +54,7 @@ class StatePosterior:
 
     @cached_property
     def _smoothed(self) -> Smoothed:
-        return smooth(self.chain)
+        return states(self.chain)
 
     def _unflat(self, x: Tensor) -> Tensor:
         return x.expand(self.batch.numel(), *x.shape[1:]).reshape((*self.batch, *x.shape[1:]))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.state_space import kalman
+from pyro_em.state_space.chunked import states
 from pyro_em.state_space.linear_gaussian import Chain, ChainMoments, LinearMoments, chain_moments
 from pyro_em.state_space.smoother import smooth
 from pyro_em.state_space.steady import steady_moments
@@ -87,22 +88,31 @@ SHAPES: list[dict[str, Any]] = [
     {"S": 2, "T": 2, "D": 2, "P": 1},
     {"S": 3, "T": 70, "D": 3, "P": 2},
     {"S": 40, "T": 5, "D": 1, "P": 1},
+    {"S": 2, "T": 70, "D": 2, "P": 2, "missing": True},
     {"S": 1, "T": 100, "D": 2, "P": 2, "varying": True, "missing": True},
     {"S": 2, "T": 60, "D": 3, "P": 2, "varying": True, "missing": True, "singular": True},
 ]
 
 
+both = pytest.mark.parametrize("smoother", [smooth, states], ids=["torch", "numpy"])
+
+
+@both
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_joint_normal(shape: dict[str, Any]) -> None:
+def test_the_joint_normal(shape: dict[str, Any], smoother: Any) -> None:
     chain = random_chain(**shape)
     log_evidence, mean, covariance, lag = dense(chain)
-    found = smooth(chain)
+    found = smoother(chain)
     close = {"rtol": 1e-10, "atol": 1e-10}
     torch.testing.assert_close(kalman.log_evidence(chain), log_evidence, **close)
     torch.testing.assert_close(found.log_evidence, log_evidence, **close)
     torch.testing.assert_close(found.mean, mean, **close)
-    torch.testing.assert_close(found.covariance, covariance, **close)
-    torch.testing.assert_close(found.lag, lag, **close)
+    torch.testing.assert_close(found.covariance.expand_as(covariance), covariance, **close)
+    torch.testing.assert_close(found.lag.expand_as(lag), lag, **close)
+    filtered = smooth(chain)  # the last filtered state is the last smoothed one: its filter is its own oracle
+    for name in ("filtered_mean", "filtered_covariance", "step_log_evidence"):
+        own, other = getattr(found, name), getattr(filtered, name)
+        torch.testing.assert_close(own.expand_as(other), other, **close)
     assert torch.equal(found.covariance, found.covariance.mT)
     assert float(torch.linalg.eigvalsh(found.covariance).min()) > -1e-13
     torch.testing.assert_close(found.step_log_evidence.sum(1), log_evidence, **close)
@@ -115,6 +125,7 @@ def test_one_step() -> None:
     truth = torch.distributions.MultivariateNormal(mean, own).log_prob(chain.y[:, 0])
     torch.testing.assert_close(kalman.log_evidence(chain), truth)
     assert smooth(chain).lag.shape == (2, 0, 2, 2)
+    torch.testing.assert_close(states(chain).log_evidence, truth)
     torch.testing.assert_close(steady_moments(chain).log_evidence, truth)
 
 
@@ -166,7 +177,8 @@ def test_steady_moments_are_the_sums_of_the_smoothed_ones(shape: dict[str, Any],
             torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-9)
 
 
-def test_a_diffuse_start_keeps_its_digits() -> None:
+@both
+def test_a_diffuse_start_keeps_its_digits(smoother: Any) -> None:
     """Against the joint precision matrix, where a variance of 1e9 is a small number and nothing cancels."""
     chain = dataclasses.replace(random_chain(S=1, T=20, D=2, P=2), covariance=1e9 * torch.eye(2)[None])
     given = (chain.A, chain.Q, chain.C, chain.R)
@@ -179,12 +191,13 @@ def test_a_diffuse_start_keeps_its_digits() -> None:
             move = eye[t] - A @ eye[t - 1]
             precision = precision + move.mT @ Q @ move
     truth = torch.linalg.inv(precision).reshape(20, 2, 20, 2)
-    found = smooth(chain)
+    found = smoother(chain)
     for t in range(20):
         torch.testing.assert_close(found.covariance[0, t], truth[t, :, t], rtol=1e-6, atol=1e-9)
 
 
-def test_statsmodels_with_missing_cells() -> None:
+@both
+def test_statsmodels_with_missing_cells(smoother: Any) -> None:
     from statsmodels.tsa.statespace.kalman_smoother import KalmanSmoother
 
     chain = random_chain(S=1, T=90, D=2, P=2, missing=True)
@@ -197,7 +210,7 @@ def test_statsmodels_with_missing_cells() -> None:
     peer["state_cov"] = chain.Q[0, 0].numpy()
     peer.initialize_known(chain.mean[0].numpy(), chain.covariance[0].numpy())
     truth = peer.smooth()
-    found = smooth(chain)
+    found = smoother(chain)
     assert float(found.log_evidence) == pytest.approx(truth.llf, rel=1e-9)
     np.testing.assert_allclose(found.mean[0].T, truth.smoothed_state, atol=1e-9)
     np.testing.assert_allclose(found.covariance[0].permute(1, 2, 0), truth.smoothed_state_cov, atol=1e-9)
@@ -207,6 +220,6 @@ def test_statsmodels_with_missing_cells() -> None:
 def test_an_observed_step_without_noise_is_named() -> None:
     chain = random_chain(S=2, T=6, D=2, P=1)
     still = dataclasses.replace(chain, Q=0 * chain.Q, R=0 * chain.R, covariance=0 * chain.covariance)
-    for run in (kalman.log_evidence, smooth, steady_moments):
+    for run in (kalman.log_evidence, smooth, states, steady_moments):
         with pytest.raises(SingularInnovation, match="step 0"):
             run(still)

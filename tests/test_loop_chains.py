@@ -212,3 +212,12 @@ def test_other_loops_are_left_to_other_routes() -> None:
     for normal in (True, False):
         with pytest.raises(Refusal, match="'x_"):
             pyro_em.fit(bent, torch.rand(4), normal)
+
+
+def test_rounding_of_long_series_is_no_failed_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """∂Q/∂u at the argmax grows with the steps: closed forms stay closed, nothing is maximised by Newton's method."""
+    monkeypatch.setattr("pyro_em.m_step.auto.maximise", lambda *_, **__: pytest.fail("the certificate failed"))
+    g, problem = torch.Generator().manual_seed(0), BY_NAME["controlled"]
+    y, u = torch.cumsum(torch.randn(10_000, generator=g), 0), torch.randn(10_000, 2, generator=g)
+    result = pyro_em.fit(problem.model, y, u, init=problem.start(), max_iter=2, tol=0)
+    assert (np.diff(result.history["objective"]) > 0).all()

@@ -29,8 +29,8 @@ from pyro_em.families.state_space import reduced, varies
 from pyro_em.kernels import Kernel, PowerKernel
 from pyro_em.shapes import broadcast_shapes
 from pyro_em.state_space import kalman
+from pyro_em.state_space.chunked import states
 from pyro_em.state_space.linear_gaussian import Chain, LinearMoments, chain_moments, outer, symmetric
-from pyro_em.state_space.smoother import smooth
 from pyro_em.state_space.steady import steady_moments
 
 HEADS = 4
@@ -75,7 +75,7 @@ class GaussianChainFamily(Family):
             }
             log_evidence = found.log_evidence
         else:
-            all_steps = chain_moments(chain, smooth(chain))
+            all_steps = chain_moments(chain, states(chain))
             made = own.split(all_steps.initial, all_steps.transition, all_steps.observation, w)
             log_evidence = all_steps.log_evidence
         parts: list[Tensor] = []

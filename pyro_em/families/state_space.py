@@ -27,8 +27,8 @@ from pyro_em.families.linear_gaussian import NOISE, PACKED, LinearSite, noise_co
 from pyro_em.kernels import Kernel, PowerKernel
 from pyro_em.shapes import broadcast_shapes
 from pyro_em.state_space import kalman
+from pyro_em.state_space.chunked import states
 from pyro_em.state_space.linear_gaussian import Chain, LinearMoments, chain_moments
-from pyro_em.state_space.smoother import smooth
 from pyro_em.state_space.steady import steady_moments
 from pyro_em.state_space.steps import SingularInnovation
 
@@ -76,7 +76,7 @@ class GaussianHMMFamily(Family):
         if chain.wholly_shared:
             found = steady_moments(chain, w)
         else:
-            found = chain_moments(chain, smooth(chain))
+            found = chain_moments(chain, states(chain))
             late = found.observation  # the state before the first transition is not observed
             found = type(found)(
                 found.log_evidence,

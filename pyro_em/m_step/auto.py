@@ -12,6 +12,7 @@ identity), which is what the stopping rule reads.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from pyro_em.m_step.newton import Newton
 from pyro_em.m_step.numeric import NEWTON_LIMIT, Block, ascend, ascend_with, maximise
 from pyro_em.m_step.rows import Rows
 from pyro_em.m_step.separate import Separate
+from pyro_em.model.counting import num_rows
 from pyro_em.model.use import Use
 from pyro_em.problem import Problem
 from pyro_em.sufficient import Sufficient, raw_arguments
@@ -143,7 +145,7 @@ class MStep:
             empty |= found
             if not self._coupled:
                 return params, empty - self.collinear
-            certificate = self.closed_score(params, sufficient) / _elements(self.problem)
+            certificate = self.closed_score(params, sufficient) / self._elements
             if bool(certificate <= certificate_bound(params)):
                 return params, empty - self.collinear
             if all(torch.equal(before[n], params[n]) for n in self.free):
@@ -158,6 +160,13 @@ class MStep:
             found |= block.diverging(params, opened(expectation))
         return found
 
+    @cached_property
+    def _elements(self) -> float:
+        """Elements of the data plates, or steps of longer series: the rounding of ∂Q/∂u grows with them."""
+        graph = self.problem.graph
+        rows = num_rows(graph, self.problem.capture)
+        return max(graph.num_observations, *(loop.loop.steps for loop in graph.loops), rows)
+
     @property
     def coupled(self) -> bool:
         """One round of closed forms is not the joint argmax: rounds are repeated, under a certificate."""
@@ -171,7 +180,7 @@ class MStep:
         sufficient = opened(expectation)
         self._count += 1
         check = self._coupled or self._count <= 3 or self._count % 10 == 0
-        scale = _elements(self.problem)
+        scale = self._elements
         bound = certificate_bound(params)
         certificate, empty = None, set()
         rounds = 0
@@ -240,8 +249,3 @@ def _block(params: Params, expectation: Expectation, names: tuple[str, ...]) -> 
 
 def _largest(x: Tensor) -> float:
     return float(x.abs().max()) if x.numel() else 0.0
-
-
-def _elements(problem: Problem) -> float:
-    """Elements of the data plates, or steps of a longer loop over time: the rounding of ∂Q/∂u grows with them."""
-    return max(problem.graph.num_observations, *(loop.loop.steps for loop in problem.graph.loops), 0.0)

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_em.state_space.blocks import KEPT, Blocks, smoothed
+from pyro_em.state_space.chunked import states
 from pyro_em.state_space.linear_gaussian import Chain, ChainMoments, LinearMoments, chain_moments
 from pyro_em.state_space.riccati import filter_gains, smoothed_sums
 from pyro_em.state_space.scan import scan
-from pyro_em.state_space.smoother import smooth
 from pyro_em.state_space.steps import LOG_2PI, SingularInnovation
 
 Array = NDArray[np.float64]
@@ -158,8 +158,8 @@ def _array(y: Tensor) -> Array:
 
 
 def _step_by_step(chain: Chain, w: Tensor) -> tuple[Array, Array]:
-    """The same by `smoother.py`."""
-    found = chain_moments(chain, smooth(chain))
+    """The same from the states themselves (`chunked.py`)."""
+    found = chain_moments(chain, states(chain))
 
     def summed(own: LinearMoments, begin: int, end: int | None) -> LinearMoments:
         parts = (x[:, begin:end].expand(len(w), -1, *x.shape[2:]) for x in vars(own).values())
