@@ -113,16 +113,17 @@ def hand_written(problem: Regressions) -> Fit:
     return fit
 
 
-def _workload(name: str, title: str, poisson: bool, counts: tuple[int, int]) -> Paired:
+def _workload(name: str, title: str, poisson: bool, updates: int) -> Paired:
     return Paired(
         name,
         f"{title}, N=200,000 P=10 K=5",
         lambda tiny: regressions(*((200, 2, 2) if tiny else (200_000, 5, 10)), poisson=poisson),
-        {OURS: Entry(ours, counts), "hand-written NumPy": Entry(hand_written, counts, 1.0)},
+        # Beyond all attempts to record our EM map (pyro_em/evaluator.py), and where Newton takes equally many steps.
+        {OURS: Entry(ours, (20, 20 + updates)), "hand-written NumPy": Entry(hand_written, (20, 20 + updates), 1.0)},
     )
 
 
 WORKLOADS = (
-    _workload("regressions", "Mixture of linear regressions", False, (2, 22)),
-    _workload("poisson-regressions", "Mixture of Poisson regressions", True, (2, 12)),
+    _workload("regressions", "Mixture of linear regressions", False, 20),
+    _workload("poisson-regressions", "Mixture of Poisson regressions", True, 10),
 )

@@ -49,8 +49,12 @@ def _bound(case: Case) -> Problem:
     return bind(case.model, case.args, {}, with_prior=case.priors, weights=weights)
 
 
+@pytest.mark.parametrize("large", [False, True], ids=["", "as_a_large_one"])
 @pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
-def test_equals_the_reference(case: Case) -> None:
+def test_equals_the_reference(case: Case, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if large:  # sums and softmax in place
+        monkeypatch.setattr("pyro_em.e_step.predicted.LARGE", 1)
+        monkeypatch.setattr("pyro_em.softmax.FEW", 1)
     problem = _bound(case)
     algorithm = "map-em" if case.priors else "em"
     engine, reference = choose_engine(problem, MStep(problem, "auto", algorithm)), Interpreted(problem)

@@ -37,12 +37,14 @@ from pyro_em.model.trace import SiteRecord
 from pyro_em.model.use import VALUE
 from pyro_em.problem import Problem
 from pyro_em.shapes import broadcast_shapes
+from pyro_em.softmax import softmax, softmax_
 from pyro_em.statistics import SiteMoments, argument_cells, site_center, site_moments, site_weight
 from pyro_em.sufficient import Arguments, Sufficient, raw_arguments
 from pyro_em.types import Params
 
 MAX_STATES = 1024  # joint states of the latents of one row
 LOG_2PI = math.log(2 * math.pi)
+LARGE = 2**17  # cells of a table; recordings are of smaller ones
 
 
 class Reader:
@@ -124,8 +126,9 @@ class Predicted:
         with torch.no_grad():
             arguments, etas = self._arguments(params)
             sites = self._sites(params)
-            factors = {n: self._density(s, arguments[n], etas) for n, s in sites.items() if n not in graph.priors}
-            found = [self._posterior(component, factors) for component in graph.components]
+            ours: set[str] = set()
+            factors = {n: self._density(s, arguments[n], etas, ours) for n, s in sites.items() if n not in graph.priors}
+            found = [self._posterior(component, factors, ours) for component in graph.components]
             likelihood = sum((p.log_likelihood for p in found), zero)
             magnitude = sum((p.magnitude for p in found), zero)
             for name in graph.constants:
@@ -171,14 +174,15 @@ class Predicted:
         return arguments, etas
 
     def _density(
-        self, site: SiteRecord, arguments: Mapping[str, Tensor], etas: Mapping[tuple[str, str], Tensor]
+        self, site: SiteRecord, arguments: Mapping[str, Tensor], etas: Mapping[tuple[str, str], Tensor], ours: set[str]
     ) -> Tensor:
-        """Packed log-density of a site."""
+        """Packed log-density of a site; `ours` collects those in memory that nothing else reads."""
         plain = site.mask is None and site.element_mask is None and not site.element_dims
         if plain and isinstance(site.family, NormalFamily) and (site.name, "loc") in etas:
             z, scale = clean_value(site) - arguments["loc"], arguments["scale"]
             z = z.div_(scale) if broadcast_shapes(z.shape, scale.shape) == z.shape else z / scale
             density = z.mul_(z).mul_(-0.5).sub_(scale.log() + 0.5 * LOG_2PI)
+            ours.add(site.name)
             return pack(density.expand(site.batch_shape), site.symbols)
         reader = self.readers.get((site.name, "rate"))
         if plain and isinstance(site.family, PoissonFamily) and reader is not None and _is_exp(reader.predictor):
@@ -186,35 +190,49 @@ class Predicted:
             if site.name not in self._base:
                 self._base[site.name] = torch.lgamma(value + 1)
             density = (value * etas[site.name, "rate"]).sub_(arguments["rate"]).sub_(self._base[site.name])
+            ours.add(site.name)
             return pack(density.expand(site.batch_shape), site.symbols)
         return packed_log_density(dataclasses.replace(site, arguments=dict(arguments)))
 
-    def _posterior(self, component: Component, factors: Mapping[str, Tensor]) -> _Posterior:
-        """log Z of a component, and the posterior of each of its factors."""
+    def _posterior(self, component: Component, factors: Mapping[str, Tensor], ours: set[str]) -> _Posterior:
+        """log Z of a component, and the posterior of each of its factors.
+
+        Of large tables there is one: log-densities are summed, and become responsibilities, where the first of `ours`
+        lies. Each that is allocated anew is given back to the system and faulted in again at the next E-step.
+        """
         graph = self.problem.graph
         symbols = "".join(sorted(component.symbols))
         dims = symbols + "".join(d for d in graph.plate_names if d in component.root)
         total: Tensor | None = None
+        whose = False  # whether the total's memory is ours
         for name in component.factors:
             factor = factors[name]
             inner = [i for i, d in enumerate(dims_of(factor)) if d not in dims]
             kept = "".join(d for d in dims_of(factor) if d in dims)
-            own = align(with_dims(factor.sum(inner) if inner else factor, kept), dims)
-            total = own if total is None else total + own
+            summand = align(with_dims(factor.sum(inner) if inner else factor, kept), dims)
+            if total is None:
+                total, whose = summand, name in ours
+            elif _holds(total, summand, whose):
+                total += summand
+            elif _holds(summand, total, name in ours):
+                total, whose = summand.add_(total), True
+            else:
+                total, whose = total + summand, True
         assert total is not None
         shape = total.shape
         log_joint = total.reshape(math.prod(shape[: len(symbols)]), -1)
-        peak = log_joint.amax(0)
-        if not bool(peak.isfinite().all()):
-            infinite = peak.new_full((), math.inf).double()
+        if whose and log_joint.numel() >= LARGE and log_joint.is_contiguous():
+            r, lse = log_joint, softmax_(log_joint)
+        else:
+            r, lse = softmax(log_joint)
+        if not bool(lse.isfinite().all()):
+            infinite = lse.new_full((), math.inf).double()
             return _Posterior(-infinite, infinite, {})
-        r = torch.softmax(log_joint, 0)
-        # softmax leaves max R = exp(max L - lse), so that lse costs no second pass over exp.
-        lse = (peak - r.amax(0).log()).reshape(shape[len(symbols) :])
+        lse = lse.reshape(shape[len(symbols) :])
         terms = with_dims(lse, dims[len(symbols) :])
         likelihood = weighted_sum(terms, component.weight)
         magnitude = weighted_sum(with_dims(lse.abs(), dims_of(terms)), component.weight)
-        joint = r.reshape(shape)
+        joint = r[: len(log_joint)].reshape(shape)
         weights = {}
         for name in component.factors:
             own_dims = [d for d in dims if d in graph.factors[name].dims]
@@ -223,6 +241,13 @@ class Predicted:
                 joint.sum(gone) if gone else joint, "".join(d for i, d in enumerate(dims) if i not in gone)
             )
         return _Posterior(likelihood, magnitude, weights)
+
+
+def _holds(table: Tensor, other: Tensor, whose: bool) -> bool:
+    """Whether `other` may be added to this large table in place."""
+    if not whose or table.numel() < LARGE or not table.is_contiguous():
+        return False
+    return broadcast_shapes(table.shape, other.shape) == table.shape
 
 
 def _is_exp(predictor: Predictor) -> bool:
