@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -42,6 +43,8 @@ from pyro_em.types import Model
 MIN_CELLS = 2**16  # of all rows: fewer are not worth the run that this takes
 MIN_ROWS, MIN_SAVED = 1024, 8  # rows, and rows for each pseudo-row
 CHUNK = 4096  # rows
+LOOK = 1000  # rows that say where the others are
+NEAR = 4.0  # squared mean, in variances, up to which it need not be taken off
 
 
 class _NotAlike(Exception):
@@ -246,26 +249,30 @@ def pseudo_rows(parts: list[Tensor], weight: Tensor | None = None) -> Tensor | N
     >>> pseudo_rows([torch.tensor([[1.0], [3.0], [5.0]], dtype=torch.float64)]).var(0, correction=0)
     tensor([2.6667], dtype=torch.float64)
     """
-    count = len(parts[0])
+    count, step = len(parts[0]), max(1, len(parts[0]) // LOOK)
     total = float(count if weight is None else weight.sum())
-    means = [part.mean(0) if weight is None else (weight @ part) / total for part in parts]
-    mean = torch.cat(means)
-    size = len(mean)
-    if not bool(mean.isfinite().all()):
-        return None
+    if weight is None:
+        few = torch.cat([part[::step] for part in parts], -1)
+        center = few.mean(0)
+        # Of rows around 0 sums of squares lose nothing; others are shifted to where they are, which need not be exact.
+        shifted = len(parts) > 1 or not bool((center.square() <= NEAR * few.var(0)).all())
+        center = center if shifted else torch.zeros_like(center)
+    else:  # a few of the rows may be all that counts
+        center, shifted = torch.cat([(weight @ part) / total for part in parts]), True
+    size = len(center)
     scatter, rest = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
-    buffer = torch.empty(min(CHUNK, count), size, dtype=torch.float64)
+    buffer = torch.empty(min(CHUNK, count), size, dtype=torch.float64) if shifted else None
     for begin in range(0, count, CHUNK):
-        block = buffer[: min(CHUNK, count - begin)]
-        column = 0
-        for part in parts:
-            width = part.shape[1]
-            torch.sub(part[begin : begin + CHUNK], mean[column : column + width], out=block[:, column : column + width])
-            column += width
-        heavy = block if weight is None else block * weight[begin : begin + CHUNK].unsqueeze(-1)
-        scatter.addmm_(heavy.mT, block)
-        rest += heavy.sum(0)
-    rest /= total  # what rounding left of the mean
+        block = parts[0][begin : begin + CHUNK]
+        if buffer is not None:
+            torch.cat([part[begin : begin + CHUNK] for part in parts], -1, out=buffer[: len(block)])
+            block = buffer[: len(block)].sub_(center)
+        squares, sums = _products(block, None if weight is None else weight[begin : begin + CHUNK])
+        scatter += squares
+        rest += sums
+    if not (bool(rest.isfinite().all()) and bool(scatter.isfinite().all())):
+        return None
+    rest /= total  # what is left of the mean
     scatter -= total * torch.outer(rest, rest)
     root, failed = torch.linalg.cholesky_ex(scatter)
     if bool(failed):  # cells that are constant, or combinations of others
@@ -273,4 +280,15 @@ def pseudo_rows(parts: list[Tensor], weight: Tensor | None = None) -> Tensor | N
         root = vectors * values.clamp(min=0).sqrt()
     if not bool(root.isfinite().all()):
         return None
-    return mean + rest + simplex(size) @ root.mT / math.sqrt(total)
+    return center + rest + simplex(size) @ root.mT / math.sqrt(total)
+
+
+def _products(rows: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rowsᵀ rows and the sums of the columns; NumPy sees that a matrix meets itself, which is half of the work."""
+    if weight is not None:
+        heavy = rows * weight.unsqueeze(-1)
+        return heavy.mT @ rows, heavy.sum(0)
+    if rows.device.type != "cpu":
+        return rows.mT @ rows, rows.sum(0)
+    own = rows.numpy()
+    return torch.from_numpy(own.T @ own), torch.from_numpy(np.ones(len(own)) @ own)

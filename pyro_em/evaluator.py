@@ -23,7 +23,7 @@ from pyro_em.m_step.auto import MStep, NotCertified
 from pyro_em.recordings import Around, Evaluated, Mapped, Recording, Request, Whole, generation_of
 from pyro_em.tape import NotRecorded
 
-WARM = 5  # ordinary evaluations before a recording, which costs about ten of them; caches are filled by then
+WARM = 3  # ordinary evaluations before a recording, which costs a few of them; caches are filled by then
 REFRESH = 100
 FAILURES = 3  # to record, after which it is not tried again: some E-steps do more than others (an error estimate)
 DEVIATIONS = 3  # calls in a row in which no replay held, after which the new way is recorded

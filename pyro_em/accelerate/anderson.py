@@ -66,16 +66,17 @@ class Anderson:
 
     def _mixed(self) -> Tensor:
         """u' (P,); not finite if some point is not."""
-        points, maps = (torch.stack(p, -1) for p in zip(*self._points, strict=True))  # (P, k + 1)
+        # Small matrices: NumPy's calls take a third of the time of torch's.
+        points, maps = (np.stack([x.numpy() for x in p], -1) for p in zip(*self._points, strict=True))  # (P, k + 1)
         residuals = maps - points
-        if not bool(residuals.isfinite().all()):
-            return torch.full_like(points[:, -1], torch.nan)
-        left, singular, right = torch.linalg.svd(residuals.diff(dim=-1), full_matrices=False)
+        if not np.isfinite(residuals).all():
+            return torch.full((len(points),), torch.nan, dtype=torch.float64)
+        left, singular, right = np.linalg.svd(residuals[:, 1:] - residuals[:, :-1], full_matrices=False)
         kept = singular > RANK * singular[:1]
-        singular, target = singular[kept], (left.mT @ residuals[:, -1])[kept]
-        penalty = ridge(singular.numpy(), target.numpy(), share=1 / (1 + GROWTH**-self._accepted))
-        gamma = right.mT[:, kept] @ (singular * target / (singular**2 + penalty))
-        return maps[:, -1] - maps.diff(dim=-1) @ gamma
+        singular, target = singular[kept], (left.T @ residuals[:, -1])[kept]
+        penalty = ridge(singular, target, share=1 / (1 + GROWTH**-self._accepted))
+        gamma = right.T[:, kept] @ (singular * target / (singular**2 + penalty))
+        return torch.from_numpy(maps[:, -1] - (maps[:, 1:] - maps[:, :-1]) @ gamma)
 
 
 def ridge(singular: NDArray[np.float64], target: NDArray[np.float64], share: float) -> float:

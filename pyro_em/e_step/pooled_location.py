@@ -202,11 +202,19 @@ class PooledLocation(Location):
         return self._regressors.mT @ self._regressors
 
     def precision(self) -> Tensor:
+        assert self._block is not None
+        flat = torch.zeros(self._size**2, dtype=torch.float64).index_add(0, self._block.target, self._pair_values())
+        return flat.reshape(self._size, self._size)
+
+    def coupled(self, rows: Tensor, columns: Tensor, count: int) -> Tensor:
+        """As `Location.coupled`."""
+        one, other = self.coupling()
+        return torch.zeros(count, dtype=torch.float64).index_add(0, rows[one] + columns[other], self._pair_values())
+
+    def _pair_values(self) -> Tensor:
         block = self._block
         assert block is not None
-        own = block.product * self._gram.reshape(-1)[block.regressors] * self._precision.reshape(-1)[block.cells]
-        flat = torch.zeros(self._size**2, dtype=torch.float64).index_add(0, block.target, own)
-        return flat.reshape(self._size, self._size)
+        return block.product * self._gram.reshape(-1)[block.regressors] * self._precision.reshape(-1)[block.cells]
 
     def coupling(self) -> Tensor:
         """As `Location.coupling`: the pairs of entries whose precision is summed."""

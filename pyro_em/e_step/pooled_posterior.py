@@ -153,7 +153,7 @@ def _solve(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> _Solved:
 def _residual(site: PooledSite, C: Tensor, ones: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """d (U, V₁, P, c) and T (U, V₁, P, K) of a site, not divided by its noise."""
     shared = C[: site.shared * (size + 1)].reshape(site.shared, size + 1, site.cells)
-    d = torch.einsum("umv,vp,uc->umpc", site.pooled.design, shared[:, 0], ones)
+    d = (site.pooled.design @ shared[:, 0]).unsqueeze(-1) * ones[:, None, None]
     if site.alone:
         alone = C[site.shared * (size + 1) :]
         d = d + torch.einsum("umvc,vp->umpc", site.pooled.data[:, :, : site.alone], alone)

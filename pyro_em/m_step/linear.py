@@ -18,7 +18,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import constraints
@@ -35,6 +34,7 @@ from pyro_em.m_step.location import (
     total_moments,
 )
 from pyro_em.m_step.moving import designs_at, run_at_atoms
+from pyro_em.m_step.parts import cells_of, parts_of
 from pyro_em.m_step.unit import connected, weight_of
 from pyro_em.model.predictor import at_entry
 from pyro_em.model.trace import Run, SiteRecord
@@ -108,10 +108,9 @@ class Linear:
     def update(self, params: Params, sufficient: Sufficient) -> tuple[Params, set[str]]:
         """θ + Λ⁻¹g."""
         gradient = self.gradient(params, sufficient)
-        precision = self.precision(params, sufficient)
         step, empty = torch.zeros_like(gradient), set()
-        for part in self._parts(sufficient):
-            own = precision[part.unsqueeze(-1), part.unsqueeze(-2)]
+        parts = self._parts(sufficient)
+        for part, own in zip(parts, self._blocks(parts, params, sufficient), strict=True):
             kernel = QuadraticKernel(gradient[part], own, torch.zeros_like(gradient[part]), vector=True)
             step = step.index_add(0, part.reshape(-1), kernel.argmax().reshape(-1))
             empty |= self._unidentified(own, part)
@@ -152,6 +151,27 @@ class Linear:
                 return [torch.arange(self.size).unsqueeze(0)]
             self.plans["parts"] = parts_of(torch.cat([c for c in couplings if c is not None], -1), self.size)
         return self.plans["parts"]
+
+    def _blocks(self, parts: list[Tensor], params: Params, sufficient: Sufficient) -> list[Tensor]:
+        """Λ of every block (B, n, n): nothing of the size of Λ where the data say what they couple."""
+        locations = self._locations(params, sufficient)
+        if "parts" not in self.plans or any(location.coupling() is None for location in locations):
+            precision = self.precision(params, sufficient)
+            return [precision[part.unsqueeze(-1), part.unsqueeze(-2)] for part in parts]
+        if "cells" not in self.plans:
+            self.plans["cells"] = cells_of(parts, self.size)
+        rows, columns = self.plans["cells"]
+        sizes = [part.shape[0] * part.shape[1] ** 2 for part in parts]
+        flat = torch.zeros(sum(sizes), dtype=torch.float64)
+        for location in locations:
+            flat = flat + location.coupled(rows, columns, sum(sizes))
+        for name, kernel in self._priors(sufficient):
+            own = self._slice(name, params[name])
+            diagonal = kernel.precision.expand(params[name].shape).reshape(-1)
+            flat = flat.index_add(0, rows[own] + columns[own], diagonal)
+        pieces = zip(flat.split(sizes), parts, strict=True)
+        blocks = [piece.reshape(*part.shape, part.shape[1]) for piece, part in pieces]
+        return [(block + block.mT) / 2 for block in blocks]
 
     def _slice(self, name: str, theta: Tensor) -> slice:
         return slice(self.starts[name], self.starts[name] + theta.numel())
@@ -209,25 +229,6 @@ def prior_precision(kernel: QuadraticKernel, theta: Tensor) -> Tensor:
     width = theta.shape[-1]
     blocks = kernel.precision.expand(*theta.shape[:-1], width, width).reshape(-1, width, width)
     return torch.block_diag(*blocks)
-
-
-def parts_of(coupling: Tensor, size: int) -> list[Tensor]:
-    """Connected entries among `size` ones, of pairs (2, n) that are coupled: blocks of each size, (B, size of each).
-
-    >>> parts_of(torch.tensor([[0, 1], [2, 1]]), 3)
-    [tensor([[1]]), tensor([[0, 2]])]
-    """
-    one, other = coupling.cpu().numpy()
-    labels, before = np.arange(size), None
-    while before is None or (labels != before).any():  # to import scipy.sparse takes longer than a small fit
-        before = labels.copy()
-        np.minimum.at(labels, one, before[other])
-        np.minimum.at(labels, other, before[one])
-        labels = labels[labels]
-    labels = np.unique(labels, return_inverse=True)[1]
-    order, counts = np.argsort(labels, kind="stable"), np.bincount(labels)
-    blocks = np.split(order, np.cumsum(counts)[:-1])
-    return [torch.tensor(np.stack([b for b in blocks if len(b) == n])) for n in np.unique(counts)]
 
 
 def linear_blocks(problem: Problem, run: Run, uses: Mapping[str, tuple[Use, ...]]) -> list[Linear]:

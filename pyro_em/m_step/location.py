@@ -79,6 +79,10 @@ class Location(ABC):
         """All pairs (2, n) of entries of the block that `precision` may couple, if that is known without the data."""
         return None
 
+    def coupled(self, rows: Tensor, columns: Tensor, count: int) -> Tensor:
+        """`precision` at these pairs alone, entry (i, j) added to the cell rows[i] + columns[j] of (count,)."""
+        raise NotImplementedError
+
 
 class _ByRows(Location):
     """From the rows of the data, with their weights."""
