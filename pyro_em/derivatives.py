@@ -32,5 +32,6 @@ def pulled_back(
             outputs, inputs, cotangents, retain_graph=True, create_graph=graph, allow_unused=True
         )
     with torch.enable_grad():
-        total = sum(((o * c).sum() for o, c in zip(outputs, cotangents, strict=True)), outputs[0].new_zeros(()))
+        parts = [(o * c).sum() for o, c in zip(outputs, cotangents, strict=True)]
+        total = sum(parts[1:], parts[0])
     return torch.autograd.grad(total, inputs, retain_graph=True, create_graph=graph, allow_unused=True)

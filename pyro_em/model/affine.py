@@ -219,6 +219,10 @@ def _term(name: str, one: Tensor, code: Tensor, numel: int, rounding: float, sti
     if bool(((ratio - ratio.round()).abs() > 1e-3).any()) or bool((index >= numel).any()) or bool((index < -1).any()):
         return None
     for dim in range(index.dim()):
+        first = index.narrow(dim, 0, 1) if index.shape[dim] else index
+        if bool((index == first).all()):
+            index = first
+            continue
         # An entry that is not used at a cell (a covariate of 0 there) is no reason to keep the dim.
         low = torch.where(index < 0, numel, index).amin(dim, keepdim=True)
         high = index.amax(dim, keepdim=True)

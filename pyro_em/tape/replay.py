@@ -45,19 +45,22 @@ class Tape:
 
         :raises NotRecorded: where it cannot be replayed (record.py).
         """
-        own = [x.detach().clone(memory_format=torch.contiguous_format) for x in inputs]
-        with _no_collection():
-            operations, outputs = record(function, own, MOST, _most_bytes())
-            values = [x.clone() for x in outputs]
-            self.listing = simplify(operations, own, outputs)
-            writer = _Writer(self.listing)
-            self._inputs, self._calls, self._outputs = writer.function()
         self._function: Callable[..., Sequence[Tensor]] | None = None
-        self._compare(self(own), values)
+        with _no_collection():
+            self._make(function, [x.detach().clone(memory_format=torch.contiguous_format) for x in inputs])
+        self._function = function  # until it has been compared once more
+
+    def _make(self, function: Callable[..., Sequence[Tensor]], inputs: list[Tensor]) -> None:
+        """What the recording consists of is gone when this returns, before anyone looks for cycles in it."""
+        operations, outputs = record(function, inputs, MOST, _most_bytes())
+        values = [x.clone() for x in outputs]
+        self.listing = simplify(operations, inputs, outputs)
+        writer = _Writer(self.listing)
+        self._inputs, self._calls, self._outputs = writer.function()
+        self._compare(self(inputs), values)
         if any(place.shape != shape for place, shape in writer.shapes()):
             raise NotRecorded("an operation gives another shape where its memory is given")
         self.listing = dataclasses.replace(self.listing, examples={})  # as large as the memory of the tape
-        self._function = function  # until it has been compared once more
 
     def _compare(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         if not all(_same(a, b) for a, b in zip(found, expected, strict=True)):
