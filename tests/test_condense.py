@@ -28,11 +28,21 @@ def data() -> Tensor:
     return 5.0 + factors @ loading.T + 0.7 * noise
 
 
-def test_pseudo_rows_have_number_mean_and_covariance(data: Tensor) -> None:
-    rows = pseudo_rows([data[:, :12], data[:, 12:]])
+@pytest.mark.parametrize("widths", [[FEATURES], [12, FEATURES - 12]])
+@pytest.mark.parametrize("shift", [-5.0, 0.0, 1e6])  # to 0, where nothing is taken off first; far from it
+def test_pseudo_rows_have_number_mean_and_covariance(data: Tensor, shift: float, widths: list[int]) -> None:
+    moved = data + shift
+    rows = pseudo_rows(list(moved.split(widths, -1)))
     assert rows is not None and rows.shape == (FEATURES + 1, FEATURES)
-    torch.testing.assert_close(rows.mean(0), data.mean(0), rtol=1e-13, atol=0.0)
-    torch.testing.assert_close(rows.T.cov(correction=0), data.T.cov(correction=0), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(rows.mean(0), moved.mean(0), rtol=1e-13, atol=1e-13)
+    digits = 1e-11 if abs(shift) < 1e6 else 1e-9  # of the data themselves
+    torch.testing.assert_close(rows.T.cov(correction=0), moved.T.cov(correction=0), rtol=digits, atol=digits)
+
+
+def test_data_that_are_not_finite_give_none(data: Tensor) -> None:
+    bad = data.clone()
+    bad[1234, 3] = torch.nan
+    assert pseudo_rows([bad]) is None
 
 
 def test_a_constant_cell_is_kept(data: Tensor) -> None:

@@ -15,6 +15,8 @@ from pyro_em.e_step.interpreted import Interpreted
 from pyro_em.e_step.pooled import Pooled
 from pyro_em.e_step.pooled_data import Rows, pool
 from pyro_em.m_step.auto import MStep
+from pyro_em.m_step.choose import opened
+from pyro_em.m_step.linear import Linear
 from pyro_em.problem import Problem, bind
 from tests.latent_problems import BY_NAME, LATENT_PROBLEMS, LatentProblem
 
@@ -51,6 +53,23 @@ def _same(problem: LatentProblem, updates: int = 4, rtol: float = 1e-12) -> None
 @pytest.mark.parametrize("problem", POOLED, ids=lambda p: p.name)
 def test_it_is_the_reference(problem: LatentProblem) -> None:
     _same(problem)
+
+
+@pytest.mark.parametrize("problem", POOLED, ids=lambda p: p.name)
+def test_blocks_are_those_of_the_whole_system(problem: LatentProblem) -> None:
+    bound, m = _bound(problem)
+    params, engine = problem.start(), choose_engine(bound, m)
+    for unit in m.units:
+        if not isinstance(unit, Linear):
+            continue
+        sufficient = opened(engine.e_step(params))
+        unit.gradient(params, sufficient)
+        parts = unit._parts(sufficient)
+        whole = unit.precision(params, sufficient)
+        assert sum(part.numel() for part in parts) == unit.size
+        for part, block in zip(parts, unit._blocks(parts, params, sufficient), strict=True):
+            expected = whole[part.unsqueeze(-1), part.unsqueeze(-2)]
+            torch.testing.assert_close(block, expected, rtol=1e-14, atol=1e-14 * float(whole.abs().max()))
 
 
 @pytest.mark.parametrize(
