@@ -80,8 +80,13 @@ class Location(ABC):
         return None
 
     def coupled(self, rows: Tensor, columns: Tensor, count: int) -> Tensor:
-        """`precision` at these pairs alone, entry (i, j) added to the cell rows[i] + columns[j] of (count,)."""
-        raise NotImplementedError
+        """`precision` at these pairs alone, entry (i, j) at the cell rows[i] + columns[j] of (count,)."""
+        pairs = self.coupling()
+        assert pairs is not None
+        one, other = pairs
+        return torch.zeros(count, dtype=torch.float64).index_put(
+            (rows[one] + columns[other],), self.precision()[one, other]
+        )
 
 
 class _ByRows(Location):
