@@ -116,6 +116,7 @@ class _Observe(Messenger):
             self.minibatches |= {msg["name"]}
         if msg["done"] or msg["is_observed"] or not getattr(msg["fn"], "has_enumerate_support", False):
             return
+        check_arguments(msg["name"], compat.raw_arguments(msg["fn"]) or {})  # torch's sampler would not say where
         if math.prod(f.size for f in msg["cond_indep_stack"] if f.vectorized) > MANY:
             states = msg["fn"].enumerate_support(expand=False)
             event = states.shape[states.dim() - msg["fn"].event_dim :]

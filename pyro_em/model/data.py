@@ -122,18 +122,24 @@ def _check_shapes(name: str, fn: Any, value: Tensor, plates: Mapping[str, int]) 
         ) from None
 
 
+FINITE = frozenset({"loc", "scale", "rate", "logits", "concentration"})  # arguments of which none is +inf
+
+
 def check_arguments(name: str, raw: Mapping[str, Any]) -> None:
-    """Raise on arguments that are NaN: what the data depend on (covariates, offsets) is not known."""
+    """Raise on arguments that are NaN or overflow: what the data depend on (covariates, offsets) is not known there.
+
+    A logit of -inf is a structural zero, and a limit may be infinite.
+    """
     for argument, value in raw.items():
         value = detach_provenance(value)
-        if not isinstance(value, Tensor) or not value.is_floating_point() or not bool(value.sum().isnan()):
+        if not isinstance(value, Tensor) or not value.is_floating_point() or bool(value.sum().isfinite()):
             continue
-        bad = value.isnan()
-        if bool(bad.any()):  # a sum of infinities of both signs is NaN, too
-            raise InputError(
-                f"Site '{name}': its argument '{argument}' is NaN in row {_first(bad)}. A covariate, an offset or a "
-                "starting value is NaN there; correct it, or leave the row out."
-            )
+        for bad, word in ((value.isnan(), "NaN"), (value == torch.inf, "infinite")):
+            if bool(bad.any()) and (word == "NaN" or argument in FINITE):
+                raise InputError(
+                    f"Site '{name}': its argument '{argument}' is {word} in row {_first(bad)}. A covariate, an offset "
+                    f"or a starting value is {word} there; correct it, or leave the row out."
+                )
 
 
 def _row(bad: Tensor) -> str:
