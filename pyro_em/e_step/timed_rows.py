@@ -91,7 +91,7 @@ class TimedRows(Predicted):
         self.outside = Outside(problem, self.run)
         with torch.no_grad():
             arguments, etas = self._arguments(problem.start)
-            factors = {n: self._density(self.run.sites[n], arguments[n], etas) for n in self._inside}
+            factors = {n: self._density(self.run.sites[n], arguments[n], etas, set()) for n in self._inside}
         self.programs = [self._compiled(component, factors) for component in problem.graph.components]
         self._program_of = {
             name: i for i, component in enumerate(problem.graph.components) for name in component.factors
@@ -135,7 +135,7 @@ class TimedRows(Predicted):
         """What every component is made of: potentials of its chains, or its factors."""
         with torch.no_grad():
             arguments, etas = self._arguments(params)
-            factors = {n: self._density(self.run.sites[n], arguments[n], etas) for n in self._inside}
+            factors = {n: self._density(self.run.sites[n], arguments[n], etas, set()) for n in self._inside}
             tensors: list[Tensor] = []
             for program in self.programs:
                 rows = isinstance(program, RowProgram)
