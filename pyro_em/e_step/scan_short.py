@@ -34,7 +34,7 @@ class Short:
         K, T, C = self.sizes
         density, scale, A = self._density, self._scale, table.numpy()
         np.dot(w.numpy(), self.phi, out=density)
-        np.maximum.reduce(density, 0, None, scale)
+        np.maximum.reduce(density, 0, out=scale)
         np.subtract(density, scale, out=density)
         np.exp(density, out=density)
         scales = np.add.reduce(scale.reshape(T, C), 0)
