@@ -206,7 +206,7 @@ _ALL: tuple[Workload, ...] = (
         "T",
         lambda steps: chains.chain(steps, 1, 5, features=2),
         chains.fit,
-        (10_000, 100_000, 1_000_000),
+        (1_000, 10_000, 100_000, 1_000_000),
         lambda steps: steps,
         "step",
         flat_within=0.5,
