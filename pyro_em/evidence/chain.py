@@ -33,7 +33,7 @@ from pyro_em.evidence.two_level import LINEAR, LOG, Messages
 
 LOWEST = -600.0  # what is flushed, below e^-708, is then less than e^-100 of the posterior mass
 TREE = 500  # B·K² above which the arithmetic of the tree costs more than the calls it saves
-CELLS = 2**22  # of the tables of pairs that are held at once
+CELLS = 2**19  # of the tables of pairs that are held at once
 SHORT, LONG = 16, 2000  # steps between which the tree saves calls, and its memory does not matter
 
 
