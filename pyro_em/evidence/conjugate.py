@@ -33,6 +33,7 @@ from pyro_em.model.compat import pack, with_dims
 from pyro_em.model.density import log_density
 from pyro_em.model.trace import Run
 
+NEGLIGIBLE = 1e-8  # of the largest term at the point of expansion: a coefficient that rounding explains
 AGREEMENT = 1e-7  # relative deviation from the predicted gradient that rounding explains
 
 
@@ -150,7 +151,7 @@ class ConjugateRoute:
             raise NonFiniteError(
                 name, f"Site '{name}': the gradient of the log joint in this latent is not finite. Check the data."
             )
-        if not self.kind.proper(coefficients.detach(), z):
+        if not self.kind.proper(coefficients.detach(), z, 1e-4 if self.dtype == torch.float32 else NEGLIGIBLE):
             raise _refusal(self.latents, f"its log joint has stopped to be that of a {self.kind.name}")
 
     def _packed(self, per_element: Tensor) -> Tensor:

@@ -29,8 +29,6 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-NEGLIGIBLE = 1e-8  # of the largest term at the point of expansion: a coefficient that rounding explains
-
 
 class Kind(ABC):
     """One row of the table."""
@@ -83,8 +81,11 @@ class Kind(ABC):
         """The gradient times what makes the terms of `design` of one order."""
 
     @abstractmethod
-    def proper(self, coefficients: Tensor, z: Tensor) -> bool:
-        """The coefficients (of a log joint expanded at z) are those of this kind, and it can be normalised."""
+    def proper(self, coefficients: Tensor, z: Tensor, rounding: float) -> bool:
+        """The coefficients (of a log joint expanded at z) are those of this kind, and it can be normalised.
+
+        :param rounding: share of the largest term that rounding explains.
+        """
 
     @abstractmethod
     def distribution(self, coefficients: Tensor) -> dist.Distribution:
@@ -125,9 +126,9 @@ class _Positive(Kind):
         return z * gradient
 
     @staticmethod
-    def _gone(coefficients: Tensor, z: Tensor, index: int) -> bool:
+    def _gone(coefficients: Tensor, z: Tensor, index: int, rounding: float) -> bool:
         terms = (coefficients * torch.stack([torch.ones_like(z), z, 1 / z], -1)).abs()
-        return bool((terms[..., index] <= NEGLIGIBLE * (1 + terms.amax(-1))).all())
+        return bool((terms[..., index] <= rounding * (1 + terms.amax(-1))).all())
 
 
 class GammaKind(_Positive):
@@ -135,9 +136,9 @@ class GammaKind(_Positive):
 
     name = "Gamma"
 
-    def proper(self, coefficients: Tensor, z: Tensor) -> bool:
+    def proper(self, coefficients: Tensor, z: Tensor, rounding: float) -> bool:
         a, b, _ = coefficients.unbind(-1)
-        return self._gone(coefficients, z, 2) and bool((a > -1).all()) and bool((b > 0).all())
+        return self._gone(coefficients, z, 2, rounding) and bool((a > -1).all()) and bool((b > 0).all())
 
     def distribution(self, coefficients: Tensor) -> dist.Gamma:
         a, b, _ = coefficients.unbind(-1)
@@ -169,9 +170,9 @@ class InverseGammaKind(_Positive):
 
     name = "InverseGamma"
 
-    def proper(self, coefficients: Tensor, z: Tensor) -> bool:
+    def proper(self, coefficients: Tensor, z: Tensor, rounding: float) -> bool:
         a, _, c = coefficients.unbind(-1)
-        return self._gone(coefficients, z, 1) and bool((a < -1).all()) and bool((c > 0).all())
+        return self._gone(coefficients, z, 1, rounding) and bool((a < -1).all()) and bool((c > 0).all())
 
     def distribution(self, coefficients: Tensor) -> dist.InverseGamma:
         a, _, c = coefficients.unbind(-1)
@@ -214,7 +215,7 @@ class BetaKind(Kind):
     def scaled(self, z: Tensor, gradient: Tensor) -> Tensor:
         return z * (1 - z) * gradient
 
-    def proper(self, coefficients: Tensor, z: Tensor) -> bool:
+    def proper(self, coefficients: Tensor, z: Tensor, rounding: float) -> bool:
         return bool((coefficients > -1).all())
 
     def distribution(self, coefficients: Tensor) -> dist.Beta:

@@ -72,7 +72,7 @@ class DirichletKind(Kind):
         c = ((s - t) * change).sum(-1, keepdim=True) / (change * change).sum(-1, keepdim=True)
         return torch.stack([(s + c * z).flatten(-2), c.expand(s.shape).flatten(-2)], -1)
 
-    def proper(self, coefficients: Tensor, z: Tensor) -> bool:
+    def proper(self, coefficients: Tensor, z: Tensor, rounding: float) -> bool:
         return bool((coefficients[..., 0] > -1).all())
 
     def distribution(self, coefficients: Tensor) -> dist.Dirichlet:

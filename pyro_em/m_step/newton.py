@@ -35,6 +35,7 @@ from pyro_em.sufficient import Sufficient
 from pyro_em.types import Params
 
 MAX_SIZE = 1500  # entries of a block
+FLAT = 1e-6  # of a slope, for every observation
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Newton:
         zero = torch.zeros(self.size, dtype=torch.float64)
         gradient, hessian = q.gradient(zero), q.hessian(zero)
         gradient = q.subslope(q.free(), gradient) if q.real else gradient
-        if float(gradient.abs().max()) > 1e5 * self.tolerance or any(c.size != v.numel() for c, v in q.charts):
+        if float(gradient.abs().max()) > self._flat or any(c.size != v.numel() for c, v in q.charts):
             return set()
         step = ascent(gradient, hessian)
         found = set()
@@ -117,6 +118,11 @@ class Newton:
             away[part] = gradient[part].sign()
         onwards = away * q.gradient(math.log(10) * away) > 0 if parts else away
         return {name for name, part in parts.items() if bool(onwards[part].any())}
+
+    @property
+    def _flat(self) -> float:
+        """Slope of Q below which it has nothing to gain; in float32 the tolerance is wider than that."""
+        return max(self.tolerance, FLAT * self.problem.graph.num_observations)
 
     def _slice(self, name: str, value: Tensor) -> slice:
         return slice(self.starts[name], self.starts[name] + value.numel())

@@ -61,7 +61,7 @@ def find_predictor(
     :param positive: those of them that may enter by their logarithms.
     """
     v1, v2 = first.argument.detach().double(), second.argument.detach().double()
-    tolerance = 1e-9 if first.argument.dtype == torch.float64 else 1e-4
+    tolerance = _tolerance(first.argument, *(first.leaves[n] for n in moving))
     pushes = {n: (_push(first.argument, first.leaves[n]), _push(second.argument, second.leaves[n])) for n in moving}
     draws = {n: _draw(first.leaves[n], generator) for n in moving}
     drawn = {n: tuple(push(draws[n]).double() for push in both) for n, both in pushes.items()}
@@ -124,7 +124,7 @@ def terms_at(name: str, leaf: Tensor, argument: Tensor, link: PredictorLink = LI
     """Terms of an argument that is known to be a link of something affine in a parameter, at the run that gave it."""
     push, draw = _push(argument, leaf), _draw(leaf, torch.Generator().manual_seed(0))
     value = argument.detach().double()
-    tolerance = 1e-9 if argument.dtype == torch.float64 else 1e-4
+    tolerance = _tolerance(argument, leaf)
     still = torch.zeros_like(value, dtype=torch.bool)
     found = _design(name, leaf, push, value, link, draw, push(draw).double(), tolerance, still)
     if found is None:
@@ -133,6 +133,11 @@ def terms_at(name: str, leaf: Tensor, argument: Tensor, link: PredictorLink = LI
             f"that are solved for jointly. Use m_step={{'{name}': 'gradient'}}."
         )
     return found
+
+
+def _tolerance(*tensors: Tensor) -> float:
+    """Share of the largest entry that rounding explains; parameters in float32 beside data in float64 round too."""
+    return 1e-9 if all(x.dtype == torch.float64 for x in tensors) else 1e-4
 
 
 def _draw(leaf: Tensor, generator: torch.Generator) -> Tensor:

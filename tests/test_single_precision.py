@@ -1,0 +1,47 @@
+"""Models with continuous latents in float32: accepted like those in float64, with the same log-likelihood."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pyro_em
+from tests.conjugate_problems import CASES
+from tests.continuous_problems import CONTINUOUS, ContinuousProblem
+from tests.latent_problems import BY_NAME
+
+NAMES = (*CASES, "factor_analysis", "random_slopes", "crossed", "mixture_of_factors", "eight_schools")
+PROBLEMS = [p for p in CONTINUOUS if p.name in NAMES]
+
+
+def _single(x: Any) -> Any:
+    if isinstance(x, tuple):
+        return tuple(map(_single, x))
+    if isinstance(x, dict):
+        return {name: _single(value) for name, value in x.items()}
+    return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+@pytest.mark.parametrize("data", ["single", "double"])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+@pytest.mark.filterwarnings("ignore::pyro_em.BoundaryEstimate")
+def test_the_fit_in_single_precision(problem: ContinuousProblem, data: str) -> None:
+    """All in float32, or parameters and constants in float32 beside data in float64."""
+    options = {"algorithm": problem.algorithm, "max_iter": 3, "tol": 0}
+    double = pyro_em.fit(problem.model, *problem.args, init=problem.start(), **problem.options, **options)
+    torch.set_default_dtype(torch.float32)  # of the models' own constants; every test starts in float64
+    args = _single(problem.args) if data == "single" else problem.args
+    start, own = _single(problem.start()), _single(problem.options)
+    single = pyro_em.fit(problem.model, *args, init=start, **own, **options)
+    assert all(value.dtype == torch.float32 for value in single.params.values())
+    assert single.log_likelihood == pytest.approx(double.log_likelihood, rel=2e-6, abs=1e-5)
+    assert single.plan.engine.split(" ")[0] == double.plan.engine.split(" ")[0], str(single.plan)
+    for name, value in double.params.items():
+        torch.testing.assert_close(single.params[name].double(), value, rtol=2e-3, atol=2e-3)
+
+
+def test_the_table_is_complete() -> None:
+    assert len(PROBLEMS) == len(NAMES) and "factor_analysis" in BY_NAME
