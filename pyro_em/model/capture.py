@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyro
@@ -68,7 +69,7 @@ class PlainSite:
         split = self.value.dim() - self.fn.event_dim
         return self.value.shape[:split], self.value.shape[split:]
 
-    @property
+    @cached_property
     def num_states(self) -> int:
         """States that enumeration would give this site."""
         return int(self.fn.enumerate_support(expand=False).shape[0])
