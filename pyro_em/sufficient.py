@@ -82,6 +82,11 @@ class Sufficient:
         self.locations, self.weights = other.locations, other.weights
         self._changes = dict.fromkeys(other.sites, 1 + max(self._changes.values(), default=0))
 
+    def forget(self, name: str) -> None:
+        """The moments of this site depend on an argument that was moved: they are to be taken anew."""
+        self._moments.pop(name, None)
+        self.touch(name)
+
     def touch(self, name: str) -> None:
         """An argument of this site was changed."""
         self._changes[name] += 1

@@ -307,8 +307,8 @@ def test_a_laplace_prior_of_a_network_is_refused_with_a_remedy() -> None:
         pyro_em.fit(network, X, eta, algorithm="map-em")
 
 
-def test_the_location_of_a_laplace_site_is_refused_or_climbed() -> None:
-    """Its M-step is a weighted median; Newton would stall between two data and call it an argmax."""
+def test_the_location_of_a_laplace_site_may_be_climbed() -> None:
+    """Instead of its weighted medians (test_median.py)."""
     generator = torch.Generator().manual_seed(0)
     x = torch.cat([torch.randn(30, generator=generator) + m for m in (-3.0, 3.0)])
 
@@ -319,8 +319,6 @@ def test_the_location_of_a_laplace_site_is_refused_or_climbed() -> None:
             z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
             pyro.sample("x", dist.Laplace(loc[z], scale[z]), obs=x)
 
-    with pytest.raises(pyro_em.Refusal, match="Site 'x': parameter 'loc' is the location of a Laplace density"):
-        pyro_em.fit(model, x)
     found = pyro_em.fit(model, x, m_step={"loc": "gradient"}, max_iter=40, tol=0)
     assert np.diff(found.history["objective"]).min() > -1e-9
     medians = torch.stack([x[:30].median(), x[30:].median()])

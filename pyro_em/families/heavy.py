@@ -1,4 +1,5 @@
-"""Families that are priors here: half-Cauchy, Laplace, Student, Cauchy. Their own arguments have no closed form.
+"""Families that are mostly priors here: half-Cauchy, Laplace, Student, Cauchy. Of their own arguments the scale of
+a Laplace has a closed form at its location, which is a weighted median (m_step/median.py).
 
 HalfCauchy    −log(1 + x²/s²)                            x > 0
 Laplace       −|x − m| / b
@@ -14,9 +15,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_em.families.base import Arguments, Family
+from pyro_em.families.base import Arguments, Family, Moments, Statistic
 from pyro_em.families.numerics import floats, log_gamma_half
-from pyro_em.kernels import HalfCauchyKernel, LassoKernel, QuadraticKernel, StudentKernel
+from pyro_em.kernels import HalfCauchyKernel, LassoKernel, PowerKernel, QuadraticKernel, StudentKernel
 
 
 class HalfCauchyFamily(Family):
@@ -31,10 +32,24 @@ class HalfCauchyFamily(Family):
 
 
 class LaplaceFamily(Family):
-    """Prior of a location; its mode may lie on m exactly."""
+    """Prior of a location; its mode may lie on m exactly. As a response it has a closed scale at its location."""
 
     distribution = dist.Laplace
     arguments: ClassVar = {"loc": 0, "scale": 0}
+    closed = frozenset({"scale"})
+
+    def statistics(
+        self, value: Tensor, args: Arguments | None = None, center: Tensor | None = None
+    ) -> tuple[Statistic, ...]:
+        """Distances from the current location."""
+        return (Statistic(((value - floats((args or {})["loc"], value)[0]).abs(),)),)
+
+    def kernel(
+        self, argument: str, moments: Moments, args: Arguments, center: Tensor | None = None
+    ) -> PowerKernel | None:
+        """Σ w (−log 2b − |x − m|/b)."""
+        weight, distance = floats(moments[0], moments[1])
+        return PowerKernel(-weight, torch.zeros_like(weight), distance) if argument == "scale" else None
 
     def value_kernel(self, args: Arguments) -> LassoKernel:
         loc, scale = torch.broadcast_tensors(*floats(args["loc"], args["scale"]))

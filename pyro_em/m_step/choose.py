@@ -1,7 +1,7 @@
 """Which parameter is served by which rule: an ordered choice, made once from the structure and explained by the plan.
 
 1. linear solve     affine locations of normal sites, with all that share them
-2. closed form      the sum of the kernels of its uses has an argmax
+2. closed form      the sum of the kernels of its uses has an argmax; weighted medians
 3. Newton           everything else behind linear predictors or taken entry by entry, with the closed forms of the
                     same density (the rate of a Gamma whose concentration is free: rounds would be slow)
 4. numeric          what is opaque: networks (in minibatches of many rows), products of parameters, unknown families
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from pyro_em.e_step.base import Expectation
 from pyro_em.errors import InputError, Refusal
-from pyro_em.families.heavy import LaplaceFamily
 from pyro_em.m_step.closed import NotClosed
 from pyro_em.m_step.kinks import kinked
 from pyro_em.m_step.linear import is_linear, linear_blocks
+from pyro_em.m_step.median import RULE, Median, is_laplace_location, is_median
 from pyro_em.m_step.newton import Newton, is_newton, newton_blocks
 from pyro_em.m_step.numeric import NEWTON_LIMIT
 from pyro_em.m_step.responses import not_completed
@@ -100,6 +100,9 @@ def choose(problem: Problem, uses: Uses, options: Mapping[str, str]) -> Choices:
     for states in state_blocks(problem, run.sites, {n: uses[n] for n in options if n not in choices}):
         units.append(states)
         choices |= dict.fromkeys(states.names, Choice("closed", states.rule()))
+    for name in [n for n in options if n not in choices and is_median(uses[n], run)]:
+        units.append(Median(problem, name, uses[name]))
+        choices[name] = Choice("closed", RULE)
     closed: dict[str, tuple[Separate, Choice]] = {}
     rest: dict[str, Choice] = {}
     for name in [n for n in options if n not in choices]:
@@ -128,12 +131,12 @@ def choose(problem: Problem, uses: Uses, options: Mapping[str, str]) -> Choices:
         units.remove(left)
         choices |= {name: Choice("numeric", reason) for name in left.names}
     for name, choice in choices.items():
-        median = next((u.site for u in uses[name] if _is_median(u, run)), None)
+        median = next((u.site for u in uses[name] if is_laplace_location(u, run)), None)
         if median is not None and choice.route in ("newton", "numeric"):
             raise Refusal(
                 median,
-                f"parameter '{name}' is the location of a Laplace density, which has a kink at every datum: its M-step "
-                "is a weighted median, and no rule here finds it.",
+                f"parameter '{name}' enters the location of a Laplace density, which has a kink at every datum: its "
+                "M-step is a weighted median only where the location is the parameter itself, without a prior.",
                 f"use m_step={{'{name}': 'gradient'}}, which only climbs, or a StudentT density.",
             )
     bent = sorted(kinked({n: uses[n] for n in rest if choices[n].route == "numeric"}, run.sites))
@@ -145,10 +148,6 @@ def choose(problem: Problem, uses: Uses, options: Mapping[str, str]) -> Choices:
             f"use a Normal or StudentT prior, or m_step={{'{bent[0]}': 'gradient'}}, which only climbs.",
         )
     return Choices(choices, units, collinear)
-
-
-def _is_median(use: Use, run: Run) -> bool:
-    return use.slot == "loc" and isinstance(run.sites[use.site].family, LaplaceFamily)
 
 
 def _told(uses: tuple[Use, ...], option: str) -> Choice:

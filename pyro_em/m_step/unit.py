@@ -2,6 +2,7 @@
 
     Separate   one parameter, the argmax of the sum of its kernels        (separate.py)
     Linear     affine locations of a coupled block, one linear solve      (linear.py)
+    Median     the location of Laplace sites                              (median.py)
     States     the same for sites with latents inside                     (states.py)
     Newton     generalised linear sites and concentrations                (newton.py)
 

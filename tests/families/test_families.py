@@ -155,8 +155,14 @@ def draw(cls: type, args: Arguments, rows: int = ROWS) -> Tensor:
     return value[:, 0]
 
 
+PER_CELL = {dist.Laplace}  # its statistic is the distance from the location
+
+
 def moments(family: Family, weights: Tensor, value: Tensor, args: Arguments, center: Any) -> list[Tensor]:
     """S₀ (CELLS,) and Σ_n w_nc T(x_n), (CELLS,) + event, for weights (rows, CELLS)."""
+    if family.distribution in PER_CELL:
+        distances = [statistic.dense() for statistic in family.statistics(value[:, None], args, center)]
+        return [weights.sum(0), *((weights * t).sum(0) for t in distances)]
     dense = [statistic.dense() for statistic in family.statistics(value, args, center)]
     return [weights.sum(0), *(torch.tensordot(weights, t, dims=([0], [0])) for t in dense)]
 
