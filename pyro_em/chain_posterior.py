@@ -28,7 +28,8 @@ class ChainPosterior:
     def __init__(self, model: Model, fold: Fold, site: SiteRecord) -> None:
         self.fold, self.states = fold, StatePosterior(site)
         assert isinstance(model, FoldedModel)
-        self.sequences = _sequences(model, fold)
+        self.sequences = _sequences(model, fold.places)
+        self._observed = _sequences(model, fold.cells)
 
     @property
     def latents(self) -> tuple[str, ...]:
@@ -69,6 +70,14 @@ class ChainPosterior:
         """Joint draws, (num,) + the shape of each latent's value."""
         return self._all(self.states.sample(num), 1)
 
+    def observed(self, cells: Tensor, lead: int = 0) -> BySequence:
+        """A tensor (more,) + B + (T, P) of the site that the loop became, by the observed sites that the model has.
+
+        `lead` is the number of dims (more,).
+        """
+        found = {name: self._own(place, cells) for name, place in self.fold.cells.items()}
+        return BySequence(found, self._observed, lead)
+
     def _all(self, states: Tensor, lead: int) -> BySequence:
         found = {name: self._own(place, states) for name, place in self.fold.places.items()}
         return BySequence(found, self.sequences, lead)
@@ -107,10 +116,10 @@ def chain_posteriors(model: Model, run: Run) -> tuple[ChainPosterior, ...]:
     return tuple(ChainPosterior(model, fold, run.sites[fold.site]) for fold in folds_of(model))
 
 
-def _sequences(model: FoldedModel, fold: Fold) -> dict[str, Sequence]:
-    """The latents of a loop that is run together, by their names without the step."""
+def _sequences(model: FoldedModel, places: Mapping[str, Place]) -> dict[str, Sequence]:
+    """The statements of a loop that is run together, by their names without the step."""
     found: dict[str, Sequence] = {}
-    for name, place in fold.places.items():
+    for name, place in places.items():
         if not place.timed:
             continue
         loop = next(loop for loop in model.loops if name in loop.names)

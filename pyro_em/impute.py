@@ -6,7 +6,7 @@ over the latents z. Cells are missing where a site is masked: NaN under missing=
 Draws are joint: the latents first, then the cells given them. They hold the parameters fixed; for multiple
 imputation draw the parameters, too (`result.covariance()`).
 
-Shapes: those of the site's value, its plates included.
+Shapes: those of the site's value, its plates included; sites of a `pyro_em.markov` loop are one, time first.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_em.chain_posterior import ChainPosterior
 from pyro_em.distributions import IncompleteNormal
 from pyro_em.distributions.incomplete import completed
 from pyro_em.errors import InputError
@@ -63,7 +64,7 @@ def impute(problem: Problem, params: Params) -> dict[str, Imputation]:
     """An `Imputation` for every site that has missing cells, by name."""
     posterior = Posterior(problem, params)
     evidence, run = posterior._e_step
-    found = {}
+    found: dict[str, Imputation] = {}
     with torch.no_grad():
         for name, site in run.sites.items():
             missing = _missing(site) if site.observed else None
@@ -71,8 +72,24 @@ def impute(problem: Problem, params: Params) -> dict[str, Imputation]:
                 continue
             weights = evidence.weights.get(name)
             own = None if weights is None else unpack(weights, site.symbols)
-            found[name] = _imputed(name, site, own, missing, posterior)
+            imputed = _imputed(name, site, own, missing, posterior)
+            chain = next((chain for chain in posterior.chains if chain.fold.site == name), None)
+            found |= {name: imputed} if chain is None else _as_written(imputed, chain)
     return found
+
+
+def _as_written(whole: Imputation, chain: ChainPosterior) -> dict[str, Imputation]:
+    """That of a loop's one site by the observed sites of the model, those of a loop run together with time first."""
+    missing, mean, variance = (chain.observed(x) for x in (whole.missing, whole.mean, whole.variance))
+
+    def draw(name: str) -> Callable[[int, int | None], Tensor]:
+        return lambda num, seed: chain.observed(whole._draw(num, seed), lead=1)[name]
+
+    return {
+        name: Imputation(gone, mean[name], variance[name], _draw=draw(name))
+        for name, gone in missing.items()
+        if bool(gone.any())
+    }
 
 
 def _missing(site: SiteRecord) -> Tensor:

@@ -65,17 +65,17 @@ class Posterior:
         return sequences(self.problem.graph)
 
     @cached_property
-    def _chains(self) -> tuple[ChainPosterior, ...]:
+    def chains(self) -> tuple[ChainPosterior, ...]:
         return chain_posteriors(self.problem.model, self._e_step[1])
 
     def _chain(self, latent: str) -> ChainPosterior | None:
-        return next((chain for chain in self._chains if chain.has(latent)), None)
+        return next((chain for chain in self.chains if chain.has(latent)), None)
 
     @property
     def latents(self) -> tuple[str, ...]:
         """Names of the latents, in program order; those of a loop over time as one."""
         inside = {site: s.name for s in self._sequences.values() for site in (*s.heads, s.rest)}
-        chained = (name for chain in self._chains for name in chain.latents)
+        chained = (name for chain in self.chains for name in chain.latents)
         return (*dict.fromkeys(inside.get(site, site) for site in self._order), *chained)
 
     @property
@@ -183,7 +183,7 @@ class Posterior:
         """Most probable joint configuration of all latents (values, by site)."""
         picked = self._pick("max", None)
         found = BySequence(self._in_order(picked, lambda q: q.mode(), draws=False), self._sequences)
-        return found.joined_with([chain.mode() for chain in self._chains])
+        return found.joined_with([chain.mode() for chain in self.chains])
 
     def sample(self, num: int) -> dict[str, Tensor]:
         """`num` independent joint draws of all latents, shape (num,) + plates + event, by site."""
@@ -196,7 +196,7 @@ class Posterior:
         parts = [self._pick("sample", size) for size in sizes]
         picked = {s: torch.cat([part[s] for part in parts]) for s in self.problem.graph.latents}
         drawn = self._in_order(picked, lambda q: q.sample(num), draws=True)
-        return BySequence(drawn, self._sequences, lead=1).joined_with([chain.sample(num) for chain in self._chains])
+        return BySequence(drawn, self._sequences, lead=1).joined_with([chain.sample(num) for chain in self.chains])
 
     def states(self, site: str) -> StatePosterior:
         """Posterior of the states inside of an observed state-space site (`GaussianHMM`, `LinearHMM`).

@@ -160,8 +160,9 @@ def test_missing_cells_in_all_ways() -> None:
         assert other.history["objective"] == pytest.approx(masked.history["objective"], rel=1e-13)
     imputed = nan.impute()["y"]
     states = nan.posterior().mean("x") + nan.params["mu"]
-    torch.testing.assert_close(imputed.mean[~seen, 0], states[~seen])
-    assert torch.equal(imputed.sample(2)[:, seen, 0], y[seen].expand(2, -1))
+    assert imputed.missing.shape == imputed.mean.shape == imputed.variance.shape == y.shape
+    torch.testing.assert_close(imputed.mean[~seen], states[~seen])
+    assert torch.equal(imputed.sample(2)[:, seen], y[seen].expand(2, -1))
     with pytest.raises(InputError, match="NaN"):
         pyro_em.fit(model, gaps, False)
 
@@ -170,8 +171,41 @@ def test_missing_cells_in_all_ways() -> None:
     holes[1, 0, 2] = holes[3, 1, 0] = holes[2, 2] = torch.nan
     result = pyro_em.fit(system.model, holes, init=system.start(), missing="nan", max_iter=4, tol=0)
     assert (np.diff(result.history["objective"]) > 0).all()
+    filled = result.impute()["y"]
+    assert filled.mean.shape == holes.shape
+    assert torch.equal(filled.missing, holes.isnan())
+    assert torch.equal(filled.sample(2)[:, ~holes.isnan()], holes[~holes.isnan()].expand(2, -1))
     hidden = result.posterior().states("y").chain
     torch.testing.assert_close(smooth(hidden).log_evidence.sum(), torch.tensor(result.log_likelihood))
+
+
+def test_imputed_sites_are_those_of_the_model() -> None:
+    """Two observed sites a step, one of them a vector; steps of `pyro.markov` are sites of their own."""
+
+    def model(a: Tensor, b: Tensor, loop: Any) -> None:
+        r = pyro.param("r", torch.tensor(0.7), constraint=positive)
+        x = torch.tensor(0.0)
+        for t in loop(len(a)):
+            x = pyro.sample(f"x_{t}", dist.Normal(0.8 * x, 1.0))
+            pyro.sample(f"a_{t}", dist.Normal(x, r), obs=a[t])
+            pyro.sample(f"b_{t}", dist.Normal(torch.stack([2 * x, 2 * x], -1), 0.5).to_event(1), obs=b[t])
+
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(5, generator=g), torch.randn(5, 2, generator=g)
+    a[3], b[1, 0], b[4] = torch.nan, torch.nan, torch.nan
+    together, alone = (
+        pyro_em.fit(model, a, b, loop, missing="nan", max_iter=0)
+        for loop in (pyro_em.markov, lambda T: pyro.markov(range(T)))
+    )
+    found, steps = together.impute(), alone.impute()
+    assert {name: tuple(own.mean.shape) for name, own in found.items()} == {"a": (5,), "b": (5, 2)}
+    assert set(steps) == {"a_3", "b_1", "b_4"}
+    states = together.posterior().mean("x")
+    torch.testing.assert_close(found["a"].mean[3], states[3])
+    for step in (1, 4):
+        torch.testing.assert_close(found["b"].mean[step], steps[f"b_{step}"].mean)
+        torch.testing.assert_close(found["b"].variance[step], steps[f"b_{step}"].variance)
+    torch.testing.assert_close(found["b"].mean[4], 2 * states[4].expand(2))
 
 
 def test_new_data_and_predictions() -> None:

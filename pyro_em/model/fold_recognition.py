@@ -201,7 +201,10 @@ def _recognised(runs: _Runs, params: tuple[Params, Params]) -> Fold:
         name: tuple(any(_differs(own.arguments[name], d) for own in still) for d in range(rank + 1))
         for name in still[0].arguments
     }
-    return dataclasses.replace(runs.fold, varying=varying, places=places(still[0].statements))
+    told = still[0].statements
+    return dataclasses.replace(
+        runs.fold, varying=varying, places=places(told, latent=True), cells=places(told, latent=False)
+    )
 
 
 def _reach(own: Chained) -> int:

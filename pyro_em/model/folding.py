@@ -36,7 +36,7 @@ Arguments = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a latent statement stands in the states: its first step, and its first cell among those of a step."""
+    """Where a statement stands in the states (or observations): its first step, and its first cell of a step."""
 
     step: int
     offset: int
@@ -49,8 +49,8 @@ class Place:
 class Fold:
     """What is known of one chain: its statements, the name of the site that it becomes, its lags.
 
-    `heads` steps have arguments of their own; `varying` says by argument which of the dims B + (time,) it needs;
-    `places` where the latents stand.
+    `heads` steps have arguments of their own; `varying` says by argument which of the dims B + (time,) it needs,
+    `places` where the latents stand, `cells` where the observed statements do.
     """
 
     site: str
@@ -61,6 +61,7 @@ class Fold:
     within: bool = True  # states read others of their own step
     varying: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
     places: Mapping[str, Place] = field(default_factory=dict)
+    cells: Mapping[str, Place] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class FoldedModel:
             return [chained(f, h.statements, differentiable) for f, h in zip(self.folds, handlers, strict=True)]
 
 
-def zeros(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def zeros(_: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The states at which folded models run."""
     return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
@@ -119,8 +120,7 @@ def chain_rows(fold: Fold) -> list[tuple[str, str]]:
     """Names and words for the plan: every latent of a loop that is run together, the first of one that is not."""
     own = {n: p for n, p in fold.places.items() if p.timed} or {n: p for n, p in fold.places.items() if p.step == 0}
     steps = f"{fold.lags} step{'s' if fold.lags > 1 else ''}"
-    more = len(fold.places) - len(own)
-    others = f" (and {more} more of the loop)" if more else ""
+    others = f" (and {len(fold.places) - len(own)} more of the loop)" if len(fold.places) > len(own) else ""
     return [(n, f"normal, state of a linear-Gaussian chain that looks {steps} back{others}") for n in own]
 
 
@@ -132,12 +132,12 @@ def steps_of(statements: Sequence[Statement]) -> list[list[Statement]]:
     return [found[step] for step in sorted(found)]
 
 
-def places(statements: Sequence[Statement]) -> dict[str, Place]:
-    """Where the latents stand, in program order."""
+def places(statements: Sequence[Statement], *, latent: bool) -> dict[str, Place]:
+    """Where the latent (or the observed) statements stand, in program order."""
     found = {}
     for t, step in enumerate(steps_of(statements)):
         offset = 0
-        for own in (s for s in step if s.latent):
+        for own in (s for s in step if s.latent == latent):
             found[own.name] = Place(t, offset, own.timed, own.layout, own.event)
             offset += own.layout.cells
     return found
@@ -186,13 +186,13 @@ def tangents(
     steps: Sequence[Sequence[Statement]], lags: int, width: int, differentiable: bool
 ) -> dict[str, dict[int, Tensor]]:
     """How each location moves with the states 0, ..., `lags` steps back: B + (time, cells, D) by statement and lag."""
-    leaves, places = [], []
+    leaves, at = [], []
     for t, step in enumerate(steps):
         offset = 0
         for own in step:
             if own.latent:
                 leaves.append(own.value)
-                places.append((t, offset))
+                at.append((t, offset))
                 offset += own.layout.cells
     outputs = [(t, own) for t, step in enumerate(steps) for own in step if own.location.requires_grad]
     found: dict[str, dict[int, list[Tensor]]] = {own.name: {} for _, own in outputs}
@@ -204,7 +204,7 @@ def tangents(
     for k in range(lags + 1):
         for c in range(width):
             terms = []
-            for (t, offset), leaf, back in zip(places, leaves, pulled, strict=True):
+            for (t, offset), leaf, back in zip(at, leaves, pulled, strict=True):
                 here = t % (lags + 1) == k and offset <= c < offset + leaf.shape[-1]
                 if here and back is not None and back.requires_grad:
                     terms.append(back[..., c - offset].sum())
