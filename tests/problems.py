@@ -235,6 +235,14 @@ def _build() -> list[Problem]:
             rounds=SHORT,
         ),
         Problem(
+            "timed_autoregression",
+            time.autoregression,
+            (series[:, :4].mT,),
+            {"A": A, "a": _t([0.5, 2.0]), "phi": _t([0.2, -0.1]), "sd": _t(1.2)},
+            "sequences",
+            rounds=SHORT,
+        ),
+        Problem(
             "timed_switching",
             time.switching,
             (series[:, :4].mT, _t([[0.0], [1.0], [-1.0], [0.5]])),

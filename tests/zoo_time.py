@@ -93,6 +93,22 @@ def switching(y: Tensor, x: Tensor) -> None:
                 pyro.sample(f"y_{t}", dist.Normal(mu[z] + 0.4 * (y[t - 1] - mu[before]), 1.0), obs=y[t])
 
 
+def autoregression(y: Tensor) -> None:
+    """The weight of the value before is that of the state before; one scale."""
+    A = pyro.param("A", uniform(2, 2), constraint=simplex)
+    a, phi = pyro.param("a", torch.zeros(2)), pyro.param("phi", torch.zeros(2))
+    sd = pyro.param("sd", torch.tensor(1.0), constraint=positive)
+    with pyro.plate("sequences", y.shape[1]):
+        before, z = None, None
+        for t in markov(len(y)):
+            if z is None:
+                z = pyro.sample(f"z_{t}", dist.Categorical(torch.tensor([0.6, 0.4])))
+                pyro.sample(f"y_{t}", dist.Normal(a[z], sd), obs=y[t])
+            else:
+                before, z = z, pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+                pyro.sample(f"y_{t}", dist.Normal(a[z] + phi[before] * y[t - 1], sd), obs=y[t])
+
+
 def kinds_of_chains(y: Tensor, K: int = 2) -> None:
     """Every sequence is of one of two kinds, which keep to a state or change it."""
     w = pyro.sample("w", dist.Dirichlet(2.0 * torch.ones(2)))
