@@ -30,6 +30,7 @@ from pyro_em.errors import NonFiniteError
 from pyro_em.evidence import banded
 from pyro_em.m_step.auto import MStep
 from pyro_em.problem import Problem, bind
+from tests.problems import BY_NAME
 
 simplex, positive = constraints.simplex, constraints.positive
 
@@ -296,3 +297,12 @@ def test_hidden_markov_sites(most: int, monkeypatch: pytest.MonkeyPatch) -> None
     for name in problem.graph.components[0].factors:
         cells = b.sufficient.moments(name).moments[0].reshape(-1)
         torch.testing.assert_close(a.sufficient.moments(name).moments[0].reshape(-1), cells, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["second_order", "switching", "autoregression", "kinds_map"])
+def test_problems_of_the_table(name: str) -> None:
+    """Those whose laws are checked by enumeration (test_laws.py)."""
+    problem = BY_NAME[f"timed_{name}"]
+    bound = bind(problem.model, problem.args, {}, with_prior=problem.priors, params=problem.start())
+    algorithm = "map-em" if problem.priors else "em"
+    assert isinstance(choose_engine(bound, MStep(bound, "auto", algorithm)), TimedRows)

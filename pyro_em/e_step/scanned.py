@@ -9,7 +9,7 @@ the emissions. Memory is O(T·K). Where the blocks cannot be certified the chain
 Several latents in a step are one joint state (scan_states.py): factorial and coupled chains, semi-Markov states,
 mixtures of emissions.
 
-Not compiled here: longer histories, tables or emission parameters that vary with time, emissions that look back.
+Longer histories, tables or emission parameters that vary with time, and emissions that look back are timed_rows.py's.
 """
 
 from __future__ import annotations
