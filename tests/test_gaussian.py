@@ -22,6 +22,7 @@ from tests.latent_problems import BY_NAME, LATENT_PROBLEMS, LatentProblem
 from tests.laws import largest_score, perturbed, to_constrained, to_free
 from tests.oracles import constraints as supports
 from tests.oracles import log_prior
+from tests.test_resources import Largest
 
 EPS = torch.finfo(torch.float64).eps
 UNWEIGHTED = [p for p in LATENT_PROBLEMS if "weights" not in p.options]
@@ -238,6 +239,20 @@ def test_memory_is_checked_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -
     row, column = torch.arange(40), torch.arange(40) % 30
     with pytest.raises(pyro_em.errors.ResourceError, match="Gaussian latents 'a', 'c'"):
         pyro_em.plan(BY_NAME["crossed"].model, row, column, torch.zeros(40))
+
+
+@pytest.mark.parametrize(("rows", "first", "second"), [(60, 12, 8), (400, 30, 20)])
+def test_crossed_effects_take_the_memory_that_was_predicted(rows: int, first: int, second: int) -> None:
+    """G13: the largest table is that of the rows at all atoms; each group has a row, so that the system is smaller."""
+    row, column = torch.arange(rows) % first, torch.arange(rows) % second
+    y = torch.randn(rows)
+    bound = bind(BY_NAME["crossed"].model, (row, column, y), {}, with_prior=False)
+    common = min(first, second)
+    predicted = 8 * (common + 2) * rows
+    assert bound.continuous is not None and f"{predicted / 2**20:.3g} MiB" in bound.continuous.routes[0].cost
+    with Largest() as largest:
+        bound.evidence(bound.start)
+    assert largest.bytes == predicted
 
 
 def test_a_process_that_is_observed_as_one_event() -> None:

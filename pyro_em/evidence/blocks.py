@@ -76,8 +76,12 @@ class Factored:
         if self.gain is None or self.lower_b is None or standard_b is None:
             return own, None
         common = _back_solve(self.lower_b, standard_b)
-        lead = common.reshape(*common.shape[:-1], *(1,) * (own.dim() - common.dim()), common.shape[-1])
-        return own - (self.gain @ lead.unsqueeze(-1)).squeeze(-1), common
+        # One product for all draws: broadcast, the gain would be copied for each.
+        product = common @ self.gain.reshape(-1, common.shape[-1]).mT
+        product = product.reshape(*common.shape[:-1], *self.gain.shape[:-1])
+        while product.dim() > own.dim():  # draws stand in the first dim of the layout, where the gain has size 1
+            product = product.squeeze(common.dim() - 1)
+        return own - product, common
 
 
 def factor(system: System) -> Factored | None:
@@ -89,8 +93,9 @@ def factor(system: System) -> Factored | None:
         return Factored(lower, None, None, None)
     shape = torch.broadcast_shapes(lower.shape[:-2], system.cross.shape[:-2])
     gain = torch.cholesky_solve(system.cross, lower.expand(*shape, *lower.shape[-2:]))
-    layout = tuple(range(gain.dim() - 2))
-    reduced = system.common - (system.cross.mT @ gain).sum(layout)
+    # One product over all elements: a matrix for each of them would be as large as n_B of the system's own tables.
+    size = gain.shape[-1]
+    reduced = system.common - system.cross.expand(gain.shape).reshape(-1, size).mT @ gain.reshape(-1, size)
     lower_b, failed = torch.linalg.cholesky_ex((reduced + reduced.mT) / 2)
     return None if bool(failed.any()) else Factored(lower, gain, system.cross, lower_b)
 

@@ -185,18 +185,18 @@ def _collapsed(tangents: Tensor, m: int) -> Tensor:
     return tangents
 
 
-def check_memory(geometry: Geometry, names: Sequence[str]) -> int:
-    """Bytes of the largest tables of the system.
+def check_memory(geometry: Geometry, names: Sequence[str], cells: int) -> int:
+    """Bytes of the largest table: of the system, or of the `cells` of a site at all atoms, which the M-step sees.
 
     :raises ResourceError: if they exceed `settings.max_table_bytes`.
     """
     k, n_b = len(geometry.columns_a), geometry.num_b
-    needed = 8 * max(geometry.elements * k * max(k, n_b), n_b * n_b)
+    needed = 8 * max(geometry.elements * k * max(k, n_b), n_b * n_b, (k + n_b + 1) * cells if n_b else 0)
     if needed > settings.max_table_bytes:
         raise ResourceError(
             f"Integrating the Gaussian latents {', '.join(map(repr, names))} needs a table of {needed / 2**20:.0f} MiB "
-            f"({geometry.elements} elements x {k} columns, {n_b} common entries), more than the limit of "
-            f"{settings.max_table_bytes / 2**20:.0f} MiB. Use fewer crossing groups, or raise "
+            f"({geometry.elements} elements x {k} columns, {n_b} common entries, {cells} cells of data), more than the "
+            f"limit of {settings.max_table_bytes / 2**20:.0f} MiB. Use fewer crossing groups, or raise "
             "pyro_em.settings.max_table_bytes."
         )
     return needed

@@ -45,7 +45,7 @@ def recognise_gaussian(candidate: Candidate) -> GaussianRoute:
         in_a = families[chosen]
         in_b = [c for c in columns if c not in set(in_a)]
     geometry = _geometry(candidate, in_a, in_b)
-    needed = check_memory(geometry, candidate.latents.names)
+    needed = check_memory(geometry, candidate.latents.names, _cells(candidate))
     made = tuple(_reading(candidate, name, reads[name], geometry) for name in candidate.latents.factors)
     symbols, plates = plate_symbols(candidate, geometry, in_a, made)
     reason, cost = _words(candidate, geometry, in_a, in_b, needed)
@@ -54,6 +54,12 @@ def recognise_gaussian(candidate: Candidate) -> GaussianRoute:
     for run_at in candidate.run_at:
         route.certify(run_at)
     return route
+
+
+def _cells(candidate: Candidate) -> int:
+    """Of the largest site at one value of the latents."""
+    sites = (candidate.first.sites[name] for name in candidate.latents.factors)
+    return max(torch.Size((*site.batch_shape, *site.fn.event_shape)).numel() for site in sites)
 
 
 def one_family(candidate: Candidate, columns: Sequence[Column], reads: Reads) -> tuple[Geometry, tuple[Reading, ...]]:
