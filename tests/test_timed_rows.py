@@ -306,3 +306,15 @@ def test_problems_of_the_table(name: str) -> None:
     bound = bind(problem.model, problem.args, {}, with_prior=problem.priors, params=problem.start())
     algorithm = "map-em" if problem.priors else "em"
     assert isinstance(choose_engine(bound, MStep(bound, "auto", algorithm)), TimedRows)
+
+
+@pytest.mark.parametrize("model", [second_order, gated])
+def test_a_check_without_the_reference(model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its tables would be large the chains are smoothed by another way."""
+    monkeypatch.setattr(banded, "MOST", 0)
+    y, x, _ = _data(75, 2)
+    seen = torch.arange(75).unsqueeze(-1) < torch.tensor([75, 23])
+    problem = bind(model, (y, x, seen), {}, with_prior=False, weights={"series": torch.tensor([1.0, 2.5])})
+    engine = TimedRows(problem)
+    expected = Interpreted(problem).e_step(problem.start).log_likelihood
+    assert engine.spot_check(problem.start) == (pytest.approx(expected, rel=1e-12), pytest.approx(expected, rel=1e-12))

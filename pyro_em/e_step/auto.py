@@ -22,7 +22,7 @@ from pyro_em.e_step.pooled import compile_pooled
 from pyro_em.e_step.pooled_states import compile_states
 from pyro_em.e_step.predicted import compile_predicted
 from pyro_em.e_step.scanned import Scanned, compile_scanned
-from pyro_em.e_step.timed_rows import compile_timed_rows
+from pyro_em.e_step.timed_rows import TimedRows, compile_timed_rows
 from pyro_em.errors import LostPrecision, PyroEMError
 from pyro_em.evidence.integrated import has_states
 from pyro_em.loop import Iterate
@@ -88,7 +88,7 @@ def verified(problem: Problem, engine: Engine, last: Iterate) -> tuple[float, fl
     rounded = any(v.dtype != torch.float64 for v in last.params.values())
     expectation = engine.e_step(last.params) if rounded else last.expectation
     tolerance = 1e3 * torch.finfo(torch.float32).eps if rounded else AGREEMENT
-    if isinstance(engine, Plated | Scanned) and predicted_bytes(problem.capture) > LARGE:
+    if isinstance(engine, Plated | Scanned | TimedRows) and predicted_bytes(problem.capture) > LARGE:
         found, reference = engine.spot_check(last.params)
         _compare(found, reference, tolerance * (1 + abs(reference)), rounded)
         return expectation.log_likelihood, expectation.log_prior

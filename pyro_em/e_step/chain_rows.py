@@ -127,6 +127,12 @@ class RowProgram:
         seen = states.reduced(posterior).index_select(1, self._place[C:])
         return Smoothed(self._evidence(found.log_scale + log_scale), pairs, at_first, seen)
 
+    def otherwise(self, first: Tensor, table: Tensor, rows: Tensor) -> Smoothed:
+        """The same by another way, step after step over longer blocks or in log-space: what `smooth` is checked by."""
+        C = self.blocks.chains
+        padded = torch.cat([rows.new_zeros(len(rows), C), rows, rows.new_zeros(len(rows), 1)], 1)
+        return self._unblocked(first, logsumexp(first.movedim(0, -1)), table, padded)
+
     def _evidence(self, terms: Tensor) -> Tensor:
         weight = self.chain_weight
         if weight is not None:

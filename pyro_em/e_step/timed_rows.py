@@ -200,6 +200,21 @@ class TimedRows(Predicted):
         likelihood, magnitude = evidence.unbind()
         return torch.stack([likelihood + constants, prior, magnitude + size]), sufficient
 
+    def spot_check(self, params: Params) -> tuple[float, float]:
+        """Log-likelihood of the components by this engine, and with the chains smoothed by another way."""
+        tensors = iter(self.before(params, torch.zeros((), dtype=torch.float64)).tensors)
+        found = reference = 0.0
+        with torch.no_grad():
+            for program in self.programs:
+                if isinstance(program, RowProgram):
+                    own = [next(tensors) for _ in range(3)]
+                    found += float(program.smooth(*own).evidence[0])
+                    reference += float(program.otherwise(*own).evidence[0])
+                else:
+                    evidence = float(program.evaluated([next(tensors) for _ in program.dims])[0][0])
+                    found, reference = found + evidence, reference + evidence
+        return found, reference
+
 
 def compile_timed_rows(problem: Problem) -> TimedRows:
     """:raises NotCompiled: if there is no loop over time, or an argument is not recognised."""
