@@ -2,10 +2,11 @@
 
     gamma_poisson   λ_n ~ Gamma(α, β),   y_n ~ Poisson(λ_n t_n)     y_n is negative binomial      y, t (N,)
     beta_binomial   p_n ~ Beta(a, b),    y_n ~ Binomial(m, p_n)     y_n is beta-binomial          y (N,)
-    dirichlet_multinomial                                           the same with K categories    y (N, K)
+    categories      θ_n ~ Dirichlet(α), y_n ~ Multinomial(m, θ_n)   the same with K categories    y (N, K)
+    dirichlet_multinomial                     `categories`, θ_n integrated by the distribution
 
-The posterior of λ_n and p_n has the family of its prior, so that EM is exact and the empirical Bayes estimates of the
-rows are its means.
+The posterior of λ_n, p_n and θ_n has the family of its prior, so that EM is exact and the empirical Bayes estimates of
+the rows are its means.
 
 Data: failures of ten power plant pumps (`load`), boys among the first twelve children of 6115 Saxon families
 (`load_families`, with the number of families that have each count: row weights); see data/README.md.
@@ -78,6 +79,14 @@ def beta_binomial(y: Tensor, num_trials: int = 12) -> None:
     with pyro.plate("rows", len(y)):
         p = pyro.sample("p", dist.Beta(a, b))
         pyro.sample("y", dist.Binomial(num_trials, p), obs=y)
+
+
+def categories(y: Tensor) -> None:
+    """Probabilities of each row's own; start: the uniform distribution."""
+    concentration = pyro.param("concentration", torch.ones(y.shape[-1], dtype=y.dtype), constraint=positive)
+    with pyro.plate("rows", len(y)):
+        theta = pyro.sample("theta", dist.Dirichlet(concentration))
+        pyro.sample("y", dist.Multinomial(int(y.sum(-1).max()), theta), obs=y)
 
 
 def dirichlet_multinomial(y: Tensor) -> None:

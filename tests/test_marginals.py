@@ -112,3 +112,13 @@ def test_two_categories_are_a_beta_binomial() -> None:
     assert marginal.log_likelihood == pytest.approx(latent.log_likelihood, abs=1e-5)
     expected = torch.stack([latent.params["a"], latent.params["b"]])
     torch.testing.assert_close(marginal.params["concentration"], expected, rtol=1e-3, atol=0.0)
+
+
+def test_categories_are_a_dirichlet_multinomial() -> None:
+    """EM with the probabilities as latents climbs to where Newton's method on their marginal ends in one step."""
+    y = overdispersed.simulate_categories()
+    latent = pyro_em.fit(overdispersed.categories, y, accelerate="anderson", tol=1e-8)
+    marginal = pyro_em.fit(overdispersed.dirichlet_multinomial, y, tol=1e-9)
+    assert latent.converged and latent.plan.route("theta") == "conjugate" and marginal.num_iterations <= 2
+    assert latent.log_likelihood == pytest.approx(marginal.log_likelihood, rel=1e-12)
+    torch.testing.assert_close(latent.params["concentration"], marginal.params["concentration"], rtol=1e-6, atol=0)

@@ -181,6 +181,7 @@ TABLE: list[tuple[str, str, Callable[[], tuple[Tensor, ...]]]] = [
     ("overdispersed", "gamma_poisson", loaded("overdispersed")),
     ("overdispersed", "beta_binomial", lambda: arguments(module("overdispersed").simulate_trials())),
     ("overdispersed", "beta_binomial", categories(loaded("overdispersed", "load_families"))),
+    ("overdispersed", "categories", lambda: arguments(module("overdispersed").simulate_categories())),
     ("overdispersed", "dirichlet_multinomial", lambda: arguments(module("overdispersed").simulate_categories())),
     ("vae", "model", simulated("vae")),
     ("vae", "model", loaded("vae")),
