@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
@@ -224,6 +225,8 @@ def plan(
 ) -> Plan:
     """What `fit` would do with the same arguments, without doing it. Print it.
 
+    Options of `fit` that say how far or from where to climb (`init`, `max_iter`, ...) change nothing here.
+
     :raises Refusal, InputError, ResourceError: as `fit` would.
 
     Example, with the model of `fit`::
@@ -232,6 +235,7 @@ def plan(
         >>> plan.exact, plan.route("z"), plan.route("loc")
         (True, 'enumerate', 'closed')
     """
+    kwargs = {name: value for name, value in kwargs.items() if name not in _CLIMBING}
     check_algorithm(algorithm)
     rules = checked_rules(e_step)
     model = complete_cases(model, missing)
@@ -246,6 +250,9 @@ def plan(
         m = MStep(problem, m_step, algorithm)
         notes = (*bound.notes, *numerical_error(problem, problem.start))
         return explain(problem, m, _engine(problem, m, algorithm), algorithm, temperature is not None, notes)
+
+
+_CLIMBING = {name for name in signature(fit).parameters if name not in signature(plan).parameters}
 
 
 def _engine(problem: Problem, m: MStep, algorithm: str) -> Engine:

@@ -1,13 +1,15 @@
 """One figure of a fit: how the objective rose, how the score fell, and what the latents say.
 
 The third panel shows two-dimensional data coloured by the most probable state (pale where that is
-uncertain), otherwise the responsibilities as a heat map. The figure is made without pyplot: no backend is
+uncertain), otherwise the responsibilities as a heat map; of a continuous latent the posterior mean of every element
+with two standard deviations to either side. The figure is made without pyplot: no backend is
 chosen, no window opens, nothing stays registered.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -98,6 +100,11 @@ def _score(axis: Any, score: np.ndarray) -> None:
 
 
 def _latents(figure: Any, axis: Any, posterior: Posterior, site: str | None) -> None:
+    first = posterior.latents[0] if site is None else site
+    if posterior.is_continuous(first):
+        steps = [name for name in posterior.latents if site is None and _stem(name) == _stem(first)]
+        _bands(axis, posterior, steps or [first])
+        return
     probs, name = _responsibilities(posterior, site)
     points = _plane(posterior, len(probs)) if name in posterior.latents else None
     if points is not None and probs.shape[1] <= len(COLOURS):
@@ -113,6 +120,27 @@ def _latents(figure: Any, axis: Any, posterior: Posterior, site: str | None) -> 
     bar = figure.colorbar(image, ax=axis, shrink=0.8)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, color=FAINT)
+
+
+def _stem(name: str) -> str:
+    """The name without its number: the same for all steps of an unrolled chain."""
+    return re.sub(r"\d+", "", name)
+
+
+def _bands(axis: Any, posterior: Posterior, names: list[str]) -> None:
+    """Mean ± 2 sd by element of the first plate (by step of a chain), one colour for each other entry that has one."""
+    mean = [posterior.mean(name) for name in names]
+    sd = [posterior.variance(name).sqrt() for name in names]
+    single, title = len(names) == 1, names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+    length = len(names) if not single else len(mean[0]) if mean[0].dim() else 1
+    columns, spreads = (torch.stack(part).reshape(length, -1).numpy() for part in (mean, sd))
+    rows = np.unique(np.linspace(0, length - 1, min(length, MAX_ROWS)).astype(int))
+    style = {"fmt": "o"} if len(rows) <= 40 else {"fmt": "-"}
+    for colour, middle, spread in zip(COLOURS, columns.T, spreads.T, strict=False):
+        bars = axis.errorbar(rows, middle[rows], 2 * spread[rows], color=colour, ms=3, lw=1, elinewidth=0.6, **style)
+        bars.lines[2][0].set_alpha(0.5)
+    axis.set_title(f"{title} given the data: mean ± 2 sd", color=INK, loc="left", fontsize=9)
+    axis.set_xlabel("element" if single else "step")
 
 
 def _responsibilities(posterior: Posterior, site: str | None) -> tuple[np.ndarray, str]:

@@ -86,6 +86,10 @@ class Posterior:
             return list(graph.latents)
         return [name for name in self.problem.capture.sites if name in graph.latents or name in continuous.names]
 
+    def is_continuous(self, latent: str) -> bool:
+        """Whether a latent takes real values, which have a mean and a variance and no states."""
+        return (self._mixed(latent) or self._chain(latent)) is not None
+
     def _mixed(self, site: str) -> Mixed | None:
         """The posterior of a continuous latent, None for a discrete one."""
         continuous = self.problem.continuous
@@ -107,6 +111,8 @@ class Posterior:
         for sequence in self._sequences.values():
             if latent == sequence.name or sequence.step(latent) is not None:
                 return sequence.rest
+        if self.is_continuous(latent):
+            raise InputError(f"Latent '{latent}' is continuous and has no states; ask for its mean or marginal.")
         known = ", ".join(self.latents) or "none"
         raise InputError(f"The model has no latent '{latent}'. Its latents: {known}.")
 
@@ -146,8 +152,7 @@ class Posterior:
         Categorical over its states. A continuous latent keeps the family of its route (Normal, Gamma, ...), or a
         mixture of these over the states of the discrete latents it depends on.
         """
-        mixed = self._mixed(site) or self._chain(site)
-        if mixed is not None:
+        if (mixed := self._mixed(site) or self._chain(site)) is not None:
             return mixed.marginal(site)
         probs = self.responsibilities(site)
         family = type(base_distribution(self._site(site).fn))
@@ -159,21 +164,22 @@ class Posterior:
 
     def _support(self, site: str) -> Tensor:
         """Values of the states, shape (K,) + event."""
+        return self._values(site).to(torch.get_default_dtype())
+
+    def _values(self, site: str) -> Tensor:
         fn = self._site(site).fn
         values = fn.enumerate_support(expand=False)
-        return values.reshape(values.shape[0], *fn.event_shape).to(torch.get_default_dtype())
+        return values.reshape(values.shape[0], *fn.event_shape)
 
     def mean(self, site: str) -> Tensor:
         """Posterior mean of the latent's value, shape plates + event."""
-        mixed = self._mixed(site) or self._chain(site)
-        if mixed is not None:
+        if (mixed := self._mixed(site) or self._chain(site)) is not None:
             return mixed.mean(site)
         return torch.tensordot(self.responsibilities(site), self._support(site), dims=1)
 
     def variance(self, site: str) -> Tensor:
         """Posterior variance of the latent's value, shape plates + event."""
-        mixed = self._mixed(site) or self._chain(site)
-        if mixed is not None:
+        if (mixed := self._mixed(site) or self._chain(site)) is not None:
             return mixed.variance(site)
         support, probs = self._support(site), self.responsibilities(site)
         second = torch.tensordot(probs, support**2, dims=1)
@@ -224,16 +230,11 @@ class Posterior:
         """log p(x_n|θ) for every element of the data plates, unweighted; shape of the data plates."""
         return pointwise(self.problem, *self._e_step)
 
-    def _value(self, site: str, index: Tensor) -> Tensor:
-        fn = self._site(site).fn
-        values = fn.enumerate_support(expand=False)
-        return values.reshape(values.shape[0], *fn.event_shape)[index]
-
     def _in_order(
         self, picked: dict[str, Tensor], read: Callable[[SetPosterior], dict[str, Tensor]], *, draws: bool
     ) -> dict[str, Tensor]:
         """Values of all latents in program order, the continuous ones given the picked states of the others."""
-        found = {site: self._value(site, index) for site, index in picked.items()}
+        found = {site: self._values(site)[index] for site, index in picked.items()}
         for part in self._e_step[0].parts:
             for site, value in read(part.posterior).items():
                 mixed = self._mixed(site)
@@ -244,8 +245,7 @@ class Posterior:
     def _factors(self, elimination: Elimination) -> dict[str, Tensor]:
         """Log-factors of the discrete latents; continuous ones are integrated out, or at their best for "max"."""
         evidence, run = self._e_step
-        factors = self.problem.factors(run)
-        continuous = self.problem.continuous
+        factors, continuous = self.problem.factors(run), self.problem.continuous
         if continuous is None:
             return factors
         for latents, part in zip(continuous.sets, evidence.parts, strict=True):
@@ -286,8 +286,8 @@ class Posterior:
         own = with_dims(indicator.sum(gone) if gone else indicator, "".join(d for d in dims if d in keep))
         if num is None:
             return _over_plates(own, record, symbol).argmax(-1)
-        lead = align(own, DRAWS + "".join(d for d in dims_of(own) if d != DRAWS))
         kept = "".join(d for d in dims_of(own) if d != DRAWS)
+        lead = align(own, DRAWS + kept)
         states = [_over_plates(with_dims(row, kept), record, symbol).argmax(-1) for row in lead]
         return torch.stack(states)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import pyro_em
-from models import gmm, hmm, poisson_mixture
+from models import factor_analysis, gmm, hmm, overdispersed, poisson_mixture, time_loops
 
 pytest.importorskip("matplotlib")
 
@@ -40,6 +42,28 @@ def test_states_of_an_unrolled_chain_stand_side_by_side() -> None:
     axis = result.plot().axes[2]
     assert axis.images[0].get_array().shape == (2, 12) and "z_0 ... z_11" in axis.get_title(loc="left")
     assert result.plot(site="z_3").axes[2].images[0].get_array().shape == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "latents"),
+    [
+        (overdispersed.gamma_poisson, overdispersed.load(), ["rate"]),  # one number for every element
+        (factor_analysis.model, (factor_analysis.load()[:30],), ["z"]),  # a vector
+        (time_loops.local_level, (time_loops.load()[:20],), [f"x_{t}" for t in range(20)]),  # a loop over time
+    ],
+)
+def test_continuous_latents_are_drawn_as_means_with_bars(model: Any, data: tuple, latents: list[str]) -> None:
+    result = pyro_em.fit(model, *data, max_iter=3)
+    bars = result.plot().axes[-1].containers[0]
+    posterior = result.posterior()
+    first = torch.stack([posterior.mean(n) for n in latents]).reshape(len(bars.lines[0].get_ydata()), -1)[:, 0]
+    assert np.array_equal(bars.lines[0].get_ydata(), first.numpy())
+    ends = np.array([segment[:, 1] for segment in bars.lines[2][0].get_segments()])
+    sd = torch.stack([posterior.variance(n).sqrt() for n in latents]).reshape(len(first), -1)[:, 0]
+    assert np.allclose(ends[:, 1] - ends[:, 0], 4 * sd.numpy(), rtol=1e-12)
+    assert len(result.plot(site=latents[-1]).axes[-1].containers) > 0
+    with pytest.raises(pyro_em.InputError, match="is continuous and has no states; ask for its mean"):
+        posterior.responsibilities(latents[0])
 
 
 def test_panels_that_have_nothing_to_show_are_left_out() -> None:
