@@ -28,7 +28,7 @@ import xarray
 from torch import Tensor
 
 from pyro_em.device import seeded_normal
-from pyro_em.errors import InputError
+from pyro_em.errors import InputError, NonFiniteError, Refusal
 from pyro_em.information import Information
 from pyro_em.model.capture import PlainSite
 from pyro_em.pointwise import pointwise_draws
@@ -120,8 +120,11 @@ def to_datatree(
         if problem.graph.latents:
             groups["latent_posterior"] = _latents(result.posterior())
         if information is not None and draws is not None and limit and problem.graph.data_plates:
-            values = pointwise_draws(problem, result.params, information, draws[:limit])
-            groups["log_likelihood"] = _log_likelihood(problem, values)
+            try:
+                values = pointwise_draws(problem, result.params, information, draws[:limit])
+                groups["log_likelihood"] = _log_likelihood(problem, values)
+            except (NonFiniteError, Refusal) as error:  # far from an estimate near the boundary of its space
+                attributes["missing_groups"] = f"log_likelihood: at a draw of the parameters it is not finite. {error}"
         else:
             attributes["missing_groups"] = "log_likelihood: " + _why_no_log_likelihood(problem, draws is None)
         if predictive:

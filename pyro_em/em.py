@@ -21,7 +21,7 @@ from pyro_em.errors import InputError, MonotonicityError
 from pyro_em.loop import MONOTONE, Iterate, at, rounding
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.missing import complete_cases
-from pyro_em.options import EXACT, checked_rules
+from pyro_em.options import EXACT, check_given, checked_rules
 from pyro_em.problem import Problem
 from pyro_em.store import isolated_rng, write_params
 from pyro_em.types import Model, Params
@@ -80,6 +80,13 @@ class EM:
 
         if algorithm not in EXACT:
             raise InputError(f"EM: algorithm must be one of {', '.join(EXACT)}; use pyro.infer.SVI for svi.")
+        check_given(model, options.get("weights"))
+        unknown = sorted(options.keys() - {"e_step", "m_step", "roles", "weights", "missing"})
+        if unknown:
+            raise InputError(
+                f"EM: it has no option {', '.join(map(repr, unknown))}. Its options: e_step, m_step, roles, weights, "
+                "missing. Each step() is one iteration; how many, and from where, is the caller's loop and param store."
+            )
         if loss is not None and not isinstance(loss, ExactELBO):
             raise InputError("EM: its loss is the exact ELBO. Use pyro.infer.SVI for another loss.")
         self.model, self.guide = complete_cases(model, options.pop("missing", None)), guide

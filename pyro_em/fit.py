@@ -19,7 +19,7 @@ from pyro_em.e_step.assigned import Assigned
 from pyro_em.e_step.auto import choose_engine, in_double, verified
 from pyro_em.e_step.base import Engine, Expectation
 from pyro_em.e_step.pooled import Pooled
-from pyro_em.errors import EMWarning, InputError
+from pyro_em.errors import EMWarning
 from pyro_em.evaluator import Evaluator
 from pyro_em.explain import explain
 from pyro_em.initialise import initial_starts
@@ -28,7 +28,7 @@ from pyro_em.loop import Callback, EMMap, Ended, History, Steps, drive, run_from
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.missing import complete_cases
 from pyro_em.model.plan import Plan
-from pyro_em.options import HARD, check_algorithm, check_restarts, checked_rules
+from pyro_em.options import HARD, check_algorithm, check_given, check_restarts, checked_rules, refuse_with
 from pyro_em.precision import check_precision, rough_first, worthwhile
 from pyro_em.problem import Problem
 from pyro_em.progress import progress_bar
@@ -131,6 +131,7 @@ def fit(
         Converged: the score per observation is below tol.
     """
     check_algorithm(algorithm)
+    check_given(model, weights, seed, callbacks)
     check_restarts(restarts)
     rules = checked_rules(e_step)
     model = complete_cases(model, missing)
@@ -139,14 +140,14 @@ def fit(
     check_temperature(temperature)
     mixed = precision if precision == "mixed" else None
     if algorithm in HARD:
-        _refuse_with(algorithm, accelerate=accelerate, temperature=temperature, precision=mixed)
+        refuse_with(algorithm, accelerate=accelerate, temperature=temperature, precision=mixed)
     StoppingRule(max_iter, tol)  # checks them
     if algorithm == "svi":
         from pyro_em.svi import fit_svi
 
         other = None if m_step == "auto" else m_step
         given = {"weights": weights, "m_step": other, "accelerate": accelerate, "temperature": temperature}
-        _refuse_with(algorithm, **given, e_step=rules or None, precision=mixed)
+        refuse_with(algorithm, **given, e_step=rules or None, precision=mixed)
         return fit_svi(
             model, args, kwargs, guide=guide, init=init, restarts=restarts, seed=seed, max_iter=max_iter,
             optim=optim, num_particles=num_particles, callbacks=callbacks, progress=progress, roles=roles,
@@ -235,8 +236,9 @@ def plan(
         >>> plan.exact, plan.route("z"), plan.route("loc")
         (True, 'enumerate', 'closed')
     """
-    kwargs = {name: value for name, value in kwargs.items() if name not in _CLIMBING}
+    kwargs = {name: value for name, value in kwargs.items() if name not in signature(fit).parameters}
     check_algorithm(algorithm)
+    check_given(model, weights)
     rules = checked_rules(e_step)
     model = complete_cases(model, missing)
     check_temperature(temperature)
@@ -252,19 +254,10 @@ def plan(
         return explain(problem, m, _engine(problem, m, algorithm), algorithm, temperature is not None, notes)
 
 
-_CLIMBING = {name for name in signature(fit).parameters if name not in signature(plan).parameters}
-
-
 def _engine(problem: Problem, m: MStep, algorithm: str) -> Engine:
     if algorithm in HARD:
         return Assigned(problem, "max" if algorithm == "cem" else "sample")
     return choose_engine(problem, m)
-
-
-def _refuse_with(algorithm: str, **given: Any) -> None:
-    for name, value in given.items():
-        if value is not None:
-            raise InputError(f"{name} belongs to the exact algorithms (em, map-em, gem); '{algorithm}' cannot use it.")
 
 
 def _result(

@@ -116,7 +116,10 @@ def observed_information(problem: Problem, params: Params, names: tuple[str, ...
 
 
 def _inverse(information: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(information)
+    # In units in which every coordinate has information 1: what counts as none must not depend on the data's units.
+    size = information.diagonal().abs()
+    unit = torch.where(size > 0, size, torch.ones_like(size)).rsqrt()
+    values, vectors = torch.linalg.eigh(information * unit * unit.unsqueeze(-1))
     largest = float(values.abs().max()) if values.numel() else 0.0
     usable = (values > 1e-10 * largest) & (values > 0)
     if not bool(usable.all()):
@@ -127,6 +130,7 @@ def _inverse(information: Tensor) -> Tensor:
             stacklevel=4,
         )
     inverse = torch.where(usable, 1 / torch.where(usable, values, torch.ones_like(values)), torch.zeros_like(values))
+    vectors = vectors * unit.unsqueeze(-1)
     return (vectors * inverse) @ vectors.mT
 
 

@@ -48,7 +48,7 @@ def check_kinds(capture: Capture, names: tuple[str, ...], rules: Mapping[str, Qu
     refuse_switching(capture, names)
 
 
-def draw(capture: Capture, names: tuple[str, ...], seed: int) -> Values:
+def draw(capture: Capture, names: tuple[str, ...], seed: int, dtype: torch.dtype | None = None) -> Values:
     """Random values of the latents inside of their supports, in their own shapes, whatever their distribution."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
@@ -57,8 +57,28 @@ def draw(capture: Capture, names: tuple[str, ...], seed: int) -> Values:
         bijection = biject_to(site.fn.support)
         shape = bijection.inverse_shape(site.value.shape)
         noise = seeded_normal(shape, generator)
-        found[name] = bijection(noise).to(site.value.dtype)
+        found[name] = bijection(noise).to(dtype or site.value.dtype)
     return found
+
+
+def _first_runs(
+    runs: AtomRuns, capture: Capture, names: tuple[str, ...], params: tuple[Params, Params]
+) -> tuple[tuple[Values, Values], tuple[Run, Run]]:
+    """Leaves at two points and the model's runs there, in float64 even for a model in float32 if it lets them in.
+
+    Type promotion then computes everything that the latents reach in float64. (A matrix product does not promote.)
+    """
+    for dtype in (torch.float64, None):
+        leaves = tuple({n: v.requires_grad_(True) for n, v in draw(capture, names, i, dtype).items()} for i in (1, 2))
+        try:
+            with torch.enable_grad():
+                found = tuple(runs.one(p, own) for p, own in zip(params, leaves, strict=True))
+        except RuntimeError:
+            if dtype is None:
+                raise
+        else:
+            break
+    return (leaves[0], leaves[1]), (found[0], found[1])
 
 
 def bind_continuous(
@@ -74,10 +94,7 @@ def bind_continuous(
     :param rules: of the latents that are to be integrated by quadrature.
     :raises Refusal: if a set is not exactly tractable, naming site, reason and remedy.
     """
-    values = (draw(capture, names, 1), draw(capture, names, 2))
-    leaves = tuple({n: v.requires_grad_(True) for n, v in own.items()} for own in values)
-    with torch.enable_grad():
-        first, second = (runs.one(p, own) for p, own in zip(params, leaves, strict=True))
+    leaves, (first, second) = _first_runs(runs, capture, names, params)
     sets = _sets(first, second, leaves, names, runs)
     enumeration = _enumeration_symbols(first, runs.dim)
     symbols: dict[str, Mapping[int, str]] = {}
@@ -88,7 +105,7 @@ def bind_continuous(
         else:
             reach = {}
         symbols.update({name: {**reach, runs.dim: latents.symbol} for name in latents.factors})
-    plain = tuple({n: v.detach() for n, v in own.items()} for own in values)
+    plain = tuple({n: v.detach() for n, v in own.items()} for own in leaves)
     runs = dataclasses.replace(runs, symbols=symbols).certified(params[0], plain)
     routes: list[Route] = []
     values_at_start: Values = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyro
@@ -26,6 +26,23 @@ def check_algorithm(algorithm: str) -> None:
     """Raise `InputError` for an unknown algorithm."""
     if algorithm not in ALGORITHMS:
         raise InputError(f"algorithm: there is no '{algorithm}'. Valid names: {', '.join(map(repr, ALGORITHMS))}.")
+
+
+def check_given(model: Any, weights: Any = None, seed: Any = None, callbacks: Any = ()) -> None:
+    """Raise `InputError` for arguments of another kind than `fit` takes."""
+    if not callable(model):
+        raise InputError(
+            f"The model is a {type(model).__name__}, not a function: fit(model, *data) calls it with the data. (The "
+            "command line takes a model as file.py:function.)"
+        )
+    if weights is not None and not isinstance(weights, Mapping):
+        raise InputError(
+            f"weights is a dict by plate, {{'plate': tensor}}, not a {type(weights).__name__}: it weights that plate."
+        )
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise InputError(f"seed must be an integer, not {seed!r}.")
+    if callable(callbacks) or not isinstance(callbacks, Iterable):
+        raise InputError("callbacks is a list of functions, each called with a Step: callbacks=[function].")
 
 
 def check_restarts(restarts: int) -> None:
@@ -105,3 +122,10 @@ def point_estimated(guide: Model | None, args: tuple[Any, ...], kwargs: dict[str
             )
         found.append(name)
     return tuple(found)
+
+
+def refuse_with(algorithm: str, **given: Any) -> None:
+    """Raise `InputError` for options that were given but belong to the exact algorithms only."""
+    for name, value in given.items():
+        if value is not None:
+            raise InputError(f"{name} belongs to the exact algorithms (em, map-em, gem); '{algorithm}' cannot use it.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -120,10 +121,13 @@ def _layout(
             width = factor.shape[-1] if statistic.factor_dim else 1
             if family.centered:
                 mean = raw.double().mean(1) if mask is None else _masked_mean(raw, mask, positions)
+                # In the precision in which the model itself meets the data: float64 parameters widen float32 data.
+                wide = functools.reduce(torch.promote_types, (v.dtype for v in site.arguments.values()), raw.dtype)
+                mean = mean.to(wide)
                 # Into memory of its own, feature-major: `rows` may have given a view of the user's data.
-                raw = torch.sub(raw, mean.to(raw).unsqueeze(1), out=raw.new_empty(raw.shape))
+                raw = torch.sub(raw, mean.unsqueeze(1), out=raw.new_empty(raw.shape, dtype=wide))
                 shape = [dict(inner).get(d, 1) for d in range(-max([0, *(-d for d, _ in inner)]), 0)]
-                center = mean.to(raw).double().reshape((*shape, *elements, *((-1,) if family.event_dim else ())))
+                center = mean.double().reshape((*shape, *elements, *((-1,) if family.event_dim else ())))
             parts.append(Part("raw", width, _masked(raw, mask, width)))
             codes.append(raw)
         else:

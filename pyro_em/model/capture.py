@@ -23,9 +23,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em.device import checked_indices
-from pyro_em.errors import InputError
 from pyro_em.model import compat
-from pyro_em.model.data import check_arguments, check_data, plain_support
+from pyro_em.model.data import check_arguments, check_data, check_sites, check_start, plain_support
 from pyro_em.model.missing import INCOMPLETE, check_unread
 from pyro_em.model.timeline import Loop, Unplanned, running
 from pyro_em.model.trace import OBSERVE, Plate, quiet_store
@@ -104,6 +103,7 @@ class _Observe(Messenger):
         name = msg["name"]
         value = detach_provenance(msg["value"])
         if name not in self.parameters:
+            check_start(name, value)
             kind = "module" if compat.module_parameter(msg) is not None else "param"
             self.parameters[name] = ParameterRecord(name, value.detach().clone(), constraints.real, kind)
         if self.parameters[name].kind == "param":
@@ -129,7 +129,7 @@ class _Observe(Messenger):
             return
         name, value = msg["name"], detach_provenance(msg["value"])
         if msg["is_observed"]:
-            plates = {f.name: f.size for f in msg["cond_indep_stack"] if f.vectorized}
+            plates = [f for f in msg["cond_indep_stack"] if f.vectorized]
             check_data(name, msg["fn"], value, msg["mask"], gaps=INCOMPLETE in msg["infer"], plates=plates)
         raw = compat.raw_arguments(msg["fn"]) or {}
         inputs = list(raw.values())
@@ -157,10 +157,12 @@ def capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capt
     Raises `InputError` for data that are NaN, infinite or outside of a site's support.
     """
     try:
-        return _capture(model, args, kwargs, "unplanned", ())
+        seen = _capture(model, args, kwargs, "unplanned", ())
     except Unplanned:
         shallow = _capture(model, args, kwargs, "shallow", ())
-        return _capture(model, args, kwargs, "together", shallow.loops)
+        seen = _capture(model, args, kwargs, "together", shallow.loops)
+    check_sites([(site.name, site.observed) for site in seen.sites.values()])
+    return seen
 
 
 def _capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], kind: str, loops: Sequence[Loop]) -> Capture:
@@ -173,10 +175,6 @@ def _capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], kind: 
             trace: Any = poutine.trace(observe(Unfold()(model))).get_trace(*args, **kwargs)
         declared = pyro.get_param_store().get_state()["constraints"]
     trace = compat.prune_and_symbolize(trace)
-    if not any(site["type"] == "sample" for site in trace.nodes.values()):
-        raise InputError(
-            "The model has no sites: there is nothing to fit. Is a loop over its data empty (a sequence of length 0)?"
-        )
     sites: dict[str, PlainSite] = {}
     depth = 0
     for name, site in trace.nodes.items():

@@ -3,16 +3,19 @@
 Pyro enumerates a latent by giving it one value per state along a new dim, unexpanded over plates. A model
 that reduces over that dim or over a plate (`z.sum()`), or branches on a value, then silently computes
 something else. So the model is also run plainly, with one drawn value per latent, and every site's
-log-density must equal the entry of its enumerated factor at those values.
+log-density must equal the entry of its enumerated factor at those values; and once more with the next state in the
+place of every drawn one, so that a branch on a value that happened to be drawn is seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_em.errors import InputError, Refusal
@@ -24,9 +27,12 @@ from pyro_em.model.first import FirstElements
 from pyro_em.model.graph import FactorGraph
 from pyro_em.model.packing import align
 from pyro_em.model.slicing import ROWS, first_rows, plate_to_cut
-from pyro_em.model.trace import Run, quiet_store, run_model
+from pyro_em.model.trace import Run, SiteRecord, quiet_store, run_model
 from pyro_em.shapes import broadcast_shapes
 from pyro_em.types import Model
+
+Values = Mapping[str, Tensor]
+RUNS = 8  # that are compared where random numbers of the model itself (a few of dropout) may be why it was refused
 
 
 def certify_factors(
@@ -47,7 +53,7 @@ def certify_factors(
         with torch.no_grad(), quiet_store(), pyro.validation_enabled(False):
             runs = [
                 run_model(model, args, kwargs, params, max_plate_nesting=capture.max_plate_nesting, loops=capture.loops)
-                for _ in range(2)
+                for _ in range(RUNS)
             ]
         _refuse_changing(refusal.site, *runs)
         raise
@@ -64,10 +70,10 @@ def _against_drawn(
 ) -> None:
     plate = plate_to_cut(enumerated)
 
-    def drawn(first: FirstElements | None = None, rows: Rows | None = None) -> Run:
+    def drawn(first: FirstElements | None = None, rows: Rows | None = None, values: Values | None = None) -> Run:
         with torch.no_grad(), quiet_store(), pyro.validation_enabled(False):
             return run_model(
-                model,
+                model if values is None else _Given(values)(model),
                 args if rows is None else rows.cut(args),
                 kwargs if rows is None else rows.cut(kwargs),
                 params,
@@ -78,20 +84,39 @@ def _against_drawn(
             )
 
     cut = first_rows(enumerated, plate)
+
+    def agree(run: Callable[..., Run]) -> None:
+        plain = run()
+        _compare(cut, plain, graph)
+        if not capture.loops:  # whose sites are no statements of the model
+            others = {name: _states(enumerated.sites[name], plain.sites[name], 1)[1] for name in graph.latents}
+            _compare(cut, run(values=others), graph)
+
     if plate is None:
-        _compare(cut, drawn(), graph)
+        agree(drawn)
         return
     # Drawn latents give every row arguments of its own: N covariance matrices, if they are not kept from it.
     try:
-        _compare(cut, drawn(rows=leading_rows(plate, _size(enumerated, plate), ROWS)), graph)
+        agree(partial(drawn, rows=leading_rows(plate, _size(enumerated, plate), ROWS)))
         return
     except (ValueError, RuntimeError, IndexError, InputError, Refusal):
         pass  # data elsewhere, or a model that says something else of its first rows alone
     try:
-        plain = drawn(FirstElements(plate, ROWS))
+        agree(partial(drawn, FirstElements(plate, ROWS)))
     except (ValueError, RuntimeError):  # something else has the size of the plate
-        plain = first_rows(drawn(), plate)
-    _compare(cut, plain, graph)
+        _compare(cut, first_rows(drawn(), plate), graph)
+
+
+class _Given(Messenger):
+    """Latents at given values."""
+
+    def __init__(self, values: Values) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"] = self.values[msg["name"]]
 
 
 def _size(run: Run, plate: str) -> int:
@@ -125,11 +150,11 @@ def _compare(enumerated: Run, plain: Run, graph: FactorGraph) -> None:
             )
 
 
-def _refuse_changing(site: str, before: Run, after: Run) -> None:
+def _refuse_changing(site: str, *runs: Run) -> None:
     """Raise `Refusal` if two runs with the same parameters gave a site different densities."""
-    if site in before.sites and site in after.sites:
-        a, b = (compat.detached(packed_log_density(run.sites[site])) for run in (before, after))
-        if torch.equal(a, b):
+    if all(site in run.sites for run in runs):
+        first, *others = (compat.detached(packed_log_density(run.sites[site])) for run in runs)
+        if all(torch.equal(first, other) for other in others):
             return
     raise Refusal(
         site,
@@ -152,16 +177,20 @@ def refuse_minibatches(capture: Capture) -> None:
 
 def _state_index(enumerated: Run, plain: Run, name: str) -> Tensor:
     """Packed (over plates) number of the drawn state of each latent element."""
-    site, own = enumerated.sites[name], plain.sites[name]
+    own = plain.sites[name]
+    return compat.pack(_states(enumerated.sites[name], own)[0].expand(own.batch_shape), own.symbols)
+
+
+def _states(site: SiteRecord, drawn: SiteRecord, shift: int = 0) -> tuple[Tensor, Tensor]:
+    """Number of the drawn state of each latent element, and the value `shift` states after it."""
     support = site.fn.enumerate_support(expand=False)
     event_dim = site.fn.event_dim
     states = support.reshape(support.shape[0], *support.shape[support.dim() - event_dim :])
-    value = own.value
+    value = drawn.value
     batch = value.shape[: value.dim() - event_dim]
     same = value.unsqueeze(0) == states.reshape(states.shape[0], *(1,) * len(batch), *states.shape[1:])
-    same = same.reshape(states.shape[0], *batch, -1).all(-1)
-    index = same.long().argmax(0).expand(own.batch_shape)
-    return compat.pack(index, own.symbols)
+    index = same.reshape(states.shape[0], *batch, -1).all(-1).long().argmax(0)
+    return index, states[(index + shift) % len(states)]
 
 
 def _lookup(factor: Tensor, states: Mapping[str, Tensor], graph: FactorGraph) -> Tensor:

@@ -7,7 +7,7 @@ before the first iteration.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,14 +51,41 @@ def plain_support(fn: Any) -> Any:
         return None
 
 
-def check_data(name: str, fn: Any, value: Tensor, mask: Any, gaps: bool, plates: Mapping[str, int]) -> None:
+def check_sites(sites: Sequence[tuple[str, bool]]) -> None:
+    """Raise on a model without sites (name, observed), or without data."""
+    if not sites:
+        raise InputError(
+            "The model has no sites: there is nothing to fit. Is a loop over its data empty (a sequence of length 0)?"
+        )
+    if not any(observed for _, observed in sites):
+        names = ", ".join(repr(name) for name, _ in sites[:5])
+        raise InputError(
+            f"The model observes no data: none of its sites ({names}) has obs=. Write pyro.sample(name, fn, obs=data), "
+            "and give fit the data (an argument of the model may have stayed at its default None)."
+        )
+
+
+def check_start(name: str, value: Tensor) -> None:
+    """Raise on a parameter that starts as NaN, which is what Pyro makes of a value outside of its constraint."""
+    bad = value.isnan()
+    if bool(bad.any()):
+        raise InputError(
+            f"Parameter '{name}' starts as NaN in entry {_first(bad)}: its initial value is NaN, or violates its "
+            "constraint (one that must be positive is negative)."
+        )
+
+
+def check_data(name: str, fn: Any, value: Tensor, mask: Any, gaps: bool, plates: Sequence[Any]) -> None:
     """Raise on observations that are NaN, infinite or outside the support, naming site and rows.
 
     :param gaps: NaN cells of the site are missing.
-    :param plates: sizes of the plates around the site, by name.
+    :param plates: Pyro's frames of the vectorised plates around the site.
     """
     if not isinstance(value, Tensor):
-        raise InputError(f"Site '{name}': the observation is a {type(value).__name__}, not a torch tensor.")
+        raise InputError(
+            f"Site '{name}': the observation is a {type(value).__name__}, not a torch tensor. Give the model "
+            "torch.as_tensor(data) (of a DataFrame: torch.tensor(frame.to_numpy()))."
+        )
     if isinstance(compat.base_distribution(fn), SERIES) and not value.shape[-2]:
         raise InputError(f"Site '{name}': the series has no steps. Leave series of length 0 out.")
     if 0 in tuple(fn.event_shape):
@@ -102,7 +129,7 @@ def check_data(name: str, fn: Any, value: Tensor, mask: Any, gaps: bool, plates:
         )
 
 
-def _check_shapes(name: str, fn: Any, value: Tensor, plates: Mapping[str, int]) -> torch.Size:
+def _check_shapes(name: str, fn: Any, value: Tensor, plates: Sequence[Any]) -> torch.Size:
     """The batch shape of value and distribution together."""
     split = value.dim() - fn.event_dim
     event = tuple(zip(value.shape[max(split, 0) :], fn.event_shape, strict=False))
@@ -111,13 +138,18 @@ def _check_shapes(name: str, fn: Any, value: Tensor, plates: Mapping[str, int]) 
             f"Site '{name}': the observation has shape {tuple(value.shape)}, each of its events shape "
             f"{tuple(fn.event_shape)} under {type(compat.base_distribution(fn)).__name__}: these do not go together."
         )
+    own = value.shape[:split]
+    # Pyro lets data of several rows into a plate of one, which then counts their latents once.
+    wrong = [f for f in plates if len(own) >= -f.dim and own[f.dim] not in (1, f.size)] if open_loop() is None else []
     try:
-        return broadcast_shapes(value.shape[:split], fn.batch_shape)
+        if not wrong:
+            return broadcast_shapes(own, fn.batch_shape)
+        raise ValueError
     except ValueError:
-        within = ", ".join(f"'{plate}' of {size} elements" for plate, size in plates.items())
+        within = ", ".join(f"'{f.name}' of {f.size} elements" for f in wrong or plates)
         where = f" in plate {within}" if within else ""
         raise InputError(
-            f"Site '{name}': the observation has batch shape {tuple(value.shape[:split])}, its distribution{where} has "
+            f"Site '{name}': the observation has batch shape {tuple(own)}, its distribution{where} has "
             f"{tuple(fn.batch_shape)}: these do not go together. Does the size of the plate agree with the data?"
         ) from None
 

@@ -89,7 +89,11 @@ def packed_log_density(site: SiteRecord) -> Tensor:
 
 def factor_shape(site: SiteRecord) -> Tensor:
     """A packed tensor of the shape of the site's log-density, without the work and memory of it."""
-    batch = broadcast_shapes(site.value.shape[: site.value.dim() - site.fn.event_dim], site.batch_shape)
+    own = site.value.shape[: site.value.dim() - site.fn.event_dim]
+    try:
+        batch = broadcast_shapes(own, site.batch_shape)
+    except ValueError as error:  # of data outside of a plate, with a latent's states
+        raise _undeclared(site, own) from error
     if site.mask is not None and not site.enumerated:
         batch = broadcast_shapes(batch, site.mask.shape)  # a mask may depend on a latent that the arguments do not read
     if site.element_mask is not None:
@@ -112,10 +116,15 @@ def _pack(density: Tensor, site: SiteRecord) -> Tensor:
     try:
         return compat.pack(density, site.symbols)
     except ValueError as error:
-        raise Refusal(
-            site.name,
-            f"its log-density has shape {tuple(density.shape)}, with dims that belong to none of its plates or "
-            "latents: a latent or the data were summed, indexed or broadcast across a plate.",
-            "declare every independent dim by pyro.plate(..., dim=...), and use a latent only elementwise or by "
-            "indexing (loc[z]) inside of its own plates.",
-        ) from error
+        raise _undeclared(site, density.shape) from error
+
+
+def _undeclared(site: SiteRecord, shape: torch.Size) -> Refusal:
+    plates = ", ".join(f"'{p.name}' (dim {p.dim}, size {p.size})" for p in site.plates) or "none"
+    return Refusal(
+        site.name,
+        f"its log-density has shape {tuple(shape)}, with dims that belong to none of its plates or latents: a latent "
+        f"or the data were summed, indexed or broadcast across a plate. Its plates: {plates}.",
+        "declare every independent dim by pyro.plate(..., dim=...), and use a latent only elementwise or by "
+        "indexing (loc[z]) inside of its own plates.",
+    )

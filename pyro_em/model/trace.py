@@ -25,6 +25,7 @@ from pyro.infer import config_enumerate
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_em.errors import PyroEMError
 from pyro_em.families import Family, family_for
 from pyro_em.model import compat
 from pyro_em.model.labels import observe_labels
@@ -214,6 +215,12 @@ def _record(name: str, site: dict[str, Any], integrated: bool, symbols: Mapping[
 # What becomes of `pyro.sample(..., obs=, obs_mask=)`.
 OBSERVE = first_of(observe_labels, observe_where)
 
+ALL_STATES = (
+    "pyro_em ran the model with all states of its discrete latents at once, along a new leftmost dim. An ambiguous "
+    "Boolean or a tensor that is no scalar: the model branches in Python on a latent, or makes it an int; use indexing "
+    "(loc[z]) or torch.where. Shapes that do not fit: index with pyro.ops.indexing.Vindex."
+)
+
 # Pyro's handler stack and param store are global: runs of several threads take turns.
 LOCK = threading.RLock()
 
@@ -263,7 +270,12 @@ def run_model(
             stack.enter_context(compat.enumeration(max_plate_nesting))
             model = poutine.infer_config(config_enumerate(model, default="parallel"), config_fn=_enumerate_discrete)
         met = stack.enter_context(running("chosen" if chosen else "together", loops)) if loops else []
-        trace: Any = compat.prune_and_symbolize(poutine.trace(model).get_trace(*args, **kwargs))
+        try:
+            trace: Any = compat.prune_and_symbolize(poutine.trace(model).get_trace(*args, **kwargs))
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            if enumerated and not isinstance(error, PyroEMError):
+                error.add_note(ALL_STATES)
+            raise
     more = symbols or {}
     sites = {
         name: _record(name, site, name in integrated, more.get(name, {}))

@@ -27,9 +27,13 @@ def explained(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     """
     try:
         yield
+    except InputError as error:  # Pyro has appended the shapes of the trace so far, which say nothing about data
+        raise InputError(str(error).split("\nTrace Shapes:")[0]) from error
     except (PyroEMError, Unplanned):
         raise
     except Exception as error:
+        if isinstance(error, IndexError):
+            error.add_note("A table that is indexed by a latent (loc[z]) needs a row for each of the latent's states.")
         if isinstance(error, ZeroDivisionError) and "size cannot be zero" in str(error):
             raise InputError("A plate of the model is empty. There are no data to fit.") from error
         found = _not_a_number(model, args, kwargs, error)
