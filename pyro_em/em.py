@@ -94,8 +94,6 @@ class EM:
         self.m_step_option = options.pop("m_step", "auto")
         self.rules = checked_rules(options.pop("e_step", "auto"))
         self.roles, self.weights = options.pop("roles", None), options.pop("weights", None)
-        if options:
-            raise TypeError(f"EM has no option '{next(iter(options))}'.")
         self._bound: _Bound | None = None
         self._sampled: Params = {}
 
