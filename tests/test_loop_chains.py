@@ -255,3 +255,25 @@ def test_rounding_of_long_series_is_no_failed_certificate(monkeypatch: pytest.Mo
     y, u = torch.cumsum(torch.randn(10_000, generator=g), 0), torch.randn(10_000, 2, generator=g)
     result = pyro_em.fit(problem.model, y, u, init=problem.start(), max_iter=2, tol=0)
     assert (np.diff(result.history["objective"]) > 0).all()
+
+
+def test_padded_series_are_the_shorter_ones() -> None:
+    """G8: at every iterate; states behind the end of a series, which no data read, leave the moments."""
+    problem = BY_NAME["ragged"]
+    y, ends = problem.args
+
+    def alone(y: Tensor, lengths: list[int]) -> None:
+        a = pyro.param("a", torch.tensor(0.5))
+        q, r = (pyro.param(n, torch.tensor(1.0), constraint=positive) for n in ("q", "r"))
+        for i, steps in enumerate(lengths):
+            x = pyro.sample(f"x{i}_start", dist.Normal(0.0, 1.0))
+            for t in pyro.markov(range(steps)):
+                x = pyro.sample(f"x{i}_{t}", dist.Normal(a * x, q))
+                pyro.sample(f"y{i}_{t}", dist.Normal(x, r), obs=y[t, i])
+
+    padded = _fit(problem, max_iter=4, tol=0)
+    roles = {f"x{i}_start": "latent" for i in range(3)}  # without a plate, and with known numbers: a parameter else
+    short = pyro_em.fit(alone, y, ends.sum(0).tolist(), init=problem.start(), max_iter=4, tol=0, roles=roles)
+    assert padded.history["objective"] == pytest.approx(short.history["objective"], rel=1e-9)
+    for name, value in short.params.items():
+        torch.testing.assert_close(padded.params[name], value, rtol=1e-8, atol=1e-9)

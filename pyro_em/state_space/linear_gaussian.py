@@ -128,7 +128,8 @@ def chain_moments(chain: Chain, found: Smoothed) -> ChainMoments:
     """Moments at every sequence and step (nothing summed): the caller reduces them to its cells.
 
     A step of which no cell is seen has count 0 at the observation site. Where a step is seen in part, the
-    rest of the vector is a latent too, given the state and the cells seen.
+    rest of the vector is a latent too, given the state and the cells seen. States behind the last step that is seen
+    are latents that no data read: they leave the moments, so that a padded series counts as the shorter one.
     """
     S, T, _ = found.mean.shape
     m, V = found.mean, found.covariance
@@ -145,7 +146,15 @@ def chain_moments(chain: Chain, found: Smoothed) -> ChainMoments:
         before,
         outer(before, before) + V[:, :-1],
     )
+    if chain.seen is not None:
+        read = chain.seen.expand(len(chain.seen), T, -1).any(-1).flip(1).cumsum(1).flip(1) > 0  # now or later
+        initial, transition = _where(read[:, :1], initial), _where(read[:, 1:], transition)
     return ChainMoments(found.log_evidence, initial, transition, _observed(chain, m, V))
+
+
+def _where(keep: Tensor, own: LinearMoments) -> LinearMoments:
+    """Moments of the sequences and steps that are kept, (S|1, T'), and zeros."""
+    return LinearMoments(*(x * keep.reshape(*keep.shape, *(1,) * (x.dim() - 2)) for x in vars(own).values()))
 
 
 def _observed(chain: Chain, m: Tensor, V: Tensor) -> LinearMoments:
