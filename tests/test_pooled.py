@@ -21,9 +21,9 @@ from pyro_em.problem import Problem, bind
 from tests.latent_problems import BY_NAME, LATENT_PROBLEMS, LatentProblem
 
 COUPLED = {"crossed", "nested", "common_shock"}
-DISCRETE = {"mixture_of_groups"}  # factor analysers have an engine of their own: test_pooled_states.py
-OPAQUE = {"latent_first"}  # its tau multiplies the latent and is positive: no closed form
-POOLED = [p for p in LATENT_PROBLEMS if p.name not in COUPLED | DISCRETE | OPAQUE | {"mixture_of_factors"}]
+DISCRETE = {"mixture_of_groups"}
+IN_STATES = {"mixture_of_factors", "latent_first"}  # an engine of their own: test_pooled_states.py
+POOLED = [p for p in LATENT_PROBLEMS if p.name not in COUPLED | DISCRETE | IN_STATES]
 
 
 def _bound(problem: LatentProblem) -> tuple[Problem, MStep]:
@@ -111,13 +111,13 @@ def test_restarts_share_the_pooled_rows() -> None:
     assert result.restarts[0][0] == pytest.approx(alone.log_likelihood, rel=1e-13)
 
 
-@pytest.mark.parametrize("name", sorted(COUPLED | DISCRETE | OPAQUE))
+@pytest.mark.parametrize("name", sorted(COUPLED | DISCRETE))
 def test_the_plan_says_why_not(name: str) -> None:
     problem = BY_NAME[name]
     engine = pyro_em.plan(problem.model, *problem.args).engine
     assert engine.startswith("interpreted (Gaussian latents; ")
     reason = {"crossed": "crossing or nested", "nested": "crossing or nested", "common_shock": "crossing or nested"}
-    assert reason.get(name, "closed form" if name in OPAQUE else "loadings") in engine
+    assert reason.get(name, "loadings") in engine
 
 
 def test_groups_of_equal_design_are_one_class() -> None:

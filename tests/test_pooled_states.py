@@ -218,9 +218,22 @@ def test_all_starts_go_through_it() -> None:
     assert "Woodbury" in str(result.plan) and len(result.restarts) == 3
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"), [("mixture_of_groups", "loadings"), ("latent_first", "not all parameters have a closed form")]
-)
+def test_a_positive_scale_times_the_latent() -> None:
+    """It takes part in the linear solve (m_step/positive.py), so that this engine serves it."""
+    problem = BY_NAME["latent_first"]
+    bound = bind(problem.model, problem.args, {}, with_prior=False)
+    m, own = (MStep(bound, "auto", "em") for _ in range(2))
+    engine, reference, params = choose_engine(bound, m), Interpreted(bound), problem.start()
+    assert isinstance(engine, PooledStates)
+    for _ in range(3):
+        found, expected = engine.e_step(params), reference.e_step(params)
+        assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-12)
+        (updated, _), (params, _) = m.update(params, found), own.update(params, expected)
+        for name, value in params.items():
+            torch.testing.assert_close(updated[name], value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("mixture_of_groups", "loadings")])
 def test_what_it_leaves_to_the_reference(name: str, reason: str) -> None:
     problem = BY_NAME[name]
     bound = bind(problem.model, problem.args, {}, with_prior=False)

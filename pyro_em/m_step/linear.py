@@ -8,8 +8,10 @@ slopes are different parameters of one block, so that no rounds of conditional u
 If the design is rank deficient (collinear covariates, an empty component), the step is the one of least length,
 and directions without information stay where they are.
 
-Not handled: constrained parameters (a solve would leave their space), parameters that also enter elsewhere (a scale,
-another family); these are maximised numerically.
+Positive parameters that multiply a latent (tau * e[g]) take part; a step that would leave their space is cut.
+
+Not handled: other constrained parameters (a solve would leave their space), parameters that also enter elsewhere (a
+scale, another family); these are maximised numerically.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_em.charts import base_constraint
 from pyro_em.design import Design
 from pyro_em.kernels import QuadraticKernel
 from pyro_em.kernels.quadratic import null_directions, well_conditioned
@@ -35,6 +38,7 @@ from pyro_em.m_step.location import (
 )
 from pyro_em.m_step.moving import designs_at, run_at_atoms
 from pyro_em.m_step.parts import cells_of, parts_of
+from pyro_em.m_step.positive import in_logarithms, inside, is_positive_slope
 from pyro_em.m_step.unit import connected, weight_of
 from pyro_em.model.predictor import at_entry
 from pyro_em.model.trace import Run, SiteRecord
@@ -48,10 +52,10 @@ MAX_SIZE = 4000  # entries of a block; its matrix has the square
 
 def is_linear(name: str, uses: Sequence[Use], problem: Problem, sites: Mapping[str, SiteRecord]) -> bool:
     """Whether Q is quadratic in this parameter, jointly with others of its kind."""
-    constraint = problem.parameters[name].constraint
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    return constraint is constraints.real and all(_is_location(use, sites[use.site]) for use in uses)
+    if not all(_is_location(use, sites[use.site]) for use in uses):
+        return False
+    constraint = base_constraint(problem.parameters[name].constraint)
+    return constraint is constraints.real or is_positive_slope(constraint, uses)
 
 
 def _is_location(use: Use, site: SiteRecord) -> bool:
@@ -92,8 +96,14 @@ class Linear:
         return total
 
     def slope(self, params: Params, sufficient: Sufficient) -> Tensor:
-        """max|∂Q/∂θ|, ()."""
-        return self.gradient(params, sufficient).abs().amax()
+        """max|∂Q/∂u|, ()."""
+        return in_logarithms(self.gradient(params, sufficient), self._positive(params)).abs().amax()
+
+    def _positive(self, params: Params) -> dict[int, Tensor]:
+        """Parameters that must stay above 0, by their places."""
+        real = constraints.real
+        kinds = {n: base_constraint(self.problem.parameters[n].constraint) for n in self.names}
+        return {self.starts[n]: params[n].detach().double().reshape(-1) for n, own in kinds.items() if own is not real}
 
     def precision(self, params: Params, sufficient: Sufficient) -> Tensor:
         """Λ = −∂²Q/∂θ², (P, P)."""
@@ -114,7 +124,7 @@ class Linear:
             kernel = QuadraticKernel(gradient[part], own, torch.zeros_like(gradient[part]), vector=True)
             step = step.index_add(0, part.reshape(-1), kernel.argmax().reshape(-1))
             empty |= self._unidentified(own, part)
-        return self._moved(params, step, sufficient), empty
+        return self._moved(params, inside(step, self._positive(params)), sufficient), empty
 
     def rule(self, name: str, run: Run, open_ended: set[str]) -> str:
         """What the plan says of a member; `open_ended` are those that the design cannot tell apart."""
