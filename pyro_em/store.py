@@ -28,14 +28,14 @@ def isolated_rng(seed: int | None) -> Iterator[None]:
     Without a seed it follows from torch's current state (`torch.manual_seed`), which is not advanced.
     :raises InputError: inside of a model that is running.
     """
-    if recorded():
-        raise InputError(
-            "pyro_em was called inside of a model that is running (or of a pyro trace): its parameters and draws would "
-            "become sites of that model. Call it before, and give the model what was found as an argument."
-        )
     here = torch.get_default_device()  # of the data (device.py)
     devices = [here.index or 0] if here.type == "cuda" else []
     with LOCK, quick_shapes(), torch.random.fork_rng(devices):  # the random state is global too
+        if recorded():  # by this thread: the others' models do not run under the lock
+            raise InputError(
+                "pyro_em was called inside of a model that is running (or of a pyro trace): its parameters and draws "
+                "would become sites of that model. Call it before, and give the model what was found as an argument."
+            )
         before = get_rng_state()
         if seed is None:
             current = torch.Generator()

@@ -152,7 +152,7 @@ def test_what_differs_between_steps_is_refused() -> None:
         return z
 
     _refused(one_special_step, "another answer at some steps")
-    _refused(counting, "at step . alone|with drawn latents|changes its data")
+    _refused(counting, "two runs of the model")
     _refused(reversed_data, "at step . alone|dims that belong to none")
 
 
