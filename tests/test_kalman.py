@@ -167,14 +167,26 @@ def test_steady_moments_are_the_sums_of_the_smoothed_ones(shape: dict[str, Any],
         seen[:, 0] = False
         chain = dataclasses.replace(chain, seen=seen)
     weight = torch.linspace(0.5, 2.0, shape["S"])
+    _same_sums(chain, weight, rtol=1e-10, atol=1e-9)
+
+
+@pytest.mark.parametrize("width", [1e5, 1e8, 1e10])
+def test_steady_moments_of_a_wide_start(width: float) -> None:
+    """The first covariances are differences of large numbers, P - P N P, unless they are put right."""
+    chain = dataclasses.replace(random_chain(S=3, T=60, D=2, P=1), covariance=width * torch.eye(2)[None])
+    rounding = 1e-9 + 4 * torch.finfo(torch.float64).eps * width  # both work with numbers of the width
+    _same_sums(chain, torch.ones(3), evidence=1e-10, rtol=rounding, atol=rounding)
+
+
+def _same_sums(chain: Any, weight: Tensor, evidence: float = 1e-12, **digits: float) -> None:
     fast: ChainMoments = steady_moments(chain, weight)
     slow = chain_moments(chain, smooth(chain))
-    torch.testing.assert_close(fast.log_evidence, slow.log_evidence, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fast.log_evidence, slow.log_evidence, rtol=evidence, atol=1e-12)
     for name in ("initial", "transition", "observation"):
         parts = [getattr(fast, name)] + ([fast.first] if name == "observation" else [])
         sums = [sum(x.sum((0, 1)) for x in own) for own in zip(*(vars(p).values() for p in parts), strict=True)]
         for own, other in zip(sums, _total(getattr(slow, name), weight), strict=True):
-            torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-9)
+            torch.testing.assert_close(own, other, **digits)
 
 
 @both
