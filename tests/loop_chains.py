@@ -31,6 +31,7 @@ class LoopProblem:
     init: Mapping[str, Tensor]
     algorithm: str = "em"
     options: dict[str, Any] = field(default_factory=dict)
+    completes: str = ""  # why the complete data of the M-step, and so its Q, are not those of the model as written
 
     def start(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.init.items()}
@@ -147,6 +148,9 @@ def _t(values: Any) -> Tensor:
     return torch.as_tensor(np.asarray(values, dtype=float))
 
 
+ENDS = "states after the end of their sequence are left out"
+
+
 def _build() -> list[LoopProblem]:
     rng = np.random.default_rng(0)
     walk = _t(np.cumsum(rng.normal(size=7)) + 0.5 * rng.normal(size=7))
@@ -172,9 +176,9 @@ def _build() -> list[LoopProblem]:
           {"phi": _t([0.5, 0.2]), "loadings": _t([1.0, 0.6, -0.3]), "noise": _t([1.0, 0.8, 1.2])}),
         P("controlled", controlled, (pushed, u),
           {**spread, "a": _t(0.6), "B": _t([0.5, 0.0]), "c": _t([1.0, 0.2]), "D": _t([0.0, 0.1])}),
-        P("ragged", ragged, (pieces, ends), {**spread, "a": _t(0.8)}),
+        P("ragged", ragged, (pieces, ends), {**spread, "a": _t(0.8)}, completes=ENDS),
         P("ragged_weighted", ragged, (pieces, ends), {**spread, "a": _t(0.8)},
-          options={"weights": {"sequences": _t([2.0, 0.5, 1.0])}}),
+          options={"weights": {"sequences": _t([2.0, 0.5, 1.0])}}, completes=ENDS),
         P("wandering", wandering, (walk, u), {"q": two, "r": one}, "map-em"),
         P("autoregression", autoregression, (walk, seen), {"phi": _t(0.6), "mu": _t(0.3), "s": one}),
     ]  # fmt: skip

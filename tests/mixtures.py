@@ -21,42 +21,9 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 from torch.nn.functional import softplus
 
-N, P, G = 48, 2, 3
-TRIALS = 6
-Values = dict[str, Tensor]
-Argument = Callable[[Values, Tensor], Tensor]  # of the parameters and the class, over the rows
-Prior = Callable[[Values], Any]
-CONSTRAINTS = {
-    "real": constraints.real,
-    "positive": constraints.positive,
-    "unit": constraints.unit_interval,
-    "simplex": constraints.simplex,
-    "covariance": constraints.positive_definite,
-}
-
-
-@dataclass(frozen=True)
-class Parameter:
-    kind: str
-    value: Tensor
-    prior: Prior | None
-
-    @property
-    def kink(self) -> tuple[Tensor, Tensor] | None:
-        """Rate and centre of a Laplace prior."""
-        law = None if self.prior is None or self.kind != "real" else self.prior({})
-        law = law.base_dist if isinstance(law, dist.Independent) else law
-        return (1 / law.scale, law.loc) if isinstance(law, dist.Laplace) else None
-
-
-@dataclass(frozen=True)
-class Site:
-    name: str
-    distribution: Callable[[Values, Tensor], Any]
-    mask: Tensor | None
+from tests.mixture_parts import CONSTRAINTS, TRIALS, Argument, G, N, P, Parameter, Prior, Site, Values, moved
 
 
 @dataclass
@@ -102,8 +69,8 @@ class Mixture:
         """Data of all sites, at parameters that are not the start."""
         with torch.random.fork_rng(), pyro.get_param_store().scope():
             torch.manual_seed(seed)
-            moved = {n: _moved(p) for n, p in self.parameters.items()}
-            nodes = poutine.trace(poutine.condition(self.model, moved)).get_trace({}).nodes
+            other = {n: moved(p) for n, p in self.parameters.items()}
+            nodes = poutine.trace(poutine.condition(self.model, other)).get_trace({}).nodes
         return {site.name: nodes[site.name]["value"].detach() for site in self.sites}
 
     gate: Callable[[Values], Any] = field(init=False)
@@ -314,46 +281,3 @@ class Mixture:
             return lambda v, z: dist.Geometric(**{argument: own(v, z) + full})
         size = self.positive()
         return lambda v, z: dist.NegativeBinomial(size(v, z) + full, **{argument: own(v, z)})
-
-
-def _moved(parameter: Parameter) -> Tensor:
-    """A feasible neighbour of the start."""
-    value, u = parameter.value, 0.3 * torch.randn(parameter.value.shape)
-    if parameter.kind == "real":
-        return value + u
-    if parameter.kind == "positive":
-        return value * u.exp()
-    if parameter.kind == "unit":
-        return torch.sigmoid(torch.logit(value) + u)
-    if parameter.kind == "simplex":
-        return torch.softmax(value.log() + u, -1)
-    return value
-
-
-def random_mixture(seed: int) -> Mixture:
-    """A mixture that is a function of its seed alone; every row says something about its class."""
-    rng = np.random.default_rng(seed)
-    while True:
-        mixture = _draw(rng)
-        if mixture.informed().all() and len(mixture.fixed) < len(mixture.parameters):
-            return mixture
-
-
-def _draw(rng: np.random.Generator) -> Mixture:
-    mixture = Mixture(rng, K=int(rng.integers(2, 4)))
-    if mixture.chance(0.3):
-        X, free = mixture.X, mixture.parameter("real", P, mixture.K - 1)
-        mixture.words.append("gate")
-        mixture.gate = lambda v: dist.Categorical(logits=torch.cat([torch.zeros(N, 1), X @ v[free]], -1))
-    else:
-        w = mixture.parameter("simplex", mixture.K)
-        mixture.gate = lambda v: dist.Categorical(v[w])
-    for i in range(int(rng.integers(1, 4))):
-        make = mixture.distribution()
-        mask = torch.as_tensor(rng.random(N) < 0.8) if mixture.chance(0.25) else None
-        mixture.sites.append(Site(f"y{i}", make, mask))
-    if mixture.chance(0.4):
-        whole = mixture.chance(0.5)
-        weights = rng.integers(0, 3, N) if whole else rng.uniform(0.2, 2.0, N)
-        mixture.weights = torch.as_tensor(weights.astype(float))
-    return mixture

@@ -13,24 +13,11 @@ from torch import Tensor
 
 from tests import classics, problems_data, zoo, zoo_regression, zoo_structured, zoo_time
 from tests.problem import Problem
+from tests.problems_data import chains, two_groups
 
 
 def _t(values: Any) -> Tensor:
     return torch.as_tensor(np.asarray(values, dtype=float))
-
-
-def _two_groups(seed: int, sizes: tuple[int, ...], centres: Any, scales: Any) -> Tensor:
-    rng = np.random.default_rng(seed)
-    rows = [rng.normal(c, s, (n, *np.shape(c))) for n, c, s in zip(sizes, centres, scales, strict=True)]
-    return _t(np.concatenate(rows))
-
-
-def _chains(seed: int, sequences: int, steps: int) -> np.ndarray[Any, Any]:
-    """State paths (N, T) of a sticky two-state chain."""
-    rng = np.random.default_rng(seed)
-    stay = rng.random((sequences, steps)) < 0.75
-    start = rng.integers(0, 2, (sequences, 1))
-    return np.asarray((start + np.cumsum(~stay, 1)) % 2)
 
 
 ENDS = "latents after the end of their sequence have no data and leave the complete data (model/relevance.py)"
@@ -39,13 +26,13 @@ SHORT = "short chains are smoothed by LAPACK's band solver, which only the CPU h
 
 def _build() -> list[Problem]:
     rng = np.random.default_rng(0)
-    plane = _two_groups(1, (25, 15), ((-1.5, 0.0), (1.5, 1.0)), (0.8, 1.1))
-    three = torch.cat([plane, _two_groups(2, (20,), ((0.0, -4.0),), (0.7,))])
-    line = _two_groups(3, (30, 20), (-1.5, 2.0), (0.7, 1.0))
+    plane = two_groups(1, (25, 15), ((-1.5, 0.0), (1.5, 1.0)), (0.8, 1.1))
+    three = torch.cat([plane, two_groups(2, (20,), ((0.0, -4.0),), (0.7,))])
+    line = two_groups(3, (30, 20), (-1.5, 2.0), (0.7, 1.0))
     counts = _t(np.concatenate([rng.poisson(2.0, 30), rng.poisson(7.0, 20)]))
     w, means = _t([0.4, 0.6]), _t([[-1.0, 0.5], [1.0, 0.0]])
     answers = _t(rng.random((40, 5)) < np.repeat([[0.2] * 5, [0.8] * 5], (22, 18), 0))
-    paths = _chains(4, 8, 5)
+    paths = chains(4, 8, 5)
     words = torch.as_tensor((rng.random((8, 5)) < 0.75) * paths + (rng.random((8, 5)) < 0.2))
     series = _t(rng.normal(3.0 * paths, 1.0))
     pi, A = _t([0.45, 0.55]), _t([[0.7, 0.3], [0.4, 0.6]])

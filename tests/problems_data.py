@@ -66,6 +66,20 @@ def durations() -> tuple[Tensor, Tensor]:
     return _t(np.minimum(y, limit)), _t(np.where(y <= limit, np.inf, limit))
 
 
+def two_groups(seed: int, sizes: tuple[int, ...], centres: Any, scales: Any) -> Tensor:
+    rng = np.random.default_rng(seed)
+    rows = [rng.normal(c, s, (n, *np.shape(c))) for n, c, s in zip(sizes, centres, scales, strict=True)]
+    return _t(np.concatenate(rows))
+
+
+def chains(seed: int, sequences: int, steps: int) -> np.ndarray[Any, Any]:
+    """State paths (N, T) of a sticky two-state chain."""
+    rng = np.random.default_rng(seed)
+    stay = rng.random((sequences, steps)) < 0.75
+    start = rng.integers(0, 2, (sequences, 1))
+    return np.asarray((start + np.cumsum(~stay, 1)) % 2)
+
+
 PARTLY = "a partly seen response is completed (test_coarse.py has this Q)"
 
 

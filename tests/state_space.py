@@ -100,6 +100,8 @@ class Case:
     dense: Callable[[Params], Dense]
     support: Mapping[str, Any] = field(default_factory=dict)
     log_prior: Callable[[Params], Tensor] | None = None
+    copies: bool = False  # a state is a copy of another: the states have no joint density
+    attained: bool = False  # the maximum is identified and at variances above 0, on so few steps
 
     def log_evidence(self, params: Params) -> Tensor:
         own = self.dense(params).observed()

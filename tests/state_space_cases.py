@@ -175,6 +175,8 @@ def _build() -> list[Case]:
                 torch.diag(torch.stack([p["s"] ** 2, z(())])), _t([[1.0], [0.0]]), z(1), 0.25 * eye(1),
             ),
             {"s": positive},
+            copies=True,
+            attained=True,
         ),
         Case(
             "tied",
@@ -186,6 +188,7 @@ def _build() -> list[Case]:
                 p["r"] ** 2 * eye(3),
             ),
             {"q": positive, "r": positive},
+            attained=True,
         ),
         Case(
             "regression",
@@ -205,6 +208,7 @@ def _build() -> list[Case]:
             lambda p: dense(level, z(1), eye(1), eye(1), z(1), p["q"] * eye(1), eye(1), z(1), p["r"] * eye(1)),
             {"q": positive, "r": positive},
             lambda p: log_inverse_gamma(p["q"], 3.0, 2.0) + log_inverse_gamma(p["r"], 2.0, 1.0),
+            attained=True,
         ),
     ]  # fmt: skip
 

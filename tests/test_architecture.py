@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pyro_em"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 COMPAT = PACKAGE / "model" / "compat.py"
 MINI = PACKAGE / "mini.py"  # the idea on one page: it stands alone, so it has private names of its own
 
@@ -144,7 +145,7 @@ def test_compat_is_where_they_are() -> None:
     assert "_enumerate_dim" in COMPAT.read_text()
 
 
-@pytest.mark.parametrize("path", MODULES, ids=_name)
+@pytest.mark.parametrize("path", [*MODULES, *TESTS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_is_short_and_says_what_it_is(path: Path) -> None:
     text = path.read_text()
     assert ast.get_docstring(ast.parse(text)), f"{path} has no docstring"

@@ -18,8 +18,9 @@ from torch import Tensor
 
 import pyro_em
 from tests.laws import to_constrained, to_free
-from tests.mixtures import Mixture, random_mixture
+from tests.mixtures import Mixture
 from tests.oracles import constraints, enumerate_model, log_prior
+from tests.random_mixtures import random_mixture
 
 SEEDS = range(40)
 CERTIFICATE = 1e-10

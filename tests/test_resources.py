@@ -7,6 +7,8 @@ an E-step of the reference makes from a run of the model (the model's own arithm
 from __future__ import annotations
 
 import math
+import os
+import resource
 from typing import Any
 
 import pyro
@@ -14,6 +16,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,7 +28,7 @@ from pyro_em.model.resources import table_cells
 from pyro_em.problem import Problem as Bound
 from pyro_em.problem import bind
 from tests.problem import Problem
-from tests.problems import PROBLEMS
+from tests.problems import BY_NAME, PROBLEMS
 
 
 class Largest(TorchDispatchMode):
@@ -113,3 +116,44 @@ def test_the_plan_states_the_bytes_of_all_tables() -> None:
     plan = pyro_em.plan(_several, torch.zeros(50), 4)
     assert plan.predicted_bytes == 8 * 50 * (4 + 4 + 4 + 4**3)
     assert "MiB" in str(plan)
+
+
+def _fully_connected(y: Tensor, number: int, states: int) -> None:
+    """`number` latents which all meet in one observation: a table of states**number cells."""
+    w = pyro.param("w", torch.full((states,), 1.0 / states), constraint=constraints.simplex)
+    total = torch.zeros(())
+    for i in range(number):
+        total = total + pyro.sample(f"z_{i}", dist.Categorical(w))
+    pyro.sample("y", dist.Normal(total, 1.0), obs=y)
+
+
+def test_a_table_too_large_is_refused_before_it_is_allocated() -> None:
+    """G13: 10 latents of 12 states need 12^10 cells (half a terabyte); the process must not even try."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ResourceError, match=r"z_0|z_9"):
+        pyro_em.fit(_fully_connected, torch.tensor(3.0), 10, 12, max_iter=1)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    assert grown < 200_000, f"{grown} kB were allocated on the way to the refusal"
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm") as status:
+        return int(status.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+@pytest.mark.parametrize("name", ["gmm_full", "transformed", "categorical_hmm"])
+def test_memory_is_flat(name: str) -> None:
+    """G13: 200 iterations hold no more than 20: no graph grows from one to the next."""
+    problem = BY_NAME[name]
+    seen: list[int] = []
+    pyro_em.fit(
+        problem.model,
+        *problem.args,
+        init=problem.start(),
+        max_iter=200,
+        tol=0,
+        callbacks=[lambda *args: seen.append(_resident_bytes()) or None],
+    )
+    assert len(seen) >= 200
+    assert seen[-1] - seen[20] < 8 * 2**20

@@ -56,7 +56,7 @@ def test_gap_is_zero(case: Case) -> None:
     truth = float(case.log_evidence(result.params))
     assert result.log_likelihood == pytest.approx(truth, rel=1e-12)
     assert float(result.log_prob().sum()) == pytest.approx(truth, rel=1e-12)
-    if case.name == "autoregression":  # one state is a copy of another
+    if case.copies:
         return
     own = case.dense(result.params)
     posteriors = [own.posterior(y) for y in case.data]
@@ -99,10 +99,7 @@ def test_m_step_is_the_argmax(case: Case) -> None:
                 assert float(neighbour) <= float(best) + 16 * EPS * abs(float(best))
 
 
-# The others are not identified (full, offsets) or end with a variance of 0 on so few steps.
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c.name in ("autoregression", "tied", "prior")], ids=lambda c: c.name
-)
+@pytest.mark.parametrize("case", [c for c in CASES if c.attained], ids=lambda c: c.name)
 def test_limit_is_a_maximum_of_the_marginal_likelihood(case: Case) -> None:
     """G7."""
     result = _fit(case, max_iter=20_000, tol=1e-7, accelerate="squarem")
