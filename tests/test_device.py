@@ -172,3 +172,20 @@ def test_wide_systems_are_solved_part_by_part(left: bool, monkeypatch: pytest.Mo
         found = solved()
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_large_plate() -> None:
+    """Rows drawn to be looked at, those of a spot check, products in place."""
+    x = gmm.simulate(20_000, 3, 2)
+    expected = pyro_em.fit(gmm.model, x, 3, max_iter=3, tol=0)
+    with emulated_device() as device:
+        found = pyro_em.fit(gmm.model, x.to(device), 3, max_iter=3, tol=0)
+        params = {name: value.cpu() for name, value in found.params.items()}
+    for name, value in expected.params.items():  # sums over larger chunks
+        torch.testing.assert_close(params[name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_loops_are_folded_there_too() -> None:
+    expected = pyro_em.plan(state_space.local_level, state_space.load())
+    with emulated_device() as device:
+        assert str(pyro_em.plan(state_space.local_level, state_space.load().to(device))) == str(expected)

@@ -62,7 +62,7 @@ def few_rows(seen: Capture) -> Rows | None:
     if sizes[plate] in others or FEW in others:
         return None
     generator = torch.Generator().manual_seed(0)
-    index = torch.randint(sizes[plate], (FEW,), generator=generator).sort().values
+    index = torch.randint(sizes[plate], (FEW,), generator=generator, device="cpu").sort().values
     return Rows(plate, sizes[plate], index)
 
 

@@ -23,6 +23,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_em.device import seeded_normal
 from pyro_em.errors import Refusal
 from pyro_em.families.chain import HEADS
 from pyro_em.model.capture import Capture, ParameterRecord, capture
@@ -169,7 +170,7 @@ def _random(seed: int) -> ValueOf:
     generator = torch.Generator().manual_seed(seed)
 
     def value_of(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(True)
+        return seeded_normal(shape, generator).to(dtype).requires_grad_(True)
 
     return value_of
 
