@@ -25,11 +25,14 @@ import torch
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 PACKAGES = ("torch", "pyro-ppl", "numpy", "scipy", "scikit-learn", "pomegranate", "stepmix", "dynamax")
+# By which the surroundings may force the kernels of another processor upon a library, ours or a peer's.
+KERNEL_VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "MKL_ENABLE_INSTRUCTIONS", "NPY_DISABLE_CPU_FEATURES")
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Variables of a child process: libraries read them when they are imported."""
-    return {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
+    """Variables of a child process: libraries read them when they are imported. Each chooses kernels for itself."""
+    own = {name: value for name, value in os.environ.items() if name not in KERNEL_VARIABLES}
+    return {**own, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
 
 
 def set_threads(threads: int) -> None:

@@ -27,6 +27,7 @@ from torch.distributions.constraints import Constraint
 from pyro_em.errors import InputError, NonFiniteError
 from pyro_em.guides import Split
 from pyro_em.loop import Callback, History, Step
+from pyro_em.model.trace import LOCK
 from pyro_em.stop import Outcome
 from pyro_em.store import interior, isolated_rng
 from pyro_em.types import Params
@@ -168,18 +169,19 @@ def publish(run: Run) -> None:
     Entries of the caller are overwritten in place, so that optimisers holding them see it. A module's own
     parameter becomes the entry: `PyroModule` follows the store, and another tensor there would replace it.
     """
-    store = pyro.get_param_store()
-    state = store.get_state()
-    for name, leaf in run.leaves.items():
-        leaf.data.copy_(run.values[name])
-        old = state["params"].get(name)
-        alike = old is not None and old.shape == leaf.shape and old.dtype == leaf.dtype
-        if old is not None and alike and not isinstance(leaf, nn.Parameter):
-            old.data.copy_(leaf.data)
-        else:
-            state["params"][name] = leaf
-        state["constraints"][name] = run.constraints[name]
-    store.set_state(state)
+    with LOCK:  # while a fit of another thread runs its model, the store is that model's
+        store = pyro.get_param_store()
+        state = store.get_state()
+        for name, leaf in run.leaves.items():
+            leaf.data.copy_(run.values[name])
+            old = state["params"].get(name)
+            alike = old is not None and old.shape == leaf.shape and old.dtype == leaf.dtype
+            if old is not None and alike and not isinstance(leaf, nn.Parameter):
+                old.data.copy_(leaf.data)
+            else:
+                state["params"][name] = leaf
+            state["constraints"][name] = run.constraints[name]
+        store.set_state(state)
 
 
 def optimiser(optim: Any) -> Callable[[], PyroOptim]:

@@ -67,25 +67,26 @@ def write_params(
     optimisers holding the old ones would never see. A probability of exactly 0 has no unconstrained
     coordinate; the store gets the nearest interior value (the result keeps the exact one).
     """
-    store = pyro.get_param_store()
-    leaves = dict(store.named_parameters())
-    for name, record in records.items():
-        if record.kind == "sample":
-            continue
-        value = params[name].detach().clone()
-        if name in modules:
-            modules[name].data.copy_(value)
-            if name in leaves and leaves[name] is not modules[name]:
-                del store[name]  # of an earlier module of this name, which would come back at the next read
-            pyro.param(name, modules[name])
-            continue
-        value = interior(record.constraint, value)
-        if name in leaves and store[name].shape == value.shape:
-            leaves[name].data.copy_(transform_to(record.constraint).inv(value))
-            continue
-        if name in leaves:
-            del store[name]
-        pyro.param(name, value, constraint=record.constraint)
+    with LOCK:  # while a fit of another thread runs its model, the store is that model's
+        store = pyro.get_param_store()
+        leaves = dict(store.named_parameters())
+        for name, record in records.items():
+            if record.kind == "sample":
+                continue
+            value = params[name].detach().clone()
+            if name in modules:
+                modules[name].data.copy_(value)
+                if name in leaves and leaves[name] is not modules[name]:
+                    del store[name]  # of an earlier module of this name, which would come back at the next read
+                pyro.param(name, modules[name])
+                continue
+            value = interior(record.constraint, value)
+            if name in leaves and store[name].shape == value.shape:
+                leaves[name].data.copy_(transform_to(record.constraint).inv(value))
+                continue
+            if name in leaves:
+                del store[name]
+            pyro.param(name, value, constraint=record.constraint)
 
 
 def interior(constraint: constraints.Constraint, value: Tensor) -> Tensor:

@@ -173,11 +173,16 @@ def test_threads_take_turns() -> None:
     def run(i: int) -> None:
         found[i] = _fit(data[i])
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(data))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # so that they meet wherever they can
+    try:
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(len(data))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(switching)
     assert all(_same(found[i], expected[i]) for i in range(len(data)))
 
 
