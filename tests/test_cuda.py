@@ -20,10 +20,10 @@ from tests.latent_problems import LATENT_PROBLEMS
 from tests.problems import BY_NAME, PROBLEMS
 from tests.test_device import MODELS, _fit, _moved
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::pyro_em.EMWarning"),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+pytestmark = pytest.mark.filterwarnings("ignore::pyro_em.EMWarning")
 CUDA = torch.device("cuda:0")
 DIGITS = {"rtol": 1e-7, "atol": 1e-9}
 

@@ -21,6 +21,7 @@ from pyro_em.device import chunk_scale
 from pyro_em.e_step.direct import NUM_PREPARED, centered_log_density
 from pyro_em.e_step.features import Features
 from pyro_em.e_step.layout import SiteLayout
+from pyro_em.products import product_
 from pyro_em.softmax import padded, softmax, softmax_
 
 FIRST_ROWS = 2**16  # at which the product is compared with the families' own log-densities
@@ -73,6 +74,7 @@ class Product:
         starts, rows = len(prepared), w.shape[0]
         most, height = rows_of_cells(rows, w.device), padded(rows)
         memory = w.new_empty(height * min(most, self.features.chunk))  # which stays in cache
+        part = w.new_empty(self.features.num_features, height)
         totals: Tensor | None = None
         evidence: Tensor | None = None
         for first, whole in self.features.chunks():
@@ -82,19 +84,18 @@ class Product:
                 weight = None if self.weight is None else self.weight[row:end]
                 if phi.shape[1] == self.features.num_rows:
                     r, lse = softmax(self._log_joint(w, sites, phi, row), starts, weight)
+                    own = phi @ r.mT
                 else:
                     r = memory[: height * phi.shape[1]].view(height, -1)
                     self._log_joint(w, sites, phi, row, out=r[:rows])
                     r[rows:] = 0.0
                     lse = softmax_(r[:rows], starts, weight)
+                    own = product_(phi, r.mT, part)
                 found = self._evidence(lse.double(), row, weight)
                 if totals is None or evidence is None:
-                    totals, evidence = (phi @ r.mT).double(), found
-                elif phi.dtype == torch.float64:
-                    totals.addmm_(phi, r.mT)
-                    evidence += found
-                else:  # the sum over chunks keeps its digits
-                    totals += phi @ r.mT
+                    totals, evidence = own.to(torch.float64, copy=True), found
+                else:  # in float64: the sum over chunks keeps its digits
+                    totals += own
                     evidence += found
         assert totals is not None and evidence is not None
         split = zip(totals.mT[:rows].chunk(starts), evidence.unbind(0), strict=True)
@@ -116,7 +117,7 @@ class Product:
     ) -> Tensor:
         """L (R·J, n), in `out` if it is given."""
         if w.shape[1] == len(phi):
-            log_joint = torch.mm(w, phi) if out is None else torch.mm(w, phi, out=out)
+            log_joint = torch.mm(w, phi) if out is None else product_(w, phi, out)
         else:
             log_joint = w.expand(-1, phi.shape[1])
             log_joint = log_joint if out is None else out.copy_(log_joint)
