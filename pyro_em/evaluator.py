@@ -7,7 +7,7 @@ the ordinary code took is a guard of the recording. Where one goes the other way
 step of Newton's method), the ordinary code runs, and says what it has to say; if that goes on, the new way is recorded.
 
 What the recording did not see (a model that counts its calls) shows where replays are compared with the code: at the
-first one, and at every `REFRESH`-th evaluation, which is an ordinary one.
+first one, and at the evaluations 1, 2, 4, 8, ... times `REFRESH`, which are ordinary ones.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Evaluator:
         replayed: list[Mapped | None] = [None for _ in requests]
         if self._recording is not None:
             replayed = self._replayed(self._recording, requests)
-            if self._count % REFRESH:
+            if not _refreshed_at(self._count):
                 found = list(replayed)
         missing = [i for i, result in enumerate(found) if result is None]
         ordinary = self._ordinary([requests[i] for i in missing])
@@ -126,6 +126,11 @@ class Evaluator:
         if _is_staged(engine) and not (engine.compact and self.num_starts == 1):
             return Around(engine, self.m_step, names)
         return Whole(engine, self.m_step, names)  # type: ignore[arg-type]
+
+
+def _refreshed_at(count: int) -> bool:
+    times, rest = divmod(count, REFRESH)
+    return rest == 0 and times & (times - 1) == 0
 
 
 def _is_staged(engine: Engine | Staged) -> TypeGuard[Staged]:

@@ -133,6 +133,10 @@ def test_a_model_that_changes_is_not_frozen() -> None:
     assert "a later replay differs" in evaluate.refusal
 
 
+def test_ordinary_evaluations_become_rare() -> None:
+    assert [count for count in range(1, 1000) if evaluator._refreshed_at(count)] == [100, 200, 400, 800]
+
+
 def test_data_that_a_callback_changes_are_seen_at_the_end() -> None:
     """The last iterate is evaluated by the reference path, which reads the data anew."""
     x = torch.tensor([0.4, -1.0, 2.2, 0.9])
