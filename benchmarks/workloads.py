@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import chains, cuda, gaussian, item_response, peers, problems, regressions, state_space
+from benchmarks import accelerator, chains, gaussian, item_response, peers, problems, regressions, state_space
 from benchmarks.cold import Cold
 from benchmarks.gap import Gap, Problem
 from benchmarks.paired import OURS, Entry, Paired
@@ -226,7 +226,7 @@ _ALL: tuple[Workload, ...] = (
 
 _OTHERS: tuple[Workload, ...] = (
     *regressions.WORKLOADS,
-    *cuda.WORKLOADS,
+    *accelerator.WORKLOADS,
     *state_space.WORKLOADS,
     *item_response.WORKLOADS,
     *gaussian.WORKLOADS,

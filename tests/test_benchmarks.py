@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,3 +233,10 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "table.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="nothing to draw"):
         draw([])
+
+
+def test_no_file_hides_a_library() -> None:
+    """`python benchmarks/demo.py` has the folder first on its path, where torch too looks for what it imports."""
+    folder = Path(__file__).parent.parent / "benchmarks"
+    code = f"import sys; sys.path.insert(0, {str(folder)!r}); import torch, pyro, arviz"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
