@@ -101,7 +101,7 @@ def test_a_laplace_prior_of_a_network_is_refused_with_a_remedy() -> None:
 
 
 def test_the_location_of_a_laplace_site_may_be_climbed() -> None:
-    """Instead of its weighted medians (test_median.py)."""
+    """Instead of its weighted medians (test_median.py), which end higher: a climb may end at any kink."""
     generator = torch.Generator().manual_seed(0)
     x = torch.cat([torch.randn(30, generator=generator) + m for m in (-3.0, 3.0)])
 
@@ -114,5 +114,5 @@ def test_the_location_of_a_laplace_site_may_be_climbed() -> None:
 
     found = pyro_em.fit(model, x, m_step={"loc": "gradient"}, max_iter=40, tol=0)
     assert np.diff(found.history["objective"]).min() > -1e-9
-    medians = torch.stack([x[:30].median(), x[30:].median()])
-    torch.testing.assert_close(found.params["loc"], medians, rtol=0, atol=0.3)
+    closed = pyro_em.fit(model, x, max_iter=40, tol=0)
+    assert found.history["log_likelihood"][0] + 50 < found.log_likelihood <= closed.log_likelihood
