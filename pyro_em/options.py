@@ -8,12 +8,12 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from torch import Tensor
 
 from pyro_em.errors import InputError, Refusal
 from pyro_em.evidence.rule import Quadrature
 from pyro_em.model.capture import ParameterRecord
 from pyro_em.model.compat import base_distribution
+from pyro_em.model.starts import violation
 from pyro_em.store import isolated_rng
 from pyro_em.types import Model, Params
 
@@ -84,21 +84,11 @@ def checked_init(records: Mapping[str, ParameterRecord], init: Mapping[str, Any]
             )
         if not bool(value.isfinite().all()):
             raise InputError(f"init: the start of parameter '{name}' is not finite.")
-        if not bool(record.constraint.check(value).all()) and not _on_boundary(record.constraint, value):
-            raise InputError(
-                f"init: the start of parameter '{name}' violates its constraint {record.constraint}"
-                " (a simplex sums to 1, a covariance matrix is symmetric and positive definite)."
-            )
+        wrong = violation(record.constraint, value)
+        if wrong is not None:
+            raise InputError(f"init: the start of parameter '{name}' violates its constraint: {wrong}")
         params[name] = value
     return params
-
-
-def _on_boundary(constraint: Any, value: Tensor) -> bool:
-    """A scale or rate of exactly 0 is a structural zero, which EM keeps."""
-    while hasattr(constraint, "base_constraint"):
-        constraint = constraint.base_constraint
-    lower = getattr(constraint, "lower_bound", None)
-    return lower is not None and not hasattr(constraint, "upper_bound") and bool((value >= lower).all())
 
 
 def point_estimated(guide: Model | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ MISTAKES = {
     "plate of size 1": (mixture, (X, 1), r"Site 'x': .*shape \(20,\).*plate 'data' of 1 elements"),
     "an event of another size": (event_of_another_size, (PAIRS,), r"shape \(20, 3\).*events shape \(2,\)"),
     "NumPy": (mixture, (X.numpy(),), r"is a ndarray, not a torch tensor\. Give the model torch\.as_tensor"),
-    "a negative scale": (mixture, (X, None, 2, 2, -1.0), r"Parameter 'sd' starts as NaN in entry 0 \(and 1 more\)"),
+    "a negative scale": (mixture, (X, None, 2, 2, -1.0), r"'sd' starts outside of .*: entry 0 \(and 1 more\) is -1"),
     "a label out of range": (mixture, (X.new_full((20,), torch.inf),), r"in row 0 \(and 19 more\) is NaN or infinite"),
 }
 

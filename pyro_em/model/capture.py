@@ -24,8 +24,9 @@ from torch.distributions import constraints
 
 from pyro_em.device import checked_indices
 from pyro_em.model import compat
-from pyro_em.model.data import check_arguments, check_data, check_sites, check_start, plain_support
+from pyro_em.model.data import check_arguments, check_data, check_sites, plain_support
 from pyro_em.model.missing import INCOMPLETE, check_unread
+from pyro_em.model.starts import check_start
 from pyro_em.model.timeline import Loop, Unplanned, running
 from pyro_em.model.trace import OBSERVE, Plate, quiet_store
 from pyro_em.model.unfold import Unfold
@@ -99,11 +100,18 @@ class _Observe(Messenger):
         self.incomplete: frozenset[str] = frozenset()
         self.minibatches: frozenset[str] = frozenset()
 
+    def _pyro_param(self, msg: Any) -> None:
+        """The start as the model wrote it: what the store makes of it satisfies the constraint in any case."""
+        name, *given = msg["args"]
+        if given and name not in self.parameters and not msg["done"]:
+            start = given[0]() if callable(given[0]) else given[0]
+            check_start(name, detach_provenance(start), msg["kwargs"].get("constraint", constraints.real))
+            msg["args"] = (name, start)  # made once
+
     def _pyro_post_param(self, msg: Any) -> None:
         name = msg["name"]
         value = detach_provenance(msg["value"])
         if name not in self.parameters:
-            check_start(name, value)
             kind = "module" if compat.module_parameter(msg) is not None else "param"
             self.parameters[name] = ParameterRecord(name, value.detach().clone(), constraints.real, kind)
         if self.parameters[name].kind == "param":

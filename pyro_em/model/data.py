@@ -65,16 +65,6 @@ def check_sites(sites: Sequence[tuple[str, bool]]) -> None:
         )
 
 
-def check_start(name: str, value: Tensor) -> None:
-    """Raise on a parameter that starts as NaN, which is what Pyro makes of a value outside of its constraint."""
-    bad = value.isnan()
-    if bool(bad.any()):
-        raise InputError(
-            f"Parameter '{name}' starts as NaN in entry {_first(bad)}: its initial value is NaN, or violates its "
-            "constraint (one that must be positive is negative)."
-        )
-
-
 def check_data(name: str, fn: Any, value: Tensor, mask: Any, gaps: bool, plates: Sequence[Any]) -> None:
     """Raise on observations that are NaN, infinite or outside the support, naming site and rows.
 
@@ -169,8 +159,8 @@ def check_arguments(name: str, raw: Mapping[str, Any]) -> None:
         for bad, word in ((value.isnan(), "NaN"), (value == torch.inf, "infinite")):
             if bool(bad.any()) and (word == "NaN" or argument in FINITE):
                 raise InputError(
-                    f"Site '{name}': its argument '{argument}' is {word} in row {_first(bad)}. A covariate, an offset "
-                    f"or a starting value is {word} there; correct it, or leave the row out."
+                    f"Site '{name}': its argument '{argument}' is {word} in row {first_bad(bad)}. A covariate, an "
+                    f"offset or a starting value is {word} there; correct it, or leave the row out."
                 )
 
 
@@ -178,16 +168,17 @@ def _row(bad: Tensor) -> str:
     """The first bad row of a site; time, where the steps of a loop are run together, is its leftmost plate."""
     loop = open_loop()
     if loop is None or bad.dim() < 1 + loop.depth or bad.shape[-1 - loop.depth] != loop.steps - loop.history:
-        return f"row {_first(bad)}"
+        return f"row {first_bad(bad)}"
     where = bad.movedim(-1 - loop.depth, 0)
     steps = where.reshape(len(where), -1).any(1).nonzero().reshape(-1)
     step = int(steps[0])
-    row = f"row {_first(where[step])} of " if where.dim() > 1 else ""
+    row = f"row {first_bad(where[step])} of " if where.dim() > 1 else ""
     more = f" (and {len(steps) - 1} more steps)" if len(steps) > 1 else ""
     return f"{row}step {step + loop.history}{more}"
 
 
-def _first(bad: Tensor) -> str:
+def first_bad(bad: Tensor) -> str:
+    """The index of the first true entry, and how many more there are."""
     index = [int(i) for i in bad.nonzero()[0]]
     more = int(bad.sum()) - 1
     where = str(index[0]) if len(index) == 1 else str(tuple(index)) if index else "(the only one)"
