@@ -15,7 +15,7 @@ from torch.distributions import biject_to
 
 from pyro_em.device import seeded_normal
 from pyro_em.errors import NonFiniteError, Refusal
-from pyro_em.evidence.discrete import Evidence, evaluate
+from pyro_em.evidence.discrete import Evidence, evaluate, weighted_sum
 from pyro_em.evidence.elimination import Candidate, Continuous, Eliminated, LatentSet, Route
 from pyro_em.evidence.finite import check_finite
 from pyro_em.evidence.routes import check_rules, choose_route
@@ -268,5 +268,20 @@ def integrate(
             joint = multiply(onto(own, dims_of(factors[name])), inside) if mixed else inside
             assert joint is not None
             weights[name] = joint
-    size = evidence.magnitude + sum(part.magnitude for part in parts)
+    size = evidence.magnitude + _cancelled(continuous, reduced, parts, states)
     return dataclasses.replace(evidence, weights=weights, parts=parts, states=states, magnitude=size), run
+
+
+def _cancelled(
+    continuous: Continuous, reduced: FactorGraph, parts: Sequence[Eliminated], states: Sequence[Tensor]
+) -> Tensor:
+    """Expected size of the terms that cancel in the evidence of the sets, rows counted as in the log-likelihood."""
+    total = torch.zeros((), dtype=torch.float64)
+    for latents, part, own in zip(continuous.sets, parts, states, strict=True):
+        if part.magnitude is None:
+            continue
+        component = next(c for c in reduced.components if integral(latents) in c.factors)
+        expected = multiply(part.magnitude, own)
+        assert expected is not None
+        total = total + weighted_sum(expected, component.weight)
+    return total

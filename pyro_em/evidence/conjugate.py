@@ -85,14 +85,14 @@ class ConjugateRoute:
         (name,) = self.latents.names
         peak = self.kind.log_density(coefficients.detach(), self.kind.mode(coefficients.detach()))
         placed = posterior.placed(atoms).to(self.dtype)
-        size = self.kind.magnitude(coefficients.detach()).sum()
+        size = self.kind.magnitude(coefficients.detach()).sum(-1)
         return Eliminated(
             self._packed(energy),
             self._packed(peak.detach()),
             {name: placed},
             weights,
             posterior,
-            magnitude=size,
+            magnitude=self._packed(size),
         )
 
     def certify(self, run_at: RunAt) -> None:

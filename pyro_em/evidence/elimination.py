@@ -78,7 +78,7 @@ class Eliminated:
     latents' values with the atoms' dim, `weights`, packed over the set's symbol and more, sum to one; `by_factor` has
     the weights at the rows of factors that index the latents, where these differ from element to element. `log_peak`
     is log q at the mode, packed like the evidence. `error` bounds that of a numerical route, summed over elements;
-    `magnitude` is the size of terms that cancel in the log-evidence.
+    `magnitude`, packed like the evidence, is the size of terms that cancel in it (None: there are none).
     """
 
     log_evidence: Tensor
@@ -88,7 +88,7 @@ class Eliminated:
     posterior: SetPosterior
     by_factor: Mapping[str, Tensor] = field(default_factory=dict)
     error: float = 0.0
-    magnitude: Tensor | float = 0.0
+    magnitude: Tensor | None = None
 
 
 class Route(Protocol):

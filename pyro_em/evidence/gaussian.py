@@ -30,7 +30,7 @@ from pyro_em.evidence.columns import AFFINE, Column, Index, direction, not_affin
 from pyro_em.evidence.elimination import Eliminated, LatentSet, RunAt, Values
 from pyro_em.evidence.gaussian_posterior import GaussianPosterior
 from pyro_em.evidence.residuals import whitened
-from pyro_em.model.compat import pack, with_dims
+from pyro_em.model.compat import detached, pack, with_dims
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -72,28 +72,33 @@ class GaussianRoute:
         d_a, d_b = factored.solve(h, h_b)
         gain = 0.5 * (h * d_a).sum(-1)
         own, common = factored.log_det()
-        energy = gain - 0.5 * own + 0.5 * len(geometry.columns_a) * LOG_2PI
-        terms = [r.log_norm - 0.5 * (w * w).sum(-1) for r, w in zip(rows, residuals, strict=True)]
+        two_pi = 0.5 * len(geometry.columns_a) * LOG_2PI
+        energy, size = gain - 0.5 * own + two_pi, gain.abs() + 0.5 * own.abs() + two_pi
+        squares = [0.5 * (w * w).sum(-1) for w in residuals]
+        terms = [r.log_norm - square for r, square in zip(rows, squares, strict=True)]
+        sizes = [r.log_norm.abs() + square for r, square in zip(rows, squares, strict=True)]
         z_a = z_a + d_a
         if geometry.num_b:
             assert h_b is not None and d_b is not None and z_b is not None
-            sizes = [torch.Size(r.sizes).numel() // max(1, t.numel()) for r, t in zip(rows, terms, strict=True)]
-            total = sum((t.sum() * n for t, n in zip(terms, sizes, strict=True)), torch.zeros((), dtype=torch.float64))
-            total = total + energy.expand(geometry.layout).sum() + 0.5 * (h_b * d_b).sum() - 0.5 * common
-            log_evidence = with_dims(total + 0.5 * geometry.num_b * LOG_2PI, "")
+            two_pi = 0.5 * geometry.num_b * LOG_2PI
+            total = _total(rows, terms, energy, geometry) + 0.5 * (h_b * d_b).sum() - 0.5 * common + two_pi
+            log_evidence = with_dims(total, "")
+            magnitude = with_dims(_total(rows, sizes, size, geometry) + 0.5 * common.abs() + two_pi, "")
             z_b = z_b + d_b
         else:
-            for r, term in zip(rows, terms, strict=True):
+            for r, term, own in zip(rows, terms, sizes, strict=True):
                 energy = energy + to_elements(term, 0, r, geometry)
-            log_evidence = self._packed(energy)
+                size = size + to_elements(own, 0, r, geometry)
+            log_evidence, magnitude = self._packed(energy), self._packed(size)
         self._certify(run_at, rows, z_a.detach(), None if z_b is None else z_b.detach())
         posterior = GaussianPosterior(self.latents, geometry, factored, z_a, z_b)
-        size = len(geometry.columns_a) + geometry.num_b
-        points = simplex(size)
+        points = simplex(len(geometry.columns_a) + geometry.num_b)
         atoms = posterior.values(*posterior.deviate(points))
         atoms = {name: value.to(self.dtypes[name]).detach() for name, value in atoms.items()}
-        weights = with_dims(torch.full((size + 1,), 1.0 / (size + 1), dtype=torch.float64), self.latents.symbol)
-        return Eliminated(log_evidence, self._packed(posterior.log_peak()), atoms, weights, posterior)
+        num = len(points)
+        weights = with_dims(torch.full((num,), 1.0 / num, dtype=torch.float64), self.latents.symbol)
+        peak = self._packed(posterior.log_peak())
+        return Eliminated(log_evidence, peak, atoms, weights, posterior, magnitude=detached(magnitude))
 
     def _packed(self, per_element: Tensor) -> Tensor:
         """A quantity of every element in the layout, packed (summed if elements are not told apart)."""
@@ -167,6 +172,14 @@ class GaussianRoute:
         values = GaussianPosterior.place(self.latents, self.geometry, a, b)
         return {n: v.reshape((*self.latents.shapes[n][0], *self.latents.shapes[n][1])).to(self.dtypes[n])
                 for n, v in values.items()}  # fmt: skip
+
+
+def _total(rows: Sequence[Rows], terms: Sequence[Tensor], per_element: Tensor, geometry: Geometry) -> Tensor:
+    """Sum of the terms of all rows and of all elements."""
+    total = per_element.expand(geometry.layout).sum()
+    for r, term in zip(rows, terms, strict=True):
+        total = total + term.sum() * (torch.Size(r.sizes).numel() // max(1, term.numel()))
+    return total
 
 
 def _padded(x: Tensor, trailing: int, m: int) -> Tensor:
