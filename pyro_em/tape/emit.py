@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyro_em.tape.listing import Step
 from pyro_em.tape.record import aten
 
 BINARY: dict[Any, Any] = {
@@ -62,10 +63,29 @@ WITH_OUT: dict[Any, Callable[..., Any]] = {
     aten._softmax.default: torch._softmax,
     aten.stack.default: torch.stack,
     aten.cat.default: torch.cat,
+    aten.pow.Tensor_Scalar: torch.pow,
+    aten.hypot.default: torch.hypot,
+    aten.log1p.default: torch.log1p,
+    aten.expm1.default: torch.expm1,
+    aten.lgamma.default: torch.lgamma,
+    aten.digamma.default: torch.digamma,
+    aten.tanh.default: torch.tanh,
+    aten.sigmoid.default: torch.sigmoid,
+    aten.logsumexp.default: torch.logsumexp,
     aten.linalg_cholesky_ex.default: torch.linalg.cholesky_ex,
     aten.cholesky_inverse.default: torch.cholesky_inverse,
     aten.cholesky_solve.default: torch.cholesky_solve,
     aten.linalg_solve_triangular.default: torch.linalg.solve_triangular,
+}
+PICKS = frozenset((  # entries of the first argument at places that the others, constants, say
+    aten.index_select.default,
+    aten.gather.default,
+    aten.flip.default,
+))  # fmt: skip
+POWERS: dict[float, tuple[Any, int]] = {  # as torch computes them: a function of x so many times
+    1: (np.positive, 1),
+    2: (np.multiply, 2),
+    -1: (np.reciprocal, 1),
 }
 MOST_CELLS = 4096  # above, torch's vectorised loops win
 
@@ -76,8 +96,9 @@ def numpy_call(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         return BINARY[call], list(args)
     if call in UNARY:
         return UNARY[call], list(args)
-    if call is aten.pow.Tensor_Scalar and args[1] == 2:  # which torch computes in this way
-        return np.multiply, [args[0], args[0]]
+    if call is aten.pow.Tensor_Scalar and args[1] in POWERS:
+        function, times = POWERS[args[1]]
+        return function, [args[0]] * times
     if call is aten.clamp.default and len(args) == 2:
         return np.maximum, list(args)
     if call in REDUCTIONS and not kwargs and len(args) <= 3:
@@ -85,3 +106,10 @@ def numpy_call(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         axis = None if not rest or rest[0] == [] else tuple(rest[0]) if isinstance(rest[0], list) else rest[0]
         return REDUCTIONS[call], [source, axis, None, *([] if len(rest) < 2 else [...]), *rest[1:]]
     return None
+
+
+def exactly_copied(step: Step, before: torch.dtype, after: torch.dtype) -> bool:
+    """Whether the result is the first argument, of another layout or of a type that holds as much."""
+    if step.call is aten._to_copy.default:
+        return before == after or (after == torch.float64 and before in (torch.bool, torch.int32, torch.float32))
+    return step.call is aten.clone.default

@@ -78,8 +78,15 @@ def branches(x: Tensor) -> list[Tensor]:
     return [near * 1.0 + 0.0, x.clamp(min=0.0), torch.where(x > 0, x.log(), 0.0 * x)]
 
 
+def picks(x: Tensor) -> list[Tensor]:
+    """Entries at constant places, of memory in another order too."""
+    flipped = (x * 2).mT.flip(0)
+    index = torch.tensor([[0, 2, 1], [3, 1, 0]])
+    return [x.index_select(1, index[0]) + 1, flipped, flipped.mT.gather(0, index), (x > 0).to(torch.float64), x**1.0]
+
+
 @pytest.mark.parametrize(
-    "function", [views, in_place, constants_in_place, algebra, branches, gradients, reshaped, roots, seeded]
+    "function", [picks, views, in_place, constants_in_place, algebra, branches, gradients, reshaped, roots, seeded]
 )
 def test_a_replay_gives_the_same_bits(function: Function) -> None:
     tape = Tape(function, [torch.randn(4, 3)])
@@ -104,6 +111,19 @@ def test_a_guard_that_fails_voids_the_replay() -> None:
     with pytest.raises(Deviation):
         tape([torch.full((4, 3), 1e4)])
     assert torch.equal(tape([torch.ones(4, 3)])[0], torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_values_that_have_to_be_finite_are_looked_at_in_one_call(bad: float) -> None:
+    def finite(x: Tensor) -> list[Tensor]:
+        return [x * 2 if bool((x - x == 0).all()) else x]
+
+    tape, x = Tape(finite, [torch.ones(4, 3)]), torch.ones(4, 3)
+    assert len(tape._calls) == 2
+    tape([torch.full((4, 3), 1e308)])
+    x[2, 1] = bad
+    with pytest.raises(Deviation):
+        tape([x])
 
 
 def test_a_factorisation_that_fails_voids_the_replay() -> None:
