@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -97,6 +97,19 @@ def separated(names: Collection[str]) -> None:
             "the limit (a normal, a Poisson, a point). The values returned are where gains fell below the tolerance. "
             "Drop the covariate, use the limit's distribution, or put a prior on them and use algorithm='map-em'.",
             SeparatedData,
+            stacklevel=3,
+        )
+
+
+def at_edges(arguments: Mapping[str, str]) -> None:
+    """Warn about arguments (by site) that have ended at the edge of their spaces."""
+    for site, argument in arguments.items():
+        warnings.warn(
+            f"Site '{site}': its argument '{argument}' ended at the edge of its space in some rows, and the likelihood "
+            "rises towards it: the maximum is there, with a score that is not 0, so that convergence cannot be tested "
+            "and standard errors do not apply. Write the argument so that it cannot leave its space (exp, softplus or "
+            "sigmoid of a linear predictor).",
+            BoundaryEstimate,
             stacklevel=3,
         )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_em.accelerate import choose_accelerator
 from pyro_em.anneal import Temperature, annealed, check_temperature, stochastic, temperatures
 from pyro_em.binding import Bound, bound_for
-from pyro_em.checks import after_fit, at_start, at_zero, collinear, separated, unobserved_cells
+from pyro_em.checks import after_fit, at_edges, at_start, at_zero, collinear, separated, unobserved_cells
 from pyro_em.device import on_device
 from pyro_em.e_step.assigned import Assigned
 from pyro_em.e_step.auto import choose_engine, in_double, verified
@@ -198,6 +198,8 @@ def fit(
         if alive and not errors and m.by_newton:
             last = best.last.expectation
             separated(m.diverging(best.last.params, last if isinstance(last, Expectation) else last.expectation))
+            if best.outcome is Outcome.stalled:
+                at_edges(m.at_edge(best.last.params))
         result = _result(bound, engine, m, best, runs, algorithm, seed, missing, temperature is not None)
         result.warnings = tuple(str(w.message) for w in caught)  # with those of the check of the returned parameters
     for warning in caught:

@@ -258,7 +258,7 @@ def integrate(
         run = continuous.runs.several(params, values)
         factors = factors_of(run)
         rest = reduced_factors(continuous, factors, parts)
-    evidence = check_finite(reduced, evaluate(reduced, rest), rest)
+    evidence = check_finite(reduced, evaluate(reduced, rest), rest, run.sites)
     weights = dict(evidence.weights)
     states = tuple(weights.pop(integral(latents)) for latents in continuous.sets)
     for latents, part, own in zip(continuous.sets, parts, states, strict=True):

@@ -7,7 +7,6 @@ Every faster path is tested against this one.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -44,6 +43,7 @@ from pyro_em.model.recognise import VALUE, Use, recognise, second_point
 from pyro_em.model.resources import check_states, check_tables
 from pyro_em.model.roles import RoleOf
 from pyro_em.model.trace import Run, SiteRecord, quiet_store, run_model, without_gradients
+from pyro_em.model.unusable import checked_run
 from pyro_em.types import Model, Params
 
 
@@ -172,7 +172,7 @@ class Problem:
         with torch.no_grad():
             run = self.run(params)
             factors = self.factors(run)
-        return check_finite(self.graph, evaluate(self.graph, factors), factors, self.with_prior), run
+        return check_finite(self.graph, evaluate(self.graph, factors), factors, run.sites, self.with_prior), run
 
     def integrated_factors(self, params: Params) -> tuple[dict[str, Tensor], Run]:
         """Factors of `reduced_graph`, differentiable in `params`, and a run of the model."""
@@ -259,13 +259,15 @@ def bind(
     drawn = latents.draw(seen, latent, 1)
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any], point: int, graph: bool = True) -> Run:
-        values = {**(leaves, others)[point], **drawn}
-        validation = pyro.validation_enabled(False) if point else contextlib.nullcontext()
-        with torch.set_grad_enabled(graph), quiet_store(), validation:
-            return run_model(
-                model, args, kwargs, values, max_plate_nesting=seen.max_plate_nesting, loops=seen.loops,
-                integrated=latent,
-            )  # fmt: skip
+        values, depth = {**(leaves, others)[point], **drawn}, seen.max_plate_nesting
+
+        def once() -> Run:
+            with torch.set_grad_enabled(graph), quiet_store():
+                return run_model(
+                    model, args, kwargs, values, max_plate_nesting=depth, loops=seen.loops, integrated=latent
+                )
+
+        return checked_run(once, validated=not point)
 
     by_rows = None if latent else bound_by_rows(seen, args, kwargs, run, (leaves, others), records, priors)
     first = by_rows[0] if by_rows else run(args, kwargs, 0)

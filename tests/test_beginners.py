@@ -54,6 +54,45 @@ def branch(x: Tensor) -> None:
         pyro.sample("x", own(loc[z], 1.0), obs=x)
 
 
+def unconstrained_scale(x: Tensor, start: Any = -1.0, size: int = 2) -> None:
+    sd = pyro.param("sd", torch.as_tensor(start))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(size) / size))
+        pyro.sample("x", dist.Normal(0.0, sd if sd.dim() == 0 else sd[z]), obs=x)
+
+
+def many_rows(x: Tensor) -> None:
+    """So many that the plain run draws one state for all of them, which may be the valid one."""
+    unconstrained_scale(x.expand(1000, -1).reshape(-1), torch.tensor([-1.0, 1.0, 1.0, 1.0]), 4)
+
+
+def columns_without_event(x: Tensor) -> None:
+    loc = pyro.param("loc", torch.zeros(3))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+
+def no_covariance(x: Tensor, S: Any = None) -> None:
+    S = pyro.param("S", -torch.eye(3) if S is None else S)
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.MultivariateNormal(torch.zeros(3), S), obs=x)
+
+
+def negative_probability(x: Tensor) -> None:
+    w = pyro.param("w", torch.tensor([1.5, -0.5]))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.Normal(1.0 * z, 1.0), obs=x)
+
+
+def random_effect(x: Tensor) -> None:
+    tau = pyro.param("tau", torch.tensor(-1.0))
+    with pyro.plate("data", len(x)):
+        u = pyro.sample("u", dist.Normal(0.0, tau))
+        pyro.sample("x", dist.Normal(u, 1.0), obs=x)
+
+
+HALF = torch.eye(3) + torch.tensor([[0.0, 0.5, 0.0], [0, 0, 0], [0, 0, 0]])
 MISTAKES = {
     "no obs=": (mixture, (), r"observes no data: none of its sites \('z', 'x'\) has obs="),
     "plate of another size": (mixture, (X, 15), r"Site 'x': .*shape \(20,\).*plate 'data' of 15 elements"),
@@ -61,8 +100,25 @@ MISTAKES = {
     "an event of another size": (event_of_another_size, (PAIRS,), r"shape \(20, 3\).*events shape \(2,\)"),
     "NumPy": (mixture, (X.numpy(),), r"is a ndarray, not a torch tensor\. Give the model torch\.as_tensor"),
     "a negative scale": (mixture, (X, None, 2, 2, -1.0), r"'sd' starts outside of .*: entry 0 \(and 1 more\) is -1"),
+    "a negative scale without a constraint": (
+        unconstrained_scale, (X,), r"'x': its argument 'scale' is -1, and has to be greater than 0\. It is made of 'sd'"
+    ),
+    "a scale of 0": (unconstrained_scale, (X, 0.0), r"'x': its argument 'scale' is 0, and has to be greater than 0"),
+    "one of several scales": (
+        unconstrained_scale, (X, torch.tensor([-1.0, -2.0])), r"'x': its argument 'scale' is -[12] in row"
+    ),
+    "one of several scales, that no row may draw": (many_rows, (X,), "'x': its argument 'scale' is -1"),
+    "a scale of a latent": (random_effect, (X,), r"'u': its argument 'scale' is -1.*greater than 0.*'tau'"),
+    "a negative probability": (negative_probability, (X,), r"'z': its argument 'probs' is -0\.5 in row.*at least 0"),
+    "columns without to_event": (
+        columns_without_event, (PAIRS,), r"'x': plate 'data' has 20 elements, at dim -1, .* 3 of them.*to_event\(1\)"
+    ),
+    "no covariance matrix": (no_covariance, (PAIRS,), "not positive definite where it starts.*positive_definite"),
+    "half a covariance matrix": (
+        no_covariance, (PAIRS, HALF), "'x': its argument 'covariance_matrix' cannot be used: it is not symmetric"
+    ),
     "a label out of range": (mixture, (X.new_full((20,), torch.inf),), r"in row 0 \(and 19 more\) is NaN or infinite"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -132,6 +188,43 @@ def test_what_is_no_model_or_no_option_is_named() -> None:
 def test_plan_takes_every_option_of_fit() -> None:
     defaults = {n: p.default for n, p in inspect.signature(pyro_em.fit).parameters.items() if p.kind is p.KEYWORD_ONLY}
     assert str(pyro_em.plan(mixture, X, **defaults)) == str(pyro_em.plan(mixture, X))
+
+
+def identity_link(x: Tensor, family: str = "Poisson") -> None:
+    """A rate (a probability, a concentration) that is linear in a covariate: nothing keeps it in its space."""
+    a, b = pyro.param("a", torch.tensor(0.5)), pyro.param("b", torch.tensor(0.1))
+    v = torch.linspace(-1, 1, len(x))
+    y = {"Poisson": 3.0 * (v > 0), "Bernoulli": 1.0 * (v > 0), "Beta": 0.5 + 0.49 * v.sign() * (v.abs() > 0.4)}[family]
+    with pyro.plate("data", len(x)):
+        made = dist.Beta(a + b * v, 1.0) if family == "Beta" else getattr(dist, family)(a + b * v)
+        pyro.sample("y", made, obs=y)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_em.BoundaryEstimate")
+@pytest.mark.parametrize("algorithm", ["em", "gem"])
+@pytest.mark.parametrize("family", ["Poisson", "Bernoulli", "Beta"])
+def test_no_step_leaves_the_space_of_an_argument(family: str, algorithm: str) -> None:
+    """0 log λ − λ rises for ever below λ = 0, and log Γ has values at negative concentrations."""
+    model = functools.partial(identity_link, family=family)
+    found = pyro_em.fit(model, X.double(), algorithm=algorithm, max_iter=40)
+    low, high = (float(found.params["a"] + s * found.params["b"]) for s in (-1, 1))
+    assert low >= -1e-6 and (family != "Bernoulli" or high <= 1 + 1e-6)
+    assert np.isfinite(found.log_likelihood)
+    assert found.history["objective"] == sorted(found.history["objective"])
+
+
+def test_a_maximum_at_the_edge_of_a_space_is_said_to_be_there() -> None:
+    with pytest.warns(pyro_em.BoundaryEstimate, match="'y': its argument 'rate' ended at the edge of its space"):
+        found = pyro_em.fit(identity_link, X)
+    assert float(found.params["a"]) == pytest.approx(float(found.params["b"]), abs=1e-6)
+    assert not found.converged
+
+
+def test_a_start_by_init_outside_of_the_space_is_named() -> None:
+    for model, init, argument in ((identity_link, {"b": 5.0}, "rate"), (unconstrained_scale, {"sd": -1.0}, "scale")):
+        args = (X, 1.0) if model is unconstrained_scale else (X,)
+        with pytest.raises(pyro_em.NonFiniteError, match=f"its argument '{argument}' is -[0-9.]+.*has to be"):
+            pyro_em.fit(model, *args, init=init)
 
 
 @pytest.mark.parametrize("unit", [1e-8, 1e8])

@@ -14,14 +14,21 @@ from pyro_em.evidence.forward import filtered
 from pyro_em.evidence.ring import LogDensityRing
 from pyro_em.evidence.timed import potentials
 from pyro_em.model.compat import detached, dims_of
+from pyro_em.model.data import outside_of_space
 from pyro_em.model.graph import Component, FactorGraph
+from pyro_em.model.trace import SiteRecord
 
 
 def check_finite(
-    graph: FactorGraph, evidence: Evidence, factors: Mapping[str, Tensor], with_prior: bool = True
+    graph: FactorGraph,
+    evidence: Evidence,
+    factors: Mapping[str, Tensor],
+    sites: Mapping[str, SiteRecord],
+    with_prior: bool = True,
 ) -> Evidence:
     """The evidence itself.
 
+    :param sites: of the run that gave the factors.
     :param with_prior: priors count; otherwise a parameter may lie where its prior's density is zero.
     :raises NonFiniteError: if a log-density is NaN or +infinite, or an observation has density zero.
     """
@@ -29,11 +36,7 @@ def check_finite(
         return evidence
     for name, factor in factors.items():
         if bool(factor.isnan().any()) or bool((factor == torch.inf).any()):
-            raise NonFiniteError(
-                name,
-                f"Site '{name}': its log-density is NaN or +infinite. A parameter has left its space, a "
-                "component has collapsed, or the data are not finite.",
-            )
+            raise NonFiniteError(name, _no_density(name, sites.get(name)))
     for term, component in zip(evidence.terms, graph.components, strict=True):
         if bool((term == -torch.inf).any()):
             name, term = _first_site(graph, component, factors, term)
@@ -42,6 +45,13 @@ def check_finite(
         if bool((factors[name] == -torch.inf).any()):
             raise NonFiniteError(name, _impossible(graph, detached(factors[name]), name))
     raise NonFiniteError("", "The log-likelihood is not finite, though every factor is.")
+
+
+def _no_density(name: str, site: SiteRecord | None) -> str:
+    """Why a log-density is NaN or +infinite: the argument that has left its space, if one has."""
+    outside = None if site is None else outside_of_space(site.fn, site.arguments or {})
+    why = outside or "A parameter has left its space, a component has collapsed, or the data are not finite."
+    return f"Site '{name}': its log-density is NaN or +infinite: {why}"
 
 
 def _first_site(

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from pyro_em.families.spaces import beyond, intervals
 from pyro_em.kernels import Kernel, PowerKernel
 
 Arguments = Mapping[str, Any]
@@ -190,6 +191,29 @@ class Family(ABC):
         kept = {name: args[name] for name in self.arguments if name in args}
         result: Tensor = self.distribution(**kept, validate_args=False).log_prob(value)
         return result
+
+    def bounded(self, argument: str) -> bool:
+        """Whether an argument's entries are bounded each by itself: `outside` looks at it."""
+        return argument in intervals(self.distribution)
+
+    def at_edge(self, argument: str, value: Tensor, share: float) -> bool:
+        """Whether entries of an argument lie within a share of its largest entry from the edge of its space."""
+        margin = share * value.abs().amax()
+        return any(bool(((value - edge).abs() <= margin).any()) for edge in intervals(self.distribution)[argument])
+
+    def outside(self, args: Arguments) -> Tensor | None:
+        """Cells, shape U, where an argument is no number of its space: no density there, whatever `log_prob` says.
+
+        None where no argument has bounds. Matrices are not looked at.
+        """
+        found: Tensor | None = None
+        for name, bounds in intervals(self.distribution).items():
+            if name in args and name in self.arguments:
+                bad = beyond(torch.as_tensor(args[name]), bounds)
+                dims = self.arguments[name]
+                bad = bad.flatten(-dims).any(-1) if dims else bad
+                found = bad if found is None else found | bad
+        return found
 
     def accepts(self, raw: Mapping[str, Any]) -> bool:
         """Whether a distribution with these constructor arguments is of this family."""

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_em.families.spaces import some
+
 
 def floats(*values: Any) -> tuple[Tensor, ...]:
     """The values as tensors of one floating type: the widest among the floating tensors given.
@@ -78,7 +80,7 @@ def weighted(weight: Tensor, log_probability: Tensor) -> Tensor:
 
 
 def _weighted(weight: Tensor, probability: Tensor, boundary: Tensor, log: Callable[[Tensor], Tensor]) -> Tensor:
-    if _none(boundary):
+    if not some(boundary):
         return weight * log(probability)
     weight, probability, boundary = torch.broadcast_tensors(weight, probability, boundary)
     inside = torch.where(boundary, torch.full_like(probability, 0.5), probability)
@@ -86,14 +88,6 @@ def _weighted(weight: Tensor, probability: Tensor, boundary: Tensor, log: Callab
     limit = -torch.inf * weight.detach().sign()
     limit = torch.where(weight == 0, torch.zeros_like(limit), limit)
     return torch.where(boundary, limit, weight * log(inside))
-
-
-def _none(boundary: Tensor) -> bool:
-    """Whether no probability is on the boundary: asked of them alone, which are few beside the data."""
-    try:
-        return not bool(boundary.any())
-    except RuntimeError:  # torch.func.vmap lets nobody ask
-        return False
 
 
 def symmetric(matrix: Tensor) -> Tensor:

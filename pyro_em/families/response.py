@@ -94,6 +94,15 @@ class ResponseFamily(Family):
         lower, upper = (torch.as_tensor(x).to(like) for x in found)
         return lower, upper
 
+    def bounded(self, argument: str) -> bool:
+        return self.complete.bounded(argument)
+
+    def at_edge(self, argument: str, value: Tensor, share: float) -> bool:
+        return self.complete.at_edge(argument, value, share)
+
+    def outside(self, args: Arguments) -> Tensor | None:
+        return self.complete.outside(args)
+
     def log_prob(self, args: Arguments, value: Tensor) -> Tensor:
         own = self._floats(args, value)
         if self.coarse is Truncated:

@@ -160,6 +160,11 @@ class MStep:
             found |= block.diverging(params, opened(expectation))
         return found
 
+    def at_edge(self, params: Params) -> dict[str, str]:
+        """Sites of which an argument has ended at the edge of its space, and the argument."""
+        blocks = [unit for unit in self.units if isinstance(unit, Newton)]
+        return {site: argument for block in blocks for site, argument in block.at_edge(params).items()}
+
     @cached_property
     def _elements(self) -> float:
         """Elements of the data plates, or steps of longer series: the rounding of ∂Q/∂u grows with them."""

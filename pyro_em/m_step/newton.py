@@ -35,6 +35,7 @@ from pyro_em.sufficient import Sufficient
 from pyro_em.types import Params
 
 MAX_SIZE = 1500  # entries of a block
+EDGE = 1e-5  # of the largest entry of an argument: closer to the edge of its space, it is there
 FLAT = 1e-6  # of a slope, for every observation
 
 
@@ -78,6 +79,23 @@ class Newton:
                     arguments[slot.name] = slot.forward(arguments[slot.name])(eta)
             sufficient.touch(opened.own.name)
         return moved, set()
+
+    def at_edge(self, params: Params) -> dict[str, str]:
+        """Sites of which an argument has ended at the edge of its space (a rate a + b x of 0), and the argument.
+
+        No step can go on from there, and the maximum has a slope.
+        """
+        found: dict[str, str] = {}
+        if any(site.unbounded for site in self.sites):
+            with torch.no_grad():
+                run = self.problem.replayed(params) if self.problem.recognised else self.problem.run(params)
+            for own in self.sites:
+                site = run.sites[own.name]
+                assert site.family is not None and site.arguments is not None
+                for name in own.unbounded:
+                    if site.family.at_edge(name, site.arguments[name], EDGE):
+                        found[own.name] = name
+        return found
 
     def rule(self, name: str, run: Run) -> str:
         """What the plan says of a member."""
@@ -221,5 +239,6 @@ def _block(
             if use.slot != VALUE:
                 at.setdefault(use.site, {}).setdefault(use.slot, []).append(use)
     logs = frozenset(name for name in names if any(_by_log(use) for use in uses[name]))
-    sites = tuple(predictor_site(run.sites[site], own, starts, size, logs) for site, own in at.items())
+    real = frozenset(name for name in names if _is_real(problem, name))
+    sites = tuple(predictor_site(run.sites[site], own, starts, size, logs, real) for site, own in at.items())
     return Newton(problem, names, {n: uses[n] for n in names}, starts, size, sites, tolerance, logs)

@@ -259,7 +259,10 @@ def lbfgs(block: Block, u: Tensor, *, tolerance: float, max_iter: int) -> Tensor
     def closure() -> float:
         q, gradient, _ = block.gradient(leaf)
         leaf.grad = -gradient / scale
-        return -float(q.detach()) / scale
+        if bool(q.isfinite()) and bool(gradient.isfinite().all()):
+            return -float(q.detach()) / scale
+        leaf.grad = torch.zeros_like(leaf)  # outside of a space: no line search can go on from NaN, so it is told
+        return 1.0 - before / scale  # that Q is lower there than at the start, and comes back
 
     optimizer.step(closure)
     end = leaf.detach()

@@ -39,11 +39,15 @@ from pyro_em.sufficient import Sufficient
 
 @dataclass(frozen=True, eq=False)
 class PredictorSite:
-    """A site and those of its arguments that the block enters; `compressed` if one argument has a kernel."""
+    """A site and those of its arguments that the block enters; `compressed` if one argument has a kernel.
+
+    `unbounded` are arguments that a move may take out of their spaces: a rate a + b x, a scale without a constraint.
+    """
 
     name: str
     slots: tuple[Slot, ...]
     compressed: bool
+    unbounded: frozenset[str] = frozenset()
 
     @property
     def moving(self) -> bool:
@@ -77,7 +81,7 @@ class PredictorSite:
             cells = torch.Size((*(1,) * (rank - len(moments.cells)), *moments.cells))
             slot = dataclasses.replace(slot, designs=tuple(design.over(cells) for design in slot.designs))
             own = dataclasses.replace(self, slots=(slot,))
-            return _Compressed(own, etas, _curve(slot, site, moments, arguments))
+            return _Compressed(own, etas, site, _curve(slot, site, moments, arguments), arguments[slot.name])
         weight = weight_of(problem, self.name, sufficient)
         return _Whole(self, etas, site, dict(arguments), weight)
 
@@ -85,8 +89,8 @@ class PredictorSite:
 class OpenSite:
     """Q of one site as a function of a move δ of the block; what was found at the last δ is kept."""
 
-    def __init__(self, own: PredictorSite, etas: Sequence[Tensor]) -> None:
-        self.own, self.start = own, list(etas)
+    def __init__(self, own: PredictorSite, etas: Sequence[Tensor], site: SiteRecord) -> None:
+        self.own, self.start, self.site = own, list(etas), site
         self._delta: Tensor | None = None
         self._etas: list[Tensor] = []
         self._found: tuple[list[Tensor], list[list[Tensor]]] | None = None
@@ -107,6 +111,15 @@ class OpenSite:
 
     def _cellwise(self, etas: list[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
         raise NotImplementedError
+
+    def _bounded(self, value: Tensor, moved: Mapping[str, Tensor]) -> Tensor:
+        """The value, NaN where an argument has left its space, so that no step ends there."""
+        if not self.own.unbounded:
+            return value
+        family = self.site.family
+        assert family is not None
+        outside = family.outside({name: x for name, x in moved.items() if name in self.own.unbounded})
+        return value if outside is None else torch.where(outside, torch.nan, value)
 
     def _derivatives(self, delta: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
         etas = self.etas(delta)
@@ -138,14 +151,19 @@ class OpenSite:
 class _Compressed(OpenSite):
     """One argument, on its kernel's coefficients."""
 
-    def __init__(self, own: PredictorSite, etas: Sequence[Tensor], curve: Curve) -> None:
-        super().__init__(own, etas)
-        self.curve = curve
+    def __init__(
+        self, own: PredictorSite, etas: Sequence[Tensor], site: SiteRecord, curve: Curve, argument: Tensor
+    ) -> None:
+        super().__init__(own, etas, site)
+        self.curve, self.forward = curve, own.slots[0].forward(argument)
         self.cells = own.slots[0].designs[0].cells
 
     def value(self, delta: Tensor) -> Tensor:
         (slot,) = self.own.slots
-        value = self.curve.value(self.etas(delta)[0])
+        (eta,) = self.etas(delta)
+        value = self.curve.value(eta)
+        if self.own.unbounded:
+            value = self._bounded(value, {slot.name: self.forward(eta)})
         value = slot._reached(value)
         return value.expand(broadcast_shapes(value.shape, self.cells))
 
@@ -160,8 +178,8 @@ class _Whole(OpenSite):
     def __init__(
         self, own: PredictorSite, etas: Sequence[Tensor], site: SiteRecord, arguments: dict[str, Tensor], weight: Tensor
     ) -> None:
-        super().__init__(own, etas)
-        self.site, self.arguments = site, arguments
+        super().__init__(own, etas, site)
+        self.arguments = arguments
         self.cells = own.slots[0].designs[0].cells
         self.weight = weight.expand(self.cells)
         self.data = clean_value(site)
@@ -171,6 +189,7 @@ class _Whole(OpenSite):
         moved = {s.name: f(eta) for s, f, eta in zip(self.own.slots, self.forwards, etas, strict=True)}
         assert self.site.family is not None
         density = self.site.family.log_prob({**self.site.constants, **self.arguments, **moved}, self.data)
+        density = self._bounded(density, moved)
         return torch.where(self.weight == 0, 0.0, density.expand(self.cells) * self.weight)
 
     def value(self, delta: Tensor) -> Tensor:
@@ -211,11 +230,16 @@ def is_behind_predictor(use: Use, site: SiteRecord) -> bool:
 
 
 def predictor_site(
-    site: SiteRecord, own: Mapping[str, Sequence[Use]], starts: Mapping[str, int], size: int, logs: frozenset[str]
+    site: SiteRecord,
+    own: Mapping[str, Sequence[Use]],
+    starts: Mapping[str, int],
+    size: int,
+    logs: frozenset[str],
+    real: frozenset[str],
 ) -> PredictorSite:
     """A site with the block's uses of each of its arguments.
 
-    :param logs: parameters whose logarithms the block holds.
+    :param logs: parameters whose logarithms the block holds; :param real: those without a constraint.
     """
     family = site.family
     assert family is not None and site.arguments is not None
@@ -232,7 +256,16 @@ def predictor_site(
         designs = tuple(Design(part, starts, size, cells) for part in parts)
         by_log = predictor is None and uses[0].parameter in logs
         slots.append(Slot(name, uses[0], vector, designs, whole, by_log))
-    return PredictorSite(site.name, tuple(slots), compressed)
+    unbounded = frozenset(name for name, uses in own.items() if _may_leave(site, name, uses, real))
+    return PredictorSite(site.name, tuple(slots), compressed, unbounded)
+
+
+def _may_leave(site: SiteRecord, name: str, uses: Sequence[Use], real: frozenset[str]) -> bool:
+    assert site.family is not None
+    predictor = uses[0].predictor
+    if predictor is not None:
+        return predictor.link.name == "identity" and site.family.bounded(name)
+    return site.family.bounded(name) and any(use.parameter in real and not use.exponential for use in uses)
 
 
 def _entry(use: Use) -> Term:

@@ -125,7 +125,8 @@ class _Observe(Messenger):
             self.minibatches |= {msg["name"]}
         if msg["done"] or msg["is_observed"] or not getattr(msg["fn"], "has_enumerate_support", False):
             return
-        check_arguments(msg["name"], compat.raw_arguments(msg["fn"]) or {})  # torch's sampler would not say where
+        raw = compat.raw_arguments(msg["fn"]) or {}
+        check_arguments(msg["name"], msg["fn"], raw)  # torch's sampler would not say where
         if math.prod(f.size for f in msg["cond_indep_stack"] if f.vectorized) > MANY:
             states = msg["fn"].enumerate_support(expand=False)
             event = states.shape[states.dim() - msg["fn"].event_dim :]
@@ -146,8 +147,8 @@ class _Observe(Messenger):
             upstream = upstream | get_provenance(msg["fn"].log_prob(value))
         self.upstream[name] = upstream - {name}
         check_unread(name, self.upstream[name], self.incomplete)
-        if msg["is_observed"]:
-            check_arguments(name, raw)
+        if msg["is_observed"] or not getattr(msg["fn"], "has_enumerate_support", False):
+            check_arguments(name, msg["fn"], raw)
         if INCOMPLETE in msg["infer"]:
             self.incomplete |= {name}
         if not msg["is_observed"] or name in self.incomplete:

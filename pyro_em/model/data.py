@@ -7,16 +7,19 @@ before the first iteration.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from pyro.ops.provenance import detach_provenance
+from pyro.ops.provenance import detach_provenance, get_provenance
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_em.charts import base_constraint
 from pyro_em.distributions import Coarse, IncompleteNormal
 from pyro_em.errors import InputError
+from pyro_em.families.spaces import beyond, bounded_arguments, bounds_of, some
 from pyro_em.model import compat
 from pyro_em.model.missing import SERIES
 from pyro_em.model.timeline import open_loop
@@ -147,11 +150,14 @@ def _check_shapes(name: str, fn: Any, value: Tensor, plates: Sequence[Any]) -> t
 FINITE = frozenset({"loc", "scale", "rate", "logits", "concentration"})  # arguments of which none is +inf
 
 
-def check_arguments(name: str, raw: Mapping[str, Any]) -> None:
+def check_arguments(name: str, fn: Any, raw: Mapping[str, Any]) -> None:
     """Raise on arguments that are NaN or overflow: what the data depend on (covariates, offsets) is not known there.
 
-    A logit of -inf is a structural zero, and a limit may be infinite.
+    A logit of -inf is a structural zero, and a limit may be infinite. Raise also on an argument outside of its space.
     """
+    outside = outside_of_space(fn, raw, edge=True)
+    if outside is not None:
+        raise InputError(f"Site '{name}': {outside}")
     for argument, value in raw.items():
         value = detach_provenance(value)
         if not isinstance(value, Tensor) or not value.is_floating_point() or bool(value.sum().isfinite()):
@@ -162,6 +168,34 @@ def check_arguments(name: str, raw: Mapping[str, Any]) -> None:
                     f"Site '{name}': its argument '{argument}' is {word} in row {first_bad(bad)}. A covariate, an "
                     f"offset or a starting value is {word} there; correct it, or leave the row out."
                 )
+
+
+def outside_of_space(fn: Any, raw: Mapping[str, Any], *, edge: bool = False) -> str | None:
+    """What is said of the first argument that is no number of its space, such as a negative scale; None if all are.
+
+    :param edge: a scale of 0 will do: a step without noise has no density, but may be summed out with others.
+    """
+    base = compat.base_distribution(fn)
+    kind: Any = type(base.base if isinstance(base, Coarse) else base)
+    for argument, constraint in bounded_arguments(kind).items():
+        if argument not in raw:
+            continue
+        value, sources = torch.as_tensor(detach_provenance(raw[argument])), sorted(get_provenance(raw[argument]))
+        low, high = bounds_of(constraint)
+        strict = isinstance(base_constraint(constraint), constraints.greater_than)
+        bad = beyond(value, (low, high))
+        bad = bad | (value == low) if strict and not edge else bad
+        if some(bad):
+            least = f"greater than {low:g}" if strict else f"at least {low:g}"
+            space = least if high == math.inf else f"between {low:g} and {high:g}"
+            where = f" in row {first_bad(bad)}" if bad.dim() else ""
+            made = f" It is made of {', '.join(map(repr, sources))}." if sources else ""
+            return (
+                f"its argument '{argument}' is {value[bad][0].item():.6g}{where}, and has to be {space}."
+                f"{made} Start inside, and stay there: by pyro.param(..., constraint=constraints.positive) or the "
+                "like, or by an expression that cannot leave (exp, softplus, sigmoid)."
+            )
+    return None
 
 
 def _row(bad: Tensor) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import NonFiniteError, Refusal
+from pyro_em.families.spaces import some
 from pyro_em.model import compat
 from pyro_em.model.capture import Capture
 from pyro_em.model.trace import SiteRecord
@@ -68,6 +69,9 @@ def log_density(site: SiteRecord, *, masked: bool = True) -> Tensor:
     else:
         with naming_singular_steps(site.name):
             result = site.family.log_prob({**site.constants, **site.arguments}, value)
+        outside = site.family.outside(site.arguments)
+        if outside is not None and some(outside):
+            result = torch.where(outside, torch.nan, result)
         if site.element_mask is not None:
             result = torch.where(site.element_mask, result, result.new_zeros(()))
         if site.element_dims:
@@ -125,6 +129,6 @@ def _undeclared(site: SiteRecord, shape: torch.Size) -> Refusal:
         site.name,
         f"its log-density has shape {tuple(shape)}, with dims that belong to none of its plates or latents: a latent "
         f"or the data were summed, indexed or broadcast across a plate. Its plates: {plates}.",
-        "declare every independent dim by pyro.plate(..., dim=...), and use a latent only elementwise or by "
-        "indexing (loc[z]) inside of its own plates.",
+        "declare every independent dim by pyro.plate(..., dim=...), make dims within one observation its event "
+        "(.to_event(1)), and use a latent only elementwise or by indexing (loc[z]) inside of its own plates.",
     )

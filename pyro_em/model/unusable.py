@@ -1,22 +1,38 @@
-"""Why a model's first run failed: data with NaN, which the model computes with before any of its sites has seen them.
+"""Why a model's first run failed, where Pyro's or torch's own words do not name what is to be changed.
 
-Starts are often made from the data (principal axes, quantiles, clusters). What linear algebra says of NaN does not name
-them: here the argument and its first such row are named. Any other failure is the model's own to tell.
+Data with NaN, which the model computes with before any of its sites has seen them: starts are often made from the data
+(principal axes, quantiles, clusters), and linear algebra does not say which row. Distributions that do not fit their
+plate, as columns without `.to_event` do not. Matrices that are no covariance. Any other failure is the model's own to
+tell.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_em.errors import InputError, PyroEMError
+from pyro_em.model import compat
+from pyro_em.model.data import outside_of_space
+from pyro_em.model.starts import violation
 from pyro_em.model.timeline import Unplanned
+from pyro_em.model.trace import Run
 from pyro_em.types import Model
+
+# What Pyro says of a distribution that does not fit its plate, and torch of an argument outside of its space.
+MISMATCH = re.compile(
+    r"Shape mismatch inside plate\('(?P<plate>.*)'\) at site (?P<site>.*) dim (?P<dim>-\d+), "
+    r"(?P<size>\d+) vs (?P<own>\d+)"
+)
+REFUSED = re.compile(r"Expected parameter (\w+) .* to satisfy the constraint")
 
 
 @contextlib.contextmanager
@@ -36,10 +52,61 @@ def explained(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             error.add_note("A table that is indexed by a latent (loc[z]) needs a row for each of the latent's states.")
         if isinstance(error, ZeroDivisionError) and "size cannot be zero" in str(error):
             raise InputError("A plate of the model is empty. There are no data to fit.") from error
-        found = _not_a_number(model, args, kwargs, error)
+        found = _not_a_number(model, args, kwargs, error) or _no_plate(error) or _no_covariance(error)
         if found is None:
             raise
         raise found from error
+
+
+def _no_plate(error: Exception) -> InputError | None:
+    mismatch = MISMATCH.search(str(error))
+    if mismatch is None:
+        return None
+    plate, site, size, own, dim = *mismatch.group("plate", "site", "size", "own"), int(mismatch["dim"])
+    return InputError(
+        f"Site '{site}': plate '{plate}' has {size} elements, at dim {dim}, where its distribution has {own} of them. "
+        f"If these {own} belong to one observation (columns of a row), make them its event: fn.to_event({-dim}). If "
+        f"they are independent, give them a plate of their own, pyro.plate('columns', {own}, dim={dim}), and plate "
+        f"'{plate}' dim={dim - 1}. Otherwise the plate's size is not that of the data."
+    )
+
+
+def _no_covariance(error: Exception) -> InputError | None:
+    if not isinstance(error, LinAlgError) or "positive-definite" not in str(error):
+        return None
+    return InputError(
+        "A matrix of the model is not positive definite where it starts (its Cholesky factor does not exist). A "
+        "covariance that is a parameter needs constraint=constraints.positive_definite, or its factor "
+        "constraints.lower_cholesky; one made from data needs more rows than columns, and no column that others add "
+        "up to."
+    )
+
+
+def checked_run(run: Callable[[], Run], *, validated: bool) -> Run:
+    """A run of the model, `validated` by Pyro unless the user has switched that off.
+
+    :raises InputError: for an argument that torch refuses, with its site, which torch does not know.
+    """
+    try:
+        with contextlib.nullcontext() if validated else pyro.validation_enabled(False):
+            return run()
+    except ValueError as error:
+        found = REFUSED.search(str(error))
+        if found is None:
+            raise
+        refused = found[1]
+        with pyro.validation_enabled(False):
+            sites = run().sites
+        for name, site in sites.items():
+            raw = site.arguments or {}
+            said = outside_of_space(site.fn, raw)
+            constraint = getattr(compat.base_distribution(site.fn), "arg_constraints", {}).get(refused)
+            if said is None and refused in raw and constraint is not None:
+                wrong = violation(constraint, raw[refused])
+                said = None if wrong is None else f"its argument '{refused}' cannot be used: {wrong}"
+            if said is not None:
+                raise InputError(f"Site '{name}': {said}") from error
+        raise
 
 
 def _not_a_number(
