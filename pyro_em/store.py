@@ -17,8 +17,9 @@ from torch.distributions import constraints, transform_to
 
 from pyro_em.errors import InputError
 from pyro_em.model.capture import ParameterRecord
-from pyro_em.model.compat import quick_shapes, recorded
+from pyro_em.model.compat import recorded
 from pyro_em.model.trace import LOCK
+from pyro_em.shapes import quick_shapes
 
 
 @contextlib.contextmanager

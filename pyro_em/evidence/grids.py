@@ -22,7 +22,7 @@ from pyro.poutine.messenger import Messenger
 from pyro_em.distributions.grid import GridNormal
 from pyro_em.errors import Refusal
 from pyro_em.evidence.rule import Quadrature
-from pyro_em.model import compat
+from pyro_em.model import compat, wrappers
 from pyro_em.types import Model
 
 REACH = 8.0  # standard deviations of the prior
@@ -76,4 +76,4 @@ class _Grids(Messenger):
         count = 2 * count - 1 if _refined else count
         reach = REACH * float(scale[0])
         nodes = torch.linspace(float(loc[0]) - reach, float(loc[0]) + reach, count, dtype=torch.float64).tolist()
-        msg["fn"] = compat.replace_base(msg["fn"], lambda **raw: GridNormal(**raw, nodes=nodes))
+        msg["fn"] = wrappers.replace_base(msg["fn"], lambda **raw: GridNormal(**raw, nodes=nodes))

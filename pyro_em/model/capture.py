@@ -23,11 +23,12 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em.device import checked_indices
+from pyro_em.errors import PyroEMError
 from pyro_em.model import compat
 from pyro_em.model.data import check_arguments, check_data, check_sites, plain_support
 from pyro_em.model.missing import INCOMPLETE, check_unread
 from pyro_em.model.starts import check_start
-from pyro_em.model.timeline import Loop, Unplanned, running
+from pyro_em.model.timeline import Loop, Unplanned, not_together, running
 from pyro_em.model.trace import OBSERVE, Plate, quiet_store
 from pyro_em.model.unfold import Unfold
 from pyro_em.model.unusable import explained
@@ -169,7 +170,12 @@ def capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capt
         seen = _capture(model, args, kwargs, "unplanned", ())
     except Unplanned:
         shallow = _capture(model, args, kwargs, "shallow", ())
-        seen = _capture(model, args, kwargs, "together", shallow.loops)
+        try:
+            seen = _capture(model, args, kwargs, "together", shallow.loops)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if isinstance(error, PyroEMError):
+                raise
+            raise not_together(shallow.loops, error) from error
     check_sites([(site.name, site.observed) for site in seen.sites.values()])
     return seen
 

@@ -9,7 +9,6 @@ place of every drawn one, so that a branch on a value that happened to be drawn 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -90,8 +89,8 @@ def _against_drawn(
     def agree(run: Callable[..., Run]) -> None:
         plain = run()
         _compare(cut, plain, graph)
-        rows = max(math.prod(plain.sites[name].batch_shape) for name in graph.latents)
-        if not capture.loops and rows <= FEW:  # (the sites of loops are no statements of the model)
+        rows = max(plain.sites[name].value.numel() for name in graph.latents)
+        if rows <= FEW:  # (in a loop over time one draw serves all steps)
             others = {name: _states(enumerated.sites[name], plain.sites[name], 1)[1] for name in graph.latents}
             _compare(cut, run(values=others), graph)
 

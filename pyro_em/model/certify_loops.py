@@ -26,8 +26,9 @@ from pyro_em.model.trace import Run, SiteRecord, quiet_store, run_model
 from pyro_em.types import Model
 
 REMEDY = (
-    "what varies with time must be indexed by the step on its first dim (x[t]), and the body must be the same at all "
-    "steps after the first; otherwise write pyro.markov(range(T)), which runs every step by itself."
+    "what varies with time must be indexed by the step on its first dim (x[t], with as many more dims as the site has "
+    "plates), and the body must be the same at all steps after the first; otherwise write pyro.markov(range(T)), which "
+    "runs every step by itself."
 )
 
 

@@ -17,6 +17,7 @@ from pyro.distributions.distribution import COERCIONS
 from pyro.ops import packed
 from pyro.poutine import runtime
 from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.markov_messenger import MarkovMessenger
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
@@ -24,12 +25,10 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_em.distributions import Coarse
-from pyro_em.shapes import broadcast_shapes
 
 Site = dict[str, Any]
 RawArguments = dict[str, Any]
 
-_TORCH_BROADCAST_SHAPES = torch.broadcast_shapes
 _RAW = "_pyro_em_raw"
 ALTERNATIVES = {"probs", "logits", "covariance_matrix", "precision_matrix", "scale_tril"}
 _WRAPPERS = (dist.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
@@ -52,29 +51,6 @@ def _record_arguments(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     bound = cls.__signature__.bind(*args, **kwargs).arguments
     raw = {name: value for name, value in bound.items() if name != "validate_args" and value is not None}
     return _remember(distribution, raw)
-
-
-def _broadcast_shapes(*shapes: Any) -> torch.Size:
-    """`torch.broadcast_shapes` for plain integers; what it would refuse, it refuses itself."""
-    try:
-        return broadcast_shapes(*(torch.Size((s,) if isinstance(s, int) else s) for s in shapes))
-    except ValueError:
-        return _TORCH_BROADCAST_SHAPES(*shapes)
-
-
-@contextlib.contextmanager
-def quick_shapes() -> Iterator[None]:
-    """Within this context `torch.broadcast_shapes`, which MultivariateNormal calls, knows integers only.
-
-    torch's own goes through symbolic shapes: it takes longer than the arithmetic of a small site, and a third of a
-    second to import at its first call. Both give the same (tests/model/test_compat.py).
-    """
-    before = torch.broadcast_shapes
-    torch.broadcast_shapes = _broadcast_shapes
-    try:
-        yield
-    finally:
-        torch.broadcast_shapes = before
 
 
 @contextlib.contextmanager
@@ -112,6 +88,28 @@ def masked_observations(observe: Callable[..., Tensor | None]) -> Iterator[None]
         pyro.primitives._masked_observe = split
 
 
+@contextlib.contextmanager
+def before_handlers(place: Callable[[Site], Callable[[Tensor], Tensor] | None]) -> Iterator[None]:
+    """Within this context `place` may change the message of a sample site before any handler sees it.
+
+    What it returns, if anything, then makes of the site's value what the model is given.
+    """
+    primitives: Any = pyro.primitives
+    apply = primitives.apply_stack
+
+    def placed(msg: Any) -> None:
+        back = place(msg) if msg["type"] == "sample" else None
+        apply(msg)
+        if back is not None:
+            msg["value"] = back(msg["value"])
+
+    primitives.apply_stack = placed
+    try:
+        yield
+    finally:
+        primitives.apply_stack = apply
+
+
 def base_distribution(fn: Any) -> Any:
     """The innermost distribution below `.to_event`, `.mask` and `.expand`."""
     while isinstance(fn, _WRAPPERS):
@@ -119,33 +117,15 @@ def base_distribution(fn: Any) -> Any:
     return fn
 
 
-def _rewrapped(fn: Any, change: Callable[[Any], Any]) -> Any:
-    """The same wrappers around a changed base distribution."""
-    if isinstance(fn, dist.Independent):
-        return dist.Independent(_rewrapped(fn.base_dist, change), fn.reinterpreted_batch_ndims)
-    if isinstance(fn, dist.MaskedDistribution):
-        return dist.MaskedDistribution(_rewrapped(fn.base_dist, change), fn._mask)
-    if isinstance(fn, dist.ExpandedDistribution):
-        return dist.ExpandedDistribution(_rewrapped(fn.base_dist, change), fn.batch_shape)
-    return change(fn)
+def own_arguments(fn: Any) -> RawArguments | None:
+    """What a distribution was constructed from, None where that was not recorded."""
+    return getattr(fn, _RAW, None)
 
 
-def mask_elements(fn: Any, keep: Tensor) -> Any:
-    """The distribution with single elements of its `.to_event` dims masked, true where they count."""
-    return _rewrapped(fn, lambda base: base.mask(keep))
-
-
-def replace_base(fn: Any, cls: Any) -> Any:
-    """The distribution with its base made anew as a `cls`, a class that takes the same arguments."""
-
-    def change(base: Any) -> Any:
-        raw = getattr(base, _RAW, None)
-        if raw is None:
-            given = {name: base.__dict__[name] for name in base.arg_constraints if name in base.__dict__}
-            raw = given
-        return cls(**raw, validate_args=base._validate_args).expand(base.batch_shape)
-
-    return _rewrapped(fn, change)
+def plates_around() -> dict[int, int]:
+    """Sizes of the vectorised plates that are open, by dim."""
+    frames: list[Any] = [own for own in runtime._PYRO_STACK if isinstance(own, IndepMessenger)]
+    return {own.dim: getattr(own, "subsample_size", own.size) for own in frames if own.dim is not None}
 
 
 def raw_arguments(fn: Any) -> RawArguments | None:
@@ -199,6 +179,28 @@ def markov_step() -> tuple[int, int] | None:
     if len(loops) > 1:
         raise ValueError("nested loops")
     return (id(loops[0]), loops[0]._pos) if loops else None
+
+
+def forgotten_in_markov(site: str) -> Callable[[], None]:
+    """Let no `pyro.markov` loop know a site that it has seen, but that handlers further out shall not see.
+
+    What is returned takes this back.
+    """
+    loops = [own for own in runtime._PYRO_STACK if isinstance(own, MarkovMessenger)]
+    seen = [own._stack[own._pos] for own in loops if site in own._stack[own._pos]]
+    for names in seen:
+        names.discard(site)
+
+    def undo() -> None:
+        for names in seen:
+            names.add(site)
+
+    return undo
+
+
+def enumerating() -> bool:
+    """Whether discrete latents are being enumerated."""
+    return any(isinstance(own, EnumMessenger) for own in runtime._PYRO_STACK)
 
 
 def recorded() -> bool:

@@ -27,7 +27,7 @@ from torch import Tensor
 from pyro_em.distributions import IncompleteNormal
 from pyro_em.distributions.chain import GaussianChain
 from pyro_em.errors import InputError, Refusal
-from pyro_em.model import compat
+from pyro_em.model import compat, wrappers
 from pyro_em.types import Model
 
 SERIES = (dist.GaussianHMM, dist.LinearHMM, GaussianChain)  # their densities leave out cells that are NaN by themselves
@@ -75,7 +75,7 @@ class _Missing(Messenger):
         else:
             msg["value"] = _filled(fn, value, whole, base_event, elements)
         if elements and bool(whole.any()):
-            fn = compat.mask_elements(fn, ~whole)
+            fn = wrappers.mask_elements(fn, ~whole)
         rows = whole.flatten(whole.dim() - elements).all(-1) if elements else whole
         if bool(rows.any()):
             mask = msg["mask"]
@@ -93,7 +93,7 @@ class _Missing(Messenger):
 def _incomplete(name: str, fn: Any, gone: Tensor, whole: Tensor) -> Any:
     base = compat.base_distribution(fn)
     if isinstance(base, dist.MultivariateNormal):
-        return compat.replace_base(fn, IncompleteNormal)
+        return wrappers.replace_base(fn, IncompleteNormal)
     row = (gone.any(-1) & ~whole).nonzero()[0].tolist()
     where = row[0] if len(row) == 1 else tuple(row)
     raise Refusal(

@@ -27,6 +27,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_em.errors import InputError, Refusal
+from pyro_em.model.time_dim import time_in_place
 
 _COMPARISONS = {
     getattr(torch.Tensor, name) for name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
@@ -156,6 +157,17 @@ def open_loop() -> Loop | None:
     return loop if loop is not None and loop.together else None
 
 
+def not_together(loops: Sequence[Loop], error: Exception) -> Refusal:
+    """What failed with all steps at once, and did not with each by itself."""
+    said = str(error).split("Trace Shapes:")[0].strip().rstrip(".")
+    return Refusal(
+        loops[0].plate,
+        f"with all steps at once the body of the pyro_em.markov loop fails, each step by itself does not: {said}.",
+        "time is the first dim of x[t]; where that meets plates, give x a dim of size 1 for each that it does not vary "
+        "in, (T, 1); or write pyro.markov(range(T)), which runs every step by itself.",
+    )
+
+
 class Unplanned(Exception):
     """A loop was met in a run that did not expect one."""
 
@@ -240,7 +252,8 @@ def _steps(mode: _Mode, loop: Loop) -> Iterator[Any]:
         rest: Any = torch.arange(h, T).as_subclass(Steps)
         for t in pyro.markov([*range(h), rest], history=h):
             if t is rest:
-                with pyro.plate(loop.plate, T - h, dim=-1 - loop.depth):
+                dim = -1 - loop.depth
+                with pyro.plate(loop.plate, T - h, dim=dim), time_in_place(T - h, dim):
                     yield t
             else:
                 yield t

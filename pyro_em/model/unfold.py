@@ -54,8 +54,13 @@ class Unfold(Messenger):
         if kind in OUTSIDE_OF_LOOPS and (open_loop() is not None or compat.markov_depth(msg) is not None):
             return
         raw = None if unfold is None else compat.raw_arguments(msg["fn"])
-        if unfold is not None and raw is not None and unfold(msg["name"], raw, msg["value"]):
+        if unfold is None or raw is None:
+            return
+        remember = compat.forgotten_in_markov(msg["name"])
+        if unfold(msg["name"], raw, msg["value"]):
             msg["done"] = msg["stop"] = True  # handlers further out see the new sites instead
+        else:
+            remember()
 
 
 @dataclass(frozen=True)

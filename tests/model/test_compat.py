@@ -223,44 +223,56 @@ def test_masked_observations_ask_first_and_split_otherwise() -> None:
     assert pyro.primitives._masked_observe is before
 
 
-@pytest.mark.parametrize(
-    "shapes", [((2, 1), (3,)), ((), (4, 1, 2), (1, 5, 1)), (3, (2, 1)), ((2,), (3,)), ((2, 3), (2,))]
-)
-def test_quick_shapes_are_torchs(shapes: tuple[tuple[int, ...], ...]) -> None:
-    before = torch.broadcast_shapes
+def test_what_comes_before_all_handlers() -> None:
+    """Before plates, too, which expand a distribution; the model gets what the second function makes of the value."""
+    seen: list[Any] = []
 
-    def outcome() -> object:
-        try:
-            return torch.broadcast_shapes(*shapes)
-        except RuntimeError as error:
-            return type(error)
+    def place(msg: Any) -> Any:
+        if msg["name"] != "x":
+            return None
+        seen.append((compat.plates_around(), msg["fn"].batch_shape, compat.enumerating()))
+        msg["fn"] = dist.Normal(torch.zeros(2, 1), 1.0)
+        return lambda value: value.sum()
 
-    expected = outcome()
-    with compat.quick_shapes():
-        assert torch.broadcast_shapes is not before
-        assert outcome() == expected
-    assert torch.broadcast_shapes is before
+    def model() -> Tensor:
+        with pyro.plate("outer", 2, dim=-2), pyro.plate("inner", 5, subsample_size=3):
+            value: Tensor = pyro.sample("x", dist.Normal(0.0, 1.0))
+        return value
 
-
-def test_mask_elements_masks_within_the_event() -> None:
-    """Each element counts or not; the event stays one."""
-    fn = dist.Normal(torch.zeros(4, 3), 1.0).to_event(1)
-    keep = torch.tensor([True, False, True])
-    masked = compat.mask_elements(fn, keep)
-    value = torch.randn(4, 3)
-    expected = torch.where(keep, dist.Normal(0.0, 1.0).log_prob(value), 0.0).sum(-1)
-    assert masked.event_shape == fn.event_shape
-    assert torch.equal(masked.log_prob(value), expected)
+    apply = pyro.primitives.apply_stack  # type: ignore[attr-defined]
+    with compat.before_handlers(place):
+        found = poutine.trace(model).get_trace()
+        with compat.enumeration(2):
+            poutine.trace(model).get_trace()
+    assert pyro.primitives.apply_stack is apply  # type: ignore[attr-defined]
+    assert seen == [({-1: 3, -2: 2}, torch.Size(), False), ({-1: 3, -2: 2}, torch.Size(), True)]
+    assert found.nodes["x"]["value"].shape == (2, 3)
+    assert found.nodes["_RETURN"]["value"].shape == ()
 
 
-def test_replace_base_keeps_the_wrappers_and_the_arguments() -> None:
-    fn = dist.Normal(torch.zeros(4, 3), 2.0).to_event(1).mask(torch.tensor([True, False, True, True]))
-    changed = compat.replace_base(fn, dist.Cauchy)
-    value = torch.randn(4, 3)
-    expected = dist.Cauchy(torch.zeros(4, 3), 2.0).to_event(1).log_prob(value)
-    assert isinstance(compat.base_distribution(changed), dist.Cauchy)
-    assert torch.equal(changed.log_prob(value)[[0, 2, 3]], expected[[0, 2, 3]])
-    assert float(changed.log_prob(value)[1]) == 0.0
+def test_own_arguments_are_those_that_were_recorded() -> None:
+    with compat.recording_arguments():
+        assert compat.own_arguments(dist.Normal(1.0, 2.0)) == {"loc": 1.0, "scale": 2.0}
+    assert compat.own_arguments(dist.Normal(1.0, 2.0)) is None
+
+
+@pytest.mark.parametrize("undone", [False, True])
+def test_a_site_that_a_loop_forgets(undone: bool) -> None:
+    """The sites of later steps do not know it, unless that is taken back."""
+    scopes = []
+
+    class Note(poutine.messenger.Messenger):  # type: ignore[misc]
+        def _pyro_sample(self, msg: Any) -> None:
+            scopes.append(set(msg["infer"]["_markov_scope"]))
+            if msg["name"] == "x_0":
+                remember = compat.forgotten_in_markov("x_0")
+                if undone:
+                    remember()
+
+    with Note():
+        for t in pyro.markov(range(2)):
+            pyro.sample(f"x_{t}", dist.Normal(0.0, 1.0))
+    assert scopes[1] == ({"x_0"} if undone else set())
 
 
 def test_arguments_can_be_attached() -> None:
