@@ -22,8 +22,12 @@ MomentsOf = Callable[[str, dict[str, Tensor]], SiteMoments]
 
 
 def raw_arguments(sites: Mapping[str, SiteRecord]) -> Arguments:
-    """Float64 raw arguments of every site of a run."""
-    return {n: {a: v.detach().double() for a, v in (s.arguments or {}).items()} for n, s in sites.items()}
+    """Float64 raw arguments of every site of a run; the same tensors where they are that already."""
+    return {n: {a: _plain(v) for a, v in (s.arguments or {}).items()} for n, s in sites.items()}
+
+
+def _plain(x: Tensor) -> Tensor:
+    return (x.detach() if x.requires_grad else x).double()
 
 
 class Sufficient:

@@ -170,12 +170,15 @@ def test_steady_moments_are_the_sums_of_the_smoothed_ones(shape: dict[str, Any],
     _same_sums(chain, weight, rtol=1e-10, atol=1e-9)
 
 
-@pytest.mark.parametrize("width", [1e5, 1e8, 1e10])
-def test_steady_moments_of_a_wide_start(width: float) -> None:
-    """The first covariances are differences of large numbers, P - P N P, unless they are put right."""
-    chain = dataclasses.replace(random_chain(S=3, T=60, D=2, P=1), covariance=width * torch.eye(2)[None])
+@pytest.mark.parametrize(("sequences", "steps"), [(3, 60), (3, 64), (40, 64)])
+@pytest.mark.parametrize("width", [1e2, 1e5, 1e8, 1e10])
+def test_steady_moments_of_a_wide_start(width: float, sequences: int, steps: int) -> None:
+    """The first covariances are differences of large numbers, P - P N P, unless they are put right, and the first
+    states are sums of them."""
+    chain = random_chain(S=sequences, T=steps, D=2, P=1)
+    chain = dataclasses.replace(chain, covariance=width * torch.eye(2)[None])
     rounding = 1e-9 + 4 * torch.finfo(torch.float64).eps * width  # both work with numbers of the width
-    _same_sums(chain, torch.ones(3), evidence=1e-10, rtol=rounding, atol=rounding)
+    _same_sums(chain, torch.ones(sequences), evidence=1e-10 + 1e-19 * width, rtol=rounding, atol=rounding)
 
 
 def _same_sums(chain: Any, weight: Tensor, evidence: float = 1e-12, **digits: float) -> None:

@@ -42,14 +42,21 @@ class LinearSite:
     def moved(self) -> tuple[Tensor, Tensor, Tensor]:
         """E Σ of r, r rᵀ and r sᵀ for the residuals at the current arguments."""
         own = self.moments
-        dM, do = self.matrix - self.matrix0, self.offset - self.offset0
-        n = own.count.unsqueeze(-1)
-        step = (dM @ own.parents.unsqueeze(-1)).squeeze(-1)
-        first = own.residual - step - n * do
-        cross = own.residual_parents - dM @ own.parents_squares - outer(do, own.parents)
-        half = own.residual_parents @ dM.mT + outer(own.residual, do) - outer(step, do)
-        square = own.residual_squares - half - half.mT + dM @ own.parents_squares @ dM.mT
-        return first, symmetric(square + n.unsqueeze(-1) * outer(do, do)), cross
+        first, square, cross = own.residual, own.residual_squares, own.residual_parents
+        if self.matrix is self.matrix0 and self.offset is self.offset0:  # nothing moved yet
+            return first, square, cross
+        if self.matrix is not self.matrix0:
+            dM = self.matrix - self.matrix0
+            half = cross @ dM.mT
+            first = first - (dM @ own.parents.unsqueeze(-1)).squeeze(-1)
+            cross = cross - dM @ own.parents_squares
+            square = square - half - dM @ cross.mT
+        if self.offset is not self.offset0:
+            do, n = self.offset - self.offset0, own.count.unsqueeze(-1)
+            square = square - outer(first, do) - outer(do, first) + n.unsqueeze(-1) * outer(do, do)
+            cross = cross - outer(do, own.parents)
+            first = first - n * do
+        return first, symmetric(square), cross
 
     def expected_log_density(self) -> Tensor:
         """E Σ log p(v | s), shape U; differentiable in the current arguments."""
@@ -127,8 +134,11 @@ def noise_covariance(noise: Mapping[str, Tensor]) -> Tensor:
 
 def _proper(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Σ with ones in place of zero variances, and 1 for every coordinate that has noise, 0 for the others."""
-    real = (covariance.diagonal(dim1=-2, dim2=-1) > 0).to(covariance.dtype)
-    return covariance + torch.diag_embed(1 - real), real
+    size = covariance.shape[-1]
+    zero, one = covariance.new_zeros(()), covariance.new_ones(())
+    noisy = covariance.diagonal(dim1=-2, dim2=-1) > 0
+    gone = torch.where(noisy, zero, one).unsqueeze(-1) * torch.eye(size, dtype=covariance.dtype)
+    return covariance + gone, torch.where(noisy, one, zero)
 
 
 def pack(moments: LinearMoments, matrix: Tensor, offset: Tensor) -> tuple[Tensor, ...]:

@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_em.state_space.blocks import KEPT, Blocks, smoothed
+from pyro_em.state_space.blocks import Blocks, smoothed
 from pyro_em.state_space.chunked import states
 from pyro_em.state_space.linear_gaussian import Chain, ChainMoments, LinearMoments, chain_moments
 from pyro_em.state_space.riccati import filter_gains, smoothed_sums
 from pyro_em.state_space.scan import scan
+from pyro_em.state_space.segments import KEPT
 from pyro_em.state_space.steps import LOG_2PI, SingularInnovation
 
 Array = NDArray[np.float64]
@@ -90,8 +91,8 @@ _LIBRARY.impl("steady_moments", _on_cpu, "CompositeExplicitAutograd")
 
 def _moments_of(chain: Chain, weight: Tensor) -> tuple[Array, Array]:
     """Log-evidence of every sequence, and the moments in a row."""
-    mean, P0 = chain.mean[0].numpy(), chain.covariance[0].numpy()
-    A, b, Q, C, d, R = (x[0, 0].numpy() for x in (chain.A, chain.b, chain.Q, chain.C, chain.d, chain.R))
+    mean, P0 = chain.mean.numpy()[0], chain.covariance.numpy()[0]
+    A, b, Q, C, d, R = (x.numpy()[0, 0] for x in (chain.A, chain.b, chain.Q, chain.C, chain.d, chain.R))
     y = _array(chain.y)
     _, T, P = y.shape
     late = int(chain.first_unseen)
@@ -106,26 +107,26 @@ def _moments_of(chain: Chain, weight: Tensor) -> tuple[Array, Array]:
     data = Blocks.of(y, len(A))
     n, D = len(own), len(A)
     half_log_det = own.half_log_dets.sum() + (T - n) * own.half_log_dets[-1]
-    w = None if bool((weight == 1).all()) else weight.numpy()
+    weights: Array = weight.numpy()
+    w = None if (weights == 1).all() else weights
     squares, found = smoothed(own, data, A, C, w, path)
     evidence = -0.5 * squares - half_log_det - 0.5 * LOG_2PI * P * (T - late)
     sums, W = found.total, found.count
-    first, last = _gram(found.first, w), _gram(found.last, w)
+    first, last = _gram(found.first, w), _gram(found.last[:, :D], w)
     V = smoothed_sums(own, A, C, Q, R, T)
     x, r, u = slice(1, 1 + D), slice(1 + D, 1 + 2 * D), slice(1 + 2 * D, None)
-    initial = _gram(found.first[:, :D] - mean, w)
-    moved = sums - last
+    initial = _gram(found.first[:, :D] - mean, w) if mean.any() else first[: 1 + D, : 1 + D]
     seen, early = sums - first, first * (1 - late)
     Vs = W * (V.total - V.first)
     return evidence, _row(
         (W, initial[0, 1:], initial[1:, 1:] + W * V.first),
         (
             W * (T - 1),
-            Q @ sums[0, r],
-            Q @ sums[r, r] @ Q + W * V.noise,
-            Q @ sums[r, x] + W * V.noise_states,
-            moved[0, x],
-            moved[x, x] + W * (V.total - V.last),
+            Q.dot(sums[0, r]),
+            Q.dot(sums[r, r]).dot(Q) + W * V.noise,
+            Q.dot(sums[r, x]) + W * V.noise_states,
+            sums[0, x] - last[0, 1:],
+            sums[x, x] - last[1:, 1:] + W * (V.total - V.last),
         ),
         _observed(W * (T - 1), seen, Vs, C, R, x, u),
         _observed(W * (1 - late), early, W * (1 - late) * V.first, C, R, x, u),
@@ -173,8 +174,9 @@ def _step_by_step(chain: Chain, w: Tensor) -> tuple[Array, Array]:
 
 
 def _observed(n: float, G: Array, V: Array, C: Array, R: Array, x: slice, u: slice) -> tuple[Any, ...]:
-    square = R @ G[u, u] @ R + C @ V @ C.T
-    return n, R @ G[0, u], square, R @ G[u, x] - C @ V, G[0, x], G[x, x] + V
+    CV = C.dot(V)
+    square = R.dot(G[u, u]).dot(R) + CV.dot(C.T)
+    return n, R.dot(G[0, u]), square, R.dot(G[u, x]) - CV, G[0, x], G[x, x] + V
 
 
 def _mean_path(mean: Array, A: Array, b: Array, T: int) -> Array | None:
