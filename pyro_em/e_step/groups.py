@@ -104,7 +104,7 @@ class _Layout:
 
     def key(self, place: Hashable) -> Hashable:
         site = self.site
-        uses = tuple((u.parameter, u.slot, u.power, u.exponential, u.coefficient is None) for u in self.uses)
+        uses = tuple((u.parameter, u.slot, u.power, u.exponential, u.link, u.coefficient is None) for u in self.uses)
         shapes = tuple((name, tuple(x.shape), x.dtype) for name, x in self.tensors.items())
         constants = tuple((name, str(value)) for name, value in site.constants.items())
         elements = tuple(site.fn.event_shape[: site.element_dims])

@@ -75,7 +75,7 @@ def alike(head: SiteRecord, rest: SiteRecord, start: Sequence[str], now: Sequenc
         for uses in problem.uses.values():
             for use in uses:
                 if use.site == site.name and use.index is not None:
-                    how = (use.parameter, use.slot, str(use.power), str(use.exponential))
+                    how = (use.parameter, use.slot, str(use.power), str(use.exponential), str(use.link))
                     tensors["index", *how] = (use.index, event_dims[use.slot])
                     if use.coefficient is not None:
                         tensors["coefficient", *how] = (use.coefficient, event_dims[use.slot])

@@ -176,6 +176,8 @@ def _piece(use: Use, site: SiteRecord, moments: Mapping[str, SiteMoments], argum
     kernel = family.kernel(use.slot, own.moments, everything, own.center) if use.slot in family.closed else None
     if kernel is None:
         raise NotClosed(f"{where} has no closed form")
+    if use.link is not None:
+        return _Piece(kernel, IDENTITY, index)
     link = family.link(use.slot)
     if not use.gather and link is not IDENTITY:
         raise NotClosed(f"{where}: a transformed entry in the {link.name} coordinate")

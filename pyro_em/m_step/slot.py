@@ -57,6 +57,7 @@ class Slot:
             else:
                 eta = eta.exp() if self.by_log else eta
                 found = torch.exp(use.power * eta) if use.exponential else eta if use.power == 1 else eta**use.power
+                found = found if use.link is None else use.link.from_canonical(found)
                 found = found if use.coefficient is None else use.coefficient.to(found) * found
             return found if free is None else torch.where(free, found, old)
 

@@ -124,7 +124,7 @@ class Binding:
         value, value2 = pair
         if index.shape != value.shape:
             raise NotBound
-        if use.gather:
+        if use.gather or use.link is not None:
             return dataclasses.replace(use, index=index, plans={})
         moving = index >= 0
         theta, theta2 = (theta.reshape(-1)[index.clamp(min=0)] for theta in thetas)

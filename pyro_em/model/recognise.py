@@ -9,6 +9,7 @@ entry's number. One double-vjp per parameter gives all codes. An argument is
     power         ... and equals c·θ_i^r with c, r the same at a second point (gather: c = r = 1;
                   exposure·rate[z]: r = 1; var[z].sqrt(): r = 1/2);
     exponential   ... and equals c·exp(r·θ_i);
+    canonical     its canonical coordinate picks rows of the parameter: log w, logit p (canonical.py);
     affine        a link of a linear predictor in several parameters jointly (affine.py);
     opaque        anything else (a network, a sum of products of parameters).
 
@@ -28,7 +29,9 @@ from torch import Tensor
 from pyro_em.charts import base_constraint, chart
 from pyro_em.derivatives import pulled_back
 from pyro_em.device import seeded_normal
+from pyro_em.families.base import Link
 from pyro_em.model.affine import Point, find_predictor
+from pyro_em.model.canonical import rows_taken
 from pyro_em.model.capture import ParameterRecord
 from pyro_em.model.density import log_density
 from pyro_em.model.trace import Run, SiteRecord
@@ -69,6 +72,7 @@ class _Slot:
     site: str
     argument: str
     event_dim: int
+    link: Link
     first: Tensor
     second: Tensor
 
@@ -147,7 +151,8 @@ def _slots(first: Run, second: Run) -> list[_Slot]:
             other = (second.sites[name].arguments or {})[argument]
             if value.requires_grad:
                 assert site.family is not None
-                slots.append(_Slot(name, argument, site.family.arguments[argument], value, other))
+                family = site.family
+                slots.append(_Slot(name, argument, family.arguments[argument], family.link(argument), value, other))
     return slots
 
 
@@ -162,16 +167,17 @@ def _argument_uses(
         return []
     leaf, other = leaves
     code = torch.arange(1, leaf.numel() + 1, dtype=leaf.dtype, device=leaf.device).reshape(leaf.shape)
-    ones = torch.ones_like(leaf)
-    draw = seeded_normal(leaf.shape, generator).to(leaf)
+    ones, draw = torch.ones_like(leaf), seeded_normal(leaf.shape, generator).to(leaf)
     by_code, by_one, by_draw = tangents([s.first for s in slots], leaf, [code, ones, draw])
     (other_one, other_draw) = tangents([s.second for s in slots], other, [ones, draw])
     uses = []
     for i, slot in enumerate(slots):
-        moved = bool((by_draw[i] != 0).any()) or bool((other_draw[i] != 0).any())
-        if moved:
-            theta, theta2 = (value.detach() for value in values)
-            uses.append(_classify(name, slot, theta, theta2, by_code[i], by_one[i], by_draw[i], other_one[i], draw))
+        if bool((by_draw[i] != 0).any()) or bool((other_draw[i] != 0).any()):
+            at = values[0].detach(), values[1].detach()
+            use = _classify(name, slot, *at, by_code[i], by_one[i], by_draw[i], other_one[i], draw)
+            pair, known = (slot.first, slot.second), use.index is not None
+            index = None if known else rows_taken(slot.link, slot.event_dim, pair, at)
+            uses.append(use if index is None else Use(name, slot.site, slot.argument, index, link=slot.link))
     return uses
 
 

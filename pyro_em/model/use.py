@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_em.families.base import Link
 from pyro_em.model.predictor import Predictor
 
 VALUE = "value"  # the slot of a prior: the parameter is the value of the site, not an argument
@@ -18,10 +19,10 @@ VALUE = "value"  # the slot of a prior: the parameter is the value of the site, 
 class Use:
     """One use of a parameter by one argument of one site.
 
-    `index` (shape of the raw argument) numbers the entry of the flattened parameter, -1 for fixed
-    parts; the argument is `coefficient` * θ[index] ** `power` (or coefficient * exp(power * θ[index])
-    if `exponential`). None for `index` means opaque, with the `reason`, unless the argument has a `predictor`
-    (one object, shared by the uses of all of its parameters).
+    `index` (shape of the raw argument) numbers the entry of the flattened parameter, -1 for fixed parts; the argument
+    is `coefficient` * θ[index] ** `power` (or coefficient * exp(power * θ[index]) if `exponential`), or with a `link`
+    what that makes of θ[index]: log w, logit p, the Cholesky factor of S. None for `index` means opaque, with the
+    `reason`, unless the argument has a `predictor` (one object, shared by the uses of all of its parameters).
     """
 
     parameter: str
@@ -33,6 +34,7 @@ class Use:
     exponential: bool = False
     reason: str = ""
     predictor: Predictor | None = None
+    link: Link | None = None  # of the argument, whose canonical coordinate takes the entries
     plans: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # the M-step's, by shape
 
     @property
@@ -62,6 +64,8 @@ class Use:
             entries = entries**self.power
         if self.coefficient is not None:
             entries = self.coefficient.to(entries) * entries
+        if self.link is not None:
+            entries = self.link.from_canonical(entries)
         if self.whole and entries.shape == old.shape:
             return entries
         return torch.where(self.index >= 0, entries, old)
@@ -69,4 +73,5 @@ class Use:
     @property
     def gather(self) -> bool:
         """The argument is an entry of the parameter, unchanged."""
-        return self.index is not None and self.coefficient is None and self.power == 1 and not self.exponential
+        plain = self.coefficient is None and self.power == 1 and not self.exponential and self.link is None
+        return self.index is not None and plain
