@@ -64,31 +64,36 @@ class ElementwiseChart(Chart):
     def size(self) -> int:
         return self.index.numel()
 
+    @cached_property
+    def whole(self) -> bool:
+        """Every entry is free."""
+        return self.index.numel() == self.template.numel()
+
+    def _entries(self, value: Tensor) -> Tensor:
+        return value.flatten() if self.whole else value.flatten()[self.index]
+
     def to_free(self, value: Tensor) -> Tensor:
-        x = value.flatten()[self.index]
-        if self.lower is not None and self.upper is not None:
-            return ((x - self.lower) / (self.upper - x)).log()
-        if self.lower is not None:
-            return (x - self.lower).log()
-        return x if self.upper is None else (self.upper - x).log()
+        x = self._entries(value)
+        if self.lower is None:
+            return x if self.upper is None else (self.upper - x).log()
+        return (x - self.lower).log() if self.upper is None else ((x - self.lower) / (self.upper - x)).log()
 
     def from_free(self, free: Tensor) -> Tensor:
-        x = free
-        if self.lower is not None and self.upper is not None:
-            x = self.lower + (self.upper - self.lower) * free.sigmoid()
-        elif self.lower is not None:
+        if self.lower is None:
+            x = free if self.upper is None else self.upper - free.exp()
+        elif self.upper is None:
             x = self.lower + free.exp()
-        elif self.upper is not None:
-            x = self.upper - free.exp()
-        return self.template.flatten().index_put((self.index,), x).reshape(self.template.shape)
+        else:
+            x = self.lower + (self.upper - self.lower) * free.sigmoid()
+        flat = x if self.whole else self.template.flatten().index_put((self.index,), x)
+        return flat.reshape(self.template.shape)
 
     def pull_back(self, value: Tensor, gradient: Tensor) -> Tensor:
-        x, slope = value.flatten()[self.index], gradient.flatten()[self.index]
-        if self.lower is not None and self.upper is not None:
-            return slope * (x - self.lower) * ((self.upper - x) / (self.upper - self.lower))
-        if self.lower is not None:
-            return slope * (x - self.lower)
-        return slope if self.upper is None else slope * (x - self.upper)
+        x, slope = self._entries(value), self._entries(gradient)
+        if self.lower is None:
+            return slope if self.upper is None else slope * (x - self.upper)
+        inside = slope * (x - self.lower)
+        return inside if self.upper is None else inside * ((self.upper - x) / (self.upper - self.lower))
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,13 +229,19 @@ def chart(constraint: Constraint, value: Tensor, fixed: Tensor | None = None) ->
         )
     if constraint is constraints.simplex:
         return _simplex(value)
-    if isinstance(constraint, type(constraints.lower_cholesky)):
-        return CholeskyChart(value.shape, value.device)
-    if constraint is constraints.unit_lower_cholesky:
-        return CholeskyChart(value.shape, value.device, unit=True)
+    unit = constraint is constraints.unit_lower_cholesky
+    if unit or isinstance(constraint, type(constraints.lower_cholesky)):
+        return CholeskyChart(value.shape, value.device, unit)
     if constraint in (constraints.positive_definite, constraints.positive_semidefinite):
         return CovarianceChart(CholeskyChart(value.shape, value.device))
-    return TransformChart(t := _transform(constraint), torch.Size(t.inverse_shape(value.shape)))
+    try:
+        transform = transform_to(constraint)
+    except NotImplementedError:
+        raise InputError(
+            f"The constraint {constraint} has no unconstrained coordinates, so a parameter under it cannot "
+            "be optimised. Write the parameter through one that has: real, positive, simplex, ..."
+        ) from None
+    return TransformChart(transform, torch.Size(transform.inverse_shape(value.shape)))
 
 
 def free_dimension(constraint: Constraint, value: Tensor) -> int:
@@ -243,8 +254,8 @@ def free_dimension(constraint: Constraint, value: Tensor) -> int:
     return chart(constraint, value).size
 
 
-_NAMES = ("greater_than", "greater_than_eq", "less_than", "interval", "half_open_interval")
-BOUNDED = tuple(getattr(constraints, name) for name in _NAMES)
+_NAMES = "greater_than greater_than_eq less_than interval half_open_interval"
+BOUNDED = tuple(getattr(constraints, name) for name in _NAMES.split())
 
 
 def base_constraint(constraint: Any) -> Any:
@@ -287,13 +298,3 @@ def _simplex(value: Tensor) -> SimplexChart:
     free = (value > 0).scatter(-1, reference, False)
     logits = torch.where(value > 0, 0.0, -torch.inf).to(value)
     return SimplexChart(logits, places(free), reference)
-
-
-def _transform(constraint: Any) -> Transform:
-    try:
-        return transform_to(constraint)
-    except NotImplementedError:
-        raise InputError(
-            f"The constraint {constraint} has no unconstrained coordinates, so a parameter under it cannot "
-            "be optimised. Write the parameter through one that has: real, positive, simplex, ..."
-        ) from None

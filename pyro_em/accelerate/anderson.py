@@ -20,7 +20,6 @@ import math
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pyro_em.accelerate.base import Coordinates, evaluate
 from pyro_em.loop import EMMap, Iterate, Steps, rounding
@@ -36,47 +35,54 @@ class Anderson:
     def __init__(self, em: EMMap) -> None:
         self.em = em
         self._coordinates: Coordinates | None = None
-        self._points: list[tuple[Tensor, Tensor]] = []  # (u, M(u)), each (P,)
+        self._maps, self._residuals = np.empty((2, 0, 0))  # M(u) and M(u) − u of each point, one a row
+        self._count = 0  # of points
         self._accepted = 0  # s
 
     def step(self, current: Iterate) -> Steps[Iterate]:
         """u' if its objective is not below that of u, else M(u)."""
         mapped = self.em.update(current)
         if self._coordinates is None or not self._coordinates.cover(mapped):
-            self._coordinates, self._points = Coordinates.around(self.em, mapped), []
+            self._coordinates, self._count = Coordinates.around(self.em, mapped), 0
         coordinates = self._coordinates
-        u, plain = coordinates.to_free(current.params), coordinates.to_free(mapped)
-        self._points.append((u, plain))
-        if len(self._points) == 1:
+        # Small vectors: NumPy's calls take a third of the time of torch's.
+        u, plain = coordinates.to_free(current.params).numpy(), coordinates.to_free(mapped).numpy()
+        order = min(ORDER, len(u))
+        self._append(plain, plain - u, order)
+        if self._count == 1:
             return (yield from self.em.reached(mapped, current))
         extrapolated = self._mixed()
-        order = min(ORDER, len(u))
-        if len(self._points) > order:
+        if self._count > order:
             self._coordinates = None  # the next update starts afresh
         # M(u) − u is a direction of ascent.
-        ascends = bool((extrapolated - u) @ (plain - u) > 0)
+        ascends = float((extrapolated - u) @ (plain - u)) > 0
         proposal = None
         if ascends:
-            proposal = yield from evaluate(self.em, coordinates, extrapolated, current.iteration + 1)
+            free = torch.from_numpy(extrapolated)
+            proposal = yield from evaluate(self.em, coordinates, free, current.iteration + 1)
         if proposal is not None and proposal.objective >= current.objective - rounding(current):
             self._accepted += 1
             return proposal
         self._accepted = max(self._accepted - order, -order)
         return (yield from self.em.reached(mapped, current))
 
-    def _mixed(self) -> Tensor:
+    def _append(self, plain: NDArray[np.float64], residual: NDArray[np.float64], order: int) -> None:
+        if self._count == 0:
+            self._maps, self._residuals = np.empty((2, max(order, 1) + 1, len(plain)))
+        self._maps[self._count], self._residuals[self._count] = plain, residual
+        self._count += 1
+
+    def _mixed(self) -> NDArray[np.float64]:
         """u' (P,); not finite if some point is not."""
-        # Small matrices: NumPy's calls take a third of the time of torch's.
-        points, maps = (np.stack([x.numpy() for x in p], -1) for p in zip(*self._points, strict=True))  # (P, k + 1)
-        residuals = maps - points
+        maps, residuals = self._maps[: self._count], self._residuals[: self._count]
         if not np.isfinite(residuals).all():
-            return torch.full((len(points),), torch.nan, dtype=torch.float64)
-        left, singular, right = np.linalg.svd(residuals[:, 1:] - residuals[:, :-1], full_matrices=False)
+            return np.full(maps.shape[1], np.nan)
+        left, singular, right = np.linalg.svd(residuals[1:] - residuals[:-1], full_matrices=False)  # ΔFᵀ
         kept = singular > RANK * singular[:1]
-        singular, target = singular[kept], (left.T @ residuals[:, -1])[kept]
+        singular, target = singular[kept], (right @ residuals[-1])[kept]
         penalty = ridge(singular, target, share=1 / (1 + GROWTH**-self._accepted))
-        gamma = right.T[:, kept] @ (singular * target / (singular**2 + penalty))
-        return torch.from_numpy(maps[:, -1] - (maps[:, 1:] - maps[:, :-1]) @ gamma)
+        gamma = left[:, kept] @ (singular * target / (singular**2 + penalty))
+        return maps[-1] - gamma @ (maps[1:] - maps[:-1])
 
 
 def ridge(singular: NDArray[np.float64], target: NDArray[np.float64], share: float) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
@@ -61,7 +62,7 @@ class Coordinates:
     def cover(self, params: Params) -> bool:
         """Whether `params` are at the boundary in the same entries, so that coordinates lose nothing."""
         free = self.to_free(params)
-        if not bool(free.isfinite().all()):
+        if not _finite(free):
             return False
         if all(_whole(c) for c in self.charts.values()):
             return True
@@ -69,10 +70,14 @@ class Coordinates:
         return all(torch.allclose(again[name], params[name], equal_nan=True) for name in self.charts)
 
 
+def _finite(free: Tensor) -> bool:
+    return bool(np.isfinite(free.numpy()).all())
+
+
 def _whole(own: Chart) -> bool:
     """Whether every entry has a coordinate, so that nothing is held."""
     if isinstance(own, ElementwiseChart):
-        return own.size == own.template.numel()
+        return own.whole
     if isinstance(own, SimplexChart):
         return own.size == own.logits.numel() - own.reference.numel()
     return isinstance(own, CovarianceChart)
@@ -83,10 +88,10 @@ def evaluate(em: EMMap, coordinates: Coordinates, free: Tensor, iteration: int) 
 
     A proposal that rounds to the boundary is not: EM would never leave it.
     """
-    if not bool(free.isfinite().all()):
+    if not _finite(free):
         return None
     params = coordinates.from_free(free)
-    if not bool(coordinates.to_free(params).isfinite().all()):
+    if not _finite(coordinates.to_free(params)):
         return None
     try:
         return (yield from em.at(params, iteration))
