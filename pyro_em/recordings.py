@@ -70,8 +70,11 @@ class Recording(Protocol):
 
     generation: int
 
-    def record(self, request: Request) -> None:
-        """Record the way that the code goes at this request; what the code and the tape raise passes through."""
+    def record(self, request: Request) -> Mapped | None:
+        """Record the way that the code goes at this request, and give what it gave there.
+
+        What the code and the tape raise passes through.
+        """
         ...
 
     def __call__(self, requests: Sequence[Request]) -> list[Mapped | None]: ...
@@ -86,11 +89,14 @@ class Ways:
     def __init__(self) -> None:
         self._known: list[tuple[Tape, frozenset[str]]] = []
 
-    def add(self, function: Callable[[set[str], Sequence[Tensor]], Outputs], inputs: Sequence[Tensor]) -> None:
-        """Record the way that it goes at these inputs."""
+    def add(
+        self, function: Callable[[set[str], Sequence[Tensor]], Outputs], inputs: Sequence[Tensor]
+    ) -> tuple[Outputs, frozenset[str]]:
+        """Record the way that it goes at these inputs, and give what it gives there."""
         empty: set[str] = set()
         tape = Tape(lambda *own: function(empty, own), inputs)
         self._known = [(tape, frozenset(empty)), *self._known[: MOST_WAYS - 1]]
+        return tape.recorded, frozenset(empty)
 
     def __call__(self, inputs: Sequence[Tensor | float]) -> tuple[Outputs, frozenset[str]] | None:
         for i, (tape, empty) in enumerate(self._known):
@@ -110,12 +116,13 @@ class Whole:
         self.generation = generation_of(engine)
         self._ways = Ways()
 
-    def record(self, request: Request) -> None:
+    def record(self, request: Request) -> Mapped | None:
         def function(empty: set[str], inputs: Sequence[Tensor]) -> Outputs:
             params = dict(zip(self.names, inputs, strict=False))
             return after(self.m_step, params, *_e_step(self.engine, params, inputs[-1]), empty)
 
-        self._ways.add(function, [*values_of(request, self.names), magnitude_of(request)])
+        found = self._ways.add(function, [*values_of(request, self.names), magnitude_of(request)])
+        return mapped(self.engine, self.names, request, found)
 
     def __call__(self, requests: Sequence[Request]) -> list[Mapped | None]:
         found = [self._ways([*values_of(request, self.names), request.magnitude]) for request in requests]
@@ -132,7 +139,7 @@ class Around:
         self._before: Tape | None = None
         self._after = Ways()
 
-    def record(self, request: Request) -> None:
+    def record(self, request: Request) -> Mapped | None:
         values = values_of(request, self.names)
         stage = self.engine.before(request.params, magnitude_of(request))
         (sums,) = self.engine.core([stage])
@@ -147,7 +154,7 @@ class Around:
         if self._before is None or _replay(self._before, [*values, request.magnitude]) is None:
             self._before, self._after = Tape(before, [*values, magnitude_of(request)]), Ways()
             self._kind = stage.kind
-        self._after.add(behind, [*values, *sums])
+        return mapped(self.engine, self.names, request, self._after.add(behind, [*values, *sums]))
 
     def __call__(self, requests: Sequence[Request]) -> list[Mapped | None]:
         assert self._before is not None

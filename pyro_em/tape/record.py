@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 
 READ = aten._local_scalar_dense.default
-LEAVING = frozenset(("numpy", "tolist", "__array__", "__dlpack__"))  # ways out of torch that the dispatcher misses
+# Ways out of torch that the dispatcher misses.
+LEAVING = frozenset((Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__))
 DYNAMIC_SHAPE = (aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default)
 SHAPES = frozenset((*DYNAMIC_SHAPE, aten.index.Tensor))
 
@@ -34,9 +35,10 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
     """Tensors among arguments, and within lists of them."""
     found = []
     for value in values:
-        if isinstance(value, Tensor):
+        kind = type(value)
+        if kind is Tensor or isinstance(value, Tensor):
             found.append(value)
-        elif type(value) is list or type(value) is tuple:
+        elif kind is list or kind is tuple:
             found += _tensors(value)
     return found
 
@@ -91,12 +93,13 @@ class Operation:
     """One call: `outputs` are its tensors; `guard` is the Boolean or integer that it gave instead, if it did.
 
     `inputs` are the tensors among its arguments, `written` those that it changes in place; `reads`, `makes` and
-    `changes` the memory (`storage`) of inputs, outputs and written ones.
+    `changes` the memory (`storage`) of inputs, outputs and written ones. It `follows` if what it reads depends on the
+    inputs of the recording.
     """
 
     __slots__ = (
-        "args", "call", "changes", "guard", "inputs", "is_view", "kwargs", "makes", "outputs", "reads", "single",
-        "written",
+        "args", "call", "changes", "follows", "guard", "inputs", "is_view", "kwargs", "makes", "outputs", "reads",
+        "single", "written",
     )  # fmt: skip
 
     def __init__(
@@ -104,29 +107,27 @@ class Operation:
         call: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        places: Callable[[Iterable[Tensor]], list[int]],
+        places: Callable[[Sequence[Tensor]], list[int]],
         outputs: tuple[Tensor, ...] = (),
         single: bool = False,
         guard: bool | int | None = None,
     ) -> None:
         self.call, self.args, self.kwargs = call, args, kwargs
-        self.single, self.guard = single, guard
-        self.inputs: list[Tensor] = _tensors(args) + _tensors(kwargs.values()) if kwargs else _tensors(args)
-        self.reads = places(self.inputs)
+        self.single, self.guard, self.follows = single, guard, False
+        self.inputs: list[Tensor] = _tensors(args)
+        if kwargs:
+            self.inputs += _tensors(kwargs.values())
+        self.reads = places(self.inputs) if self.inputs else []
         kind = kind_of(call)
         self.is_view = kind.is_view
-        self.written: list[Tensor] = []
-        for position, name in kind.written:
-            value = kwargs.get(name)
-            if value is None and position < len(args):
-                value = args[position]
-            self.written += _tensors([value])
-        self.changes = places(self.written) if self.written else []
-        self.gave(outputs, places)
-
-    def gave(self, outputs: tuple[Tensor, ...], places: Callable[[Iterable[Tensor]], list[int]]) -> None:
-        """Note what the call gave."""
-        self.outputs, self.makes = outputs, places(outputs) if outputs else []
+        self.outputs = outputs
+        self.makes = places(outputs) if outputs else []
+        self.written: Sequence[Tensor] = ()
+        self.changes: Sequence[int] = ()
+        if kind.written:
+            values = [kwargs.get(name, args[i] if i < len(args) else None) for i, name in kind.written]
+            self.written = _tensors(values)
+            self.changes = places(self.written)
 
 
 @dataclass
@@ -146,7 +147,7 @@ class _Recorder(TorchDispatchMode):
         """torch.compile is not in play here, and to say so to it would import it: a second of start-up."""
         return False
 
-    def places(self, tensors: Iterable[Tensor]) -> list[int]:
+    def places(self, tensors: Sequence[Tensor]) -> list[int]:
         """Their storages."""
         known, found = self._storages, []
         for x in tensors:
@@ -163,27 +164,32 @@ class _Recorder(TorchDispatchMode):
             return self._reshaped(call, args, kwargs)
         if kind.draws and kwargs.get("generator") is None:
             raise NotRecorded(f"a random draw ({call})")
-        result = call(*args, **kwargs)
-        own = Operation(call, tuple(args), kwargs, self.places)
-        depends = not self.dependent.isdisjoint(own.reads)
-        if isinstance(result, Tensor):
-            own.gave((result,), self.places)
-            own.single = True
-        elif isinstance(result, tuple | list):
-            own.gave(tuple(result), self.places)
-        else:
-            own.guard = self._guard(call, result, depends)
-        if depends:
-            self._check(own)
-            self.dependent.update(own.makes, own.changes)
-            if not own.is_view:
-                self._bytes += sum(x.numel() * x.element_size() for x in own.outputs)
-            if self._bytes > self.most_bytes:
-                raise NotRecorded(f"more than {self.most_bytes / 2**20:.0f} MiB of values")
+        result = call._op(*args, **kwargs)
+        single = type(result) is Tensor or isinstance(result, Tensor)
+        outputs = (result,) if single else tuple(result) if isinstance(result, tuple | list) else ()
+        own = Operation(call, args, kwargs, self.places, outputs, single)
         self.operations.append(own)
+        if not self.dependent.isdisjoint(own.reads):
+            self._follows(own, kind, result)
         if len(self.operations) > self.most:
             raise NotRecorded(f"more than {self.most} operations")
         return result
+
+    def _follows(self, own: Operation, kind: Kind, result: Any) -> None:
+        """What it gives depends on the inputs."""
+        own.follows = True
+        self.dependent.update(own.makes, own.changes)
+        if isinstance(result, bool | int):
+            own.guard = result
+        elif not isinstance(result, Tensor | tuple | list | None):
+            raise NotRecorded(f"a number was read from a tensor ({own.call})")
+        if kind.reads_shape:
+            self._check(own)
+        if not kind.is_view:
+            for x in own.outputs:
+                self._bytes += x.nbytes
+            if self._bytes > self.most_bytes:
+                raise NotRecorded(f"more than {self.most_bytes / 2**20:.0f} MiB of values")
 
     def _reshaped(self, call: Any, args: Any, kwargs: Any) -> Any:
         """A tensor that is given another shape in place: from here on it is a view of what it was before."""
@@ -198,24 +204,17 @@ class _Recorder(TorchDispatchMode):
             made = any(y is x for y in own.outputs)
             if made or any(y is x for y in own.inputs):
                 then = [each(as_it_was, y) for y in (own.args, own.kwargs, own.outputs)]
-                self.operations[i] = Operation(own.call, then[0], then[1], self.places, then[2], own.single, own.guard)
+                again = Operation(own.call, then[0], then[1], self.places, then[2], own.single, own.guard)
+                again.follows, self.operations[i] = own.follows, again
             if made:
                 break
         call(*args, **kwargs)
-        self.operations.append(Operation(view, (before, *args[1:]), kwargs, self.places, (x,), True))
+        own = Operation(view, (before, *args[1:]), kwargs, self.places, (x,), True)
+        own.follows = not self.dependent.isdisjoint(own.reads)
+        self.operations.append(own)
         return x
 
-    @staticmethod
-    def _guard(call: Any, result: Any, depends: bool) -> bool | int | None:
-        if result is None or not depends:
-            return None
-        if not isinstance(result, bool | int):
-            raise NotRecorded(f"a number was read from a tensor ({call})")
-        return result
-
     def _check(self, operation: Operation) -> None:
-        if not kind_of(operation.call).reads_shape:
-            return
         others = zip(operation.inputs[1:], operation.reads[1:], strict=True)
         masks = [x for x, own in others if x.dtype == torch.bool and own in self.dependent]
         if operation.call is not aten.index.Tensor or masks:
@@ -241,9 +240,8 @@ class _Guarded(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(call, "__name__", "")
-        if name in LEAVING and isinstance(args[0], Tensor) and storage(args[0]) in self.recorder.dependent:
-            raise NotRecorded(f"values left torch ({name})")
+        if call in LEAVING and storage(args[0]) in self.recorder.dependent:
+            raise NotRecorded(f"values left torch ({call.__name__})")
         return call(*args, **kwargs) if kwargs else call(*args)
 
 

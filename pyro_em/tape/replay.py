@@ -36,7 +36,7 @@ class Tape:
     """
 
     def __init__(self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> None:
-        """Record the function at `inputs`.
+        """Record the function at `inputs`; `recorded` is what it gives there.
 
         :raises NotRecorded: where it cannot be replayed (record.py).
         """
@@ -48,7 +48,7 @@ class Tape:
     def _make(self, function: Callable[..., Sequence[Tensor]], inputs: list[Tensor]) -> None:
         """What the recording consists of is gone when this returns, before anyone looks for cycles in it."""
         operations, outputs = record(function, inputs, MOST, _most_bytes())
-        values = [x.clone() for x in outputs]
+        self.recorded = values = [x.clone() for x in outputs]
         self.listing = simplify(operations, inputs, outputs)
         layout = Layout(self.listing)
         if layout.size > _most_bytes():

@@ -13,7 +13,7 @@ unless nothing from the inputs ever enters it, and nothing that does reads it be
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ class _Simplifier:
         found = self.constants.get(id(x))
         if found is None:
             found = x
-            if x.numel() <= SMALL and id(x) not in self.placed and x.device.type == "cpu":
+            if x.numel() <= SMALL and storage(x) not in self.placed and x.device.type == "cpu":
                 key = (x.dtype, x.shape, x.stride(), x.detach().contiguous().numpy().tobytes())
                 found = self.contents.setdefault(key, x)
             self.constants[id(x)] = found
@@ -98,12 +98,10 @@ class _Simplifier:
             self.add(operation)
 
     def add(self, operation: Operation) -> None:
-        in_place = False
-        if self.placed:
-            in_place = any(id(x) in self.placed for x in (*operation.inputs, *operation.outputs))
+        in_place = bool(self.placed) and not self.placed.isdisjoint((*operation.reads, *operation.makes))
         if not in_place:
             call = id(operation.call)
-            if not any(id(x) in self.variables for x in operation.inputs) or call in FILLED:
+            if not operation.follows or call in FILLED or not any(id(x) in self.variables for x in operation.inputs):
                 return
             if operation.single and self._same_as(operation):
                 return
@@ -117,11 +115,14 @@ class _Simplifier:
             if id(operation.outputs[0]) not in self.variables:
                 self._set(operation.outputs[0], self._of(operation.written[0]))
             return
-        key = None if in_place else self._key(operation)
+        args, kwargs = each(self.value, operation.args), each(self.value, operation.kwargs)
+        key = None
+        if not in_place and operation.guard is None:  # equal keys, equal results
+            key = (id(operation.call), _frozen(args), _frozen([*kwargs.items()]) if kwargs else None)
         found = None if key is None else self.known.get(key)
         if found is None:
             found = tuple([self._new(x) for x in operation.outputs])
-            self._emit(operation, found)
+            self._step(operation, args, kwargs, found)
             if key is not None:
                 self.known[key] = found
         for x, variable in zip(operation.outputs, found, strict=True):
@@ -156,18 +157,22 @@ class _Simplifier:
 
     def _is_all(self, x: Tensor, number: float) -> bool:
         """Whether it is a constant of this number."""
-        if id(x) in self.variables or id(x) in self.placed or x.numel() > SMALL:
+        if id(x) in self.variables:
             return False
         key = (id(x), number)
         if key not in self.units:
-            self.units[key] = bool((x == number).all())
+            self.units[key] = x.numel() <= SMALL and storage(x) not in self.placed and bool((x == number).all())
         return self.units[key]
 
     def _of(self, x: Tensor) -> Any:
         return self.variables.get(id(x), x)
 
     def _emit(self, operation: Operation, targets: tuple[Variable | None, ...]) -> None:
-        args, kwargs = each(self.value, operation.args), each(self.value, operation.kwargs)
+        self._step(operation, each(self.value, operation.args), each(self.value, operation.kwargs), targets)
+
+    def _step(
+        self, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], targets: tuple[Variable | None, ...]
+    ) -> None:
         view = operation.is_view and None not in targets
         self.steps.append(Step(operation.call, args, kwargs, targets, operation.single, operation.guard, view))
 
@@ -191,24 +196,19 @@ class _Simplifier:
         (variable,) = self.known[key]  # type: ignore[assignment]
         self._set(view, variable)
 
-    def _key(self, operation: Operation) -> Hashable:
-        """Equal keys, equal results; None for what must not be merged."""
-        if operation.guard is not None:
-            return None
-        named = self._frozen([*operation.kwargs.items()]) if operation.kwargs else None
-        return (id(operation.call), self._frozen(operation.args), named)
 
-    def _frozen(self, x: Any) -> Hashable:
-        if isinstance(x, Tensor):
-            known = self.variables.get(id(x))
-            return known if known is not None else id(self._constant(x))
-        if isinstance(x, list | tuple):
-            return (type(x), *[self._frozen(y) for y in x])
-        return (type(x), x)
+def _frozen(x: Any) -> Hashable:
+    """Of an argument whose tensors are variables and constants."""
+    kind = type(x)
+    if kind is Variable:
+        return x
+    if kind is list or kind is tuple:
+        return (kind, *[_frozen(y) for y in x])
+    return id(x) if isinstance(x, Tensor) else (kind, x)
 
 
 def _placed(operations: Sequence[Operation], inputs: Sequence[Tensor]) -> frozenset[int]:
-    """Recorded tensors, by id, in memory that is written in place, but for constants that are made so."""
+    """Memory that is written in place, but for constants that are made so."""
     dependent = {storage(x) for x in inputs}
     last: dict[int, int] = {}  # by storage: when it was last written
     first: dict[int, int] = {}  # when it was first read together with what follows from the inputs
@@ -219,16 +219,7 @@ def _placed(operations: Sequence[Operation], inputs: Sequence[Tensor]) -> frozen
                 first.setdefault(own, i)
         for own in operation.changes:
             last[own] = i
-    written = {own for own, i in last.items() if own in dependent or first.get(own, i + 1) <= i}
-    if not written:
-        return frozenset()
-    return frozenset(
-        id(x)
-        for operation in operations
-        for tensors, places in ((operation.inputs, operation.reads), (operation.outputs, operation.makes))
-        for x, own in zip(tensors, places, strict=True)
-        if own in written
-    )
+    return frozenset(own for own, i in last.items() if own in dependent or first.get(own, i + 1) <= i)
 
 
 def _judged(operations: Sequence[Operation]) -> dict[int, bool]:
@@ -283,5 +274,15 @@ def _alive(work: _Simplifier, outputs: Sequence[Variable | Tensor]) -> list[Step
         if not (wanted or effect):
             continue
         kept.append(step)
-        each(lambda x: needed.add(x) if isinstance(x, Variable) else None, [step.args, step.kwargs])
+        _add_variables(needed, step.args)
+        if step.kwargs:
+            _add_variables(needed, step.kwargs.values())
     return kept[::-1]
+
+
+def _add_variables(found: set[Variable], values: Iterable[Any]) -> None:
+    for x in values:
+        if type(x) is Variable:
+            found.add(x)
+        elif type(x) is list or type(x) is tuple:
+            _add_variables(found, x)
