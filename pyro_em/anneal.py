@@ -31,7 +31,6 @@ from pyro_em.loop import (
     Steps,
     at,
     record,
-    rounding,
     told_to_stop,
 )
 from pyro_em.problem import Problem
@@ -102,7 +101,7 @@ def annealed(
             engine.temperature = temperature
             em.num_e_steps += 1
             current = at(problem, params, engine.e_step(params), iteration)
-            if same and before is not None and current.objective < before.objective - MONOTONE * rounding(before):
+            if same and before is not None and current.objective < before.objective - MONOTONE * before.rounding:
                 raise MonotonicityError(iteration, before.objective, current.objective)
             before = current
             score = em.score(current) / problem.graph.num_observations

@@ -18,7 +18,7 @@ from pyro_em.device import on_device
 from pyro_em.e_step.auto import choose_engine
 from pyro_em.e_step.base import Engine, Expectation
 from pyro_em.errors import InputError, MonotonicityError
-from pyro_em.loop import MONOTONE, Iterate, at, rounding
+from pyro_em.loop import MONOTONE, Iterate, at
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.missing import complete_cases
 from pyro_em.options import EXACT, check_given, checked_rules
@@ -137,7 +137,7 @@ class EM:
         problem, m_step = bound.problem, bound.m_step
         params, _ = m_step.update(current.params, expectation)
         following, _ = _at(bound, params, 1)
-        if following.objective < current.objective - MONOTONE * rounding(current):
+        if following.objective < current.objective - MONOTONE * current.rounding:
             raise MonotonicityError(1, current.objective, following.objective)
         self._sampled = {n: params[n] for n, r in problem.parameters.items() if r.kind == "sample"}
         write_params(problem.parameters, params, problem.modules())

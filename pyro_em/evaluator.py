@@ -7,7 +7,7 @@ the ordinary code took is a guard of the recording. Where one goes the other way
 step of Newton's method), the ordinary code runs, and says what it has to say; if that goes on, the new way is recorded.
 
 What the recording did not see (a model that counts its calls) shows where replays are compared with the code: at the
-first one, and at the evaluations 1, 2, 4, 8, ... times `REFRESH`, which are ordinary ones.
+first one, and with engines that run the model at the evaluations 1, 2, 4, 8, ... times `REFRESH`.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ class Evaluator:
     def __init__(self, engine: Engine, m_step: MStep, num_starts: int = 1) -> None:
         self.engine, self.m_step, self.num_starts = engine, m_step, num_starts
         self.refusal = ""
+        self._runs_model = not _is_staged(engine)
         self._recording: Recording | None = None
         self._count, self._deviations, self._failures, self._coupled = 0, 0, 0, False
 
     def __call__(self, requests: Sequence[Request]) -> list[Evaluated | Exception]:
         self._count += 1
-        found: list[Evaluated | Exception | None] = [None for _ in requests]
-        replayed: list[Mapped | None] = [None for _ in requests]
-        if self._recording is not None:
-            replayed = self._replayed(self._recording, requests)
-            if not _refreshed_at(self._count):
-                found = list(replayed)
+        recording, refreshed = self._recording, self._runs_model and _refreshed_at(self._count)
+        replayed = [None for _ in requests] if recording is None else self._replayed(recording, requests)
+        if not refreshed and all(replayed):  # as nearly always
+            return replayed  # type: ignore[return-value]
+        found: list[Evaluated | Exception | None] = [None for _ in requests] if refreshed else list(replayed)
         error: Exception | None = None
         if found[0] is None and self._to_be_recorded(requests[0]):
             try:
@@ -58,8 +58,8 @@ class Evaluator:
         missing = [i for i, result in enumerate(found) if result is None]
         ordinary = self._ordinary([requests[i] for i in missing])
         for i, result in zip(missing, ordinary, strict=True):
-            found[i] = result
-            self._compare(replayed[i], result)
+            known = replayed[i]
+            found[i] = known if known is not None and self._agree(known, result) else result
         if error is not None and isinstance(found[0], Expectation):
             self._failed(error)
         return [result for result in found if result is not None]
@@ -88,15 +88,18 @@ class Evaluator:
         self._deviations = 0 if any(found) else self._deviations + 1
         return found
 
-    def _compare(self, replayed: Mapped | None, ordinary: Evaluated | Exception) -> None:
-        """Give the recording up for good if the code has come to do something else."""
-        if replayed is None or _is_staged(self.engine) or not isinstance(ordinary, Expectation):
-            return
-        for name in ("log_likelihood", "log_prior", "magnitude"):
-            if getattr(replayed, name) != getattr(ordinary, name):
-                self._recording, self.refusal = None, "a later replay differs from the code"
+    def _agree(self, replayed: Mapped, ordinary: Evaluated | Exception) -> bool:
+        """Give the recording up, for good if the code has come to do something else."""
+        if not isinstance(ordinary, Expectation):
+            return False
+        names = ("log_likelihood", "log_prior", "magnitude")
+        if any(getattr(replayed, name) != getattr(ordinary, name) for name in names):
+            self._recording, self.refusal = None, "a later replay differs from the code"
+            return False
         if replayed.error != ordinary.error:  # estimated anew
             self._recording, self._count = None, 0
+            return False
+        return True
 
     def _to_be_recorded(self, request: Request) -> bool:
         """Whether it is time to record the way that the code goes."""

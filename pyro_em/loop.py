@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 import torch
@@ -30,7 +31,7 @@ EPS = {d: torch.finfo(d).eps for d in (torch.float64, torch.float32, torch.float
 MONOTONE = 16.0  # eps·Σ|ll_n|: the largest drop that rounding explains (worst seen anywhere is 1.7)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen, as all that is made once an update: that costs a microsecond each time
 class Iterate:
     """Carried from one iteration to the next: parameters and the E-step at them."""
 
@@ -38,6 +39,16 @@ class Iterate:
     expectation: Evaluated
     objective: float
     iteration: int
+
+    @cached_property
+    def rounding(self) -> float:
+        """Σ|ll_n| in units of the last place of the parameters' precision, and the E-step's own error."""
+        known = self.expectation
+        if isinstance(known, Mapped):
+            eps = EPS[torch.float64]
+        else:
+            eps = max((EPS[p.dtype] for p in self.params.values()), default=EPS[torch.float64])
+        return eps * (1.0 + known.magnitude + abs(self.objective)) + known.error / MONOTONE
 
 
 @dataclass
@@ -94,13 +105,6 @@ class Ended:
     history: History
     empty: tuple[str, ...]
     error: BaseException | None = None
-
-
-def rounding(iterate: Iterate) -> float:
-    """Σ|ll_n| in units of the last place of the parameters' precision, and the E-step's own error."""
-    eps = max((EPS[p.dtype] for p in iterate.params.values()), default=EPS[torch.float64])
-    known = iterate.expectation
-    return eps * (1.0 + known.magnitude + abs(iterate.objective)) + known.error / MONOTONE
 
 
 def at(problem: Problem, params: Params, expectation: Evaluated, iteration: int) -> Iterate:
@@ -170,7 +174,7 @@ class EMMap:
         :raises MonotonicityError: if the objective fell.
         """
         following = yield from self.at(params, current.iteration + 1)
-        if following.objective < current.objective - MONOTONE * rounding(current):
+        if following.objective < current.objective - MONOTONE * current.rounding:
             raise MonotonicityError(following.iteration, current.objective, following.objective)
         return following
 
@@ -203,7 +207,7 @@ def run_from(
             record(history, current, score, em.num_e_steps, began)
             if told_to_stop(callbacks, current, score, number):
                 return Ended(current, Outcome.interrupted, history, tuple(sorted(em.empty)))
-            outcome = rule.outcome(current.iteration, score, current.objective, rounding(current))
+            outcome = rule.outcome(current.iteration, score, current.objective, current.rounding)
             if outcome is not None:
                 return Ended(current, outcome, history, tuple(sorted(em.empty)))
             current = yield from stepper.step(current)

@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from pyro_em.e_step.base import Expectation, Recordable, Stage, Staged
+from pyro_em.e_step.base import Expectation, Recordable, Stage, Staged, is_possible
 from pyro_em.m_step.auto import MStep
 from pyro_em.sufficient import Sufficient
 from pyro_em.tape import Deviation, Tape
@@ -29,7 +29,7 @@ MOST_WAYS = 4  # of one function
 SINGLE = 4 * torch.finfo(torch.float32).eps  # error of a log-likelihood by products in float32, per Σ|ll_n|
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: it is made once an update, and a frozen one takes a microsecond more
 class Request:
     """Parameters at which an E-step is wanted; `magnitude` is Σ|ll_n| of the E-step before, 0 for the first."""
 
@@ -42,7 +42,7 @@ class Request:
         return SINGLE * magnitude if self.rough and self.magnitude else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Mapped:
     """An E-step with the score there and M(θ), from one replay. The rest is computed if somebody asks."""
 
@@ -53,12 +53,13 @@ class Mapped:
     score: float  # not divided by N
     updated: Params
     empty: frozenset[str]
-    ordinary: Callable[[], Expectation]
+    engine: Recordable | Staged
+    request: Request
 
     @cached_property
     def expectation(self) -> Expectation:
         """The ordinary E-step."""
-        return self.ordinary()
+        return self.engine.e_step(self.request.params)
 
 
 Evaluated = Expectation | Mapped
@@ -211,11 +212,12 @@ def mapped(
     if found is None:
         return None
     (totals, *values), empty = found
-    likelihood, prior, magnitude, *error, score = totals.tolist()
-    if not (math.isfinite(likelihood) and math.isfinite(prior)):
+    likelihood, prior, magnitude, *errors, score = totals.tolist()
+    if not (is_possible(likelihood) and math.isfinite(prior)):
         return None
-    updated, ordinary = dict(zip(names, values, strict=True)), partial(engine.e_step, request.params)
-    return Mapped(likelihood, prior, magnitude, sum(error, request.error(magnitude)), score, updated, empty, ordinary)
+    error = sum(errors, request.error(magnitude))
+    updated = dict(zip(names, values, strict=True))
+    return Mapped(likelihood, prior, magnitude, error, score, updated, empty, engine, request)
 
 
 def _replay(tape: Tape, inputs: Sequence[Tensor | float]) -> list[Tensor] | None:

@@ -155,8 +155,21 @@ def _reduce(weight: Tensor, statistic: AnyStatistic, cells: torch.Size, batch: t
     if isinstance(statistic, IndexedStatistic):
         return _reduce_indexed(weight, statistic, cells, batch)
     if isinstance(statistic, OneHotStatistic):
+        dim = -statistic.index.dim()
+        if statistic.is_enumerated and (len(cells) < -dim or cells[dim] == 1):
+            return _by_value(weight, dim, statistic.size, cells, batch)
         return reduce_to(weight, [statistic.dense()], 1, cells, batch)
     return reduce_to(weight, list(statistic.factors), statistic.factor_dim, cells, batch)
+
+
+def _by_value(weight: Tensor, dim: int, size: int, cells: torch.Size, batch: torch.Size) -> Tensor:
+    """Counts of values that are 0, 1, ... along `dim`: the weights there, without a product."""
+    lead = max(len(cells), -dim) + dim
+    kept = (*(1,) * (-dim - len(cells)), *cells)
+    shape = [*weight.shape] if weight.dim() >= -dim else [*(1,) * (-dim - weight.dim()), *weight.shape]
+    shape[dim] = size
+    counts = reduce_to(weight.expand(shape), [], 0, torch.Size((*kept[:lead], size, *kept[lead + 1 :])), batch)
+    return counts.unsqueeze(-1).transpose(dim - 1, -1)
 
 
 def _reduce_indexed(weight: Tensor, statistic: IndexedStatistic, cells: torch.Size, batch: torch.Size) -> Tensor:

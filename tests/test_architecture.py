@@ -19,7 +19,7 @@ COMPAT = PACKAGE / "model" / "compat.py"
 MINI = PACKAGE / "mini.py"  # the idea on one page: it stands alone, so it has private names of its own
 
 LAYERS = """
-    types errors settings files shapes version derivatives products softmax | device
+    types errors settings files shapes version derivatives products softmax factors | device
     constraint_names charts distributions kernels table tape state_space | slopes families | model
     store stop evidence | latents latent_uses | problem options | statistics terms gram
     state_posterior sequence_posterior | chain_posterior

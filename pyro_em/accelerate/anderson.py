@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from pyro_em.accelerate.base import Coordinates, evaluate
-from pyro_em.loop import EMMap, Iterate, Steps, rounding
+from pyro_em.loop import EMMap, Iterate, Steps
 
 ORDER = 10
 GROWTH = 1.2  # of the odds δ/(1 − δ) with each accepted proposal
@@ -60,7 +60,7 @@ class Anderson:
         if ascends:
             free = torch.from_numpy(extrapolated)
             proposal = yield from evaluate(self.em, coordinates, free, current.iteration + 1)
-        if proposal is not None and proposal.objective >= current.objective - rounding(current):
+        if proposal is not None and proposal.objective >= current.objective - current.rounding:
             self._accepted += 1
             return proposal
         self._accepted = max(self._accepted - order, -order)

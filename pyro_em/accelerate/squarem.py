@@ -14,7 +14,7 @@ import math
 from dataclasses import replace
 
 from pyro_em.accelerate.base import Coordinates, evaluate
-from pyro_em.loop import EMMap, Iterate, Steps, rounding
+from pyro_em.loop import EMMap, Iterate, Steps
 
 PATIENCE = 8  # 3, 5 and 8 were compared: 8 loses little on ridges and nothing on flat likelihoods
 FACTOR = 4.0  # by which the bound moves, as in the R package
@@ -42,7 +42,7 @@ class Squarem:
         if length > 1:
             extrapolated = u + 2 * length * r + length**2 * v
             proposal = yield from evaluate(self.em, coordinates, extrapolated, current.iteration + 1)
-            if proposal is not None and proposal.objective >= first.objective - rounding(first):
+            if proposal is not None and proposal.objective >= first.objective - first.rounding:
                 self._refusals = 0
                 self._longest = math.inf if wanted <= self._longest else FACTOR * self._longest
                 return proposal

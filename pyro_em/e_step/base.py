@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,13 @@ from torch import Tensor
 from pyro_em.statistics import Posteriors
 from pyro_em.sufficient import Sufficient
 from pyro_em.types import Params
+
+IMPOSSIBLE = -1e30  # stands for a log-probability of -inf in products
+
+
+def is_possible(log_likelihood: float) -> bool:
+    """Whether data have a finite log-likelihood, in which no `IMPOSSIBLE` is."""
+    return 0.1 * IMPOSSIBLE < log_likelihood < math.inf
 
 
 @dataclass(frozen=True)

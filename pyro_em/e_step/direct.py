@@ -15,11 +15,27 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_em.e_step.base import IMPOSSIBLE
 from pyro_em.e_step.layout import SiteLayout
 from pyro_em.e_step.states import JointStates
+from pyro_em.families.numerics import half_log_det, precision_factor
 
 LOG_2PI = math.log(2 * math.pi)
 NUM_PREPARED = 3
+
+
+def is_rough(w: Tensor, rms: Tensor, num_rows: int, magnitude: Tensor) -> bool:
+    """Whether rounding of the product W Φ would show.
+
+    It is about eps·sqrt(N)·max_j Σ_f |W_jf|·rms(Φ_f), against the eps·Σ|ll_n| that a monotone objective may lose.
+
+    :param w: W (J, F), -inf as `IMPOSSIBLE`; :param rms: of every feature, (F,); :param magnitude: Σ|ll_n|.
+    """
+    bound = math.sqrt(num_rows)
+    if not bool((w.abs() @ rms).max() * bound > magnitude):
+        return False
+    w = torch.where(w <= 0.1 * IMPOSSIBLE, torch.zeros_like(w), w)
+    return bool((w.abs() @ rms).max() * bound > magnitude)
 
 
 def prepare(layout: SiteLayout, arguments: dict[str, Tensor], states: JointStates) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,9 +51,9 @@ def prepare(layout: SiteLayout, arguments: dict[str, Tensor], states: JointState
         scale = layout.spread(arguments["scale"], states, 0).unsqueeze(-1)
         return loc, scale.reciprocal(), scale.log() + 0.5 * LOG_2PI
     width = layout.block.parts[0].width
-    factor, half_log_det = _inverse_factor(arguments)
+    factor = precision_factor(arguments)
     loc = layout.spread(shift, states, 1).unsqueeze(-1)
-    half = layout.spread(half_log_det, states, 0).unsqueeze(-1)
+    half = layout.spread(half_log_det(arguments), states, 0).unsqueeze(-1)
     return loc, layout.spread(factor, states, 2), half + 0.5 * width * LOG_2PI
 
 
@@ -57,16 +73,3 @@ def centered_log_density(layout: SiteLayout, prepared: tuple[Tensor, Tensor, Ten
     if block.flags is not None:
         density = torch.where(block.flags[:, begin:end].bool(), density, density.new_zeros(()))
     return density.sum(1) if block.positions > 1 else density.squeeze(1)
-
-
-def _inverse_factor(arguments: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """F with FᵀF = Σ⁻¹, and ½ log|Σ|."""
-    if "precision_matrix" in arguments:
-        lower = torch.linalg.cholesky(arguments["precision_matrix"])
-        return lower.mT, -lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    lower = arguments.get("scale_tril")
-    if lower is None:
-        lower = torch.linalg.cholesky(arguments["covariance_matrix"])
-    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return inverse, lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)

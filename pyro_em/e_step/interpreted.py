@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from pyro_em.e_step.base import Expectation, Unread
+from pyro_em.e_step.base import Expectation, Unread, is_possible
 from pyro_em.evidence.discrete import Evidence
 from pyro_em.model.trace import Run
 from pyro_em.problem import Problem
@@ -71,7 +69,7 @@ def from_totals(problem: Problem, params: Params, totals: Tensor, sufficient: Su
     :param totals: log p(x|θ), log p(θ) and Σ|ll_n|, (3,).
     """
     likelihood, prior, magnitude = totals.tolist()
-    if not math.isfinite(likelihood):
+    if not is_possible(likelihood):
         evidence, run = problem.evidence(params)
         return expectation(problem, run, evidence)
     return Expectation(

@@ -92,9 +92,13 @@ class SiteLayout:
         row, found = self.begin, []
         for part in self.block.parts:
             count = positions * part.num_rows
-            own = totals[:, row : row + count].reshape(states.num, positions, part.num_rows)
+            if part.kind == "outer":
+                place = _places(row, positions, part.width).to(totals.device)
+                own = totals.index_select(1, place).reshape(states.num, positions, part.width, part.width)
+            else:
+                own = totals[:, row : row + count].reshape(states.num, positions, part.num_rows)
             row += count
-            found.append(_symmetric(own, part.width) if part.kind == "outer" else own)
+            found.append(own)
         if self.block.flags is None:
             weight = totals[:, :1].expand(states.num, positions)
         else:
@@ -129,17 +133,14 @@ class SiteLayout:
         return x.reshape((*lead, *self.elements, *x.shape[2:]))
 
 
-def _symmetric(upper: Tensor, width: int) -> Tensor:
-    return upper.index_select(-1, _places(width).to(upper.device)).unflatten(-1, (width, width))
-
-
 @lru_cache(maxsize=64)
-def _places(width: int) -> Tensor:
-    """Where each entry of a symmetric matrix stands among those on and above its diagonal, flattened."""
+def _places(begin: int, positions: int, width: int) -> Tensor:
+    """Where each entry of a symmetric matrix at each position stands among those on and above its diagonal."""
     i, j = torch.triu_indices(width, width)
     place = torch.empty(width, width, dtype=torch.long)
     place[i, j] = place[j, i] = torch.arange(len(i))
-    return place.reshape(-1)
+    first = begin + len(i) * torch.arange(positions)
+    return (first.unsqueeze(-1) + place.reshape(-1)).reshape(-1)
 
 
 def weights_of(coefficients: Coefficients, layout: SiteLayout, states: JointStates) -> tuple[Tensor, Tensor]:
@@ -168,7 +169,7 @@ def weights_of(coefficients: Coefficients, layout: SiteLayout, states: JointStat
     if layout.block.flags is not None:
         columns.append(bias)
         return torch.cat(columns, 1), bias.new_zeros(states.num)
-    return torch.cat(columns, 1), bias.sum(1)
+    return torch.cat(columns, 1), bias.sum(1) if bias.shape[1] > 1 else bias.squeeze(1)
 
 
 def root_order(component: Component, run: Run, graph: FactorGraph) -> list[str]:

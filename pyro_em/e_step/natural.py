@@ -18,6 +18,7 @@ from pyro_em.families import Family
 from pyro_em.families.categorical import CategoricalFamily, MultinomialFamily, OneHotCategoricalFamily
 from pyro_em.families.multivariate_normal import MultivariateNormalFamily
 from pyro_em.families.normal import LogNormalFamily, NormalFamily
+from pyro_em.families.numerics import half_log_det, precision_matrix
 from pyro_em.families.positive import ExponentialFamily, PoissonFamily
 from pyro_em.families.trials import BernoulliFamily, BinomialFamily, GeometricFamily
 
@@ -28,28 +29,18 @@ Arguments = Mapping[str, Tensor]
 def _normal(args: Arguments, center: Tensor | None) -> Coefficients:
     loc, scale = args["loc"], args["scale"]
     shift = loc if center is None else loc - center
-    precision = scale**-2
-    normalizer = 0.5 * shift * shift * precision + scale.log() + 0.5 * math.log(2 * math.pi)
-    return (shift * precision, -0.5 * precision), normalizer
+    precision = scale.square().reciprocal()
+    linear = shift * precision
+    normalizer = 0.5 * (shift * linear) + (scale.log() + 0.5 * math.log(2 * math.pi))
+    return (linear, -0.5 * precision), normalizer
 
 
 def _multivariate_normal(args: Arguments, center: Tensor | None) -> Coefficients:
-    if "scale_tril" in args:
-        factor = args["scale_tril"]
-        precision = torch.cholesky_inverse(factor)
-        half_log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    elif "covariance_matrix" in args:
-        factor = torch.linalg.cholesky(args["covariance_matrix"])
-        precision = torch.cholesky_inverse(factor)
-        half_log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    else:
-        precision = args["precision_matrix"]
-        factor = torch.linalg.cholesky(precision)
-        half_log_det = -factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    precision = precision_matrix(args)
     shift = args["loc"] if center is None else args["loc"] - center
     linear = (precision @ shift.unsqueeze(-1)).squeeze(-1)
     size = precision.shape[-1]
-    normalizer = 0.5 * (linear * shift).sum(-1) + half_log_det + 0.5 * size * math.log(2 * math.pi)
+    normalizer = 0.5 * (linear * shift).sum(-1) + half_log_det(args) + 0.5 * size * math.log(2 * math.pi)
     return (linear, -0.5 * precision), normalizer
 
 

@@ -33,6 +33,17 @@ class Outside:
             self._fixed[name] = site_moments(site, arguments, weight, center)
         return self._fixed[name]
 
+    def totals(self, evidence: Tensor, sufficient: Sufficient) -> Tensor:
+        """log p(x|θ), log p(θ) and Σ|ll_n| of all sites, (3,).
+
+        :param evidence: Σ ll_n and Σ |ll_n| of the components, (2,).
+        """
+        likelihood, magnitude = evidence.unbind()
+        constants, size, prior = self.log_density(sufficient)
+        if self.problem.graph.constants:
+            likelihood, magnitude = likelihood + constants, magnitude + size
+        return torch.stack([likelihood, prior, magnitude])
+
     def log_density(self, sufficient: Sufficient) -> tuple[Tensor, Tensor, Tensor]:
         """Log-density of data that no latent reaches, its magnitude, and the log prior."""
         graph = self.problem.graph

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from pyro_em.e_step import direct
-from pyro_em.e_step.base import Expectation, NotCompiled, OtherLayout, Stage
+from pyro_em.e_step.base import Expectation, NotCompiled, OtherLayout, Stage, is_possible
 from pyro_em.e_step.interpreted import from_totals
 from pyro_em.e_step.outside import Outside
 from pyro_em.e_step.product import Prepared, Sums
-from pyro_em.e_step.program import IMPOSSIBLE, compile_program
+from pyro_em.e_step.program import compile_program
 from pyro_em.families.base import AnyStatistic
 from pyro_em.problem import Problem
 from pyro_em.statistics import SiteMoments, site_moments, site_statistics
@@ -129,7 +129,7 @@ class Plated:
         return found
 
     def after(self, params: Params, sums: Sequence[Tensor]) -> tuple[Tensor, Sufficient]:
-        """log p(x|θ), log p(θ) and Σ|ll_n| as a tensor (3,), and the statistics behind them."""
+        """log p(x|θ) (`is_possible` or not), log p(θ) and Σ|ll_n| as a tensor (3,), and the statistics behind them."""
         own = [Sums(*pair) for pair in zip(sums[::2], sums[1::2], strict=True)]
         sufficient = self._arguments(params)
         known = {
@@ -139,10 +139,7 @@ class Plated:
         }
         sufficient._moments_of = lambda name, arguments: known.get(name) or self._moments(name, arguments, own)
         evidence = torch.stack([x.evidence for x in own]).sum(0) if len(own) > 1 else own[0].evidence
-        likelihood, magnitude = evidence.unbind()
-        likelihood = torch.where(likelihood > 0.1 * IMPOSSIBLE, likelihood, -torch.inf)
-        constants, size, prior = self._outside.log_density(sufficient)
-        return torch.stack([likelihood + constants, prior, magnitude + size]), sufficient
+        return self._outside.totals(evidence, sufficient), sufficient
 
     def spot_check(self, params: Params) -> tuple[float, float]:
         """Log-likelihood of the first rows (unweighted) by this engine, and by the families' own log-densities."""
@@ -205,7 +202,7 @@ def log_likelihood(problem: Problem, params: Params) -> float:
         program = compile_program(problem, run, component, complement=False)
         (sums,) = program.product.sums([program.prepared(arguments, torch.zeros((), dtype=torch.float64))])
         total += float(sums.evidence[0])
-    if not total > 0.1 * IMPOSSIBLE:
+    if not is_possible(total):
         raise NotCompiled("impossible data")
     constants, _, _ = Outside(problem, run).log_density(Sufficient(problem, run.sites, arguments, Plated._never))
     return total + float(constants)

@@ -149,8 +149,7 @@ class Pooled:
             return location(name).opened(starts, size) if name in self.place else None
 
         sufficient._moments_of, sufficient.opens = moments_of, opens
-        constants, size, prior = self._outside.log_density(sufficient)
-        return torch.stack([evidence[0] + constants, prior, evidence[1] + size]), sufficient
+        return self._outside.totals(evidence, sufficient), sufficient
 
     def _arguments(self, params: Params) -> Sufficient:
         arguments = {site: dict(own) for site, own in self.start.items()}

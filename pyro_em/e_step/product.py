@@ -82,9 +82,10 @@ class Product:
                 phi, row = whole[:, begin : begin + most], first + begin
                 end = row + phi.shape[1]
                 weight = None if self.weight is None else self.weight[row:end]
-                if phi.shape[1] == self.features.num_rows:
+                whole_data = phi.shape[1] == self.features.num_rows
+                if whole_data:
                     r, lse = softmax(self._log_joint(w, sites, phi, row), starts, weight)
-                    own = phi @ r.mT
+                    own = (r @ phi.mT).mT  # states first, as what reads it does
                 else:
                     r = memory[: height * phi.shape[1]].view(height, -1)
                     self._log_joint(w, sites, phi, row, out=r[:rows])
@@ -93,7 +94,7 @@ class Product:
                     own = product_(phi, r.mT, part)
                 found = self._evidence(lse.double(), row, weight)
                 if totals is None or evidence is None:
-                    totals, evidence = own.to(torch.float64, copy=True), found
+                    totals, evidence = own.to(torch.float64, copy=not whole_data), found
                 else:  # in float64: the sum over chunks keeps its digits
                     totals += own
                     evidence += found

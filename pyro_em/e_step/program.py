@@ -7,7 +7,6 @@ normalisers of the sites). Structural zeros enter as `IMPOSSIBLE`, a finite numb
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.e_step import direct
-from pyro_em.e_step.base import NotCompiled
+from pyro_em.e_step.base import IMPOSSIBLE, NotCompiled
 from pyro_em.e_step.collapse import collapse
 from pyro_em.e_step.features import Features
 from pyro_em.e_step.layout import SiteLayout, weights_of
@@ -29,7 +28,6 @@ from pyro_em.model.trace import Run
 from pyro_em.problem import Problem
 from pyro_em.sufficient import Arguments
 
-IMPOSSIBLE = -1e30
 FEW_ROWS = 2048  # for which differences cost little more than the product
 MAX_STATES = 1024  # joint states of the latents of one row
 
@@ -52,19 +50,14 @@ class Program:
         return dataclasses.replace(self.product, features=own)
 
     def prepared(self, arguments: Arguments, magnitude: Tensor) -> Prepared:
-        """W, and the normal sites which it leaves out because rounding would show: they are evaluated directly.
-
-        The rounding of the product is about eps·sqrt(N)·max_j Σ_f |W_jf|·rms(Φ_f), against the eps·Σ|ll_n| that
-        a monotone objective may lose.
-        """
+        """W, and the normal sites which it leaves out because rounding would show: they are evaluated directly."""
         layouts, features = self.layouts, self.product.features
         normal = tuple(i for i, x in enumerate(layouts) if x.site.family is not None and x.site.family.centered)
         if not normal:
             return Prepared(self._coefficients(arguments, ()))
         if features.num_rows > FEW_ROWS:
             w = self._coefficients(arguments, ())
-            size = torch.where(w <= 0.1 * IMPOSSIBLE, torch.zeros_like(w), w).abs() @ features.rms
-            if not bool((magnitude > 0) & (size.max() * math.sqrt(features.num_rows) > magnitude)):
+            if not (bool(magnitude > 0) and direct.is_rough(w, features.rms, features.num_rows, magnitude)):
                 return Prepared(w)
         w = self._coefficients(arguments, normal)
         parts = [direct.prepare(layouts[i], arguments[layouts[i].site.name], self.states) for i in normal]
@@ -91,14 +84,14 @@ class Program:
         columns[0] = bias.unsqueeze(1)
         # Where all sites are evaluated directly, the bias is all that is left.
         w = columns[0] if len(without) == len(self.layouts) else torch.cat(columns, 1)
-        return torch.where(w == -torch.inf, torch.full((), IMPOSSIBLE, dtype=w.dtype), w)
+        return w.clamp(min=IMPOSSIBLE)
 
     def _latent_log_mass(self, name: str, arguments: dict[str, Tensor]) -> Tensor:
         """log p(z | its parents) of one latent over all joint states, (J,)."""
         site, states = self.run.sites[name], self.states
         assert site.family is not None
         value = site.fn.enumerate_support(expand=False) if site.value is None else site.value
-        log_mass = site.family.log_prob({**site.constants, **arguments}, value)
+        log_mass = site.family.log_prob_of_all({**site.constants, **arguments}, value)
         depth = -min(states.dims)
         log_mass = log_mass.reshape((1,) * max(0, depth - log_mass.dim()) + tuple(log_mass.shape))
         target = [1] * log_mass.dim()

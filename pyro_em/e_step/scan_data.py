@@ -19,12 +19,11 @@ from torch import Tensor
 
 from pyro_em import settings
 from pyro_em.e_step import direct
-from pyro_em.e_step.base import NotCompiled
+from pyro_em.e_step.base import IMPOSSIBLE, NotCompiled
 from pyro_em.e_step.features import Block
 from pyro_em.e_step.layout import SiteLayout, weights_of
 from pyro_em.e_step.natural import NATURAL
 from pyro_em.e_step.product import Prepared
-from pyro_em.e_step.program import IMPOSSIBLE
 from pyro_em.e_step.rows import site_layouts
 from pyro_em.e_step.states import JointStates
 from pyro_em.evidence.blocked import Blocks, Scratch
@@ -76,8 +75,7 @@ class Emissions:
         normal = tuple(i for i, x in enumerate(self.layouts) if x.site.family is not None and x.site.family.centered)
         if not normal:
             return Prepared(w)
-        size = torch.where(w <= 0.1 * IMPOSSIBLE, torch.zeros_like(w), w).abs() @ self.rms
-        if not bool(size.max() * math.sqrt(self.num_rows) > magnitude):
+        if not direct.is_rough(w, self.rms, self.num_rows, magnitude):
             return Prepared(w)
         sites = [self.layouts[i] for i in normal]
         parts = [direct.prepare(layout, arguments[layout.site.name], self.states) for layout in sites]
@@ -152,7 +150,7 @@ class Emissions:
             columns.append(own)
             bias = bias + own_bias
         w = torch.cat([bias.unsqueeze(1), *columns], 1)
-        return torch.where(w == -torch.inf, torch.full((), IMPOSSIBLE, dtype=w.dtype), w)
+        return w.clamp(min=IMPOSSIBLE)
 
 
 def _fill(parts: Sequence[Block], num_rows: int) -> Tensor:

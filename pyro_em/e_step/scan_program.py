@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyro_em.e_step.base import NotCompiled
+from pyro_em.e_step.base import IMPOSSIBLE, NotCompiled
 from pyro_em.e_step.product import Prepared
-from pyro_em.e_step.program import IMPOSSIBLE
 from pyro_em.e_step.scan_data import Emissions
 from pyro_em.e_step.scan_layout import alike, by_dim, over, whole_site
 from pyro_em.e_step.scan_short import Short
@@ -34,6 +33,7 @@ class Found:
     initial: Tensor  # (kinds, K) expected first states
     pairs: Tensor  # (kinds, K, K) expected transitions
     totals: Tensor  # (K, F) sums of posterior weights times features
+    short: bool = False  # by scan_short.py
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ScanProgram:
         if self.short is not None and not prepared.direct:
             sums = self.short.smooth(initial, table, prepared.coefficients)
             if sums is not None:
-                return Found(*sums)
+                return Found(*sums, short=True)
         given = emissions.likelihood(prepared, self.scratch)
         if given is None:
             return self._impossible()

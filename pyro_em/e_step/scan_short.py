@@ -2,54 +2,114 @@
 
     b = exp(W Φ - max),   α, β by band solves (evidence/banded.py),   Σ_t α_{t-1} (b_t ∘ β_t)ᵀ ∘ A,   Σ_t γ_t Φ_tᵀ
 
-Of a chain of 200 steps the arithmetic takes ten microseconds, and every call one or two: NumPy throughout, over
-arrays that are kept. What this does not do scan_program.py does in general.
+Of a chain of 200 steps the arithmetic takes ten microseconds, and every call one: NumPy throughout, over arrays that
+are kept. It is one operation of torch, so that a recording (tape/) holds the whole E-step. What this does not do
+scan_program.py does in general.
 
-Shapes: K states, T steps, C chains, F features; rows t·C + c.
+Shapes: K states, T steps, C chains, F features; data in the order of chains, then steps.
 """
 
 from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_em.e_step.program import IMPOSSIBLE
-from pyro_em.evidence.banded import Banded
+from pyro_em.e_step.base import IMPOSSIBLE
+from pyro_em.evidence.banded import LOG_2, Banded
+from pyro_em.tape.calls import Call, written_by
+
+_LIBRARY = torch.library.Library("pyro_em", "FRAGMENT")
+_ALIVE: WeakValueDictionary[int, Short] = WeakValueDictionary()  # operations take numbers, no objects
+_NUMBERS = itertools.count()
 
 
 class Short:
-    """Φ (F, T·C) with its arrays; `base` (C,) are sums of log base measures."""
+    """Φ (F, T·C), in the order of steps, then chains, with its arrays; `base` (C,) are sums of log base measures."""
 
     def __init__(self, banded: Banded, phi: Tensor, base: Tensor, states: int) -> None:
         T, C = banded.blocks.steps, banded.blocks.chains
         self.banded, self.base, self.sizes = banded, base.numpy(), (states, T, C)
-        self.phi = phi.numpy()
-        self._by_chain = np.ascontiguousarray(self.phi.reshape(-1, T, C).transpose(2, 1, 0).reshape(T * C, -1))
-        self._density, self._scale = np.empty((states, T * C)), np.empty(T * C)
+        self.number = next(_NUMBERS)
+        _ALIVE[self.number] = self
+        self.phi = np.ascontiguousarray(phi.numpy().reshape(-1, T, C).transpose(0, 2, 1).reshape(-1, C * T))
+        self._density, self._scale = np.empty((states, C * T)), np.empty(C * T)
+        self._likelihood = self._density.reshape(states, C, T)
+        self._states, self._left = banded.states.reshape(-1, states), banded.left.reshape(-1, states).T
+        self._right = banded.right.reshape(states, -1).T
 
     def smooth(self, initial: Tensor, table: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """(Σ ll, Σ |ll|), expected first states (1, K) and transitions (1, K, K), sums of features (K, F); None if the
         messages leave the range of floats or some row is impossible."""
-        K, T, C = self.sizes
-        density, scale, A = self._density, self._scale, table.numpy()
-        np.dot(w.numpy(), self.phi, out=density)
+        evidence, first, pairs, totals, held = torch.ops.pyro_em.short_chains(self.number, initial, table, w)
+        return (evidence, first, pairs, totals.mT) if bool(held) else None
+
+    def outputs(self) -> list[Tensor]:
+        """Memory for what `into` writes."""
+        K, _, _ = self.sizes
+        shapes = [(2,), (1, K), (1, K, K), (len(self.phi), K)]  # what is read together lies together
+        return [*(torch.empty(shape, dtype=torch.float64) for shape in shapes), torch.empty((), dtype=torch.bool)]
+
+    def into(self, arguments: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
+        """`smooth` from and to arrays, the last of which says whether the others hold."""
+        initial, A, w = arguments
+        evidence, first, pairs, totals, held = outputs
+        _, T, C = self.sizes
+        density, scale = self._density, self._scale
+        held[...] = False
+        np.dot(w, self.phi, out=density)
         np.maximum.reduce(density, 0, out=scale)
         np.subtract(density, scale, out=density)
         np.exp(density, out=density)
-        scales = np.add.reduce(scale.reshape(T, C), 0)
-        if not scales.min() > 0.1 * IMPOSSIBLE:
-            return None
-        found = self.banded.messages(initial.numpy(), A, density.reshape(K, T, C))
-        if found is None:
-            return None
-        log_scale, states, left, right = found
-        log_scale += scales
-        log_scale += self.base
-        rows = states.reshape(-1, K).T
-        evidence = np.array([np.add.reduce(log_scale), np.add.reduce(np.absolute(log_scale))])
-        pairs = np.dot(left.reshape(-1, K).T, right.reshape(-1, K))
+        scales = np.add.reduce(scale.reshape(C, T), 1)
+        banded = self.banded
+        total = banded.messages(initial, A, self._likelihood) if min(scales.tolist()) > 0.1 * IMPOSSIBLE else None
+        if total is None:
+            return
+        self._read(total, scales, evidence)
+        np.dot(self._left, self._right, out=pairs[0])
         pairs *= A
-        first = np.add.reduce(states[:, 0], 0)
-        sums = (evidence, first[None], pairs[None], np.dot(rows, self._by_chain))
-        return tuple(torch.from_numpy(x) for x in sums)  # type: ignore[return-value]
+        np.add.reduce(banded.states[:, 0], 0, out=first[0])
+        np.dot(self.phi, self._states, out=totals)
+        held[...] = True
+
+    def _read(self, total: np.ndarray, scales: np.ndarray, evidence: np.ndarray) -> None:
+        """Σ ll and Σ |ll|; of one chain without a call of NumPy."""
+        banded, (_, T, C) = self.banded, self.sizes
+        if C == 1:
+            mantissa, exponent = math.frexp(total[0])
+            log_scale = math.log(mantissa) + (exponent + banded.shift) * LOG_2
+            banded.set_rate(log_scale / T)
+            evidence[0] = own = log_scale + float(scales[0]) + float(self.base[0])
+            evidence[1] = abs(own)
+            return
+        mantissas, exponents = np.frexp(total)
+        log_scales = np.log(mantissas) + (exponents + banded.shift) * LOG_2
+        banded.set_rate(float(log_scales.mean()) / T)
+        log_scales += scales + self.base
+        evidence[0] = log_scales.sum()
+        evidence[1] = np.absolute(log_scales).sum()
+
+
+def _short_chains(number: int, initial: Tensor, table: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    own = _ALIVE[number]
+    outputs = own.outputs()
+    own.into([x.numpy() for x in (initial, table, w)], [x.numpy() for x in outputs])
+    return tuple(outputs)
+
+
+_RESULTS = ", ".join(["Tensor"] * 5)
+_LIBRARY.define(f"short_chains(int number, Tensor initial, Tensor table, Tensor w) -> ({_RESULTS})")
+_LIBRARY.impl("short_chains", _short_chains, "CPU")
+
+
+@written_by(torch.ops.pyro_em.short_chains.default)
+def _replayed(arguments: Sequence[int | np.ndarray], outputs: Sequence[np.ndarray]) -> Call:
+    number, *arrays = arguments
+    own = _ALIVE[number]  # type: ignore[index]
+    return lambda: own.into(arrays, outputs)  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ class Scanned:
 
     name = "scanned"
     generation = 0
-    compact = False  # what follows the data depends on certificates
+    compact = False  # the last E-step was by `Short` alone, without certificates of blocks
 
     def __init__(self, problem: Problem) -> None:
         graph = problem.graph
@@ -100,9 +100,12 @@ class Scanned:
 
     def _sums(self, stage: Stage) -> tuple[Tensor, ...]:
         sums: list[Tensor] = []
+        short = True
         for program, (initial, table, own) in zip(self.programs, self._unpacked(stage), strict=True):
             found = program.smooth(initial, table, own)
+            short = short and found.short
             sums += [found.evidence, found.initial, found.pairs, found.totals]
+        self.compact = short
         return tuple(sums)
 
     @staticmethod
@@ -116,13 +119,11 @@ class Scanned:
 
     def after(self, params: Params, sums: Sequence[Tensor]) -> tuple[Tensor, Sufficient]:
         """log p(x|θ), log p(θ) and Σ|ll_n| as a tensor (3,), and the statistics behind them."""
-        own = [Found(*sums[i : i + 4]) for i in range(0, len(sums), 4)]
+        own = [Found(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]) for i in range(0, len(sums), 4)]
         sufficient = self._arguments(params)
         sufficient._moments_of = lambda name, arguments: self._moments(name, arguments, own)
         evidence = torch.stack([x.evidence for x in own]).sum(0) if len(own) > 1 else own[0].evidence
-        likelihood, magnitude = evidence.unbind()
-        constants, size, prior = self.outside.log_density(sufficient)
-        return torch.stack([likelihood + constants, prior, magnitude + size]), sufficient
+        return self.outside.totals(evidence, sufficient), sufficient
 
     def _arguments(self, params: Params) -> Sufficient:
         arguments = {site: dict(own) for site, own in self.start.items()}

@@ -196,9 +196,7 @@ class TimedRows(Predicted):
         sufficient = Sufficient(self.problem, sites, arguments, moments_of)
         weights = Weights(weight_of, lambda: self.problem.evidence(params)[0].weights)
         sufficient.posterior = lambda: weights
-        constants, size, prior = self.outside.log_density(sufficient)
-        likelihood, magnitude = evidence.unbind()
-        return torch.stack([likelihood + constants, prior, magnitude + size]), sufficient
+        return self.outside.totals(evidence, sufficient), sufficient
 
     def spot_check(self, params: Params) -> tuple[float, float]:
         """Log-likelihood of the components by this engine, and with the chains smoothed by another way."""

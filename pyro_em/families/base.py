@@ -73,6 +73,14 @@ class OneHotStatistic:
     def _dense(self) -> Tensor:
         return one_hot(self.index, self.size).double()
 
+    @cached_property
+    def is_enumerated(self) -> bool:
+        """The index is 0, 1, ... along its first dim and does not vary along others, as of an enumerated latent."""
+        shape = self.index.shape
+        if not shape or shape[0] != self.size or self.index.numel() != self.size:
+            return False
+        return bool((self.index.reshape(-1) == torch.arange(self.size, device=self.index.device)).all())
+
 
 @dataclass(frozen=True, eq=False)
 class IndexedStatistic:
@@ -214,6 +222,13 @@ class Family(ABC):
                 bad = bad.flatten(-dims).any(-1) if dims else bad
                 found = bad if found is None else found | bad
         return found
+
+    def log_prob_of_all(self, args: Arguments, value: Tensor) -> Tensor:
+        """`log_prob` at all values of a finite support, which are in order along the first dim of `value`.
+
+        Without gradients, and by less than a look-up where the arguments are the probabilities themselves.
+        """
+        return self.log_prob(args, value)
 
     def accepts(self, raw: Mapping[str, Any]) -> bool:
         """Whether a distribution with these constructor arguments is of this family."""

@@ -52,6 +52,14 @@ class CategoricalFamily(SimplexFamily):
         picked = table.expand(shape + table.shape[-1:]).gather(-1, index).squeeze(-1)
         return weighted_log(torch.ones_like(picked), picked) if "probs" in args else picked
 
+    def log_prob_of_all(self, args: Arguments, value: Tensor) -> Tensor:
+        table = NORMALISED.to_canonical(args["probs"]).log() if "probs" in args else args["logits"].log_softmax(-1)
+        depth = max(value.dim(), table.dim() - 1)
+        table = table.reshape((1,) * (depth + 1 - table.dim()) + tuple(table.shape))
+        if table.shape[depth - value.dim()] != 1:  # the probabilities vary along the values' own dim
+            return self.log_prob(args, value)
+        return table.transpose(depth - value.dim(), -1).squeeze(-1)
+
     def statistics(
         self, value: Tensor, args: Arguments | None = None, center: Tensor | None = None
     ) -> tuple[AnyStatistic, ...]:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from pyro_em.families.base import CHOLESKY, AnyStatistic, Arguments, Family, Moments, Statistic
-from pyro_em.families.numerics import floats, precision_matrix, real
-from pyro_em.kernels import Kernel, PowerKernel, QuadraticKernel, WishartKernel
+from pyro_em.families.numerics import floats, precision_factor, precision_matrix, real
+from pyro_em.kernels import Kernel, Mean, PowerKernel, QuadraticKernel, WishartKernel
 
 _MATRICES = frozenset({"covariance_matrix", "scale_tril", "precision_matrix"})
 
@@ -45,10 +45,8 @@ class MultivariateNormalFamily(Family):
     def kernel(self, argument: str, moments: Moments, args: Arguments, center: Tensor | None = None) -> Kernel | None:
         weight, first, second = moments
         if argument == "loc":
-            precision = precision_matrix(args)
-            linear = (precision @ first.unsqueeze(-1)).squeeze(-1)
             origin = torch.zeros_like(first) if center is None else center
-            return QuadraticKernel(linear, weight[..., None, None] * precision, origin, vector=True)
+            return QuadraticKernel.of_mean(Mean(weight, first, precision_factor(args), vector=True), origin)
         if argument in _MATRICES:
             shift = _shift(args, moments, center)
             # S₀ddᵀ/2 − S₁dᵀ, whose symmetric part is half of what is added to S₂; the sum is symmetric to the last bit.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_em.families.base import Arguments, Family, Moments, Statistic
 from pyro_em.families.numerics import floats, real
-from pyro_em.kernels import Kernel, LogNormalKernel, PowerKernel, QuadraticKernel
+from pyro_em.kernels import Kernel, LogNormalKernel, Mean, PowerKernel, QuadraticKernel
 
 
 def _scale_kernel(weight: Tensor, squares: Tensor) -> PowerKernel:
@@ -51,12 +51,11 @@ class LocationScaleFamily(Family):
         weight, first, second, origin = floats(*moments, 0.0 if center is None else center)
         if argument == "loc":
             _, scale = floats(weight, args["scale"])
-            precision = scale**-2
-            return QuadraticKernel(first * precision, weight * precision, origin)
+            return QuadraticKernel.of_mean(Mean(weight, first, scale.square().reciprocal(), vector=False), origin)
         if argument == "scale":
             _, loc = floats(weight, args["loc"])
             shift = loc - origin
-            return _scale_kernel(weight, second - shift * (2 * first - shift * weight))
+            return _scale_kernel(weight, second - shift * (first + (first - weight * shift)))
         return None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_em.factors import cholesky, inverse
 from pyro_em.families.spaces import some
 
 
@@ -102,7 +103,22 @@ def precision_matrix(args: Mapping[str, Any]) -> Tensor:
         return precision
     if "scale_tril" in args:
         return torch.cholesky_inverse(args["scale_tril"])
-    return torch.cholesky_inverse(torch.linalg.cholesky(args["covariance_matrix"]))
+    return torch.cholesky_inverse(cholesky(args["covariance_matrix"]))
+
+
+def precision_factor(args: Mapping[str, Any]) -> Tensor:
+    """F with FᵀF = Σ⁻¹ from whichever of the three matrix arguments was given."""
+    if "precision_matrix" in args:
+        return cholesky(args["precision_matrix"]).mT
+    return inverse(args["scale_tril"] if "scale_tril" in args else cholesky(args["covariance_matrix"]))
+
+
+def half_log_det(args: Mapping[str, Any]) -> Tensor:
+    """½ log|Σ| from whichever of the three matrix arguments was given, shape U."""
+    if "precision_matrix" in args:
+        return -cholesky(args["precision_matrix"]).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    lower = args["scale_tril"] if "scale_tril" in args else cholesky(args["covariance_matrix"])
+    return lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
 def covariance_matrix(args: Mapping[str, Any]) -> Tensor:
@@ -112,7 +128,7 @@ def covariance_matrix(args: Mapping[str, Any]) -> Tensor:
         return covariance
     if "scale_tril" in args:
         return args["scale_tril"] @ args["scale_tril"].mT
-    return torch.cholesky_inverse(torch.linalg.cholesky(args["precision_matrix"]))
+    return torch.cholesky_inverse(cholesky(args["precision_matrix"]))
 
 
 def log_det(matrix: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from pyro_em.kernels.heavy import LassoKernel, StudentKernel
 from pyro_em.kernels.positive import HalfCauchyKernel, LogNormalKernel, PositiveSum
 from pyro_em.kernels.power import PowerKernel
 from pyro_em.kernels.probability import BetaKernel, SimplexKernel
-from pyro_em.kernels.quadratic import QuadraticKernel
+from pyro_em.kernels.quadratic import Mean, QuadraticKernel
 from pyro_em.kernels.wishart import WishartKernel
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "Kernel",
     "LassoKernel",
     "LogNormalKernel",
+    "Mean",
     "PositiveSum",
     "PowerKernel",
     "QuadraticKernel",

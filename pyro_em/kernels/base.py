@@ -13,7 +13,8 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from functools import cached_property
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +22,16 @@ from torch import Tensor
 from pyro_em.shapes import broadcast_shapes
 
 CoefficientMap = Callable[[Tensor, int], Tensor]
+
+
+class Scatter(Protocol):
+    """Sums a coefficient over cells onto the entries of a parameter."""
+
+    def __call__(self, coefficient: Tensor, event_dim: int, /) -> Tensor: ...
+
+    def separates(self, cells: torch.Size) -> bool:
+        """Whether cells that differ along dims of this shape (those above 1) go to entries of their own."""
+        ...
 
 
 class IncompatibleKernels(TypeError):
@@ -46,6 +57,11 @@ class Kernel(ABC):
 
     names: ClassVar[tuple[str, ...]]
     """Fields that hold the additive coefficients, in order."""
+
+    @property
+    def at_infinity(self) -> bool:
+        """Whether θ may be infinite: not in its own coordinate."""
+        return False
 
     @property
     @abstractmethod
@@ -80,6 +96,19 @@ class Kernel(ABC):
     def is_empty(self) -> Tensor:
         """Boolean, shape U: blocks about which the kernel says nothing, so that θ keeps its value."""
 
+    @cached_property
+    def is_informed(self) -> bool:
+        """Whether no block is empty. Kernels ask first what is usual and settles it in one comparison."""
+        return not bool(self.is_empty().any())
+
+    def relative_gradient(self, theta: Tensor) -> Tensor:
+        """θ ∘ the gradient at a positive θ: the slope in its logarithm."""
+        return theta * self.gradient(theta)
+
+    def factor_gradient(self, factor: Tensor) -> Tensor | None:
+        """Of a kernel of matrices: the derivative in L of θ = LLᵀ, on and below the diagonal; None if it has none."""
+        return None
+
     @abstractmethod
     def rescale(self, factor: Tensor) -> Self:
         """The kernel as a function of θ when the argument is factor · θ.
@@ -106,13 +135,13 @@ class Kernel(ABC):
             [function(c.expand(cells + c.shape[c.dim() - ndim :]), ndim) for c, ndim in pairs]
         )
 
-    def collect(self, function: CoefficientMap, at: Tensor, onto: Tensor) -> Self:
-        """Sum cells onto parameter entries with `function`, as `map` does.
+    def collect(self, scatter: Scatter, at: Tensor, onto: Tensor) -> Self:
+        """Sum cells onto parameter entries with `scatter`, as `map` does.
 
         `at` is the current θ at the cells, `onto` the current θ at the entries that the cells go to:
         a kernel with an origin is first moved there, so that offsets are equal before they are added.
         """
-        return self.map(function)
+        return self.map(scatter)
 
     def absorbed(self, other: Kernel) -> Kernel | None:
         """The sum with a kernel that does not know this form; None where this one does not know the other either."""

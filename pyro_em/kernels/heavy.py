@@ -21,7 +21,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from pyro_em.kernels.base import CoefficientMap, FlatKernel, IncompatibleKernels, Kernel
+from pyro_em.kernels.base import CoefficientMap, FlatKernel, IncompatibleKernels, Kernel, Scatter
 from pyro_em.kernels.quadratic import QuadraticKernel
 
 POLISH = 8  # Newton steps on the roots of the cubic
@@ -50,8 +50,8 @@ class HeavyKernel(Kernel):
     def map(self, function: CoefficientMap) -> Self:
         return dataclasses.replace(self, smooth=self.smooth.map(function))
 
-    def collect(self, function: CoefficientMap, at: Tensor, onto: Tensor) -> Self:
-        return dataclasses.replace(self, smooth=self.smooth.collect(function, at, onto))
+    def collect(self, scatter: Scatter, at: Tensor, onto: Tensor) -> Self:
+        return dataclasses.replace(self, smooth=self.smooth.collect(scatter, at, onto))
 
     def rescale(self, factor: Tensor) -> Self:
         raise IncompatibleKernels(f"A kernel of the form {self.form} is not rescaled. Maximise it numerically instead.")

@@ -10,6 +10,7 @@ and the form without cancellation is taken for either sign of a. Assumes B₊ �
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Self
 
 import torch
@@ -56,6 +57,14 @@ class PowerKernel(PositiveKernel):
             - times(self.falling, power.reciprocal())
         )
 
+    def relative_gradient(self, theta: Tensor) -> Tensor:
+        total, (rises, falls) = self.log_coefficient, self._terms
+        if rises:
+            total = total - self.exponent * _times_power(self.rising, theta, self.exponent)
+        if falls:
+            total = total + self.exponent * _times_power(self.falling, theta, -self.exponent)
+        return total
+
     def gradient(self, theta: Tensor) -> Tensor:
         q = self.exponent
         return (
@@ -71,11 +80,37 @@ class PowerKernel(PositiveKernel):
 
     def argmax(self) -> Tensor:
         a = self.log_coefficient / self.exponent
+        rises, falls = self._terms
+        if not rises:
+            return _power(self.falling / -a, 1 / self.exponent)
+        if not falls:
+            return _power(a / self.rising, 1 / self.exponent)
         # hypot: a² and B₊B₋ overflow and underflow long before their root does.
         root = torch.hypot(a, 2 * self.rising.sqrt() * self.falling.sqrt())
         downhill = torch.where(self.falling == 0, torch.zeros_like(root), 2 * self.falling / (root - a))
         x = torch.where(a > 0, (a + root) / (2 * self.rising), downhill)
         return torch.where(self.is_empty(), torch.nan, x ** (1 / self.exponent))
+
+    @cached_property
+    def _terms(self) -> tuple[bool, bool]:
+        """Whether B₊ and B₋ are there, as far as the sign of A lets the kernel do without: of a scale B₋ alone is, of a
+        rate B₊. Of a recording (tape/) that is a constant, where no prior brings the other."""
+        if self.is_scale:
+            return bool(self.rising.any()), True
+        return True, not self._is_rate or bool(self.falling.any())
+
+    @cached_property
+    def is_scale(self) -> bool:
+        """A < 0 everywhere, as of scales and variances."""
+        return bool((self.log_coefficient < 0).all())
+
+    @cached_property
+    def _is_rate(self) -> bool:
+        return bool((self.log_coefficient > 0).all())
+
+    @cached_property
+    def is_informed(self) -> bool:
+        return self.is_scale or self._is_rate or super().is_informed
 
     def is_empty(self) -> Tensor:
         return (self.log_coefficient == 0) & (self.rising == 0) & (self.falling == 0)
@@ -98,3 +133,19 @@ class PowerKernel(PositiveKernel):
         up, down = times(self.rising, scale), times(self.falling, scale.reciprocal())
         rising, falling = (up, down) if exponent > 0 else (down, up)
         return type(self)(exponent * self.log_coefficient, rising, falling, abs(exponent) * self.exponent)
+
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    """x^exponent, by cheaper functions where there are some."""
+    if exponent in (1, 2):
+        return x if exponent == 1 else x * x
+    return x.sqrt() if exponent == 0.5 else x**exponent
+
+
+def _times_power(coefficient: Tensor, theta: Tensor, exponent: float) -> Tensor:
+    """coefficient · θ^exponent at θ > 0, 0 where the coefficient is 0: factor by factor, of which none overflows."""
+    if abs(exponent) not in (1, 2):
+        return times(coefficient, theta**exponent)
+    for _ in range(int(abs(exponent))):
+        coefficient = coefficient * theta if exponent > 0 else coefficient / theta
+    return coefficient

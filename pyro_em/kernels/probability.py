@@ -10,6 +10,7 @@ has no maximum inside and counts as empty.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Self
 
 import torch
@@ -95,9 +96,22 @@ class SimplexKernel(Kernel):
     def gradient(self, theta: Tensor) -> Tensor:
         return times(self.counts, theta.reciprocal())
 
+    def relative_gradient(self, theta: Tensor) -> Tensor:
+        return self.counts
+
     def argmax(self) -> Tensor:
+        counts, total = self._clamped
+        return counts / total
+
+    @cached_property
+    def is_informed(self) -> bool:
+        return bool((self._clamped[1] > 0).all())
+
+    @cached_property
+    def _clamped(self) -> tuple[Tensor, Tensor]:
+        """A clamped at 0, and its sums over rows."""
         counts = self.counts.clamp(min=0)
-        return counts / counts.sum(-1, keepdim=True)
+        return counts, counts.sum(-1, keepdim=True)
 
     def is_empty(self) -> Tensor:
         return (self.counts <= 0).all(-1)

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from pyro_em import factors
 from pyro_em.kernels.base import Kernel
 
 
@@ -58,11 +60,22 @@ class WishartKernel(Kernel):
         return -self.log_coefficient * log_det - trace / 2
 
     def gradient(self, theta: Tensor) -> Tensor:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(theta))
+        inverse = torch.cholesky_inverse(factors.cholesky(theta))
         log_part = self.log_coefficient[..., None, None] * inverse
         if self.inverse:
             return log_part - self.matrix / 2
         return inverse @ self.matrix @ inverse / 2 - log_part
+
+    def factor_gradient(self, factor: Tensor) -> Tensor:
+        """Derivative in L of Σ = LLᵀ (or P = LLᵀ), of which the entries on and below the diagonal count.
+
+        With F = L⁻¹ it is Fᵀ(F B Fᵀ − 2A) in the covariance, 2A Fᵀ − B L in the precision.
+        """
+        inverse, twice = factors.inverse(factor), 2 * self.log_coefficient[..., None, None]
+        if self.inverse:
+            return twice * inverse.mT - self.matrix @ factor
+        identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+        return inverse.mT @ (inverse @ self.matrix @ inverse.mT - twice * identity)
 
     def argmax(self) -> Tensor:
         twice = 2 * self.log_coefficient[..., None, None]
@@ -73,6 +86,10 @@ class WishartKernel(Kernel):
         bounded = (failed == 0)[..., None, None]
         safe = torch.where(bounded, factor, torch.eye(factor.shape[-1]).to(factor))
         return torch.where(bounded, twice * torch.cholesky_inverse(safe), unbounded)
+
+    @cached_property
+    def is_informed(self) -> bool:
+        return bool((self.log_coefficient > 0).all()) or super().is_informed
 
     def is_empty(self) -> Tensor:
         return (self.log_coefficient == 0) & (self.matrix == 0).flatten(-2).all(-1)

@@ -122,8 +122,9 @@ class MStep:
 
     def closed_score(self, params: Params, sufficient: Sufficient) -> Tensor:
         """The part of `score` of the parameters in closed form, ()."""
-        slopes = [unit.slope(params, sufficient) for unit in self.units]
-        return torch.stack(slopes).amax() if slopes else torch.zeros((), dtype=torch.float64)
+        slopes = [unit.slope(params, sufficient).reshape(-1) for unit in self.units]
+        found = torch.cat(slopes) if slopes else torch.zeros(1, dtype=torch.float64)
+        return found.abs().amax() if found.numel() else found.new_zeros(())
 
     def closed_update(self, params: Params, sufficient: Sufficient) -> tuple[Params, set[str]]:
         """One round of conditional closed forms, and the parameters of which some entry saw no data."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.derivatives import pulled_back
-from pyro_em.families.base import IDENTITY, LOGIT, NORMALISED, SOFTMAX, Link
+from pyro_em.families.base import CHOLESKY, IDENTITY, LOGIT, NORMALISED, SOFTMAX, Link
 from pyro_em.kernels import (
     BetaKernel,
     DirichletKernel,
@@ -35,6 +35,7 @@ from pyro_em.kernels import (
     StudentKernel,
     WishartKernel,
 )
+from pyro_em.m_step.scatter import collected
 from pyro_em.model.recognise import VALUE, Use
 from pyro_em.model.trace import SiteRecord
 from pyro_em.statistics import SiteMoments
@@ -70,17 +71,23 @@ class Combined:
     exponential: bool
     rule: str
 
+    @property
+    def at_infinity(self) -> bool:
+        """Whether θ may be infinite: the logit or logarithm of a probability of 0."""
+        return self.exponential or self.link in (LOGIT, SOFTMAX)
+
     def canonical(self, theta: Tensor) -> Tensor:
         return theta.exp() if self.exponential else self.link.to_canonical(theta)
 
     def argmax(self, theta: Tensor) -> Tensor:
         """The maximiser, in the parameter's own coordinate; entries without information keep `theta`."""
         best = self.kernel.argmax()
-        empty = self.kernel.is_empty()
-        empty = empty.reshape(empty.shape + (1,) * self.kernel.event_dim)
-        best = torch.where(empty, self.canonical(theta), best)
+        if not self.kernel.is_informed:
+            empty = self.kernel.is_empty()
+            empty = empty.reshape(empty.shape + (1,) * self.kernel.event_dim)
+            best = torch.where(empty, self.canonical(theta), best)
         best = best.log() if self.exponential else self.link.from_canonical(best)
-        if self.exponential or self.link in (LOGIT, SOFTMAX):
+        if self.at_infinity:
             # A probability of exactly 0 has logit -inf; the nearest finite one has the same density.
             limit = -math.log(torch.finfo(theta.dtype).tiny)
             best = best.clamp(-limit, limit)
@@ -90,6 +97,9 @@ class Combined:
         """∂Q/∂θ at `theta`, other parameters fixed."""
         if self.link is IDENTITY and not self.exponential:
             return self.kernel.gradient(theta)
+        known = self.kernel.factor_gradient(theta) if self.link is CHOLESKY else None
+        if known is not None:
+            return known
         leaf = theta.detach().requires_grad_(True)
         with torch.enable_grad():
             canonical = self.canonical(leaf)
@@ -97,6 +107,16 @@ class Combined:
             (gradient,) = pulled_back([canonical], [leaf], [outer])
         assert gradient is not None
         return gradient
+
+    def relative_gradient(self, theta: Tensor) -> Tensor:
+        """θ ∘ ∂Q/∂θ."""
+        if self.link is IDENTITY and not self.exponential:
+            return self.kernel.relative_gradient(theta)
+        return theta * self.gradient(theta)
+
+    def factor_gradient(self, factor: Tensor) -> Tensor | None:
+        """∂Q/∂L at the Cholesky factor L of a matrix θ, if it is known without that in θ."""
+        return self.kernel.factor_gradient(factor) if self.link is IDENTITY and not self.exponential else None
 
 
 def combine(
@@ -131,7 +151,7 @@ def combine(
             link, exponential = piece.link, use.exponential
         coordinate = theta.exp() if use.exponential else piece.link.to_canonical(theta)
         try:
-            total = total + _collect(piece, use, coordinate)
+            total = total + collected(piece.kernel, piece.index, use, coordinate)
         except IncompatibleKernels as error:
             raise NotClosed(str(error)) from error
         label = _label(use, sites[use.site])
@@ -212,73 +232,3 @@ def _transform(kernel: Kernel, use: Use, coefficient: Tensor | None) -> Kernel:
     elif kernel.event_dim == 1:
         raise NotClosed(f"{use.site}.{use.slot}: scaled entries of a vector")
     return kernel.rescale(coefficient)
-
-
-def _collect(piece: _Piece, use: Use, coordinate: Tensor) -> Kernel:
-    """Scatter a kernel over cells onto the entries of the parameter (in its canonical coordinate)."""
-    kernel = piece.kernel
-    if isinstance(kernel, FlatKernel):
-        return kernel
-    split = coordinate.dim() - kernel.event_dim
-    lead, event = coordinate.shape[:split], coordinate.shape[split:]
-    entries = coordinate.reshape(-1, *event)
-    key = (kernel.event_dim, piece.index.shape)
-    if key not in use.plans:
-        use.plans[key] = _scatter_plan(piece.index, event, kernel.event_dim, use, entries.shape[0])
-    plan = use.plans[key]
-
-    def scatter(coefficient: Tensor, own_event: int) -> Tensor:
-        cells = coefficient.shape[: coefficient.dim() - own_event]
-        tail = coefficient.shape[coefficient.dim() - own_event :]
-        rank = max(len(cells), plan.rows.dim())
-        if len(cells) < rank:
-            coefficient = coefficient.reshape((1,) * (rank - len(cells)) + tuple(coefficient.shape))
-        target = (1,) * (rank - plan.rows.dim()) + tuple(plan.rows.shape)
-        gone = [i for i in range(rank) if target[i] == 1 and coefficient.shape[i] > 1]
-        if gone:
-            coefficient = coefficient.sum(gone, keepdim=True)
-        coefficient = coefficient.expand(target + tuple(tail))
-        if plan.identity:
-            return coefficient.reshape((*lead, *tail))
-        result = coefficient.new_zeros((entries.shape[0], *tail))
-        result.index_add_(0, plan.kept_rows, coefficient.reshape(-1, *tail).index_select(0, plan.kept))
-        return result.reshape((*lead, *tail))
-
-    at = coordinate.reshape(plan.rows.shape + event) if plan.identity else entries[plan.rows.clamp(min=0)]
-    return kernel.collect(scatter, at, coordinate)
-
-
-@dataclass(frozen=True)
-class _ScatterPlan:
-    """Rows that the cells of one use go to; computed once, since it depends on the index alone."""
-
-    rows: Tensor
-    kept: Tensor
-    kept_rows: Tensor
-    identity: bool
-
-
-def _scatter_plan(index: Tensor, event: torch.Size, event_dim: int, use: Use, count: int) -> _ScatterPlan:
-    rows = _row_index(index, event, event_dim, use)
-    flat = rows.reshape(-1)
-    kept = (flat >= 0).nonzero().squeeze(-1)
-    identity = flat.numel() == count and torch.equal(flat, torch.arange(count))
-    return _ScatterPlan(rows, kept, flat[kept], identity)
-
-
-def _row_index(index: Tensor, event: torch.Size, event_dim: int, use: Use) -> Tensor:
-    """Number of the row (vector, matrix) of the parameter that each cell takes whole, -1 for none."""
-    if event_dim == 0:
-        return index
-    where = f"{use.site}.{use.slot}"
-    if index.shape[index.dim() - event_dim :] != event:
-        raise NotClosed(f"{where}: it takes parts of the parameter's last dims")
-    numel = event.numel()
-    flat = index.reshape(*index.shape[: index.dim() - event_dim], numel)
-    rows = torch.div(flat[..., 0], numel, rounding_mode="floor")
-    rows = torch.where(flat[..., 0] < 0, torch.full_like(rows, -1), rows)
-    whole = rows.unsqueeze(-1) * numel + torch.arange(numel)
-    whole = torch.where(rows.unsqueeze(-1) < 0, torch.full_like(whole, -1), whole)
-    if not torch.equal(whole, flat):
-        raise NotClosed(f"{where}: it mixes entries of different rows of the parameter")
-    return rows

@@ -119,14 +119,16 @@ def _check_matrices(site: str, combined: Combined, spread: Tensor | None) -> Non
     covariance = kernel.argmax() if not kernel.inverse else kernel.inverted().argmax()
     if spread is None:
         return
-    root = spread.clamp(min=torch.finfo(torch.float64).tiny).sqrt()
-    scaled = covariance / (root.unsqueeze(-1) * root)
-    identity = torch.eye(scaled.shape[-1]).to(scaled)
-    scaled = torch.where(kernel.is_empty()[..., None, None], identity, scaled)
-    # A factorisation of S - c·I exists where the smallest eigenvalue is above c; it takes a third of the time.
-    _, failed = torch.linalg.cholesky_ex(scaled - COLLAPSED * identity)
-    if bool((failed != 0).any()):
-        smallest = torch.linalg.eigvalsh(torch.nan_to_num(scaled))
+    spread = spread.clamp(min=torch.finfo(torch.float64).tiny)
+    if not kernel.is_informed:
+        unit = torch.diag_embed(spread.expand(covariance.shape[-1])).to(covariance)
+        covariance = torch.where(kernel.is_empty()[..., None, None], unit, covariance)
+    # In units of the spread the smallest eigenvalue is above c where Σ - c·spread can be factorised; it takes a third
+    # of the time.
+    _, failed = torch.linalg.cholesky_ex(covariance - COLLAPSED * spread.expand(covariance.shape[-1]).diag_embed())
+    if bool(failed.any()):
+        root = spread.sqrt()
+        smallest = torch.linalg.eigvalsh(torch.nan_to_num(covariance / (root.unsqueeze(-1) * root)))
         raise DegenerateLikelihoodError(
             site,
             _component(failed != 0),
@@ -143,10 +145,11 @@ def _check_scales(site: str, kernel: PowerKernel, spread: Tensor | None) -> None
         raise InputError(f"Site '{site}': all data are equal, so that its scale has no maximum-likelihood estimate.")
     theta = kernel.argmax()
     # falling power: θ^q is a variance for q = 2 (scale), 1 (variance); rising: a precision.
-    variance_like = bool((kernel.log_coefficient < 0).any())
+    variance_like = kernel.is_scale or bool((kernel.log_coefficient < 0).any())
     size = theta**kernel.exponent if variance_like else 1 / theta**kernel.exponent
-    bad = ~(size > COLLAPSED * spread.min()) & ~kernel.is_empty()
-    if bool(bad.any()):
+    large = size > COLLAPSED * spread.min()
+    bad = ~large & ~kernel.is_empty()
+    if not bool(large.all()) and bool(bad.any()):
         raise DegenerateLikelihoodError(
             site,
             _component(bad),

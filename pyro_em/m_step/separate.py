@@ -11,7 +11,7 @@ from pyro_em.m_step.closed import Combined, combine
 from pyro_em.m_step.degenerate import check_update, spread_of
 from pyro_em.model.use import VALUE, Use
 from pyro_em.problem import Problem
-from pyro_em.slopes import largest_slope
+from pyro_em.slopes import free_slopes
 from pyro_em.sufficient import Sufficient
 from pyro_em.types import Params
 
@@ -28,6 +28,7 @@ class Separate:
     def combined(self, theta: Tensor, sufficient: Sufficient) -> Combined:
         """Total kernel; the one made for the score serves the update if nothing changed since.
 
+        :param theta: current value, float64.
         :raises NotClosed: with the reason.
         """
         uses = sufficient.uses(self.name, self.uses)
@@ -38,22 +39,21 @@ class Separate:
             return found
         needed = {u.site for u in uses if u.index is not None and u.slot != VALUE}
         moments = {site: sufficient.moments(site) for site in needed}
-        total = combine(uses, theta.detach().double(), sufficient.sites, moments, sufficient.arguments)
+        total = combine(uses, theta, sufficient.sites, moments, sufficient.arguments)
         sufficient.kernels[self.name] = (version, total)
         return total
 
     def slope(self, params: Params, sufficient: Sufficient) -> Tensor:
-        """max|∂Q/∂u|, ()."""
+        """∂Q/∂u, 0 in entries that are not free; any shape."""
         theta = params[self.name].detach().double()
-        gradient = self.combined(theta, sufficient).gradient(theta)
-        return largest_slope(self.problem.parameters[self.name].constraint, theta, gradient)
+        return free_slopes(self.problem.parameters[self.name].constraint, theta, self.combined(theta, sufficient))
 
     def update(self, params: Params, sufficient: Sufficient) -> tuple[Params, set[str]]:
         """The argmax, at the nearest bound if the constraint has one."""
         theta = params[self.name].detach().double()
         combined = self.combined(theta, sufficient)
         kernel, uses = combined.kernel, sufficient.uses(self.name, self.uses)
-        empty = not isinstance(kernel, FlatKernel) and bool(kernel.is_empty().any())
+        empty = not isinstance(kernel, FlatKernel) and not kernel.is_informed
         spread = partial(self._spread_of, sufficient)
         best = check_update(self.problem, self.name, uses, combined, combined.argmax(theta), spread)
         moved = {**params, self.name: best.to(params[self.name].dtype)}

@@ -32,7 +32,7 @@ class Unit(Protocol):
         ...
 
     def slope(self, params: Params, sufficient: Sufficient) -> Tensor:
-        """max|∂Q/∂u| over its parameters' free coordinates, ()."""
+        """∂Q/∂u over its parameters' free coordinates, 0 in other entries, or max|∂Q/∂u|; any shape."""
         ...
 
     def update(self, params: Params, sufficient: Sufficient) -> tuple[Params, set[str]]:

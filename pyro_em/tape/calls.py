@@ -29,6 +29,21 @@ def bound(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     return partial(function, *args, **kwargs)
 
 
+Writer = Callable[[Sequence[Any], Sequence[Any]], Call]
+OWN: dict[Any, Writer] = {}  # by operation
+
+
+def written_by(operation: Any) -> Callable[[Writer], Writer]:
+    """Of an operation that the package has registered with torch: its arguments and the memory of its results, as
+    arrays, as a call that does the same. Replays then go past torch's dispatcher."""
+
+    def noted(writer: Writer) -> Writer:
+        OWN[operation] = writer
+        return writer
+
+    return noted
+
+
 def _one(function: Callable[..., Any], a: Any, out: Any) -> Call:
     return lambda: function(a, out=out)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_em.tape.calls import Call, all_are, all_finite, bound, copied, guard
+from pyro_em.tape.calls import OWN, Call, all_are, all_finite, bound, copied, guard
 from pyro_em.tape.emit import BINARY, MOST_CELLS, PICKS, WITH_OUT, exactly_copied, numpy_call
 from pyro_em.tape.listing import Listing, Step, Variable
 from pyro_em.tape.record import READ, aten, each
@@ -92,6 +92,9 @@ class Layout:
             self.calls.append(bound(step.call._op, args, kwargs))
             return
         places = [self._place(target) for target in step.targets if target is not None]
+        if step.call in OWN and _on_cpu(args):
+            self.calls.append(OWN[step.call]([self._array(x) for x in step.args], [self._array(x) for x in places]))
+            return
         if self._write_numpy(step, places):
             return
         out = places[0] if step.single else tuple(places)
