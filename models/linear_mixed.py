@@ -2,13 +2,14 @@
 
     y_n = x_n·β + z_n·b_{g(n)} + ε_n,    b_g ~ N(0, D),    ε_n ~ N(0, σ²)
 
-    model      random intercepts                                      lme4: y ~ 1 + (1 | group)
-    slopes     correlated random intercepts and slopes                y ~ x + (x | group)
-    crossed    two grouping factors, any combination of groups        y ~ 1 + (1 | first) + (1 | second)
-    nested     groups within groups: `outer` (J,) is that of each     y ~ 1 + (1 | outer / inner)
+    model           random intercepts                                   lme4: y ~ 1 + (1 | group)
+    slopes          correlated random intercepts and slopes             y ~ x + (x | group)
+    crossed         two grouping factors, any combination of groups     y ~ 1 + (1 | first) + (1 | second)
+    crossed_slopes  the same, with slopes of the first factor           y ~ x + (x | first) + (1 | second)
+    nested          groups within groups: `outer` (J,) is that of each  y ~ 1 + (1 | outer / inner)
 
 Rows read their group's effect by its number (`b[group]`), as everywhere in Pyro. Given the parameters all effects
-are jointly normal: independent between groups, except that `crossed` and `nested` couple them.
+are jointly normal: independent between groups, except that crossed and nested factors couple them.
 
 Data: yield of dyestuff batches (`load`), reaction times of sleep-deprived subjects (`load_sleepstudy`), diameters of
 the penicillin assay (`load_penicillin`); see data/README.md.
@@ -86,6 +87,17 @@ def simulate_crossed(num_first: int = 12, num_second: int = 5, *, seed: int = 0)
     return first, second, a[first] + c[second] + 0.5 * torch.randn(len(first), generator=generator, dtype=torch.float64)
 
 
+def simulate_crossed_slopes(
+    num_first: int = 12, num_second: int = 5, *, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `simulate_crossed`, with slopes around ½ of standard deviation 0.4: x, first, second, y, (N,) each."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    first, second, y = simulate_crossed(num_first, num_second, seed=seed)
+    x = torch.randn(len(y), generator=generator, dtype=torch.float64)
+    slope = 0.5 + 0.4 * torch.randn(num_first, generator=generator, dtype=torch.float64)
+    return x, first, second, y + slope[first] * x
+
+
 def simulate_nested(
     num_outer: int = 8, num_inner: int = 4, num_rows: int = 160, *, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,8 +127,8 @@ def model(group: Tensor, y: Tensor) -> None:
         pyro.sample("y", dist.Normal(mean + b[group], within), obs=y)
 
 
-def slopes(x: Tensor, group: Tensor, y: Tensor) -> None:
-    """Random intercepts and slopes with any covariance D; start: the regression that ignores the groups."""
+def _line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients, and the covariance of random ones; start: the regression that ignores the groups."""
     design = torch.stack([torch.ones_like(x), x], -1)
     beta = pyro.param("beta", lambda: torch.linalg.lstsq(design, y).solution.round(decimals=6))
     D = pyro.param(
@@ -124,6 +136,12 @@ def slopes(x: Tensor, group: Tensor, y: Tensor) -> None:
         lambda: torch.diag(_start(y) ** 2 / torch.stack([torch.ones_like(x), x]).square().mean(-1)),
         constraint=constraints.positive_definite,
     )
+    return beta, D
+
+
+def slopes(x: Tensor, group: Tensor, y: Tensor) -> None:
+    """Random intercepts and slopes with any covariance D."""
+    beta, D = _line(x, y)
     within = pyro.param("within", lambda: _start(y), constraint=positive)
     with pyro.plate("groups", int(group.max()) + 1):
         b = pyro.sample("b", dist.MultivariateNormal(torch.zeros(2).to(y), D))
@@ -142,6 +160,20 @@ def crossed(first: Tensor, second: Tensor, y: Tensor) -> None:
         c = pyro.sample("c", dist.Normal(torch.zeros_like(mean), scales[1]))
     with pyro.plate("rows", len(y)):
         pyro.sample("y", dist.Normal(mean + a[first] + c[second], scales[2]), obs=y)
+
+
+def crossed_slopes(x: Tensor, first: Tensor, second: Tensor, y: Tensor) -> None:
+    """Two grouping factors, the first of which has slopes too (subjects and items)."""
+    beta, D = _line(x, y)
+    between = pyro.param("between", lambda: _start(y), constraint=positive)
+    within = pyro.param("within", lambda: _start(y), constraint=positive)
+    with pyro.plate("first_groups", int(first.max()) + 1):
+        b = pyro.sample("b", dist.MultivariateNormal(torch.zeros(2).to(y), D))
+    with pyro.plate("second_groups", int(second.max()) + 1):
+        c = pyro.sample("c", dist.Normal(torch.zeros_like(between), between))
+    with pyro.plate("rows", len(y)):
+        own = beta + b[first]
+        pyro.sample("y", dist.Normal(own[..., 0] + own[..., 1] * x + c[second], within), obs=y)
 
 
 def nested(outer: Tensor, inner: Tensor, y: Tensor) -> None:

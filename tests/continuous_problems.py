@@ -69,6 +69,7 @@ LATENT_ROWS = {
     "random_slopes": _every,
     "random_intercepts": _columns,
     "crossed": _every,
+    "subjects_and_items": _every,
     "eight_schools": _every,
     "common_shock": _first,
     "path_model": _first,

@@ -43,6 +43,7 @@ def _build() -> list[LatentProblem]:
     wide = _t(1.0 + 1.5 * rng.normal(size=6) + 0.7 * rng.normal(size=(3, 6)))
     row, column = torch.as_tensor(rng.integers(0, 6, 30)), torch.as_tensor(rng.integers(0, 4, 30))
     cells = _t(1.0 + rng.normal(size=6)[row] + 0.8 * rng.normal(size=4)[column] + 0.5 * rng.normal(size=30))
+    of_class, school = torch.as_tensor(np.arange(26) % 7), torch.as_tensor([0, 0, 1, 1, 1, 2, 2])
     pupils = _t(rng.normal(size=(1, 1, 3)) + 0.6 * rng.normal(size=(1, 2, 3)) + 0.4 * rng.normal(size=(4, 2, 3)) + 1.0)
     schools, sigma = _t([28, 8, -3, 7, -1, 1, 18, 12]), _t([15, 10, 16, 11, 9, 11, 10, 18])
     pairs = _t(rng.normal(size=(9, 2)) + 0.4)
@@ -76,6 +77,11 @@ def _build() -> list[LatentProblem]:
         P("crossed", z.crossed, (row, column, cells), {"mu": _t(0.5), "sa": _t(0.8), "sc": _t(1.1), "sd": _t(0.7)}),
         P("nested", z.nested, (pupils,),
           {"mu": _t(0.5), "school_sd": one, "class_sd": _t(0.7), "sd": _t(0.6)}),
+        P("subjects_and_items", z.subjects_and_items, (cells.flip(0), row, column, torch.arange(30) % 3, cells),
+          {"beta": _t([0.3, 0.1]), "loading": _t(0.4), "item_sd": _t(0.8),
+           "site_sd": _t(0.5), "sd": _t(0.7)}, attained=False),
+        P("pupils_in_classes", z.pupils_in_classes, (school, _t([3, 4, 2, 5, 3, 4, 6]), of_class, cells[:26]),
+          {"mu": _t(0.5), "slope": _t(0.1), "school_sd": one, "class_sd": _t(0.7), "sd": _t(0.6)}, attained=False),
         P("eight_schools", z.eight_schools, (schools, sigma), school_start, attained=False),
         P("eight_schools_event", z.eight_schools_event, (schools, sigma), school_start, attained=False),
         P("common_shock", z.common_shock, (pairs,), {"tau": _t(0.8), "sd": _t(0.9)}),

@@ -20,10 +20,9 @@ from pyro_em.m_step.linear import Linear
 from pyro_em.problem import Problem, bind
 from tests.latent_problems import BY_NAME, LATENT_PROBLEMS, LatentProblem
 
-COUPLED = {"crossed", "nested", "common_shock"}
 DISCRETE = {"mixture_of_groups"}
 IN_STATES = {"mixture_of_factors", "latent_first"}  # an engine of their own: test_pooled_states.py
-POOLED = [p for p in LATENT_PROBLEMS if p.name not in COUPLED | DISCRETE | IN_STATES]
+POOLED = [p for p in LATENT_PROBLEMS if p.name not in DISCRETE | IN_STATES]
 
 
 def _bound(problem: LatentProblem) -> tuple[Problem, MStep]:
@@ -77,6 +76,7 @@ def test_blocks_are_those_of_the_whole_system(problem: LatentProblem) -> None:
     [
         ("factor_analysis", 0, {"b": [1.0] * 4}, 1e-10),
         ("random_slopes", 2, {"beta": [1.0, 0.0]}, 1e-10),
+        ("crossed", 2, {"mu": [1.0]}, 1e-10),
         ("repeated_vectors", 3, {"effect": [1.0] * 3}, 1e-9),  # its rounds end in steps at the reference's atoms
     ],
 )
@@ -89,7 +89,19 @@ def test_data_far_from_zero_keep_their_digits(
     _same(replace(problem, args=args, init=init), rtol=rtol)
 
 
-@pytest.mark.parametrize("name", ["factor_analysis", "random_slopes", "random_intercepts", "eight_schools", "matches"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "factor_analysis",
+        "random_slopes",
+        "random_intercepts",
+        "eight_schools",
+        "matches",
+        "crossed",
+        "nested",
+        "subjects_and_items",
+    ],
+)
 @pytest.mark.filterwarnings("ignore::pyro_em.BoundaryEstimate")
 def test_updates_are_recorded(name: str) -> None:
     """After the warm-up the tape replays what the engine does: the same fit, whichever way."""
@@ -111,13 +123,12 @@ def test_restarts_share_the_pooled_rows() -> None:
     assert result.restarts[0][0] == pytest.approx(alone.log_likelihood, rel=1e-13)
 
 
-@pytest.mark.parametrize("name", sorted(COUPLED | DISCRETE))
+@pytest.mark.parametrize("name", sorted(DISCRETE))
 def test_the_plan_says_why_not(name: str) -> None:
     problem = BY_NAME[name]
     engine = pyro_em.plan(problem.model, *problem.args).engine
     assert engine.startswith("interpreted (Gaussian latents; ")
-    reason = {"crossed": "crossing or nested", "nested": "crossing or nested", "common_shock": "crossing or nested"}
-    assert reason.get(name, "loadings") in engine
+    assert "loadings" in engine
 
 
 def test_groups_of_equal_design_are_one_class() -> None:

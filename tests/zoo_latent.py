@@ -103,6 +103,36 @@ def crossed(row: Tensor, column: Tensor, y: Tensor) -> None:
         pyro.sample("y", dist.Normal(mu + a[row] + c[column], scales[2]), obs=y)
 
 
+def subjects_and_items(x: Tensor, subject: Tensor, item: Tensor, site: Tensor, y: Tensor) -> None:
+    """Intercepts and slopes of subjects, two latents of items, intercepts of sites: all crossed."""
+    beta, loading = pyro.param("beta", torch.zeros(2)), pyro.param("loading", torch.tensor(0.5))
+    D = torch.tensor([[1.0, 0.2], [0.2, 0.8]])
+    scales = [pyro.param(n, torch.tensor(1.0), constraint=positive) for n in ("item_sd", "site_sd", "sd")]
+    with pyro.plate("subjects", int(subject.max()) + 1):
+        b = pyro.sample("b", dist.MultivariateNormal(beta, D))
+    with pyro.plate("items", int(item.max()) + 1):
+        easy = pyro.sample("easy", dist.Normal(0.0, scales[0]))
+        quick = pyro.sample("quick", dist.Normal(0.3 * easy, 1.0))
+    with pyro.plate("sites", int(site.max()) + 1):
+        place = pyro.sample("place", dist.Normal(0.0, scales[1]))
+    with pyro.plate("rows", len(y)):
+        own, more = b[..., subject, :], easy[..., item] + loading * quick[..., item] * x
+        location = own[..., 0] + own[..., 1] * x + more + place[..., site]
+        pyro.sample("y", dist.Normal(location, scales[2]), obs=y)
+
+
+def pupils_in_classes(school: Tensor, size: Tensor, of_class: Tensor, y: Tensor) -> None:
+    """Nested by index codes: the school of every class, the class of every pupil; covariates of classes."""
+    mu, slope = pyro.param("mu", torch.tensor(0.0)), pyro.param("slope", torch.tensor(0.0))
+    scales = [pyro.param(n, torch.tensor(1.0), constraint=positive) for n in ("school_sd", "class_sd", "sd")]
+    with pyro.plate("schools", int(school.max()) + 1):
+        a = pyro.sample("a", dist.Normal(mu, scales[0]))
+    with pyro.plate("classes", len(school)):
+        c = pyro.sample("c", dist.Normal(a[..., school] + slope * size, scales[1]))
+    with pyro.plate("pupils", len(y)):
+        pyro.sample("y", dist.Normal(c[..., of_class], scales[2]), obs=y)
+
+
 def nested(y: Tensor) -> None:
     """Schools, classes in schools, pupils in classes: y (pupils, classes, schools)."""
     mu = pyro.param("mu", torch.tensor(0.0))

@@ -23,14 +23,18 @@ import torch
 from torch import Tensor
 
 from pyro_em.e_step.base import Expectation, NotCompiled, Stage
+from pyro_em.e_step.coupled_location import CoupledLocation
+from pyro_em.e_step.coupled_posterior import coupled_posterior
+from pyro_em.e_step.coupled_sets import CoupledSet, coupled_set
 from pyro_em.e_step.interpreted import expectation, from_totals
 from pyro_em.e_step.outside import Outside
 from pyro_em.e_step.pooled_location import PooledLocation, PooledSite
 from pyro_em.e_step.pooled_posterior import Whitener, posterior, whitener
-from pyro_em.e_step.pooled_sets import pooled_sets
+from pyro_em.e_step.pooled_sets import PooledSet, at_units, pooled_routes, pooled_set
 from pyro_em.e_step.vanishing import vanishing
 from pyro_em.errors import NonFiniteError
 from pyro_em.m_step.location import Location, total_moments
+from pyro_em.model.trace import Run
 from pyro_em.problem import Problem
 from pyro_em.statistics import Posteriors, SiteMoments
 from pyro_em.sufficient import Arguments, Sufficient, raw_arguments
@@ -45,10 +49,18 @@ class Pooled:
     compact = True
 
     def __init__(self, problem: Problem) -> None:
-        self.sets, self.run = pooled_sets(problem)
+        self.sets, self.run = _sets(problem)
         self.problem = problem
         self.start: Arguments = raw_arguments(self.run.sites)
-        self.place = {site.site.name: (i, site) for i, own in enumerate(self.sets) for site in own.sites}
+        self.place: dict[str, tuple[int, PooledSite]] = {}  # where a site's rows or atoms are among those of `core`
+        self.coupled = {s.site.name for own in self.sets if isinstance(own, CoupledSet) for s in own.sites}
+        begin = 0
+        for own in self.sets:
+            coupled = isinstance(own, CoupledSet)  # each of its sites has rows of its own
+            for site in own.sites:
+                self.place[site.site.name] = (begin, site)
+                begin += 1 if coupled else 0
+            begin += 0 if coupled else 1
         self._outside = Outside(problem, self.run)
         elsewhere = [use for own in problem.uses.values() for use in own if use.site not in self.place]
         for use in elsewhere:
@@ -56,12 +68,7 @@ class Pooled:
                 raise NotCompiled(f"the arguments of '{use.site}' are not recognised")
         self._predictors = {(use.site, use.slot): use.predictor for use in elsewhere if use.predictor is not None}
         self._totals = {n: self._total(own) for n, (_, own) in self.place.items() if not own.site.latent}
-        classes = sum(len(own.classes.weight) for own in self.sets)
-        columns = sum(own.classes.ones.numel() for own in self.sets)
-        self.reason = (
-            f"Gaussian latents: moments of the rows formed once, {classes} class{'es' if classes > 1 else ''} of equal "
-            f"designs with {columns} pseudo-elements in all; no row is read again"
-        )
+        self.reason = f"Gaussian latents: {'; '.join(own.text for own in self.sets)}"
 
     def _total(self, own: PooledSite) -> SiteMoments:
         return total_moments(self.run.sites[own.site.name], own.vector)
@@ -118,25 +125,33 @@ class Pooled:
 
     def _core(self, stage: Stage) -> tuple[Tensor, ...]:
         tensors = iter(stage.tensors)
-        found, totals = [], []
+        found: list[Tensor] = []
+        totals = []
         for own in self.sets:
             noise = [(next(tensors), Whitener(next(tensors), next(tensors))) for _ in own.sites]
-            zeta, likelihood, magnitude = posterior(own, noise)
-            found.append(zeta)
+            if isinstance(own, CoupledSet):
+                rows, likelihood, magnitude = coupled_posterior(own, noise)
+                found += rows
+            else:
+                zeta, likelihood, magnitude = posterior(own, noise)
+                found.append(zeta)
             totals.append(torch.stack([likelihood, magnitude]))
         return (*found, torch.stack(totals).sum(0))
 
     def after(self, params: Params, sums: Sequence[Tensor]) -> tuple[Tensor, Sufficient]:
         """log p(x|θ), log p(θ) and its magnitude as a tensor (3,), and the statistics behind them."""
-        *zetas, evidence = sums
+        *found, evidence = sums
         sufficient = self._arguments(params)
         made: dict[str, PooledLocation] = {}
 
         def location(name: str) -> PooledLocation:
             if name not in made:
-                i, site = self.place[name]
+                at, site = self.place[name]
                 C = site.form.coefficients(params)
-                made[name] = PooledLocation(site, C, zetas[i], sufficient, self._totals.get(name))
+                if name in self.coupled:
+                    made[name] = CoupledLocation(site, C, found[at], sufficient, self._totals.get(name))
+                else:
+                    made[name] = PooledLocation(site, C, site.rows(found[at]), sufficient, self._totals.get(name))
             return made[name]
 
         def moments_of(name: str, arguments: dict[str, Tensor]) -> SiteMoments:
@@ -162,6 +177,19 @@ class Pooled:
 
     def _never(self, name: str, arguments: dict[str, Tensor]) -> SiteMoments:
         raise AssertionError(f"moments of '{name}' were asked for before the E-step")
+
+
+def _sets(problem: Problem) -> tuple[list[PooledSet | CoupledSet], Run]:
+    """The sets of a problem, and a run of the model with all latents at 0."""
+    routes = pooled_routes(problem)
+    plain, run = at_units(problem, routes)
+    components = {c.symbols: c for c in problem.graph.components}
+    sets: list[PooledSet | CoupledSet] = []
+    for route in routes:
+        component = components[frozenset({route.latents.symbol})]
+        made = coupled_set if route.geometry.num_b else pooled_set
+        sets.append(made(problem, route, component, plain, run))
+    return sets, plain
 
 
 def compile_pooled(problem: Problem) -> Pooled:

@@ -67,7 +67,7 @@ def pool(sites: Sequence[Rows], weight: Tensor) -> Classes:
         raise NotCompiled("no element has data")
     designs, tops, lefts, counts = [], [], [], []
     for rows in sites:
-        design, top, left, count = _reduced(rows, weight)
+        design, top, left, count = reduced(rows, weight)
         designs.append(design[kept])
         tops.append(top[kept])
         lefts.append(left)
@@ -86,7 +86,7 @@ def pool(sites: Sequence[Rows], weight: Tensor) -> Classes:
     return Classes(pseudo[:, 0], total, tuple(found))
 
 
-def _reduced(rows: Rows, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def reduced(rows: Rows, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """R_g (G, V₁, V₁) and QᵀX (G, V₁, V₀ + P) of every element, rows left over, and the weighted number of rows."""
     size, num, width = len(weight), rows.shared.shape[1], rows.data.shape[1]
     heavy = weight[rows.element] > 0

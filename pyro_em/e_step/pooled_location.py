@@ -78,8 +78,12 @@ class PooledSite:
             self._pairs[key] = _pairs(self.form, starts, size, self.cells, self.vector)
         return self._pairs[key]
 
-    def regressors(self, zeta: Tensor) -> Tensor:
-        """G (R, q) at values ζ (U, K + 1, c), of which the first have data; the rows left over come last."""
+    def rows(self, zeta: Tensor) -> tuple[Tensor, Tensor | None]:
+        """G (R, q) and Y (R, P) at the atoms ζ (U, K + 1, c + K), of which the last K hold the spread."""
+        return self._regressors(zeta), self._values(zeta.shape[2])
+
+    def _regressors(self, zeta: Tensor) -> Tensor:
+        """The first atoms have data; the rows left over come last."""
         found = torch.einsum("umv,ujc->umcvj", self.pooled.design, zeta).flatten(-2)
         if self.alone:
             alone = self.padded(self.pooled.data[:, :, : self.alone], zeta.shape[2])
@@ -90,8 +94,8 @@ class PooledSite:
         left = torch.nn.functional.pad(self.pooled.left[:, : self.alone], (found.shape[1] - self.alone, 0))
         return torch.cat([found, left])
 
-    def data(self, count: int) -> Tensor | None:
-        """Y (R, P), zero where the posterior spreads."""
+    def _values(self, count: int) -> Tensor | None:
+        """Zero where the posterior spreads."""
         if not self.has_data:
             return None
         found = self.padded(self.pooled.data[:, :, self.alone :], count).transpose(-1, -2).flatten(0, -2)
@@ -144,21 +148,23 @@ def per_cell(x: Tensor, site: SiteRecord) -> Tensor:
 
 
 class PooledLocation(Location):
-    """One site at the atoms of one E-step: `zeta` (U, K + 1, c + K), of which the last K hold the spread."""
+    """One site at the atoms of one E-step."""
 
     def __init__(
         self,
         own: PooledSite,
         C: Tensor,
-        zeta: Tensor,
+        rows: tuple[Tensor, Tensor | None],
         sufficient: Sufficient,
         total: SiteMoments | None,
         state: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict,
     ) -> None:
-        """`state` picks from the site's arguments those of one state of a discrete latent."""
+        """`rows` are those of `PooledSite.rows`; `state` picks from the arguments those of one state of a discrete
+        latent.
+        """
         self.own, self.sufficient, self.total, self._state = own, sufficient, total, state
         self.C = self._start = C
-        self._regressors, self._data = own.regressors(zeta), own.data(zeta.shape[2])
+        self._regressors, self._data = rows
         self._block: Pairs | None = None
         self._size = 0
         self.delta = torch.zeros(0, dtype=torch.float64)

@@ -104,7 +104,7 @@ class _Solved:
 
 def _solve(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> _Solved:
     classes, size = own.classes, own.size
-    parts = [_residual(site, C, classes.ones, size) for site, (C, _) in zip(own.sites, noise, strict=True)]
+    parts = [residual(site, C, classes.ones, size) for site, (C, _) in zip(own.sites, noise, strict=True)]
     latent = [i for i, site in enumerate(own.sites) if site.site.latent]
     # Every latent's own site says what it is made of, unless its rows are told apart (a row that reads two elements).
     spherical = sum(own.sites[i].shared * own.sites[i].cells for i in latent) == size
@@ -140,17 +140,17 @@ def _solve(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> _Solved:
             "definite. A scale has become infinite or 0, or the data are not finite.",
         )
     mean = -torch.cholesky_solve(T.mT @ d, lower)
-    residual = d + T @ mean
-    slope = T.mT @ residual if basis is None else T.mT @ residual + mean
+    at_mean = d + T @ mean
+    slope = T.mT @ at_mean if basis is None else T.mT @ at_mean + mean
     step = -torch.cholesky_solve(slope, lower)  # mends the rounding of the first solve
-    mean, residual = mean + step, residual + T @ step
-    energy = 0.5 * (residual * residual).sum(1)
+    mean, at_mean = mean + step, at_mean + T @ step
+    energy = 0.5 * (at_mean * at_mean).sum(1)
     if basis is not None:
         energy = energy + 0.5 * (mean * mean).sum(1)
     return _Solved(start, basis, lower, mean, energy, 0.5 * left, constant)
 
 
-def _residual(site: PooledSite, C: Tensor, ones: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def residual(site: PooledSite, C: Tensor, ones: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """d (U, V₁, P, c) and T (U, V₁, P, K) of a site, not divided by its noise."""
     shared = C[: site.shared * (size + 1)].reshape(site.shared, size + 1, site.cells)
     d = (site.pooled.design @ shared[:, 0]).unsqueeze(-1) * ones[:, None, None]

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from pyro_em.e_step.base import NotCompiled
 from pyro_em.e_step.bilinear import Form, read_form
-from pyro_em.e_step.pooled_data import Classes, Rows, pool
+from pyro_em.e_step.pooled_data import Classes, Pooled, Rows, pool
 from pyro_em.e_step.pooled_location import PooledSite
 from pyro_em.evidence.assembly import Reading
-from pyro_em.evidence.columns import direction
+from pyro_em.evidence.columns import Column, direction
 from pyro_em.evidence.gaussian import GaussianRoute
 from pyro_em.families.multivariate_normal import MultivariateNormalFamily
 from pyro_em.families.normal import LocationScaleFamily, LogNormalFamily
@@ -36,40 +36,64 @@ class PooledSet:
     size: int  # K
     constant: float
 
+    @property
+    def text(self) -> str:
+        """For the plan."""
+        classes, columns = len(self.classes.weight), self.classes.ones.numel()
+        return (
+            f"moments of the rows formed once, {classes} class{'es' if classes > 1 else ''} of equal "
+            f"designs with {columns} pseudo-elements in all; no row is read again"
+        )
 
-def pooled_sets(problem: Problem) -> tuple[list[PooledSet], Run]:
-    """The sets, and a run of the model with all latents at 0.
 
-    :raises NotCompiled: with the reason.
+@dataclass(frozen=True)
+class SiteRows:
+    """One site as it is read from the model; `data` (N, V₀ + P) are the features that meet no latent, and the data.
+
+    `scaled`: the noise scale is an argument, not known. `jacobian` (N or 1,) is what its log-density has less than
+    that of a residual in units of the known scale.
+    """
+
+    site: SiteRecord
+    form: Form
+    data: Tensor
+    scaled: bool
+    jacobian: Tensor
+
+
+def pooled_routes(problem: Problem) -> list[GaussianRoute]:
+    """The routes of all sets.
+
+    :raises NotCompiled: if one is not Gaussian, or meets discrete latents.
     """
     continuous = problem.continuous
     if continuous is None:
         raise NotCompiled("the model has no continuous latents")
     if problem.graph.symbol_sites:
         raise NotCompiled("discrete latents beside the Gaussian ones")
-    routes = []
+    routes: list[GaussianRoute] = []
     for route in continuous.routes:
         if not isinstance(route, GaussianRoute):
             raise NotCompiled(f"{route.name} latents")
-        if route.geometry.num_b:
-            raise NotCompiled("effects of several crossing or nested plates")
         routes.append(route)
-    plain, run = at_units(problem, routes)
-    components = {c.symbols: c for c in problem.graph.components}
-    sets = [_set(problem, route, components[frozenset({route.latents.symbol})], plain, run) for route in routes]
-    return sets, plain
+    return routes
+
+
+def columns_of(route: GaussianRoute) -> tuple[Column, ...]:
+    """All columns of a set, those of A first."""
+    return (*route.geometry.columns_a, *route.geometry.offsets_b)
 
 
 def at_units(problem: Problem, routes: list[GaussianRoute]) -> tuple[Run, Run]:
     """The model with the latents at 0; and with those of every set at 0, then at 1 in one column after the other."""
     continuous = problem.continuous
     assert continuous is not None
-    most = max(len(route.geometry.columns_a) for route in routes)
+    most = max(len(columns_of(route)) for route in routes)
     points: list[dict[str, Tensor]] = []
     for s in range(most + 1):
         point = {}
         for route in routes:
-            columns = route.geometry.columns_a
+            columns = columns_of(route)
             for name in route.latents.names:
                 batch, event = route.latents.shapes[name]
                 value = torch.zeros([*batch, *event], dtype=torch.float64)
@@ -84,35 +108,48 @@ def at_units(problem: Problem, routes: list[GaussianRoute]) -> tuple[Run, Run]:
         return plain, continuous.runs.several(leaves, continuous.runs.as_atoms(points))
 
 
-def _set(problem: Problem, route: GaussianRoute, component: Component, plain: Run, run: Run) -> PooledSet:
-    m = len(route.geometry.layout)
+def read_site(problem: Problem, route: GaussianRoute, name: str, plain: Run, run: Run) -> SiteRows:
+    """A site of a set.
+
+    :param plain, run: as `at_units` gives them.
+    :raises NotCompiled: if it is of another kind, see the module docstring.
+    """
+    m, site = len(route.geometry.layout), plain.sites[name]
+    check_site(site, problem, m)
+    scale = known_scale(site, problem, m)
+    form = read_form(site, run, problem.start, reaching(problem, site), columns_of(route), m, scale)
+    data, jacobian = form.alone, torch.zeros(1, dtype=torch.float64)
+    if not site.latent:
+        assert isinstance(site.family, LocationScaleFamily | MultivariateNormalFamily)
+        y = rows_of(site.family.location(clean_value(site)).detach().double(), site) / scale.unsqueeze(-1)
+        data = torch.cat([data, y], -1)
+        jacobian = scale.log() * form.base.shape[1]
+        if isinstance(site.family, LogNormalFamily):
+            jacobian = jacobian + rows_of(clean_value(site).double().log(), site).sum(-1)
+    return SiteRows(site, form, data, scale.numel() == 1, jacobian)
+
+
+def pooled_set(problem: Problem, route: GaussianRoute, component: Component, plain: Run, run: Run) -> PooledSet:
+    """A set whose elements are independent given the parameters.
+
+    :raises NotCompiled: with the reason.
+    """
     weight = element_weights(problem, route, component, plain)
-    forms, rows, constant = [], [], 0.0
+    found, rows, constant = [], [], 0.0
     for reading in route.readings:
-        site = plain.sites[reading.site]
-        check_site(site, problem, m)
-        element, kept = elements_read(problem, site, reading, route, weight)
-        scale = known_scale(site, problem, m)
-        form = read_form(site, run, problem.start, reaching(problem, site), route.geometry.columns_a, m, scale)
-        alone = form.alone
-        if not site.latent:
-            assert isinstance(site.family, LocationScaleFamily | MultivariateNormalFamily)
-            y = rows_of(site.family.location(clean_value(site)).detach().double(), site) / scale.unsqueeze(-1)
-            alone = torch.cat([alone, y], -1)
-            own = weight[element] * kept
-            jacobian = scale.log() * form.base.shape[1]
-            if isinstance(site.family, LogNormalFamily):
-                jacobian = jacobian + rows_of(clean_value(site).double().log(), site).sum(-1)
-            constant -= float((own * jacobian).sum())
-        shared, element = form.shared[kept], element[kept]
-        rows.append(Rows(element, shared, alone[kept]))
-        forms.append((site, form, scale.numel() == 1))
+        own = read_site(problem, route, reading.site, plain, run)
+        element, kept = elements_read(problem, own.site, reading, route, weight)
+        constant -= float((weight[element] * kept * own.jacobian).sum())
+        rows.append(Rows(element[kept], own.form.shared[kept], own.data[kept]))
+        found.append(own)
     classes = pool(rows, weight)
-    sites = tuple(
-        PooledSite(site, form, own, scaled, moves_otherwise(form, problem, site))
-        for (site, form, scaled), own in zip(forms, classes.sites, strict=True)
-    )
+    sites = tuple(pooled_site(problem, own, of) for own, of in zip(found, classes.sites, strict=True))
     return PooledSet(sites, classes, len(route.geometry.columns_a), constant)
+
+
+def pooled_site(problem: Problem, own: SiteRows, pooled: Pooled) -> PooledSite:
+    """A site with its pseudo-rows."""
+    return PooledSite(own.site, own.form, pooled, own.scaled, moves_otherwise(own.form, problem, own.site))
 
 
 def moves_otherwise(form: Form, problem: Problem, site: SiteRecord) -> bool:
@@ -153,7 +190,7 @@ def reaching(problem: Problem, site: SiteRecord) -> list[str]:
     return names
 
 
-def _row_sizes(site: SiteRecord, m: int) -> tuple[int, ...]:
+def row_sizes(site: SiteRecord, m: int) -> tuple[int, ...]:
     """Sizes of the plate-like dims, that of the atoms first and 1."""
     sizes = (1,) * (m - len(site.batch_shape)) + tuple(site.batch_shape)
     return (1, *sizes[1:])
@@ -214,7 +251,7 @@ def elements_read(
 ) -> tuple[Tensor, Tensor]:
     """The element that every row reads (N,), and whether the row counts (N,)."""
     geometry = route.geometry
-    sizes = _row_sizes(site, len(geometry.layout))
+    sizes = row_sizes(site, len(geometry.layout))
     index = reading.index
     if index is None:
         index = torch.arange(geometry.elements).reshape(geometry.layout)

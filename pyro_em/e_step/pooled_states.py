@@ -203,7 +203,7 @@ class PooledStates:
             site = own.sites[self.place[name]]
             C = site.form.coefficients(params)
             state = partial(self._at, k, name)
-            found.append(PooledLocation(site, C, zeta, sufficient, None, state))
+            found.append(PooledLocation(site, C, site.rows(zeta), sufficient, None, state))
         return MixtureLocation(self.run.sites[name], found, sufficient, self._totals.get(name))
 
 

@@ -158,6 +158,7 @@ TABLE: list[tuple[str, str, Callable[[], tuple[Tensor, ...]]]] = [
     ("linear_mixed", "slopes", loaded("linear_mixed", "load_sleepstudy")),
     ("linear_mixed", "crossed", lambda: arguments(module("linear_mixed").simulate_crossed())),
     ("linear_mixed", "crossed", loaded("linear_mixed", "load_penicillin")),
+    ("linear_mixed", "crossed_slopes", lambda: arguments(module("linear_mixed").simulate_crossed_slopes())),
     ("linear_mixed", "nested", lambda: arguments(module("linear_mixed").simulate_nested())),
     ("eight_schools", "model", simulated("eight_schools")),
     ("eight_schools", "model", loaded("eight_schools")),
