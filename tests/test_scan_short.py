@@ -2,57 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
-import pyro_em
-from pyro_em import evaluator
 from pyro_em.e_step.interpreted import Interpreted
 from pyro_em.e_step.scanned import compile_scanned
 from pyro_em.evaluator import Evaluator
 from pyro_em.m_step.auto import MStep
 from pyro_em.problem import bind
 from pyro_em.recordings import Mapped, Request, Whole
-from tests.test_scanned import chain, normal, poisson
+from tests.test_scanned import Emission, categorical, chain, diagonal, normal, poisson
 
 
-def _series(steps: int, chains: int, spread: float = 1.0) -> torch.Tensor:
+def _series(spread: float, steps: int = 40, chains: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(steps)
     level = (torch.arange(steps) // 7 % 3).double().unsqueeze(-1)
     return level + spread * torch.randn(steps, chains, generator=generator)
 
 
-@pytest.mark.parametrize(("steps", "chains"), [(40, 1), (25, 4)])
-def test_replays_of_short_chains_change_no_bit(steps: int, chains: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for data, emission in ((_series(steps, chains), normal), (_series(steps, chains).abs().round(), poisson)):
-        options = {"max_iter": 30, "tol": 0}
-        found = pyro_em.fit(chain, data, emission, **options)
-        with monkeypatch.context() as patch:
-            patch.setattr(evaluator, "WARM", 10**9)
-            expected = pyro_em.fit(chain, data, emission, **options)
-        assert found.history["objective"] == expected.history["objective"]
-        assert found.history["score"] == expected.history["score"]
-        assert all(torch.equal(value, expected.params[key]) for key, value in found.params.items())
+def _apart() -> Tensor:
+    """States so far from one another that products on sums of squares would lose digits."""
+    return 60 * _series(0.0) + _series(1.0)
 
 
-def test_one_recording_holds_the_update_and_follows_the_code_out_of_range() -> None:
-    """Then a state is so far from all data that the messages leave the range of floats: the blocks do it."""
-    problem = bind(chain, (_series(60, 2), normal), {}, with_prior=False)
+CASES: dict[str, tuple[Tensor, Callable[[], Emission]]] = {
+    "normal": (_series(1.0), normal),
+    "one chain": (_series(1.0, 60, 1), normal),
+    "far apart": (_apart(), normal),
+    "diagonal, far apart": (torch.stack([_apart(), _series(1.0)], -1), diagonal),
+    "counts": (_series(1.0).abs().round(), poisson),
+    "symbols": (_series(1.5).abs().long().clamp(max=3), categorical),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_recording_holds_the_update(name: str) -> None:
+    """Replays change no bit, and are the reference's."""
+    data, emission = CASES[name]
+    problem = bind(chain, (data, emission), {}, with_prior=False)
     m_step, engine, reference = MStep(problem, "auto", "em"), compile_scanned(problem), Interpreted(problem)
     evaluate = Evaluator(engine, m_step)
     params, magnitude, kinds = problem.start, 0.0, []
-    for _ in range(12):
+    if "apart" in name:
+        params = {**params, "mu": params["mu"] + 60 * torch.arange(3.0).reshape(-1, *[1] * (params["mu"].dim() - 1))}
+    for _ in range(9):
         (found,) = evaluate([Request(params, magnitude)])
         assert not isinstance(found, Exception)
         kinds.append(isinstance(found, Mapped))
-        expected = reference.e_step(params)
+        (sums,) = engine.core([engine.before(params, torch.tensor(magnitude))])
+        ordinary, expected = engine.expectation(params, sums), reference.e_step(params)
+        updated = m_step.update(params, ordinary)[0]
         assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-12)
-        updated = found.updated if isinstance(found, Mapped) else m_step.update(params, found)[0]
-        for name, value in m_step.update(params, expected)[0].items():
-            torch.testing.assert_close(updated[name], value, rtol=1e-9, atol=1e-9)
+        if isinstance(found, Mapped):
+            assert found.log_likelihood == ordinary.log_likelihood
+            assert all(torch.equal(found.updated[key], value) for key, value in updated.items())
+        for key, value in m_step.update(params, expected)[0].items():
+            torch.testing.assert_close(updated[key], value, rtol=1e-9, atol=1e-9)
         params, magnitude = updated, found.magnitude
-    assert isinstance(evaluate._recording, Whole) and all(kinds[4:])
-    far = {**params, "sd": torch.full((3,), 1e-3), "A": torch.eye(3) * (1 - 3e-9) + 1e-9, "mu": params["mu"] + 0.1}
-    (found,) = evaluate([Request(far, magnitude)])
-    assert not isinstance(found, Exception) and not isinstance(found, Mapped)
-    assert found.log_likelihood == pytest.approx(reference.e_step(far).log_likelihood, rel=1e-12)
+    assert isinstance(evaluate._recording, Whole) and engine.compact and all(kinds[3:])
+    (stage,) = [engine.before(params, torch.tensor(magnitude))]
+    assert any(stage.kind) or "apart" not in name
+
+
+def test_messages_out_of_range_go_through_blocks() -> None:
+    """States that are hardly ever left, of data that change their state at every step: 20 nats each, e^-1200 in all."""
+    data = (torch.arange(60) % 3).double().unsqueeze(-1) + 0.01 * _series(1.0, 60, 1)
+    problem = bind(chain, (data, normal), {}, with_prior=False)
+    params = {**problem.start, "mu": torch.tensor([0.0, 1.0, 2.0]), "sd": torch.full((3,), 0.1)}
+    evaluate = Evaluator(engine := compile_scanned(problem), MStep(problem, "auto", "em"))
+    magnitude = 1e6
+    for _ in range(5):
+        (found,) = evaluate([Request(params, magnitude)])
+    assert isinstance(found, Mapped)
+    kept = {**params, "A": torch.eye(3) * (1 - 3e-9) + 1e-9}
+    (found,) = evaluate([Request(kept, magnitude)])
+    assert not isinstance(found, Exception | Mapped) and not engine.compact
+    assert found.log_likelihood == pytest.approx(Interpreted(problem).e_step(kept).log_likelihood, rel=1e-12)

@@ -32,13 +32,23 @@ from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.sufficient import Arguments
 
 FEW = 0.125  # share of distinct rows below which they are looked up
+NARROW = 64  # features up to which products of short chains cost less than the calls of a look-up
 
 
 class Emissions:
-    """Likelihoods and moments of the observed sites of one loop. F features, K states, blocks (K, L, M)."""
+    """Likelihoods and moments of the observed sites of one loop. F features, K states, blocks (K, L, M).
+
+    :param short: the chains are as short as scan_short.py wants them.
+    """
 
     def __init__(
-        self, sites: Sequence[SiteRecord], component: Component, graph: FactorGraph, states: JointStates, blocks: Blocks
+        self,
+        sites: Sequence[SiteRecord],
+        component: Component,
+        graph: FactorGraph,
+        states: JointStates,
+        blocks: Blocks,
+        short: bool,
     ) -> None:
         run = Run({site.name: site for site in sites}, {}, {})
         layouts, parts, base, num_rows = site_layouts(component, run, graph, states, complement=False)
@@ -51,7 +61,7 @@ class Emissions:
         features = 1 + sum(part.num_features for part in parts)
         if 16 * features * num_rows > settings.max_table_bytes:
             raise NotCompiled("the statistics of its data do not fit")
-        distinct = _distinct(parts, num_rows)
+        distinct = None if short and features <= NARROW else _distinct(parts, num_rows)
         self.lookup: Tensor | None = None
         if distinct is not None:
             columns, row_of = distinct
@@ -91,13 +101,22 @@ class Emissions:
             torch.index_select(torch.cat([table, table.new_zeros(K, 1)], 1), 1, self.lookup, out=flat)
             return out
         torch.mm(w, self.phi, out=flat)
+        differences = self.differences(prepared)
+        if differences is not None:
+            flat += differences
+            if self.padding is not None:
+                flat[:, self.padding] = 0.0
+        return out
+
+    def differences(self, prepared: Prepared) -> Tensor | None:
+        """Log-densities of the sites that W leaves out, (K, L·M), if there are any."""
+        found: Tensor | None = None
         for place, i in enumerate(prepared.direct):
             begin = place * direct.NUM_PREPARED
             loc, factor, normalizer = prepared.normal[begin : begin + direct.NUM_PREPARED]
-            flat += direct.centered_log_density(self.layouts[i], (loc, factor, normalizer), 0, flat.shape[1])
-        if prepared.direct and self.padding is not None:
-            flat[:, self.padding] = 0.0
-        return out
+            own = direct.centered_log_density(self.layouts[i], (loc, factor, normalizer), 0, self.phi.shape[1])
+            found = own if found is None else found + own
+        return found
 
     def likelihood(self, prepared: Prepared, scratch: Scratch) -> tuple[Tensor, Tensor] | None:
         """b (K, L, M), scaled so that the largest of every column is 1, and the logs of the scales by chain (C,).

@@ -55,8 +55,8 @@ class ScanProgram:
     def smooth(self, initial: Tensor, table: Tensor, prepared: Prepared) -> Found:
         """One E-step, from the initial distribution (K, 1), the transition table (K, K) and W."""
         blocks, emissions = self.blocks, self.emissions
-        if self.short is not None and not prepared.direct:
-            sums = self.short.smooth(initial, table, prepared.coefficients)
+        if self.short is not None:
+            sums = self.short.smooth(initial, table, prepared.coefficients, emissions.differences(prepared))
             if sums is not None:
                 return Found(*sums, short=True)
         given = emissions.likelihood(prepared, self.scratch)
@@ -147,7 +147,6 @@ def compile_scan(problem: Problem, run: Run, component: Component) -> tuple[Scan
     sites, joined = _observed(problem, run, component, loop, own)
     sizes = {**graph.plate_sizes, loop.plate: steps}
     virtual = Component(tuple(site.name for site in sites), frozenset(own.now), plates | {loop.plate}, None)
-    emissions = Emissions(sites, virtual, dataclasses.replace(graph, plate_sizes=sizes), states, blocks)
     chain_weight = over(component.weight, order, [graph.plate_sizes[d] for d in order])
     widths = [graph.plate_sizes[d] for d in order]
     first = {name: over(graph.factors[name].weight, order, widths) for name in own.first}
@@ -158,12 +157,11 @@ def compile_scan(problem: Problem, run: Run, component: Component) -> tuple[Scan
     for weights, distinct in ((first, initial), (later, pairs)):
         for name, weight in weights.items():
             kinds[name] = _place(weight, distinct)
-    weighted = any(w is not None for w in (chain_weight, *initial, *pairs))
-    quick = (
-        Short(banded, emissions.phi, emissions.base, states.num)
-        if banded is not None and not weighted and emissions.lookup is None
-        else None
-    )
+    plain = banded is not None and all(w is None for w in (chain_weight, *initial, *pairs))
+    emissions = Emissions(sites, virtual, dataclasses.replace(graph, plate_sizes=sizes), states, blocks, plain)
+    quick = None
+    if banded is not None and plain and emissions.lookup is None:
+        quick = Short(banded, emissions.phi, emissions.base, states.num)
     return ScanProgram(
         component, own, emissions, blocks, chain_weight, tuple(initial), tuple(pairs), kinds, banded, quick
     ), joined

@@ -14,6 +14,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -43,10 +45,19 @@ class Short:
         self._states, self._left = banded.states.reshape(-1, states), banded.left.reshape(-1, states).T
         self._right = banded.right.reshape(states, -1).T
 
-    def smooth(self, initial: Tensor, table: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    def smooth(
+        self, initial: Tensor, table: Tensor, w: Tensor, differences: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """(Σ ll, Σ |ll|), expected first states (1, K) and transitions (1, K, K), sums of features (K, F); None if the
-        messages leave the range of floats or some row is impossible."""
-        evidence, first, pairs, totals, held = torch.ops.pyro_em.short_chains(self.number, initial, table, w)
+        messages leave the range of floats or some row is impossible.
+
+        :param differences: log-densities (K, T·C) of what W leaves out, in the order of steps, then chains.
+        """
+        if differences is not None:
+            K, T, C = self.sizes
+            differences = differences.reshape(K, T, C).transpose(1, 2).reshape(K, -1)
+        found = torch.ops.pyro_em.short_chains(self.number, initial, table, w, differences)
+        evidence, first, pairs, totals, held = found
         return (evidence, first, pairs, totals.mT) if bool(held) else None
 
     def outputs(self) -> list[Tensor]:
@@ -55,14 +66,22 @@ class Short:
         shapes = [(2,), (1, K), (1, K, K), (len(self.phi), K)]  # what is read together lies together
         return [*(torch.empty(shape, dtype=torch.float64) for shape in shapes), torch.empty((), dtype=torch.bool)]
 
-    def into(self, arguments: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
+    def into(
+        self,
+        outputs: Sequence[np.ndarray],
+        initial: np.ndarray,
+        A: np.ndarray,
+        w: np.ndarray,
+        differences: np.ndarray | None,
+    ) -> None:
         """`smooth` from and to arrays, the last of which says whether the others hold."""
-        initial, A, w = arguments
         evidence, first, pairs, totals, held = outputs
         _, T, C = self.sizes
         density, scale = self._density, self._scale
         held[...] = False
         np.dot(w, self.phi, out=density)
+        if differences is not None:
+            np.add(density, differences, out=density)
         np.maximum.reduce(density, 0, out=scale)
         np.subtract(density, scale, out=density)
         np.exp(density, out=density)
@@ -96,20 +115,23 @@ class Short:
         evidence[1] = np.absolute(log_scales).sum()
 
 
-def _short_chains(number: int, initial: Tensor, table: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+def _short_chains(
+    number: int, initial: Tensor, table: Tensor, w: Tensor, differences: Tensor | None
+) -> tuple[Tensor, ...]:
     own = _ALIVE[number]
     outputs = own.outputs()
-    own.into([x.numpy() for x in (initial, table, w)], [x.numpy() for x in outputs])
+    extra = None if differences is None else differences.numpy()
+    own.into([x.numpy() for x in outputs], initial.numpy(), table.numpy(), w.numpy(), extra)
     return tuple(outputs)
 
 
 _RESULTS = ", ".join(["Tensor"] * 5)
-_LIBRARY.define(f"short_chains(int number, Tensor initial, Tensor table, Tensor w) -> ({_RESULTS})")
+_ARGUMENTS = "int number, Tensor initial, Tensor table, Tensor w, Tensor? differences"
+_LIBRARY.define(f"short_chains({_ARGUMENTS}) -> ({_RESULTS})")
 _LIBRARY.impl("short_chains", _short_chains, "CPU")
 
 
 @written_by(torch.ops.pyro_em.short_chains.default)
-def _replayed(arguments: Sequence[int | np.ndarray], outputs: Sequence[np.ndarray]) -> Call:
+def _replayed(arguments: Sequence[Any], outputs: Sequence[np.ndarray]) -> Call:
     number, *arrays = arguments
-    own = _ALIVE[number]  # type: ignore[index]
-    return lambda: own.into(arrays, outputs)  # type: ignore[arg-type]
+    return partial(_ALIVE[number].into, outputs, *arrays)
