@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from pyro_em.evaluator import Evaluator
 from pyro_em.m_step.auto import MStep
 from pyro_em.problem import bind
 from pyro_em.recordings import Mapped, Request, Whole
-from tests.test_scanned import Emission, categorical, chain, diagonal, normal, poisson
+from tests.test_scanned import categorical, chain, diagonal, normal, poisson
 
 
 def _series(spread: float, steps: int = 40, chains: int = 2) -> Tensor:
@@ -28,21 +28,26 @@ def _apart() -> Tensor:
     return 60 * _series(0.0) + _series(1.0)
 
 
-CASES: dict[str, tuple[Tensor, Callable[[], Emission]]] = {
+_SEEN = torch.arange(40).unsqueeze(-1) < torch.tensor([40, 23, 1])
+_WEIGHTS = {"sequences": torch.tensor([1.0, 0.0, 2.5])}
+CASES: dict[str, tuple[Any, ...]] = {
     "normal": (_series(1.0), normal),
     "one chain": (_series(1.0, 60, 1), normal),
     "far apart": (_apart(), normal),
     "diagonal, far apart": (torch.stack([_apart(), _series(1.0)], -1), diagonal),
     "counts": (_series(1.0).abs().round(), poisson),
     "symbols": (_series(1.5).abs().long().clamp(max=3), categorical),
+    "ragged": (_series(1.0, 40, 3), normal, {"seen": _SEEN}),
+    "ragged, weighted": (_series(1.0, 40, 3).abs().round(), poisson, {"seen": _SEEN}, _WEIGHTS),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_recording_holds_the_update(name: str) -> None:
     """Replays change no bit, and are the reference's."""
-    data, emission = CASES[name]
-    problem = bind(chain, (data, emission), {}, with_prior=False)
+    data, emission, *more = CASES[name]
+    seen, weights = [*more, *({}, None)[len(more) :]]
+    problem = bind(chain, (data, emission), seen, with_prior=False, weights=weights)
     m_step, engine, reference = MStep(problem, "auto", "em"), compile_scanned(problem), Interpreted(problem)
     evaluate = Evaluator(engine, m_step)
     params, magnitude, kinds = problem.start, 0.0, []

@@ -14,7 +14,7 @@ from pyro_em.e_step.base import IMPOSSIBLE, NotCompiled
 from pyro_em.e_step.product import Prepared
 from pyro_em.e_step.scan_data import Emissions
 from pyro_em.e_step.scan_layout import alike, by_dim, over, whole_site
-from pyro_em.e_step.scan_short import Short
+from pyro_em.e_step.scan_short import Short, Weights
 from pyro_em.e_step.scan_states import StepStates, step_states
 from pyro_em.evidence.banded import Banded, is_short
 from pyro_em.evidence.blocked import BlockedPosterior, Blocks, Scratch, smooth_blocked
@@ -49,7 +49,7 @@ class ScanProgram:
     pair_weights: tuple[Tensor | None, ...]  # (L, M) each; zero where there is no next step
     kinds: Mapping[str, int]  # which of these multiplicities a latent's counts have
     banded: Banded | None  # for short chains
-    short: Short | None  # for those of them without weights, masks of states or looked up rows
+    short: Short | None  # for those of them without looked up rows
     scratch: Scratch = field(default_factory=Scratch)
 
     def smooth(self, initial: Tensor, table: Tensor, prepared: Prepared) -> Found:
@@ -157,11 +157,11 @@ def compile_scan(problem: Problem, run: Run, component: Component) -> tuple[Scan
     for weights, distinct in ((first, initial), (later, pairs)):
         for name, weight in weights.items():
             kinds[name] = _place(weight, distinct)
-    plain = banded is not None and all(w is None for w in (chain_weight, *initial, *pairs))
-    emissions = Emissions(sites, virtual, dataclasses.replace(graph, plate_sizes=sizes), states, blocks, plain)
+    emissions = Emissions(sites, virtual, dataclasses.replace(graph, plate_sizes=sizes), states, blocks, short)
     quick = None
-    if banded is not None and plain and emissions.lookup is None:
-        quick = Short(banded, emissions.phi, emissions.base, states.num)
+    if banded is not None and emissions.lookup is None:
+        counted = Weights(chain_weight, tuple(initial), tuple(pairs))
+        quick = Short(banded, emissions.phi, emissions.base, states.num, counted)
     return ScanProgram(
         component, own, emissions, blocks, chain_weight, tuple(initial), tuple(pairs), kinds, banded, quick
     ), joined

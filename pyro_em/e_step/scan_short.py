@@ -1,6 +1,6 @@
-"""One E-step of short chains in few calls: as long as nothing is masked, weighted or looked up.
+"""One E-step of short chains in few calls: as long as nothing is looked up.
 
-    b = exp(W Φ - max),   α, β by band solves (evidence/banded.py),   Σ_t α_{t-1} (b_t ∘ β_t)ᵀ ∘ A,   Σ_t γ_t Φ_tᵀ
+    b = exp(W Φ - max),   α, β by band solves (evidence/banded.py),   Σ_t u_t α_{t-1} (b_t ∘ β_t)ᵀ ∘ A,   Σ_t w γ_t Φ_tᵀ
 
 Of a chain of 200 steps the arithmetic takes ten microseconds, and every call one: NumPy throughout, over arrays that
 are kept. It is one operation of torch, so that a recording (tape/) holds the whole E-step. What this does not do
@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
@@ -31,10 +32,19 @@ _ALIVE: WeakValueDictionary[int, Short] = WeakValueDictionary()  # operations ta
 _NUMBERS = itertools.count()
 
 
+@dataclass(frozen=True)
+class Weights:
+    """w of whole chains, and of each kind of counts: of first states, and u of transitions. None is 1 everywhere."""
+
+    chains: Tensor | None = None  # (C,)
+    first: tuple[Tensor | None, ...] = (None,)  # (C,) each
+    pairs: tuple[Tensor | None, ...] = (None,)  # (T, C) each, of the transition that leaves a step
+
+
 class Short:
     """Φ (F, T·C), in the order of steps, then chains, with its arrays; `base` (C,) are sums of log base measures."""
 
-    def __init__(self, banded: Banded, phi: Tensor, base: Tensor, states: int) -> None:
+    def __init__(self, banded: Banded, phi: Tensor, base: Tensor, states: int, weights: Weights) -> None:
         T, C = banded.blocks.steps, banded.blocks.chains
         self.banded, self.base, self.sizes = banded, base.numpy(), (states, T, C)
         self.number = next(_NUMBERS)
@@ -42,14 +52,18 @@ class Short:
         self.phi = np.ascontiguousarray(phi.numpy().reshape(-1, T, C).transpose(0, 2, 1).reshape(-1, C * T))
         self._density, self._scale = np.empty((states, C * T)), np.empty(C * T)
         self._likelihood = self._density.reshape(states, C, T)
-        self._states, self._left = banded.states.reshape(-1, states), banded.left.reshape(-1, states).T
+        self._states, self._left = banded.states.reshape(-1, states), banded.left.reshape(-1, states)
         self._right = banded.right.reshape(states, -1).T
+        self._chains = None if weights.chains is None else weights.chains.double().numpy()
+        self._first = [None if w is None else w.double().numpy() for w in weights.first]
+        self._pairs = [None if w is None else w.double().mT.contiguous().reshape(-1, 1).numpy() for w in weights.pairs]
+        self._weighted = np.empty((C * T, states))
 
     def smooth(
         self, initial: Tensor, table: Tensor, w: Tensor, differences: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """(Σ ll, Σ |ll|), expected first states (1, K) and transitions (1, K, K), sums of features (K, F); None if the
-        messages leave the range of floats or some row is impossible.
+        """(Σ ll, Σ |ll|), expected first states (kinds, K) and transitions (kinds, K, K), sums of features (K, F); None
+        if the messages leave the range of floats or some row is impossible.
 
         :param differences: log-densities (K, T·C) of what W leaves out, in the order of steps, then chains.
         """
@@ -63,7 +77,7 @@ class Short:
     def outputs(self) -> list[Tensor]:
         """Memory for what `into` writes."""
         K, _, _ = self.sizes
-        shapes = [(2,), (1, K), (1, K, K), (len(self.phi), K)]  # what is read together lies together
+        shapes = [(2,), (len(self._first), K), (len(self._pairs), K, K), (len(self.phi), K)]  # by what is read together
         return [*(torch.empty(shape, dtype=torch.float64) for shape in shapes), torch.empty((), dtype=torch.bool)]
 
     def into(
@@ -91,16 +105,22 @@ class Short:
         if total is None:
             return
         self._read(total, scales, evidence)
-        np.dot(self._left, self._right, out=pairs[0])
+        for weight, out in zip(self._pairs, pairs, strict=True):
+            left = self._left if weight is None else np.multiply(self._left, weight, out=self._weighted)
+            np.dot(left.T, self._right, out=out)
         pairs *= A
-        np.add.reduce(banded.states[:, 0], 0, out=first[0])
+        for weight, out in zip(self._first, first, strict=True):
+            own = banded.states[:, 0]
+            np.add.reduce(own, 0, out=out) if weight is None else np.dot(weight, own, out=out)
+        if self._chains is not None:
+            banded.states *= self._chains[:, None, None]
         np.dot(self.phi, self._states, out=totals)
         held[...] = True
 
     def _read(self, total: np.ndarray, scales: np.ndarray, evidence: np.ndarray) -> None:
-        """Σ ll and Σ |ll|; of one chain without a call of NumPy."""
+        """Σ w ll and Σ |w ll|; of one chain without a call of NumPy."""
         banded, (_, T, C) = self.banded, self.sizes
-        if C == 1:
+        if C == 1 and self._chains is None:
             mantissa, exponent = math.frexp(total[0])
             log_scale = math.log(mantissa) + (exponent + banded.shift) * LOG_2
             banded.set_rate(log_scale / T)
@@ -111,6 +131,8 @@ class Short:
         log_scales = np.log(mantissas) + (exponents + banded.shift) * LOG_2
         banded.set_rate(float(log_scales.mean()) / T)
         log_scales += scales + self.base
+        if self._chains is not None:
+            log_scales *= self._chains
         evidence[0] = log_scales.sum()
         evidence[1] = np.absolute(log_scales).sum()
 
