@@ -112,6 +112,32 @@ def test_log_likelihood_is_the_models_at_each_draw(tree: xarray.DataTree, map_em
         assert np.allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_batches_of_draws_are_limited_by_the_cells_of_events_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Densities of 272 x 2 rows and states with 5 elements each: 2**15 cells are twelve draws, not sixty."""
+
+    def model(x: torch.Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor([[-1.0], [1.0]]))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            pyro.sample("x", dist.Normal(loc[z], 1.0).to_event(1), obs=x)
+
+    result = pyro_em.fit(model, torch.randn(272, 5, generator=torch.Generator().manual_seed(0)), max_iter=2, tol=0)
+    whole = to_datatree(result, num_draws=40)["log_likelihood"]["x"]
+    sizes: list[int] = []
+    vmap = torch.func.vmap
+
+    def counted(function: Any, **options: Any) -> Any:
+        return lambda draws: (sizes.append(len(draws)), vmap(function, **options)(draws))[1]
+
+    monkeypatch.setattr(torch.func, "vmap", counted)
+    monkeypatch.setattr("pyro_em.pointwise.CHUNK_CELLS", 2**15)
+    parts = to_datatree(result, num_draws=40)["log_likelihood"]["x"]
+    assert max(sizes) <= 2**15 // (272 * 2 * 5) and sum(sizes) == 42  # the first two are done both ways
+    np.testing.assert_allclose(parts, whole, rtol=1e-12)
+
+
 def test_model_that_cannot_be_batched_is_run_draw_by_draw() -> None:
     def model(x: torch.Tensor) -> None:
         loc = pyro.param("loc", torch.tensor([-1.0, 2.0]))

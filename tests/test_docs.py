@@ -8,6 +8,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import re
 import types
 import warnings
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 import pyro_em
+from models import gmm
 
 ROOT = Path(pyro_em.__file__).parent
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -44,6 +46,28 @@ def _namespace() -> dict[str, Any]:
     found = doctest.DocTestRunner(optionflags=OPTIONS).run(example, clear_globs=False)
     assert found.attempted > 0 and found.failed == 0
     return {name: value for name, value in example.globs.items() if name != "__builtins__"}
+
+
+def _blocks(text: str, language: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [body for kind, body in found if kind == language]
+
+
+def test_the_front_page_runs_and_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its first example, on the Old Faithful data, and the plan that it shows."""
+    text = (ROOT.parent / "README.md").read_text()
+    torch.set_default_dtype(torch.float32)
+    names: dict[str, Any] = {"x": gmm.load().float()}
+    (example,) = _blocks(text, "python")
+    exec(example, names)
+    assert names["result"].converged and "loc" in capsys.readouterr().out
+    (shown,) = [block for block in _blocks(text, "") if block.startswith("Plan for")]
+    assert str(pyro_em.plan(names["model"], names["x"])).rstrip() == shown.rstrip()
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    """Type checkers read its annotations only beside this file (PEP 561), which the wheel takes along."""
+    assert (ROOT / "py.typed").is_file()
 
 
 @pytest.mark.parametrize(("name", "value"), _public(), ids=[name for name, _ in _public()])
