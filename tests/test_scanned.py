@@ -256,7 +256,7 @@ def test_band_solves(steps: int, chains: int, states: int) -> None:
     expected = smooth(unary, A.log()[None, None])
     likelihood = (density - density.amax(-1, keepdim=True)).exp().permute(2, 0, 1).contiguous()
     banded = Banded(Blocks(steps, chains, steps, 1), states)
-    leaves = banded._solved(pi.unsqueeze(-1).numpy(), A.numpy(), likelihood.numpy()) is None
+    leaves = banded.solved(pi.unsqueeze(-1), A, likelihood) is None
     assert leaves == (steps == 900)
     for _ in range(2):
         found = banded.smooth(pi.unsqueeze(-1), A, likelihood, Scratch())
@@ -266,7 +266,7 @@ def test_band_solves(steps: int, chains: int, states: int) -> None:
         torch.testing.assert_close(found.states.permute(1, 2, 0), expected.unary, rtol=0, atol=1e-12)
         pairs = A * (found.left.flatten(1) @ found.right.flatten(1).mT)
         torch.testing.assert_close(pairs, expected.total_pairs(None), rtol=0, atol=1e-10)
-    assert banded._solved(pi.unsqueeze(-1).numpy(), A.numpy(), likelihood.numpy()) is not None
+    assert banded.solved(pi.unsqueeze(-1), A, likelihood) is not None
 
 
 def test_what_does_not_forget_takes_the_exact_route() -> None:

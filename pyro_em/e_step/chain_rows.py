@@ -43,6 +43,7 @@ class Smoothed:
     counts: Tensor  # (kinds, S, S) expected transitions
     first: Tensor  # (X, S, C) posterior of the first joint state, and of what only it has
     rows: Tensor  # (E, (n - 1)·C) posterior of what the observed sites read
+    by_bands: bool = False  # by two band solves, without certificates of blocks
 
 
 class RowProgram:
@@ -96,6 +97,10 @@ class RowProgram:
 
     def smooth(self, first: Tensor, table: Tensor, rows: Tensor) -> Smoothed:
         """One E-step from `potentials`."""
+        if self.banded is not None:
+            solved = self._by_bands(self.banded, first, table, rows)
+            if solved is not None:
+                return solved
         blocks, states = self.blocks, self.states
         C, cells = blocks.chains, blocks.length * blocks.columns
         padded = self.scratch.array("rows", len(rows), blocks.steps * C + 1)
@@ -126,6 +131,28 @@ class RowProgram:
         at_first = _given(first, start, found.states[:, 0, :: blocks.per_chain])
         seen = states.reduced(posterior).index_select(1, self._place[C:])
         return Smoothed(self._evidence(found.log_scale + log_scale), pairs, at_first, seen)
+
+    def _by_bands(self, banded: Banded, first: Tensor, table: Tensor, rows: Tensor) -> Smoothed | None:
+        """In operations that a recording can hold (tape/); None where messages leave the range of floats, or some step
+        is impossible."""
+        states, (n, C) = self.states, (self.blocks.steps, self.blocks.chains)
+        density = torch.cat([rows.new_zeros(len(rows), C), rows], 1)  # the first state's data are in its potential
+        start = logsumexp(first.movedim(0, -1))
+        scales, shift = density.amax(0), start.amax(0)
+        if not (bool(scales.isfinite().all()) and bool(shift.isfinite().all())):
+            return None
+        likelihood, initial = (density - scales).exp(), (start - shift).exp()
+        total = initial.sum(0)
+        if states.row_of is not None:
+            likelihood = likelihood.index_select(0, states.row_of)
+        found = banded.solved(initial / total, table, likelihood.reshape(states.num, n, C))
+        if found is None:
+            return None
+        log_scale = scales.reshape(n, C).sum(0) + shift + total.log()
+        pairs = torch.stack([table * _transitions(found, weight) for weight in self.weights])
+        at_first = _given(first, start, found.states[:, 0])
+        seen = states.reduced(found.states.reshape(states.num, -1))[:, C:].contiguous()
+        return Smoothed(self._evidence(found.log_scale + log_scale), pairs, at_first, seen, by_bands=True)
 
     def otherwise(self, first: Tensor, table: Tensor, rows: Tensor) -> Smoothed:
         """The same by another way, step after step over longer blocks or in log-space: what `smooth` is checked by."""

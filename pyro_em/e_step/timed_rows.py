@@ -82,7 +82,7 @@ class TimedRows(Predicted):
 
     name = "scanned"
     generation = 0
-    compact = False
+    compact = False  # the last E-step was by band solves alone
 
     def __init__(self, problem: Problem) -> None:
         if not problem.graph.loops:
@@ -149,9 +149,11 @@ class TimedRows(Predicted):
 
     def _smoothed(self, tensors: Iterator[Tensor]) -> tuple[Tensor, ...]:
         sums: list[Tensor] = []
+        self.compact = all(isinstance(program, RowProgram) for program in self.programs)
         for program in self.programs:
             if isinstance(program, RowProgram):
                 found = program.smooth(next(tensors), next(tensors), next(tensors))
+                self.compact &= found.by_bands
                 sums += [found.evidence, found.counts, found.first, found.rows]
             else:
                 sums += program.evaluated([next(tensors) for _ in program.dims])
