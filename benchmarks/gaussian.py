@@ -1,5 +1,8 @@
 """Gaussian latents against scikit-learn and statsmodels, whole fits: data, contenders, workloads.
 
+Crossed effects are in statsmodels the variance components of one group of all rows: it forms products with the dense
+indicators of all levels at every evaluation, and its time grows with about their cube.
+
 scikit-learn's FactorAnalysis makes one singular value decomposition of the data an iteration, and stops when the
 log-likelihood grows by less than 1e-6 (its default, 0.01, ends up to a tenth of a nat short); statsmodels' MixedLM
 maximises the profile likelihood by its own optimisers. Letters: rows N, features D, factors L, groups G.
@@ -41,6 +44,32 @@ class Groups:
     x: Tensor
     group: Tensor
     y: Tensor
+
+
+@dataclass(frozen=True)
+class Crossed:
+    """y with random intercepts of two crossed factors: levels of each (N,), y (N,)."""
+
+    first: Tensor
+    second: Tensor
+    y: Tensor
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        return int(self.first.max()) + 1, int(self.second.max()) + 1
+
+
+def crossed(first: int, second: int, rows: int) -> Crossed:
+    """Rows at random pairs of levels, every level at least once."""
+    g = torch.Generator().manual_seed(0)
+    codes = []
+    for size in (first, second):
+        code = torch.randint(size, (rows,), generator=g)
+        code[torch.randperm(rows, generator=g)[:size]] = torch.arange(size)
+        codes.append(code)
+    a, c = (torch.randn(size, generator=g, dtype=torch.float64) for size in (first, second))
+    noise = torch.randn(rows, generator=g, dtype=torch.float64)
+    return Crossed(codes[0], codes[1], 1 + a[codes[0]] + 0.7 * c[codes[1]] + 0.5 * noise)
 
 
 def factors(rows: int, features: int, size: int) -> Factors:
@@ -128,6 +157,36 @@ def statsmodels(problem: Groups) -> WholeFit:
     return fit
 
 
+def our_crossed(problem: Crossed) -> WholeFit:
+    """`pyro_em.fit` on `linear_mixed.crossed`, accelerated, to its default tolerance."""
+
+    def fit() -> LogLikelihood:
+        args = problem.first, problem.second, problem.y
+        return _found(pyro_em.fit(linear_mixed.crossed, *args, accelerate="anderson", progress=False))
+
+    return fit
+
+
+def variance_components(problem: Crossed) -> WholeFit:
+    """statsmodels' MixedLM with one group, whose variance components are the two factors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from statsmodels.regression.mixed_linear_model import MixedLM, VCSpec
+    y, ones = problem.y.numpy(), np.ones(len(problem.y))
+    codes = problem.first.numpy(), problem.second.numpy()
+    columns = [[f"{name}{i}" for i in range(size)] for name, size in zip("ac", problem.levels, strict=True)]
+
+    def fit() -> LogLikelihood:
+        tables = [np.eye(size)[code] for size, code in zip(problem.levels, codes, strict=True)]
+        parts = VCSpec(["a", "c"], [[own] for own in columns], [[own] for own in tables])
+        with warnings.catch_warnings():  # about its own optimisers
+            warnings.simplefilter("ignore")
+            found = MixedLM(y, ones[:, None], groups=ones, exog_vc=parts).fit(reml=False)
+        return lambda: float(found.llf)
+
+    return fit
+
+
 def _found(result: pyro_em.FitResult) -> LogLikelihood:
     assert result.converged
     found = result.log_likelihood
@@ -149,6 +208,14 @@ WORKLOADS = (
         "Random intercepts and slopes, 1,000 groups x 50 rows",
         lambda tiny: groups(*((30, 8) if tiny else (1000, 50))),
         {OURS: our_groups, "statsmodels": statsmodels},
+        {"statsmodels": 5.0},
+        gap=0.01,
+    ),
+    Whole(
+        "LMM-crossed",
+        "Crossed random intercepts, 200 x 20 levels, 4,000 rows",
+        lambda tiny: crossed(*((12, 5, 80) if tiny else (200, 20, 4000))),
+        {OURS: our_crossed, "statsmodels": variance_components},
         {"statsmodels": 5.0},
         gap=0.01,
     ),

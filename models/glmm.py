@@ -17,7 +17,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from pyro.ops.indexing import Vindex
 from torch import Tensor
 
 DATA = Path(__file__).parent / "data"
@@ -63,4 +62,4 @@ def grouped(count: Tensor, total: Tensor, x: Tensor, group: Tensor) -> None:
     with pyro.plate("groups", int(group.max()) + 1):
         b = pyro.sample("b", dist.Normal(0.0, scale))
     with pyro.plate("rows", len(count)):
-        pyro.sample("count", dist.Binomial(total, logits=x @ coef + Vindex(b)[..., group]), obs=count)
+        pyro.sample("count", dist.Binomial(total, logits=x @ coef + b[..., group]), obs=count)

@@ -139,7 +139,7 @@ def _checked(route: Route, latents: LatentSet, runs: AtomRuns, run: Run) -> Rout
             states[0],
             f"the latent '{latents.names[0]}' is indexed by position in a model whose discrete latents it meets, so "
             "that its values cannot depend on their states.",
-            "index the last dim of the latent through pyro.ops.indexing.Vindex (Vindex(b)[..., subject]).",
+            "index the last dim of the latent, whatever stands left of it (b[..., subject]).",
         )
     return route
 

@@ -113,7 +113,7 @@ def test_arrival_is_the_first_point_within_the_gap() -> None:
 
 def test_every_workload_is_listed() -> None:
     names = "A1 A2 A3 A4 B1 B2 B3 hmm-small D F small front-end whole-fit scale-N scale-K scale-D scale-T "
-    names += "gap-gaussian gap-large gap-mixed gap-poisson regressions poisson-regressions C2 C3 irt C1 LMM"
+    names += "gap-gaussian gap-large gap-mixed gap-poisson regressions poisson-regressions C2 C3 irt C1 LMM LMM-crossed"
     assert names.split() == list(WORKLOADS)
     for name, workload in WORKLOADS.items():
         assert workload.name == name
@@ -150,6 +150,7 @@ def _here(workload: Workload) -> dict[str, Any]:
         "irt",
         "C1",
         "LMM",
+        "LMM-crossed",
     ],
 )
 def test_a_tiny_workload_runs_and_is_reported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

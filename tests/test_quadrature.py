@@ -93,6 +93,7 @@ def test_abilities_against_scipy() -> None:
 def test_groups_in_long_format_against_scipy(position: bool) -> None:
     y, x, g = _counts()
     result = _at_start(zoo.rates, y, x, g, position=position, sites="u")
+    assert result.problem.continuous.routes[0].layout.batched is not position
     b0, b1, s = (float(result.params[n]) for n in ("b0", "b1", "s"))
     truth = []
     for k in range(6):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.ops.indexing import Vindex
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -46,7 +45,7 @@ def rates(y: Tensor, x: Tensor, g: Tensor, position: bool = False) -> None:
     with pyro.plate("groups", int(g.max()) + 1):
         u = pyro.sample("u", dist.Normal(0.0, s))
     with pyro.plate("rows", len(y)):
-        own = u[g] if position else Vindex(u)[..., g]
+        own = u[g] if position else u[..., g]
         pyro.sample("y", dist.Poisson((b0 + b1 * x + own).exp()), obs=y)
 
 
