@@ -97,6 +97,10 @@ class EM:
         self._bound: _Bound | None = None
         self._sampled: Params = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the bound problem, which the next step makes again. (The parameters are in the param store.)"""
+        return {**self.__dict__, "_bound": None}
+
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bound:
         """The problem of these data; kept as long as the same objects come in."""
         if self._bound is not None and self._bound.same(args, kwargs):

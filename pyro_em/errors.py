@@ -22,6 +22,16 @@ class PyroEMError(Exception):
     max_iter must be a non-negative integer, not -1.
     """
 
+    def __reduce__(self) -> Any:
+        """Made again from text and attributes: an error of a worker process has to reach its caller."""
+        return _made_again, (type(self), self.args, self.__dict__)
+
+
+def _made_again(kind: type[PyroEMError], args: tuple[Any, ...], attributes: dict[str, Any]) -> PyroEMError:
+    error = BaseException.__new__(kind, *args)  # a MemoryError's own will not make its children
+    error.__dict__.update(attributes)
+    return error
+
 
 class InputError(PyroEMError, ValueError):
     """Data, starting values, weights or options that cannot be used as given.

@@ -56,6 +56,9 @@ class Posterior:
     def __init__(self, problem: Problem, params: Params) -> None:
         self.problem, self.params = problem, params
 
+    def __reduce__(self) -> tuple[type, tuple[Problem, Params]]:
+        return Posterior, (self.problem, self.params)  # the rest is found again when it is asked for
+
     @cached_property
     def _e_step(self) -> tuple[Evidence, Run]:
         return self.problem.evidence(self.params)
@@ -130,9 +133,8 @@ class Posterior:
                 return self.responsibilities(sequence.rest)[step - len(sequence.heads)]
         record = self._site(site)
         weights = self._e_step[0].weights[site]
-        symbol = record.symbol
+        symbol, dims = record.symbol, dims_of(weights)
         assert symbol is not None
-        dims = dims_of(weights)
         kept = [d for d in dims if d in record.plate_dims or d == symbol]
         gone = [i for i, d in enumerate(dims) if d not in kept]
         own = with_dims(weights.sum(gone) if gone else weights, "".join(kept))
@@ -168,8 +170,7 @@ class Posterior:
 
     def _values(self, site: str) -> Tensor:
         fn = self._site(site).fn
-        values = fn.enumerate_support(expand=False)
-        return values.reshape(values.shape[0], *fn.event_shape)
+        return fn.enumerate_support(expand=False).reshape(-1, *fn.event_shape)
 
     def mean(self, site: str) -> Tensor:
         """Posterior mean of the latent's value, shape plates + event."""

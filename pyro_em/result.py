@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_em.charts import free_dimension
+from pyro_em.constraint_names import constraint_from_name, constraint_name
 from pyro_em.device import on_own_device
 from pyro_em.errors import InputError
 from pyro_em.evidence.rule import Quadrature
@@ -26,11 +27,19 @@ from pyro_em.model.plan import Plan
 from pyro_em.posterior import Posterior
 from pyro_em.predict import predictive
 from pyro_em.problem import Problem, bind
+from pyro_em.rebind import recipe_of
 from pyro_em.stop import Outcome
 from pyro_em.types import Params
 
 if TYPE_CHECKING:
     from pyro_em.plots import Figure
+
+
+def _named(constraint: Constraint) -> Constraint | str:
+    try:
+        return constraint_name(constraint)
+    except InputError:
+        return constraint
 
 
 class _Asked:
@@ -99,6 +108,17 @@ class FitResult:
             self.num_observations = int(self.num_observations)
         if not self.constraints and self.problem is not None:
             self.constraints = {name: record.constraint for name, record in self.problem.parameters.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The problem as what it was bound from, constraints (which torch compares by identity) by their names."""
+        problem = self.__dict__["problem"]
+        named = {name: _named(constraint) for name, constraint in self.constraints.items()}
+        return {**self.__dict__, "problem": recipe_of(problem) if isinstance(problem, Problem) else problem,
+                "constraints": named}  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        found = {n: constraint_from_name(c) if isinstance(c, str) else c for n, c in state["constraints"].items()}
+        self.__dict__.update(state, constraints=found)
 
     @property
     def converged(self) -> bool:
