@@ -39,6 +39,7 @@ class Evaluator:
         self.engine, self.m_step, self.num_starts = engine, m_step, num_starts
         self.refusal = ""
         self._runs_model = not _is_staged(engine)
+        self._in_one = True  # what comes before and after the pass over the data, with it, as far as that is known
         self._recording: Recording | None = None
         self._count, self._deviations, self._failures, self._coupled = 0, 0, 0, False
 
@@ -126,13 +127,14 @@ class Evaluator:
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
+        self._in_one = False
         self._recording, self._count, self._deviations = None, 0, 0
         if self._failures == FAILURES:
             self.refusal = str(error) or type(error).__name__
 
     def _new(self, names: tuple[str, ...]) -> Recording:
         engine = self.engine
-        if _is_staged(engine) and not (engine.compact and self.num_starts == 1):
+        if _is_staged(engine) and not (self._in_one and engine.compact and self.num_starts == 1):
             return Around(engine, self.m_step, names)
         return Whole(engine, self.m_step, names)  # type: ignore[arg-type]
 

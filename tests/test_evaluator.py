@@ -18,7 +18,8 @@ from pyro_em.e_step.plated import Plated
 from pyro_em.evaluator import Evaluator
 from pyro_em.m_step.auto import MStep
 from pyro_em.problem import bind
-from pyro_em.recordings import Mapped, Request
+from pyro_em.recordings import Around, Mapped, Request
+from pyro_em.tape import replay
 from tests import zoo_quadrature
 from tests.latent_problems import LATENT_PROBLEMS, LatentProblem
 from tests.problems import BY_NAME, Problem
@@ -98,6 +99,16 @@ def test_closed_forms_are_replayed(name: str) -> None:
     assert not evaluate.refusal
     assert any(kinds), "nothing was recorded"
     assert all(kinds[-5:]) or name in VARYING
+
+
+def test_what_is_too_large_for_one_recording_is_recorded_around_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate, problem = _evaluator("gmm_full")
+    monkeypatch.setattr(replay, "MOST_BYTES", 12_000)
+    params, magnitude = problem.start(), 0.0
+    for _ in range(10):
+        (found,) = evaluate([Request(params, magnitude)])
+        magnitude = found.magnitude  # type: ignore[union-attr]
+    assert isinstance(evaluate._recording, Around) and isinstance(found, Mapped) and not evaluate.refusal
 
 
 class _Counting:
