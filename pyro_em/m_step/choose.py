@@ -108,7 +108,7 @@ def choose(problem: Problem, uses: Uses, options: Mapping[str, str]) -> Choices:
     for name in [n for n in options if n not in choices]:
         unit = Separate(problem, name, uses[name])
         try:
-            closed[name] = unit, Choice("closed", unit.combined(problem.start[name], uniform).rule)
+            closed[name] = unit, Choice("closed", unit.combined(problem.start[name].detach().double(), uniform).rule)
         except NotClosed as error:
             if options[name] == "closed":
                 raise Refusal(
