@@ -219,13 +219,29 @@ def test_iterate(name: str, iterations: int) -> None:
 
 
 def test_the_end_of_a_slow_run() -> None:
-    """C15 after 5000 updates: the evidence there, and hardly a move by one more."""
+    """C15 after 5000 updates, which is the fixed point: the map contracts by ρ an update, and ρ^4900 is nothing.
+
+    With the stored values θ, one update M(θ) and its Jacobian J, the fixed point is θ + (I - J)^-1 (M(θ) - θ).
+    """
     case = _cases()["C15_nile"]
+    stored = {row["it"]: _tensors(row) for row in case.rows}
+    theta = torch.stack([stored[5000]["q"], stored[5000]["r"]])
+
+    def update(at: Tensor) -> tuple[Tensor, float]:
+        result = pyro_em.fit(case.model, *case.args, init={"q": at[0], "r": at[1]}, max_iter=1, tol=0)
+        return torch.stack([result.params["q"], result.params["r"]]), result.history["log_likelihood"][0]
+
+    moved, evidence = update(theta)
+    h = 1e-4 * theta
+    jacobian = torch.stack([(update(theta + d)[0] - update(theta - d)[0]) / (2 * d.sum()) for d in torch.diag(h)], -1)
     row = next(r for r in case.rows if r["it"] == 5000)
-    result = pyro_em.fit(case.model, *case.args, init=case.to_model(_tensors(row)), max_iter=1, tol=0)
-    assert result.history["log_likelihood"][0] == pytest.approx(row["loglik"], rel=5e-12)
-    for name, value in _tensors(row).items():
-        torch.testing.assert_close(result.params[name], value, atol=0.0, rtol=1e-9)
+    assert evidence == pytest.approx(row["loglik"], rel=5e-12, abs=1e-9)
+    fixed = theta + torch.linalg.solve(torch.eye(2) - jacobian, moved - theta)
+    torch.testing.assert_close(fixed, theta, atol=1e-8, rtol=5e-12)
+    rho = float(torch.linalg.eigvals(jacobian).abs().max())
+    assert 0.9 < rho < 0.98
+    left = (theta - torch.stack([stored[100]["q"], stored[100]["r"]])).abs().max()  # 100 of the updates are checked above
+    assert float(left) * rho**4900 < 1e-30
 
 
 def test_the_robot_after_20_updates() -> None:
