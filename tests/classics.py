@@ -67,7 +67,7 @@ def poisson_mixture(counts: Tensor, K: int = 2) -> None:
 
 def poisson_hmm(counts: Tensor, K: int = 2) -> None:
     pi = pyro.param("pi", uniform(K), constraint=simplex)
-    A = pyro.param("A", uniform(K, K) + torch.eye(K), constraint=simplex)
+    A = pyro.param("A", (uniform(K, K) + torch.eye(K)) / 2, constraint=simplex)
     rate = pyro.param("lam", 1.0 + torch.arange(K), constraint=positive)
     z = None
     for t in pyro.markov(range(len(counts))):
