@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from pyro_em.families.base import IDENTITY, LOGIT, NORMALISED, SOFTMAX, Link
 from pyro_em.kernels import BetaKernel, Kernel, PowerKernel, QuadraticKernel, SimplexKernel
@@ -94,12 +93,20 @@ def _exponential(kernel: PowerKernel) -> Curve:
 
 def _logistic(kernel: BetaKernel) -> Curve:
     a, b = kernel.successes, kernel.failures
+    both = a + b
+
+    # Few temporaries: of a table over nodes and rows, making room for each takes longer than what is done with it.
+    def value(eta: Tensor) -> Tensor:
+        small = eta.abs().neg_().exp_().log1p_()  # log p = min(η, 0) - small, log(1 - p) = -max(η, 0) - small
+        found = torch.addcmul(both * small, b, eta.clamp(min=0))
+        return torch.addcmul(found, a, eta.clamp(max=0), value=-1).neg_()
 
     def derivatives(eta: Tensor) -> Derivatives:
-        p, rest = torch.sigmoid(eta), torch.sigmoid(-eta)
-        return a * rest - b * p, (a + b) * p * rest
+        p, rest = torch.sigmoid(eta), eta.neg().sigmoid_()
+        slope = torch.addcmul(a * rest, b, p, value=-1)
+        return slope, both * rest.mul_(p)
 
-    return Curve(lambda eta: a * logsigmoid(eta) + b * logsigmoid(-eta), derivatives)
+    return Curve(value, derivatives)
 
 
 def _categorical(kernel: SimplexKernel) -> Curve:
