@@ -73,10 +73,9 @@ def _exponential(args: Arguments, lower: Tensor, upper: Tensor, center: Tensor |
     x = rate * width
     # 1/λ − w / (exp(λw) − 1) cancels for small λw, where it is w (1/2 − λw/12 + (λw)³/720 − ...).
     small = x < 0.1
-    inside = torch.where(small | ~x.isfinite(), torch.ones_like(x), x)
-    mean = torch.where(x.isfinite(), (1 - inside / torch.expm1(inside)) / rate, 1 / rate)
+    mean = torch.where(x.isfinite(), (1 - x / torch.expm1(x)) / rate, 1 / rate)
     series = 0.5 - x / 12 + x**3 / 720 - x**5 / 30_240 + x**7 / 1_209_600
-    return (lower + torch.where(small, torch.where(small, width, 0.0) * torch.where(small, series, 0.0), mean),)
+    return (lower + torch.where(small, width * series, mean),)
 
 
 def _poisson(args: Arguments, lower: Tensor, upper: Tensor, center: Tensor | None) -> tuple[Tensor, ...]:
