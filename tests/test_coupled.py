@@ -23,6 +23,7 @@ from pyro_em.evidence.elimination_order import Family, Order
 from pyro_em.m_step.auto import MStep
 from pyro_em.problem import bind
 from tests.dense import dense
+from tests.emulated import emulated_device
 from tests.latent_problems import BY_NAME
 from tests.linear_graphs import Graph, linear_graph
 from tests.test_pooled import _same
@@ -88,6 +89,20 @@ def test_it_is_the_reference_in_steps(name: str, monkeypatch: pytest.MonkeyPatch
     """As in test_pooled.py, with every plate that can be eliminated in a step of its own."""
     monkeypatch.setattr(elimination_order, "SMALL", 0)
     _same(BY_NAME[name])
+
+
+@pytest.mark.parametrize("name", ["crossed", "pupils_in_classes"])
+def test_steps_run_where_the_data_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elimination_order, "SMALL", 0)
+    own = BY_NAME[name]
+    expected = pyro_em.fit(own.model, *own.args, init=own.start(), max_iter=2, tol=0)
+    with emulated_device() as device:
+        args, start = [x.to(device) for x in own.args], {n: x.to(device) for n, x in own.start().items()}
+        found = pyro_em.fit(own.model, *args, init=start, max_iter=2, tol=0)
+        params = {n: value.cpu() for n, value in found.params.items()}
+    assert found.plan.engine.startswith("pooled")
+    assert found.log_likelihood == expected.log_likelihood
+    assert all(torch.equal(params[n], expected.params[n]) for n in params)
 
 
 GRAPHS = [linear_graph("nested", seed) for seed in (4, 8, 24)]
