@@ -17,7 +17,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
+from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
@@ -27,6 +27,7 @@ from pyro_em.errors import PyroEMError
 from pyro_em.model import compat
 from pyro_em.model.data import check_arguments, check_data, check_sites, plain_support
 from pyro_em.model.missing import INCOMPLETE, check_unread
+from pyro_em.model.provenance import traced
 from pyro_em.model.starts import check_start
 from pyro_em.model.timeline import Loop, Unplanned, not_together, running
 from pyro_em.model.trace import OBSERVE, Plate, quiet_store
@@ -116,7 +117,7 @@ class _Observe(Messenger):
             kind = "module" if compat.module_parameter(msg) is not None else "param"
             self.parameters[name] = ParameterRecord(name, value.detach().clone(), constraints.real, kind)
         if self.parameters[name].kind == "param":
-            msg["value"] = track_provenance(value, frozenset({name}))
+            msg["value"] = traced(value, name)
 
     def _pyro_sample(self, msg: Any) -> None:
         """In large plates a discrete latent is one draw for all elements: a million of them would index a million
@@ -153,7 +154,7 @@ class _Observe(Messenger):
         if INCOMPLETE in msg["infer"]:
             self.incomplete |= {name}
         if not msg["is_observed"] or name in self.incomplete:
-            msg["value"] = track_provenance(value, frozenset({name}))
+            msg["value"] = traced(value, name)
 
 
 def _as_given(value: Tensor, gone: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ holds each to its contract, so that a new Pyro release breaks one file with a cl
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -48,9 +49,20 @@ def _record_arguments(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if issubclass(cls, _WRAPPERS) or not hasattr(cls, "expand"):
         return None
     distribution = type.__call__(cls, *args, **kwargs)
-    bound = cls.__signature__.bind(*args, **kwargs).arguments
-    raw = {name: value for name, value in bound.items() if name != "validate_args" and value is not None}
+    names = _argument_names(cls)
+    if names is None:
+        given = cls.__signature__.bind(*args, **kwargs).arguments
+    else:  # as they were accepted
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+    raw = {n: given[n] for n in names or given if n != "validate_args" and given.get(n) is not None}
     return _remember(distribution, raw)
+
+
+@functools.cache
+def _argument_names(cls: Any) -> tuple[str, ...] | None:
+    """Of a constructor; None if it takes any number of them."""
+    found = cls.__signature__.parameters.values()
+    return tuple(x.name for x in found) if all(x.kind is x.POSITIONAL_OR_KEYWORD for x in found) else None
 
 
 @contextlib.contextmanager
