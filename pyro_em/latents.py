@@ -106,7 +106,7 @@ def bind_continuous(
             reach = {}
         symbols.update({name: {**reach, runs.dim: latents.symbol} for name in latents.factors})
     plain = tuple({n: v.detach() for n, v in own.items()} for own in leaves)
-    runs = dataclasses.replace(runs, symbols=symbols).certified(params[0], plain)
+    runs = dataclasses.replace(runs, symbols=symbols).certified(params[0], plain, first)
     routes: list[Route] = []
     values_at_start: Values = {}
     for latents in sets:

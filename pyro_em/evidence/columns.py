@@ -62,25 +62,35 @@ def direction(column: Column, shape: tuple[torch.Size, torch.Size], along: Tenso
     return tangent.reshape([*batch, *event])
 
 
-def push(outputs: Sequence[Tensor], leaf: Tensor, directions: Sequence[Tensor], graph: bool) -> list[list[Tensor]]:
-    """Directional derivatives of every output; with `graph` differentiable themselves (double vjp)."""
+def pushing(outputs: Sequence[Tensor], leaf: Tensor, graph: bool) -> Callable[[Tensor], list[Tensor]]:
+    """Directional derivatives of every output along a direction; with `graph` differentiable (double vjp).
+
+    What does not depend on the direction is done once.
+    """
     zeros = [torch.zeros_like(o) for o in outputs]
     reached = [i for i, o in enumerate(outputs) if o.requires_grad]
-    if not reached:
-        return [zeros for _ in directions]
     cotangents = [torch.zeros_like(outputs[i], requires_grad=True) for i in reached]
-    (pulled,) = pulled_back([outputs[i] for i in reached], [leaf], cotangents, graph=True)
-    if pulled is None or not pulled.requires_grad:
-        return [zeros for _ in directions]
-    found = []
-    for along in directions:
-        pushed = pulled_back([pulled], cotangents, [along.to(pulled)], graph=graph)
+    pulled = None
+    if reached:
+        (pulled,) = pulled_back([outputs[i] for i in reached], [leaf], cotangents, graph=True)
+
+    def along(direction: Tensor) -> list[Tensor]:
         row = list(zeros)
+        if pulled is None or not pulled.requires_grad:
+            return row
+        pushed = pulled_back([pulled], cotangents, [direction.to(pulled)], graph=graph)
         for i, p in zip(reached, pushed, strict=True):
             if p is not None:
                 row[i] = p if graph else p.detach()
-        found.append(row)
-    return found
+        return row
+
+    return along
+
+
+def push(outputs: Sequence[Tensor], leaf: Tensor, directions: Sequence[Tensor], graph: bool) -> list[list[Tensor]]:
+    """Directional derivatives of every output along each direction."""
+    along = pushing(outputs, leaf, graph)
+    return [along(direction) for direction in directions]
 
 
 def columns_of(candidate: Candidate, split: frozenset[str]) -> list[Column]:
@@ -161,6 +171,7 @@ def _readings(
     outputs = outputs_of(run, names)
     generator = torch.Generator().manual_seed(0)
     found: dict[str, dict[Column, Index]] = {name: {} for name in names}
+    pushes = {latent: pushing(outputs, leaves[latent], graph=False) for latent in candidate.latents.names}
     for column in columns:
         shape = candidate.latents.shapes[column.site]
         n = shape[0].numel()
@@ -168,7 +179,7 @@ def _readings(
         code = torch.arange(1, n + 1, dtype=torch.float64)
         draw = seeded_normal((n,), generator)
         ways = [direction(column, shape, along) for along in (ones, code, draw)]
-        by_one, by_code, by_draw = push(outputs, leaves[column.site], ways, graph=False)
+        by_one, by_code, by_draw = (pushes[column.site](way) for way in ways)
         for i, name in enumerate(names):
             if bool((by_one[i] != 0).any()) or bool((by_draw[i] != 0).any()):
                 rank = -candidate.dim
