@@ -32,7 +32,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em.device import checked_indices
+from pyro_em.device import checked_indices, tensors_in
 from pyro_em.evidence.blocks import simplex
 from pyro_em.families.multivariate_normal import MultivariateNormalFamily
 from pyro_em.families.normal import NormalFamily
@@ -165,6 +165,9 @@ def condense(
 
     :param weights: of the rows, by plate: their moments are weighted, and pseudo-rows share the total.
     """
+    given = [x.numel() for x in tensors_in((args, kwargs))]
+    if given and sum(given) < MIN_CELLS:
+        return None
     thin = _Thin()
     try:
         with torch.no_grad(), quiet_store(), pyro.validation_enabled(False), checked_indices():

@@ -31,24 +31,25 @@ def device_of(*values: Any) -> torch.device:
 
     :raises InputError: for tensors on two devices that are not the CPU.
     """
-    found = {x.device for x in _tensors(values) if x.device.type != "cpu"}
+    found = {x.device for x in tensors_in(values) if x.device.type != "cpu"}
     if len(found) > 1:
         names = " and ".join(sorted(map(str, found)))
         raise InputError(f"The data are on several devices, {names}: move them to one of them, or to the CPU.")
     return found.pop() if found else torch.device("cpu")
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """Tensors in values nested in mappings and sequences, and in modules."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, torch.nn.Module):
         yield from values.parameters()
         yield from values.buffers()
     elif isinstance(values, Mapping):
-        yield from _tensors(tuple(values.values()))
+        yield from tensors_in(tuple(values.values()))
     elif isinstance(values, tuple | list):
         for value in values:
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
 @contextlib.contextmanager
@@ -58,7 +59,7 @@ def on_device(*values: Any) -> Iterator[torch.device]:
     with contextlib.ExitStack() as stack:
         if device.type != "cpu":
             stack.enter_context(device)
-            if max(x.numel() for x in _tensors(values)) >= WIDE // MOST_STATES:
+            if max(x.numel() for x in tensors_in(values)) >= WIDE // MOST_STATES:
                 stack.enter_context(_NarrowSolves())
         yield device
 

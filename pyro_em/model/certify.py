@@ -85,14 +85,15 @@ def _against_drawn(
             )
 
     cut = first_rows(enumerated, plate)
+    factors = {name: compat.detached(packed_log_density(site)) for name, site in cut.sites.items()}
 
     def agree(run: Callable[..., Run]) -> None:
         plain = run()
-        _compare(cut, plain, graph)
+        _compare(cut, factors, plain, graph)
         rows = max(plain.sites[name].value.numel() for name in graph.latents)
         if rows <= FEW:  # (in a loop over time one draw serves all steps)
             others = {name: _states(enumerated.sites[name], plain.sites[name], 1)[1] for name in graph.latents}
-            _compare(cut, run(values=others), graph)
+            _compare(cut, factors, run(values=others), graph)
 
     if plate is None:
         agree(drawn)
@@ -106,7 +107,7 @@ def _against_drawn(
     try:
         agree(partial(drawn, FirstElements(plate, ROWS)))
     except (ValueError, RuntimeError):  # something else has the size of the plate
-        _compare(cut, first_rows(drawn(), plate), graph)
+        _compare(cut, factors, first_rows(drawn(), plate), graph)
 
 
 class _Given(Messenger):
@@ -125,7 +126,7 @@ def _size(run: Run, plate: str) -> int:
     return next(p.size for site in run.sites.values() for p in site.plates if p.name == plate)
 
 
-def _compare(enumerated: Run, plain: Run, graph: FactorGraph) -> None:
+def _compare(enumerated: Run, factors: Mapping[str, Tensor], plain: Run, graph: FactorGraph) -> None:
     states = {name: _state_index(enumerated, plain, name) for name in graph.latents}
     for name, site in enumerated.sites.items():
         if name not in plain.sites:
@@ -134,10 +135,9 @@ def _compare(enumerated: Run, plain: Run, graph: FactorGraph) -> None:
                 "it exists when the latents are enumerated, but not when they are drawn.",
                 "do not branch in Python on a latent value; use indexing or torch.where.",
             )
-        factor = compat.detached(packed_log_density(site))
         own = plain.sites[name]
         expected = compat.pack(log_density(own, masked=not site.latent).detach(), own.symbols)
-        found = _lookup(factor, states, graph)
+        found = _lookup(factors[name], states, graph)
         dims = "".join(dict.fromkeys(compat.dims_of(expected) + compat.dims_of(found)))
         a, b = align(expected, dims), align(found, dims)
         a, b = torch.broadcast_tensors(a, b)
