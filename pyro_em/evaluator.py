@@ -82,7 +82,7 @@ class Evaluator:
             return nothing
         try:
             found = recording(requests)
-        except NotRecorded as error:  # the first replay was not what the code does: there are no more of it
+        except (NotRecorded, NotCertified) as error:  # the first replay was not what the code does, or not the maximum
             self._failed(error)
             return nothing
         # One of many starts may go another way for good: it is evaluated by itself, the others are replayed.

@@ -9,6 +9,7 @@ Both give None where no recording holds; the ordinary code then answers.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,11 +92,15 @@ class Ways:
         self._known: list[tuple[Tape, frozenset[str]]] = []
 
     def add(
-        self, function: Callable[[set[str], Sequence[Tensor]], Outputs], inputs: Sequence[Tensor]
+        self, function: Callable[[set[str], Sequence[Tensor], bool], Outputs], inputs: Sequence[Tensor]
     ) -> tuple[Outputs, frozenset[str]]:
-        """Record the way that it goes at these inputs, and give what it gives there."""
+        """Record the way that it goes at these inputs, and give what it gives there.
+
+        When a tape compares its first replay with the function, this is asked to certify its results.
+        """
         empty: set[str] = set()
-        tape = Tape(lambda *own: function(empty, own), inputs)
+        calls = itertools.count()
+        tape = Tape(lambda *own: function(empty, own, next(calls) > 0), inputs)
         self._known = [(tape, frozenset(empty)), *self._known[: MOST_WAYS - 1]]
         return tape.recorded, frozenset(empty)
 
@@ -118,9 +123,9 @@ class Whole:
         self._ways = Ways()
 
     def record(self, request: Request) -> Mapped | None:
-        def function(empty: set[str], inputs: Sequence[Tensor]) -> Outputs:
+        def function(empty: set[str], inputs: Sequence[Tensor], certify: bool) -> Outputs:
             params = dict(zip(self.names, inputs, strict=False))
-            return after(self.m_step, params, *_e_step(self.engine, params, inputs[-1]), empty)
+            return after(self.m_step, params, *_e_step(self.engine, params, inputs[-1]), empty, certify)
 
         found = self._ways.add(function, [*values_of(request, self.names), magnitude_of(request)])
         return mapped(self.engine, self.names, request, found)
@@ -148,9 +153,9 @@ class Around:
         def before(*inputs: Tensor) -> Sequence[Tensor]:
             return self.engine.before(dict(zip(self.names, inputs, strict=False)), inputs[-1]).tensors
 
-        def behind(empty: set[str], inputs: Sequence[Tensor]) -> Outputs:
+        def behind(empty: set[str], inputs: Sequence[Tensor], certify: bool) -> Outputs:
             params = dict(zip(self.names, inputs, strict=False))
-            return after(self.m_step, params, *self.engine.after(params, inputs[len(self.names) :]), empty)
+            return after(self.m_step, params, *self.engine.after(params, inputs[len(self.names) :]), empty, certify)
 
         if self._before is None or _replay(self._before, [*values, request.magnitude]) is None:
             self._before, self._after = Tape(before, [*values, magnitude_of(request)]), Ways()
@@ -194,10 +199,17 @@ def _e_step(engine: Recordable | Staged, params: Params, magnitude: Tensor) -> t
     return engine.after(params, engine.core([engine.before(params, magnitude)])[0])
 
 
-def after(m_step: MStep, params: Params, totals: Tensor, sufficient: Sufficient, empty: set[str]) -> Outputs:
-    """What follows from an E-step; `empty` collects the parameters of which some entry saw no data."""
+def after(
+    m_step: MStep, params: Params, totals: Tensor, sufficient: Sufficient, empty: set[str], certify: bool
+) -> Outputs:
+    """What follows from an E-step; `empty` collects the parameters of which some entry saw no data.
+
+    :raises NotCertified: if closed forms do not reach the maximum of Q; as far as it is asked for.
+    """
     score = m_step.closed_score(params, sufficient)
     updated, unseen = m_step.closed_map(params, sufficient)
+    if certify:
+        m_step.certify(updated, sufficient)
     empty.update(unseen)
     return [torch.cat([totals, score.reshape(1)]), *(updated[name] for name in params)]
 

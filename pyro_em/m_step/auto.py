@@ -153,6 +153,15 @@ class MStep:
                 break
         raise NotCertified
 
+    def certify(self, params: Params, sufficient: Sufficient) -> None:
+        """Whether Q is at its maximum in the parameters with closed forms, after `closed_map`.
+
+        :raises NotCertified: if it is not.
+        """
+        certificate = self.closed_score(params, sufficient) / self._elements
+        if not bool(certificate <= certificate_bound(params)):
+            raise NotCertified
+
     def diverging(self, params: Params, expectation: Expectation) -> set[str]:
         """Parameters whose maximum is at infinity, as far as an iterate near convergence tells."""
         blocks = [unit for unit in self.units if isinstance(unit, Newton)]
