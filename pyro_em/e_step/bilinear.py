@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -71,10 +72,15 @@ class Form:
     def coefficients(self, params: Params) -> Tensor:
         """C (regressors, P) at some parameters."""
         flat = self.base.reshape(-1)
-        for own in self.entries:
+        for own, place in zip(self.entries, self._places, strict=True):
             theta = params[own.parameter].detach().double().reshape(-1)
-            flat = flat.index_add(0, own.row * self.base.shape[1] + own.cell, own.coefficient * theta[own.index])
+            flat = flat.index_add(0, place, own.coefficient * theta.index_select(0, own.index))
         return flat.reshape(self.base.shape)
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, ...]:
+        """Of all entries in the flattened C."""
+        return tuple(own.row * self.base.shape[1] + own.cell for own in self.entries)
 
 
 @dataclass
@@ -161,11 +167,10 @@ def read_form(
     rounding = 1e-13 * max(float(value.abs().max()), float(linear.abs().max()))
     offset = torch.where(offset.abs() <= rounding, torch.zeros_like(offset), offset)
     for s, own in enumerate(by_atom(offset)):
-        for p in range(size):
+        for p in (own != 0).any(0).expand(size).nonzero().squeeze(-1).tolist():
             row = own[:, min(p, own.shape[1] - 1)]
-            if bool((row != 0).any()):
-                row = row[:1] if bool(((row - row[0]).abs() <= rounding).all()) else row
-                _at_atom(reader, s, p, "", CONSTANT, row * over)
+            row = row[:1] if bool(((row - row[0]).abs() <= rounding).all()) else row
+            _at_atom(reader, s, p, "", CONSTANT, row * over)
     values = {
         key: number
         for j, column in enumerate(columns)

@@ -152,11 +152,11 @@ def _solve(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> _Solved:
 
 def residual(site: PooledSite, C: Tensor, ones: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """d (U, V₁, P, c) and T (U, V₁, P, K) of a site, not divided by its noise."""
-    shared = C[: site.shared * (size + 1)].reshape(site.shared, size + 1, site.cells)
-    d = (site.pooled.design @ shared[:, 0]).unsqueeze(-1) * ones[:, None, None]
+    shared = C[: site.shared * (size + 1)].reshape(site.shared, (size + 1) * site.cells)
+    both = (site.pooled.design @ shared).unflatten(-1, (size + 1, site.cells))
+    d = both[:, :, 0].unsqueeze(-1) * ones[:, None, None]
     if site.alone:
-        alone = C[site.shared * (size + 1) :]
-        d = d + torch.einsum("umvc,vp->umpc", site.pooled.data[:, :, : site.alone], alone)
+        d = d + C[site.shared * (size + 1) :].mT @ site.pooled.data[:, :, : site.alone]
     if site.has_data:
         d = d + site.pooled.data[:, :, site.alone :]
-    return d, torch.einsum("umv,vkp->umpk", site.pooled.design, shared[:, 1:])
+    return d, both[:, :, 1:].mT
