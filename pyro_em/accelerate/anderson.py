@@ -5,11 +5,12 @@ With residuals f_i = M(u_i) − u_i and differences ΔF, ΔM (P, k) of the last 
     γ = argmin ‖f − ΔF γ‖² + λ‖γ‖²,        u' = M(u) − ΔM γ
 
 λ is such that ‖γ‖² is a share δ = 1/(1 + 1.2^(−s)) of its value at λ = 0; s counts accepted proposals and
-falls by the order at a refused one. The memory, at most min(10, P) differences, is emptied when full. An
-update costs one E-step if u' is accepted, two if it is refused.
+falls by the order at a refused one. The memory, at most min(10, P) differences, is emptied when full, and at a
+refusal: differences that led astray would do so again. An update costs one E-step if u' is accepted, two if not.
 
 Where this differs from DAAREM: the objective may never fall, and so damping begins at δ = 1/2, not 0.01,
-which took up to half the E-steps; and a proposal that points away from M(u) is refused without an E-step.
+which took up to half the E-steps. Whether u' points away from M(u) says nothing (where a variance goes to 0 and
+EM creeps, good proposals often do); only its objective counts.
 Like every quasi-Newton method on a residual it is drawn to saddles too, and leaves them at EM's pace.
 """
 
@@ -54,16 +55,12 @@ class Anderson:
         extrapolated = self._mixed()
         if self._count > order:
             self._coordinates = None  # the next update starts afresh
-        # M(u) − u is a direction of ascent.
-        ascends = float((extrapolated - u) @ (plain - u)) > 0
-        proposal = None
-        if ascends:
-            free = torch.from_numpy(extrapolated)
-            proposal = yield from evaluate(self.em, coordinates, free, current.iteration + 1)
+        free = torch.from_numpy(extrapolated)
+        proposal = yield from evaluate(self.em, coordinates, free, current.iteration + 1)
         if proposal is not None and proposal.objective >= current.objective - current.rounding:
             self._accepted += 1
             return proposal
-        self._accepted = max(self._accepted - order, -order)
+        self._coordinates, self._accepted = None, max(self._accepted - order, -order)
         return (yield from self.em.reached(mapped, current))
 
     def _append(self, plain: NDArray[np.float64], residual: NDArray[np.float64], order: int) -> None:
