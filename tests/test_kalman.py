@@ -181,6 +181,28 @@ def test_steady_moments_of_a_wide_start(width: float, sequences: int, steps: int
     _same_sums(chain, torch.ones(sequences), evidence=1e-10 + 1e-19 * width, rtol=rounding, atol=rounding)
 
 
+def test_steady_moments_of_noise_that_is_nearly_singular() -> None:
+    """Against the smoother: residuals that are small in one direction only are lost in sums of products."""
+    g = torch.Generator().manual_seed(0)
+    chain = random_chain(S=3, T=40, D=2, P=3)
+    state, seen = (torch.linalg.qr(torch.randn(n, n, generator=g))[0] for n in (2, 3))
+    roots = state * torch.tensor([1e-4, 1.0]), seen * torch.tensor([1e-4, 1e-4, 1.0])
+    Q, R = (root @ root.mT for root in roots)
+    A, b, C, d = (x[0, 0] for x in (chain.A, chain.b, chain.C, chain.d))
+    x, y = chain.mean + torch.randn(3, 2, generator=g) @ roots[0].mT, []
+    for t in range(40):
+        x = x if t == 0 else x @ A.mT + b + torch.randn(3, 2, generator=g) @ roots[0].mT
+        y.append(x @ C.mT + d + torch.randn(3, 3, generator=g) @ roots[1].mT)
+    given = {"covariance": Q[None], "Q": Q[None, None], "R": R[None, None], "y": torch.stack(y, 1)}
+    chain = dataclasses.replace(chain, **given)
+    fast, slow = steady_moments(chain), chain_moments(chain, smooth(chain))
+    assert fast.first is not None
+    squares = (fast.observation.residual_squares + fast.first.residual_squares).squeeze()
+    expected = slow.observation.residual_squares.sum((0, 1))
+    direction = seen[:, 0]
+    assert float(direction @ squares @ direction) == pytest.approx(float(direction @ expected @ direction), rel=1e-6)
+
+
 def _same_sums(chain: Any, weight: Tensor, evidence: float = 1e-12, **digits: float) -> None:
     fast: ChainMoments = steady_moments(chain, weight)
     slow = chain_moments(chain, smooth(chain))

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import pyro_em
-from pyro_em.errors import InputError, NonFiniteError, Refusal
+from pyro_em.errors import DegenerateLikelihoodError, InputError, NonFiniteError, Refusal
 from tests.dense import dense
+from tests.loop_chains import BY_NAME
 from tests.state_space_cases import CASES, trend
 
 
@@ -112,3 +113,16 @@ def test_loops_and_bad_input() -> None:
 def test_a_series_of_no_steps() -> None:
     with pytest.raises(InputError, match="'y': the series has no steps"):
         pyro_em.fit(trend, CASES[2].data[:, :0])
+
+
+@pytest.mark.parametrize("accelerate", [None, "squarem", "anderson"])
+def test_noises_that_become_singular_end_in_a_sentence(accelerate: str | None) -> None:
+    """Four steps of three series do not determine a system of two states: its likelihood is unbounded."""
+    problem = BY_NAME["system"]
+    init = {**problem.start(), "A": torch.tensor([[0.5, 0.4], [-0.3, 0.2]])}
+    with pytest.raises(DegenerateLikelihoodError, match="noise has become singular") as caught:
+        pyro_em.fit(problem.model, *problem.args, init=init, accelerate=accelerate, max_iter=1000, tol=1e-9)
+    assert caught.value.site == "y"
+    result = caught.value.result
+    assert np.isfinite(result.log_likelihood)
+    assert (np.diff(result.history["objective"]) >= -1e-9).all()

@@ -55,7 +55,9 @@ class Separate:
         kernel, uses = combined.kernel, sufficient.uses(self.name, self.uses)
         empty = not isinstance(kernel, FlatKernel) and not kernel.is_informed
         spread = partial(self._spread_of, sufficient)
-        best = check_update(self.problem, self.name, uses, combined, combined.argmax(theta), spread)
+        families = (sufficient.sites[use.site].family for use in uses)
+        inside = any(family is not None and family.integrates for family in families)
+        best = check_update(self.problem, self.name, uses, combined, combined.argmax(theta), spread, inside)
         moved = {**params, self.name: best.to(params[self.name].dtype)}
         sufficient.put(moved[self.name], uses)
         return moved, {self.name} if empty else set()

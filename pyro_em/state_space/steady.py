@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import scipy  # its parts are imported when they are used first
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -25,7 +26,9 @@ from pyro_em.state_space.segments import KEPT
 from pyro_em.state_space.steps import LOG_2PI, SingularInnovation
 
 Array = NDArray[np.float64]
-WIDE = 1e12  # a start so much wider than the steady covariance is left to smoother.py, whose form loses no digits
+# What sums of products are too coarse for is left to chunked.py, which forms the residuals themselves:
+WIDE = 1e12  # a start so much wider than the steady covariance,
+NARROW = 1e-5  # and noise of which a combination has so small a share of a coordinate's variance.
 
 
 def steady_moments(chain: Chain, weight: Tensor | None = None) -> ChainMoments:
@@ -97,7 +100,7 @@ def _moments_of(chain: Chain, weight: Tensor) -> tuple[Array, Array]:
     _, T, P = y.shape
     late = int(chain.first_unseen)
     own = filter_gains(P0, A, Q, C, R, T, bool(late))
-    if T == 1 or abs(P0).max() > WIDE * abs(own.predicted[-1]).max():
+    if T == 1 or abs(P0).max() > WIDE * abs(own.predicted[-1]).max() or _nearly_singular(Q) or _nearly_singular(R):
         return _step_by_step(chain, weight)
     path = _mean_path(mean, A, b, T)
     if path is not None:
@@ -131,6 +134,18 @@ def _moments_of(chain: Chain, weight: Tensor) -> tuple[Array, Array]:
         _observed(W * (T - 1), seen, Vs, C, R, x, u),
         _observed(W * (1 - late), early, W * (1 - late) * V.first, C, R, x, u),
     )
+
+
+def _nearly_singular(noise: Array) -> bool:
+    """Whether a coordinate (but those without noise) has next to none of its own, given those before it."""
+    size = noise.diagonal()
+    if not size.all():
+        kept = size > 0
+        noise, size = noise[np.ix_(kept, kept)], size[kept]
+    if not len(size):
+        return False
+    factor, failed = scipy.linalg.lapack.dpotrf(noise, lower=1)
+    return bool(failed) or bool((factor.diagonal() ** 2 < NARROW * size).any())
 
 
 def _row(*sites: tuple[Any, ...]) -> Array:
