@@ -39,6 +39,12 @@ TABLE = {**BY_NAME, **{problem.name: problem for problem in LATENT_PROBLEMS if p
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_em.BoundaryEstimate")
 
 
+@pytest.fixture(autouse=True)
+def _written_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays by arithmetic of Python (tape/scalars.py) too, although the fits are short."""
+    monkeypatch.setattr(replay, "OFTEN", 8)
+
+
 def _fit(problem: Problem | LatentProblem, **options: object) -> pyro_em.FitResult:
     own = problem.fit_options(_algorithm(problem)) if isinstance(problem, Problem) else dict(problem.options)
     own |= {"algorithm": _algorithm(problem), "init": problem.start(), "max_iter": 45, "tol": 0, **options}

@@ -7,9 +7,8 @@ emit.py says; a guard of a reduction looks at the bytes of what would be reduced
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,23 +25,30 @@ DTYPES = (torch.float64, torch.float32, torch.bool, torch.int64, torch.int32)  #
 
 
 class Layout:
-    """`inputs` and `outputs` are memory, `calls` what to call in between, `size` the bytes of all values."""
+    """`inputs` and `outputs` are memory, `written` what to call in between, `size` the bytes of all values."""
 
     def __init__(self, listing: Listing) -> None:
         self.listing = listing
         self.places: dict[Variable, Tensor] = {}
         self.arrays: dict[int, Any] = {}  # the same memory for NumPy, by id of the tensor
-        self.calls: list[Call] = []
+        self.written: list[Written] = []
         self.size = 0
         self.inputs = [self._place(variable) for variable in listing.inputs]
         self._looks = _looks(listing)
         for step in listing.steps:
+            self.calls: list[Call] = []
             self._write(step)
-        self.outputs = [self._tensor(x) for x in listing.outputs]
+            if self.calls:
+                self.written.append(Written(step, self._looks.get(step), tuple(self.calls)))
+        self.outputs = [self.tensor(x) for x in listing.outputs]
 
     def shapes(self) -> list[tuple[Tensor, torch.Size]]:
         """Memory of every value, and its shape as recorded."""
         return [(place, self.listing.examples[v].shape) for v, place in self.places.items()]
+
+    def on_cpu(self) -> bool:
+        """Whether all values are there."""
+        return _on_cpu([*self.places.values()])
 
     def _place(self, variable: Variable) -> Tensor:
         example = self.listing.examples[variable]
@@ -51,7 +57,8 @@ class Layout:
         self.size += place.numel() * place.element_size()
         return place
 
-    def _tensor(self, x: Any) -> Any:
+    def tensor(self, x: Any) -> Any:
+        """The memory of a variable; anything else as it is."""
         if isinstance(x, Variable):
             return self.places[x]
         return x.detach() if isinstance(x, Tensor) and x.requires_grad else x
@@ -60,7 +67,7 @@ class Layout:
         """The same memory as a NumPy array, for a tensor or variable."""
         if not isinstance(x, Variable | Tensor):
             return x
-        tensor = self._tensor(x)
+        tensor = self.tensor(x)
         found = self.arrays.get(id(tensor))
         if found is None:
             found = tensor.detach().numpy()
@@ -74,7 +81,7 @@ class Layout:
             if look is not None:
                 self.calls.append(look.call(self._array(look.source)))
             return
-        args, kwargs = each(self._tensor, step.args), each(self._tensor, step.kwargs)
+        args, kwargs = each(self.tensor, step.args), each(self.tensor, step.kwargs)
         if step.view:
             made = step.call(*args, **kwargs)
             for target, view in zip(step.targets, [made] if step.single else made, strict=True):
@@ -105,7 +112,7 @@ class Layout:
 
     def _write_numpy(self, step: Step, places: list[Tensor]) -> bool:
         flat = [x for a in step.args for x in (a if isinstance(a, list | tuple) else [a])]
-        values = [self._tensor(x) for x in flat if isinstance(x, Variable | Tensor)]
+        values = [self.tensor(x) for x in flat if isinstance(x, Variable | Tensor)]
         values += places
         if not all(x.device.type == "cpu" and x.dtype in DTYPES and x.numel() <= MOST_CELLS for x in values):
             return False
@@ -142,7 +149,7 @@ class Layout:
     def _write_pieces(self, step: Step, place: Tensor) -> None:
         """Stacked or concatenated values, each copied to its part of the result."""
         parts, dim = step.args[0], step.args[1] if len(step.args) > 1 else 0
-        tensors = [self._tensor(x) for x in parts]
+        tensors = [self.tensor(x) for x in parts]
         if step.call is aten.stack.default:
             pieces = list(place.unbind(dim))
         else:
@@ -152,7 +159,7 @@ class Layout:
 
     def _write_pick(self, step: Step, place: Tensor) -> bool:
         """Entries at constant places: where in memory each is, the same operation on the numbers of places says."""
-        source = self._tensor(step.args[0])
+        source = self.tensor(step.args[0])
         if any(isinstance(x, Variable) for x in step.args[1:]) or not place.is_contiguous():
             return False
         memory = torch.empty(0, dtype=source.dtype).set_(source.untyped_storage())
@@ -164,14 +171,27 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class _Look:
-    """A guard of what all entries of `source` are."""
+class Look:
+    """A guard: all entries of `source` are `value`, or finite if that is None."""
 
     source: Variable
-    call: Callable[[Any], Call]
+    value: bool | None
+
+    def call(self, array: Any) -> Call:
+        """The guard, for the memory of `source`."""
+        return all_finite(array) if self.value is None else all_are(array, self.value)
 
 
-def _looks(listing: Listing) -> dict[Step, _Look | None]:
+@dataclass(frozen=True)
+class Written:
+    """A step, or a look at what it and others would reduce, as calls one after another."""
+
+    step: Step
+    look: Look | None
+    calls: tuple[Call, ...]
+
+
+def _looks(listing: Listing) -> dict[Step, Look | None]:
     """Guards that need no reduction, and the steps that only they would need (None)."""
     made = {target: step for step in listing.steps for target in step.targets}
     if None in made:  # memory that is written in place may be another when the guard is read
@@ -185,21 +205,21 @@ def _looks(listing: Listing) -> dict[Step, _Look | None]:
         step = made.get(x) if isinstance(x, Variable) and uses[x] == 1 else None
         return step if step is not None and step.call is call else None
 
-    found: dict[Step, _Look | None] = {}
+    found: dict[Step, Look | None] = {}
     for step in listing.steps:
         if step.call is not READ or not isinstance(step.guard, bool):
             continue
         judge = only(step.args[0], aten.all.default if step.guard else aten.any.default)
         if judge is None or listing.examples[mask := judge.args[0]].device.type != "cpu":
             continue
-        found[judge], found[step] = None, _Look(mask, partial(all_are, value=step.guard))
+        found[judge], found[step] = None, Look(mask, step.guard)
         same = only(mask, aten.eq.Scalar) if step.guard else None  # x - x == 0
         difference = only(same.args[0], aten.sub.Tensor) if same is not None and same.args[1] == 0 else None
         if same is None or difference is None or difference.args[0] is not difference.args[1] or difference.kwargs:
             continue
         x = listing.examples[difference.args[0]]
         if x.dtype.is_floating_point and x.is_contiguous():
-            found |= {same: None, difference: None, step: _Look(difference.args[0], all_finite)}
+            found |= {same: None, difference: None, step: Look(difference.args[0], None)}
     return found
 
 

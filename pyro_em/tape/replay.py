@@ -1,6 +1,7 @@
 """A function recorded once and replayed: its operations in a row, over memory that is laid out once (layout.py).
 
-Nothing is allocated at a replay but the outputs, which are copies. A tape is not for two threads at once.
+Nothing is allocated at a replay but the outputs, which are copies. A tape is not for two threads at once. One that is
+replayed often goes on as a function of its own, in which what is small is arithmetic of Python (scalars.py).
 """
 
 from __future__ import annotations
@@ -9,17 +10,22 @@ import contextlib
 import dataclasses
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_em.device import chunk_scale
+from pyro_em.tape.calls import Deviation, quiet
 from pyro_em.tape.layout import Layout
+from pyro_em.tape.program import Parts, Program
 from pyro_em.tape.record import NotRecorded, record
+from pyro_em.tape.scalars import known, written
 from pyro_em.tape.simplify import simplify
 
 MOST = 10_000  # operations
+OFTEN = 150  # replays after which a tape is written as a function: as many again make up for what that takes
+LONGEST = 2_000  # calls of which a function is written
 MOST_BYTES = 2**26  # of all values together, on the CPU; where they are more, Python is the smaller part
 
 
@@ -41,6 +47,9 @@ class Tape:
         :raises NotRecorded: where it cannot be replayed (record.py).
         """
         self._function: Callable[..., Sequence[Tensor]] | None = None
+        self.program: Program | None = None  # of the function that goes on
+        self._written: Callable[..., list[Tensor]] | None = None
+        self._quiet, self._count = quiet(), 0
         with _no_collection():
             self._make(function, [x.detach().clone(memory_format=torch.contiguous_format) for x in inputs])
         self._function = function  # until it has been compared once more
@@ -49,15 +58,16 @@ class Tape:
         """What the recording consists of is gone when this returns, before anyone looks for cycles in it."""
         operations, outputs = record(function, inputs, MOST, _most_bytes())
         self.recorded = values = [x.clone() for x in outputs]
-        self.listing = simplify(operations, inputs, outputs)
-        layout = Layout(self.listing)
+        listing = simplify(operations, inputs, outputs)
+        self._layout = layout = Layout(listing)
         if layout.size > _most_bytes():
             raise NotRecorded(f"{layout.size / 2**20:.0f} MiB of values")
-        self._inputs, self._calls, self._outputs = layout.inputs, layout.calls, layout.outputs
+        self._calls = [call for own in layout.written for call in own.calls]
         self._compare(self(inputs), values)
         if any(place.shape != shape for place, shape in layout.shapes()):
             raise NotRecorded("an operation gives another shape where its memory is given")
-        self.listing = dataclasses.replace(self.listing, examples={})  # as large as the memory of the tape
+        # What the recording has seen is as large as the memory of the tape.
+        self.listing = layout.listing = dataclasses.replace(listing, examples={})
 
     def _compare(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         if not all(_same(a, b) for a, b in zip(found, expected, strict=True)):
@@ -66,23 +76,47 @@ class Tape:
     def __call__(self, inputs: Sequence[Tensor | float]) -> list[Tensor]:
         """Outputs of the function at `inputs` (without gradients), tensors with memory of their own.
 
+        :param inputs: as they were recorded; floats may stand for tensors without dims.
         :raises Deviation: if a guard does not hold. At the first call also `NotRecorded`, and what the function raises.
         """
-        for place, x in zip(self._inputs, inputs, strict=True):
+        if self._written is not None:
+            return self._quiet(self._written, inputs)
+        outputs = self._quiet(self._replay, inputs)
+        self._count += 1
+        if self._function is not None:
+            function, self._function = self._function, None
+            with torch.no_grad():
+                self._compare(outputs, function(*(place.clone() for place in self._layout.inputs)))
+            self._write(known, inputs, outputs)
+        elif self._count == OFTEN:
+            self._write(written, inputs, outputs)
+        return outputs
+
+    def _replay(self, *inputs: Tensor | float) -> list[Tensor]:
+        for place, x in zip(self._layout.inputs, inputs, strict=True):
             if isinstance(x, float):
                 place.fill_(x)
             else:
                 place.copy_(x)
-        # NumPy is to say as little as torch does; no call is for torch functions (device.py) to look at once more.
-        with np.errstate(all="ignore"), torch._C.DisableTorchFunction():
-            for call in self._calls:
-                call()
-        outputs = [x.clone(memory_format=torch.contiguous_format) for x in self._outputs]
-        if self._function is not None:
-            function, self._function = self._function, None
-            with torch.no_grad():
-                self._compare(outputs, function(*(place.clone() for place in self._inputs)))
-        return outputs
+        for call in self._calls:
+            call()
+        return [x.clone(memory_format=torch.contiguous_format) for x in self._layout.outputs]
+
+    def _write(self, program: Callable[[Parts], Program | None], inputs: Any, expected: Sequence[Tensor]) -> None:
+        """Go on with a function that takes less time, if there is one and it gives the same here."""
+        if len(self._calls) > LONGEST or not self._layout.on_cpu():
+            return
+        with _no_collection():
+            found = self._quiet(program, [Parts(self._layout)])
+        if found is None:
+            return
+        function = found.bound(self._layout)
+        try:
+            given = self._quiet(function, inputs)
+        except Deviation:
+            return
+        if all(_same(a, b) for a, b in zip(given, expected, strict=True)):
+            self.program, self._written = found, function
 
 
 @contextlib.contextmanager
