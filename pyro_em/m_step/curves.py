@@ -110,15 +110,37 @@ def _logistic(kernel: BetaKernel) -> Curve:
 
 
 def _categorical(kernel: SimplexKernel) -> Curve:
-    counts = kernel.counts
-    total = counts.sum(-1, keepdim=True)
+    last: list[tuple[Tensor, Tensor]] = []  # value and derivatives are asked for at the same η
+
+    def first(x: Tensor, rank: int) -> Tensor:
+        """Categories first: torch is slow over a last dim of few entries."""
+        return x.reshape((1,) * (rank - x.dim()) + tuple(x.shape)).movedim(-1, 0).contiguous()
+
+    known = {kernel.counts.dim(): first(kernel.counts, 0)}
+
+    def counts(eta: Tensor) -> Tensor:
+        rank = max(kernel.counts.dim(), eta.dim())
+        if rank not in known:
+            known[rank] = first(kernel.counts, rank)
+        return known[rank]
+
+    def log_probs(eta: Tensor) -> Tensor:
+        if not last or last[0][0] is not eta:
+            own = first(eta, kernel.counts.dim())
+            last[:] = [(eta, own - torch.logsumexp(own, 0))]
+        return last[0][1]
+
+    def value(eta: Tensor) -> Tensor:
+        return (counts(eta) * log_probs(eta)).sum(0)
 
     def derivatives(eta: Tensor) -> Derivatives:
-        p = torch.softmax(eta, -1)
-        outer = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
-        return counts - total * p, total.unsqueeze(-1) * outer
+        p, own = torch.exp(log_probs(eta)), counts(eta)
+        expected = own.sum(0) * p
+        curvature = expected.unsqueeze(0) * -p.unsqueeze(1)
+        curvature.diagonal(dim1=0, dim2=1).add_(expected.movedim(0, -1))
+        return (own - expected).movedim(0, -1), curvature.movedim((0, 1), (-2, -1))
 
-    return Curve(lambda eta: (counts * torch.log_softmax(eta, -1)).sum(-1), derivatives)
+    return Curve(value, derivatives)
 
 
 def _automatic(function: Callable[[Tensor], Tensor]) -> Curve:
