@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
+from pyro_em.charts import base_constraint
 from pyro_em.distributions import IncompleteNormal
 from pyro_em.errors import BoundaryEstimate, CollinearDesign, SeparatedData, SymmetricStart, UnidentifiedParameter
 from pyro_em.loop import Ended
@@ -150,9 +151,7 @@ def _at_boundary(problem: Problem, name: str, value: torch.Tensor) -> bool:
     record = problem.parameters[name]
     if torch.equal(value, record.value):
         return False  # never moved: structural zeros of a fixed table
-    constraint = record.constraint
-    while hasattr(constraint, "base_constraint"):
-        constraint = constraint.base_constraint
+    constraint = base_constraint(record.constraint)
     kept = (record.value == value) & (value == 0)
     if constraint is torch.distributions.constraints.simplex:
         return bool(((value == 0) & ~kept).any())

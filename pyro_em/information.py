@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em.charts import Chart, free_dimension
+from pyro_em.charts import Chart, base_constraint, free_dimension
 from pyro_em.errors import BoundaryEstimate
 from pyro_em.evidence.discrete import contract, weighted_sum
 from pyro_em.m_step.numeric import Block
@@ -66,8 +66,7 @@ def log_objective(problem: Problem, params: Params) -> tuple[Tensor, Run]:
 
 def snapped(constraint: constraints.Constraint, value: Tensor, margin: float) -> Tensor:
     """Probabilities within `margin` of 0 or 1 put there exactly, so that their chart freezes them."""
-    while hasattr(constraint, "base_constraint"):
-        constraint = constraint.base_constraint
+    constraint = base_constraint(constraint)
     if constraint is constraints.simplex:
         low = value < margin
         kept = torch.where(low, torch.zeros_like(value), value)

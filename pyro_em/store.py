@@ -15,6 +15,7 @@ from pyro.util import get_rng_state, set_rng_seed, set_rng_state
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
+from pyro_em.charts import base_constraint
 from pyro_em.errors import InputError
 from pyro_em.model.capture import ParameterRecord
 from pyro_em.model.compat import recorded
@@ -93,8 +94,7 @@ def write_params(
 def interior(constraint: constraints.Constraint, value: Tensor) -> Tensor:
     """The nearest value with finite unconstrained coordinates."""
     tiny = torch.finfo(value.dtype).tiny
-    while hasattr(constraint, "base_constraint"):
-        constraint = constraint.base_constraint
+    constraint = base_constraint(constraint)
     if constraint is constraints.simplex:
         value = value.clamp(min=tiny)
         return value / value.sum(-1, keepdim=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyro_em.charts import base_constraint
 from pyro_em.errors import DegenerateLikelihoodError, InputError
 from pyro_em.kernels import PowerKernel, WishartKernel
 from pyro_em.m_step.closed import Combined
@@ -55,9 +56,7 @@ def check_update(
             REMEDY,
         )
     record = problem.parameters[name]
-    constraint = record.constraint
-    while hasattr(constraint, "base_constraint"):
-        constraint = constraint.base_constraint
+    constraint = base_constraint(record.constraint)
     lower, upper = getattr(constraint, "lower_bound", None), getattr(constraint, "upper_bound", None)
     if upper is not None and record.kind == "sample":  # a Uniform prior is zero at its upper end, not below
         upper = torch.nextafter(torch.as_tensor(upper).to(value), value.new_tensor(-torch.inf))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_em.charts import base_constraint
 from pyro_em.families import LOCATIONS, Family
 from pyro_em.kernels import QuadraticKernel
 from pyro_em.m_step.location import terms_of
@@ -165,9 +166,7 @@ def state_blocks(problem: Problem, sites: Mapping[str, SiteRecord], uses: Uses) 
 
 
 def _takes_part(name: str, uses: tuple[Use, ...], problem: Problem, sites: Mapping[str, SiteRecord]) -> bool:
-    constraint = problem.parameters[name].constraint
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
+    constraint = base_constraint(problem.parameters[name].constraint)
     inside = any(use.slot != VALUE for use in uses)
     return inside and constraint is constraints.real and all(_is_location(use, sites[use.site]) for use in uses)
 

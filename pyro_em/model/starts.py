@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_em.charts import base_constraint
 from pyro_em.errors import InputError
 from pyro_em.model.data import first_bad
 
@@ -50,9 +51,7 @@ def violation(constraint: constraints.Constraint, value: Tensor) -> str | None:
     'entry 1 is -2, which GreaterThan(lower_bound=0.0) forbids.'
     >>> violation(constraints.simplex, torch.tensor([0.1, 0.2, 0.7]))
     """
-    base: Any = constraint
-    while hasattr(base, "base_constraint"):
-        base = base.base_constraint
+    base = base_constraint(constraint)
     if base is constraints.real:
         return None
     if base is constraints.simplex:
