@@ -125,6 +125,16 @@ def partly_known(loop: Loop, x: Tensor, y: Tensor, labels: Tensor, known: Any) -
             pyro.sample(f"y_{t}", dist.Normal(nu[z], 1.0), obs=y[t])
 
 
+def tied_mixture(loop: Loop, x: Tensor) -> None:
+    """States have weights of their own on the same normals (a semi-continuous model)."""
+    A, mu, z = table(), pyro.param("mu", torch.tensor([0.0, 3.0])), torch.tensor(0)
+    share = pyro.param("share", torch.tensor([[0.8, 0.2], [0.3, 0.7]]), constraint=simplex)
+    for t in loop(len(x)):
+        z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+        parts = dist.MixtureSameFamily(dist.Categorical(share[z]), dist.Normal(mu, 1.0))
+        pyro.sample(f"x_{t}", parts, obs=x[t])
+
+
 def state_space(loop: Loop, x: Tensor, y: Tensor, u: Tensor) -> None:
     """A Gaussian level seen alone and by a plate; what varies with time has a dim of size 1 for the plate."""
     q, r, s = (pyro.param(n, torch.tensor(1.0), constraint=positive) for n in ("q", "r", "s"))
@@ -149,6 +159,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "read": (read, counts, draws(T, M), 0.5 + counts),
     "second order": (second_order, draws(T), draws(T, M), tables),
     "partly known": (partly_known, draws(T), draws(T, M), torch.arange(T) % 2, ~gaps),
+    "tied mixture": (tied_mixture, draws(T)),
     "state space": (state_space, draws(T, 1), draws(T, M), draws(T + 1, 1)[1:]),
 }
 
