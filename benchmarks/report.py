@@ -130,7 +130,7 @@ def _gap_shortfalls(record: Record) -> list[str]:
     best = min(arrived, default=math.inf)
     for peer in ("L-BFGS", "Pyro SVI"):
         if seconds.get(peer, math.inf) < best:
-            found.append(f"{name}: {peer} arrives in {seconds[peer]:.2f} s, we in {best:.2f} s.")
+            found.append(f"{name}: {peer} arrives in {seconds[peer]:.3f} s, we in {best:.3f} s.")
     return found
 
 
@@ -236,7 +236,7 @@ def _gap(records: Sequence[Record]) -> str:
             steps, seconds = Spread.of(own["evaluations"]), Spread.of(own["seconds"])
             rate = f" (Adam, rate {record['svi_rate']})" if name == "Pyro SVI" else ""
             arrived = f"{steps.median:.0f}" if steps.resolved else f"short by {min(own['shortfall']):.2g} nat"
-            rows.append([record["title"], name + rate, arrived, _spread(seconds, 1, 2)])
+            rows.append([record["title"], name + rate, arrived, _spread(seconds, 1, 3)])
     return _rows(["time to a gap", "", "evaluations", "s, tracing included"], rows)
 
 

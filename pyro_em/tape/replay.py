@@ -24,7 +24,7 @@ from pyro_em.tape.scalars import known, written
 from pyro_em.tape.simplify import simplify
 
 MOST = 10_000  # operations
-OFTEN = 150  # replays after which a tape is written as a function: as many again make up for what that takes
+OFTEN = 300  # replays after which a tape is written as a function: as many again make up for what that takes
 LONGEST = 2_000  # calls of which a function is written
 MOST_BYTES = 2**26  # of all values together, on the CPU; where they are more, Python is the smaller part
 
