@@ -121,8 +121,32 @@ def test_noises_that_become_singular_end_in_a_sentence(accelerate: str | None) -
     problem = BY_NAME["system"]
     init = {**problem.start(), "A": torch.tensor([[0.5, 0.4], [-0.3, 0.2]])}
     with pytest.raises(DegenerateLikelihoodError, match="noise has become singular") as caught:
-        pyro_em.fit(problem.model, *problem.args, init=init, accelerate=accelerate, max_iter=1000, tol=1e-9)
+        pyro_em.fit(problem.model, *problem.args, init=init, accelerate=accelerate, max_iter=4000, tol=1e-9)
     assert caught.value.site == "y"
     result = caught.value.result
     assert np.isfinite(result.log_likelihood)
     assert (np.diff(result.history["objective"]) >= -1e-9).all()
+
+
+def test_a_walk_that_strays_far_keeps_its_noise() -> None:
+    """The noises are 1e-7 of the variance of the states, which is no reason to refuse them: a drift may be any size."""
+    g = torch.Generator().manual_seed(0)
+    noise = torch.linalg.cholesky(torch.tensor([[1.0, 0.3], [0.3, 1.0]]))
+    x = (torch.randn(60, 2, generator=g) @ noise.T + torch.tensor([300.0, 3.0])).cumsum(0)
+    y = x + 2 * torch.randn(60, 2, generator=g)
+    assert float(x[:, 0].var()) > 2e7
+    drift = torch.tensor([300.0, 0.0])
+    far = pyro_em.fit(_drifting, y, init={"c": drift}, max_iter=30, tol=0)
+    near = pyro_em.fit(_drifting, y - drift * torch.arange(1.0, 61.0)[:, None], max_iter=30, tol=0)
+    np.testing.assert_allclose(far.history["objective"], near.history["objective"], rtol=1e-11)
+    torch.testing.assert_close(far.params["c"] - drift, near.params["c"], rtol=0.0, atol=1e-6)
+    for name in "QR":
+        torch.testing.assert_close(far.params[name], near.params[name], rtol=1e-6, atol=0.0)
+
+
+def _drifting(y: Tensor) -> None:
+    c = pyro.param("c", torch.zeros(2))
+    Q, R = (pyro.param(n, torch.eye(2), constraint=constraints.positive_definite) for n in "QR")
+    first, seen = (dist.MultivariateNormal(torch.zeros(2), s) for s in (torch.eye(2), R))
+    step = dist.MultivariateNormal(c, Q)
+    pyro.sample("y", dist.GaussianHMM(first, torch.eye(2), step, torch.eye(2), seen, duration=len(y)), obs=y)

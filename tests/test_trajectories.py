@@ -240,9 +240,8 @@ def test_the_end_of_a_slow_run() -> None:
     torch.testing.assert_close(fixed, theta, atol=1e-8, rtol=5e-12)
     rho = float(torch.linalg.eigvals(jacobian).abs().max())
     assert 0.9 < rho < 0.98
-    left = (
-        (theta - torch.stack([stored[100]["q"], stored[100]["r"]])).abs().max()
-    )  # 100 of the updates are checked above
+    # The first 100 updates are checked above.
+    left = (theta - torch.stack([stored[100]["q"], stored[100]["r"]])).abs().max()
     assert float(left) * rho**4900 < 1e-30
 
 

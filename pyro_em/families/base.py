@@ -241,10 +241,10 @@ class Family(ABC):
         """
         raise NotImplementedError
 
-    def explained_spread(self, argument: str, moments: Moments, args: Arguments) -> Tensor | None:
-        """Of a family that `integrates`: variance (V,) of what a covariance argument is the noise of, if that tells
-        how small it may get."""
-        return None
+    def is_noise(self, argument: str) -> bool:
+        """Of a family that `integrates`: whether a covariance argument is that of a noise, not of a first state (which
+        may vanish: it is one value for every sequence)."""
+        return False
 
     def expected_log_density(self, args: Arguments, moments: Moments) -> Tensor:
         """E log p(value, latents inside | args) under the posterior behind `moments`, a number."""

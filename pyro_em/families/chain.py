@@ -88,9 +88,8 @@ class GaussianChainFamily(Family):
             parts += pack(moments, *_location(group, args))
         return log_evidence.reshape(own.batch), tuple(parts)
 
-    def explained_spread(self, argument: str, moments: Moments, args: Arguments) -> Tensor | None:
-        group = argument.partition(".")[0]  # that of the first state may vanish: it is one value for every sequence
-        return None if group == "state_0" else _site(group, args, moments).spread()
+    def is_noise(self, argument: str) -> bool:
+        return argument.partition(".")[0] != "state_0"
 
     def expected_log_density(self, args: Arguments, moments: Moments) -> Tensor:
         total = [_site(group, args, moments).expected_log_density().sum() for group in _groups(args)]

@@ -68,19 +68,6 @@ class LinearSite:
         trace = torch.cholesky_solve(square, factor).diagonal(dim1=-2, dim2=-1).sum(-1)
         return -0.5 * (self.moments.count * (log_det + LOG_2PI * real.sum(-1)) + trace)
 
-    def spread(self) -> Tensor:
-        """Variance of v over all of n, (V,), at the arguments of the moments."""
-        own, M, o = self.moments, self.matrix0, self.offset0
-        n = own.count.unsqueeze(-1)
-        inner = (M @ own.parents.unsqueeze(-1)).squeeze(-1)
-        first = own.residual + inner + n * o
-        with_parents = 2 * own.residual_parents + M @ own.parents_squares + 2 * outer(o, own.parents)
-        squares = own.residual_squares.diagonal(dim1=-2, dim2=-1) + (with_parents * M).sum(-1)
-        squares = squares + 2 * own.residual * o + n * o**2
-        V, total = first.shape[-1], n.expand(first.shape).reshape(-1, first.shape[-1]).sum(0)
-        mean = first.reshape(-1, V).sum(0) / total
-        return (squares.expand(first.shape).reshape(-1, V).sum(0) / total - mean**2).clamp(min=0)
-
     def matrix_kernel(self, transposed: bool) -> QuadraticKernel:
         """Of all entries of M (of Mᵀ) in a row, event shape (V·D,)."""
         _, _, cross = self.moved()

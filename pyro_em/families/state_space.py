@@ -95,9 +95,8 @@ class GaussianHMMFamily(Family):
             parts += pack(moments, *_location(name, args))
         return found.log_evidence.reshape(batch), tuple(parts)
 
-    def explained_spread(self, argument: str, moments: Moments, args: Arguments) -> Tensor | None:
-        name = argument.partition(".")[0]  # that of the first state may vanish: it is one value for every sequence
-        return None if name == "initial_dist" else _site(name, args, moments).spread()
+    def is_noise(self, argument: str) -> bool:
+        return argument.partition(".")[0] != "initial_dist"
 
     def expected_log_density(self, args: Arguments, moments: Moments) -> Tensor:
         total = [_site(name, args, moments).expected_log_density().sum() for name in SITES]

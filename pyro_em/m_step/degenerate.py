@@ -19,7 +19,7 @@ from pyro_em.sufficient import Sufficient
 # A variance below this share of the variance of all data of the site is rounding, not information.
 COLLAPSED = 1e-13
 ROUNDED = (64 * torch.finfo(torch.float64).eps) ** 2  # a variance below this share of the mean² is that of a constant
-INTEGRATED = 1e-7  # the same where latents are integrated out: about so small the likelihood keeps its digits
+CORRELATED = 1e-7  # least eigenvalue of the correlations of a noise in a sequence: 1e-8 and sums lose their digits
 REMEDY = (
     "start elsewhere (init=, restarts=), use fewer components, share the variance between components, or put a "
     "prior on it (InverseGamma, InverseWishart) and use algorithm='map-em'."
@@ -34,18 +34,19 @@ def check_update(
     value: Tensor,
     spread: Callable[[], Tensor | None],
     integrated: bool = False,
+    noise: bool = False,
 ) -> Tensor:
     """The update, moved to the nearest bound if its constraint has one.
 
     All elementwise kernels have a single mode, so that bound is the constrained maximiser.
 
     :param spread: gives the scale of the data (`spread_of`), where it is needed.
-    :param integrated: the parameter's sites have latents inside.
+    :param integrated: the parameter's sites have latents inside; `noise`: it is a noise there (`Family.is_noise`).
     :raises DegenerateLikelihoodError: if the maximum does not exist.
     """
     site = next((use.site for use in uses if use.slot != VALUE), name)
     if isinstance(combined.kernel, WishartKernel):
-        _check_matrices(site, combined, spread(), integrated)
+        _check_noise(site, combined) if noise else _check_matrices(site, combined, spread())
     elif isinstance(combined.kernel, PowerKernel) and not problem.with_prior and not integrated:  # states go without
         _check_scales(site, combined.kernel, spread())
     if not bool((value - value == 0).all()):  # finite, in few operations
@@ -80,12 +81,7 @@ def spread_of(uses: tuple[Use, ...], sufficient: Sufficient) -> Tensor | None:
     elements: list[Tensor] = []
     for use in uses:
         family = sufficient.sites[use.site].family
-        if use.slot == VALUE or family is None:
-            continue
-        if family.integrates:
-            everything = {**sufficient.sites[use.site].constants, **sufficient.arguments[use.site]}
-            return family.explained_spread(use.slot, sufficient.moments(use.site).moments, everything)
-        if not family.centered:
+        if use.slot == VALUE or family is None or not family.centered:
             continue
         own = sufficient.moments(use.site)
         own = own.total or own
@@ -120,10 +116,37 @@ def _pooled(count: Tensor, center: Tensor, squares: Tensor) -> tuple[Tensor, Ten
     return (squares + count * (center - mean) ** 2).sum(0) / total, mean
 
 
-def _check_matrices(site: str, combined: Combined, spread: Tensor | None, integrated: bool) -> None:
+def _covariance(kernel: WishartKernel) -> Tensor:
+    return kernel.argmax() if not kernel.inverse else kernel.inverted().argmax()
+
+
+def _check_noise(site: str, combined: Combined) -> None:
+    """Variances have no scale to be small on: a random walk strays from its noise as far as it likes. What is lost
+    where a combination of entries has no noise is seen by their correlations."""
     kernel = combined.kernel
     assert isinstance(kernel, WishartKernel)
-    covariance = kernel.argmax() if not kernel.inverse else kernel.inverted().argmax()
+    covariance = _covariance(kernel)
+    empty = kernel.is_empty()[..., None, None]
+    diagonal = covariance.diagonal(dim1=-2, dim2=-1).diag_embed()
+    _, failed = torch.linalg.cholesky_ex(torch.where(empty, diagonal + 1, covariance - CORRELATED * diagonal))
+    if not bool(failed.any()):
+        return
+    root = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+    smallest = torch.linalg.eigvalsh(torch.nan_to_num(covariance / (root.unsqueeze(-1) * root.unsqueeze(-2))))
+    raise DegenerateLikelihoodError(
+        site,
+        None,
+        f"the covariance matrix of a noise has become singular (smallest eigenvalue {float(smallest.min()):.1e} of its "
+        "correlations): a combination of states or observations follows from the others without error.",
+        "use fewer states or a diagonal covariance, start elsewhere (init=, restarts=), give it more data, or "
+        "put a prior on it (InverseWishart) and use algorithm='map-em'.",
+    )
+
+
+def _check_matrices(site: str, combined: Combined, spread: Tensor | None) -> None:
+    kernel = combined.kernel
+    assert isinstance(kernel, WishartKernel)
+    covariance = _covariance(kernel)
     if spread is None:
         return
     spread = spread.clamp(min=torch.finfo(torch.float64).tiny)
@@ -132,21 +155,10 @@ def _check_matrices(site: str, combined: Combined, spread: Tensor | None, integr
         covariance = torch.where(kernel.is_empty()[..., None, None], unit, covariance)
     # In units of the spread the smallest eigenvalue is above c where Σ - c·spread can be factorised; it takes a third
     # of the time.
-    least = INTEGRATED if integrated else COLLAPSED
-    _, failed = torch.linalg.cholesky_ex(covariance - least * spread.expand(covariance.shape[-1]).diag_embed())
+    _, failed = torch.linalg.cholesky_ex(covariance - COLLAPSED * spread.expand(covariance.shape[-1]).diag_embed())
     if bool(failed.any()):
         root = spread.sqrt()
         smallest = torch.linalg.eigvalsh(torch.nan_to_num(covariance / (root.unsqueeze(-1) * root)))
-        if integrated:
-            raise DegenerateLikelihoodError(
-                site,
-                None,
-                "the covariance matrix of a noise has become singular (smallest eigenvalue "
-                f"{float(smallest.min()):.1e} relative to the spread of what it is the noise of): a combination of "
-                "states or observations follows from the others without error.",
-                "use fewer states or a diagonal covariance, start elsewhere (init=, restarts=), give it more data, or "
-                "put a prior on it (InverseWishart) and use algorithm='map-em'.",
-            )
         raise DegenerateLikelihoodError(
             site,
             _component(failed != 0),

@@ -55,9 +55,11 @@ class Separate:
         kernel, uses = combined.kernel, sufficient.uses(self.name, self.uses)
         empty = not isinstance(kernel, FlatKernel) and not kernel.is_informed
         spread = partial(self._spread_of, sufficient)
-        families = (sufficient.sites[use.site].family for use in uses)
-        inside = any(family is not None and family.integrates for family in families)
-        best = check_update(self.problem, self.name, uses, combined, combined.argmax(theta), spread, inside)
+        families = [(use.slot, sufficient.sites[use.site].family) for use in uses]
+        inside = [(slot, family) for slot, family in families if family is not None and family.integrates]
+        noise = any(family.is_noise(slot) for slot, family in inside)
+        value = combined.argmax(theta)
+        best = check_update(self.problem, self.name, uses, combined, value, spread, bool(inside), noise)
         moved = {**params, self.name: best.to(params[self.name].dtype)}
         sufficient.put(moved[self.name], uses)
         return moved, {self.name} if empty else set()
