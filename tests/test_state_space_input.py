@@ -144,6 +144,15 @@ def test_a_walk_that_strays_far_keeps_its_noise() -> None:
         torch.testing.assert_close(far.params[name], near.params[name], rtol=1e-6, atol=0.0)
 
 
+@pytest.mark.filterwarnings("ignore::pyro_em.errors.EMWarning")
+def test_a_noise_that_no_step_tells_about_stays_where_it_is() -> None:
+    """Series of one step have no transition."""
+    y = torch.randn(1, 20, 3, generator=torch.Generator().manual_seed(0))
+    start = BY_NAME["system"].start()
+    result = pyro_em.fit(BY_NAME["system"].model, y, init=start, max_iter=2, tol=0)
+    assert torch.equal(result.params["Q"], start["Q"])
+
+
 def _drifting(y: Tensor) -> None:
     c = pyro.param("c", torch.zeros(2))
     Q, R = (pyro.param(n, torch.eye(2), constraint=constraints.positive_definite) for n in "QR")

@@ -126,9 +126,11 @@ def _check_noise(site: str, combined: Combined) -> None:
     kernel = combined.kernel
     assert isinstance(kernel, WishartKernel)
     covariance = _covariance(kernel)
-    empty = kernel.is_empty()[..., None, None]
+    if not kernel.is_informed:  # series of one step have no transitions
+        unit = torch.eye(covariance.shape[-1]).to(covariance)
+        covariance = torch.where(kernel.is_empty()[..., None, None], unit, covariance)
     diagonal = covariance.diagonal(dim1=-2, dim2=-1).diag_embed()
-    _, failed = torch.linalg.cholesky_ex(torch.where(empty, diagonal + 1, covariance - CORRELATED * diagonal))
+    _, failed = torch.linalg.cholesky_ex(covariance - CORRELATED * diagonal)
     if not bool(failed.any()):
         return
     root = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=torch.finfo(torch.float64).tiny).sqrt()
