@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_em.state_space.kalman import cut, recentred
+from pyro_em.state_space.centred import refined
+from pyro_em.state_space.chunks import cut
 from pyro_em.state_space.linear_gaussian import Chain, Smoothed
 from pyro_em.state_space.passes import Array, Filter, Smoother, StepArguments, chunk_ends, chunk_starts, states_before
 from pyro_em.state_space.smoother import smooth
@@ -50,7 +51,7 @@ def _operation(*given: Any) -> list[Tensor]:
     with torch._C.DisableTorchFunction():
         try:
             try:
-                found = smoothed(chain) if chain.y.device.type == "cpu" else smooth(chain)
+                found = refined(chain, smoothed) if chain.y.device.type == "cpu" else smooth(chain)
             except np.linalg.LinAlgError:
                 found = smooth(chain)
         except SingularInnovation as error:
@@ -78,7 +79,6 @@ def smoothed(chain: Chain) -> Smoothed:
     :raises LinAlgError: where an observed step has no density given the past (`smoother.smooth` says which).
     """
     S, T, _ = chain.y.shape
-    chain, centre = recentred(chain)
     shared = _shared(chain)
     if shared and chain.seen is not None:
         chain = dataclasses.replace(chain, seen=chain.seen[:1])
@@ -124,7 +124,7 @@ def smoothed(chain: Chain) -> Smoothed:
     def of_means(*pieces: Array) -> Tensor:
         found = row(*pieces)
         found = found[0].transpose(2, 0, 1) if shared else found[..., 0]
-        return torch.from_numpy(np.ascontiguousarray(found)) + centre.unsqueeze(1)
+        return torch.from_numpy(np.ascontiguousarray(found))
 
     later: list[Filter] = [f for f in (front, body) if f is not None and len(f.means)]
     densities = row(*(f.densities()[..., None, :] for f in (first, *later)))[:, :, 0]

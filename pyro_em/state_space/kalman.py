@@ -1,98 +1,18 @@
-"""Log-evidence of any linear-Gaussian chain by a Kalman filter, two-level in time, differentiable, exact.
+"""Log-evidence of any linear-Gaussian chain by a Kalman filter, two-level in time (chunks.py), differentiable, exact.
 
-Time is cut into M chunks of L steps that run side by side in one batch. Of each chunk we first find how it
-acts on an unknown state x at its beginning (Särkkä and García-Fernández 2021, eq. 10-14):
-
-    x_end | x, y ~ N(Φ x + f, F),        log p(y_chunk | x) = c + ηᵀx - ½ xᵀJx
-
-(a filter from a known start, with the sensitivity Φ carried along). A short recursion over the M chunks then
-gives the exact state at every boundary and the log-evidence. There is no burn-in and nothing to certify.
+Where data are far from 0 the chain is filtered as deviations from a path near its states (centred.py): what a chunk
+does to an unknown state is a quadratic around 0, whose terms would cancel.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor
 
-from pyro_em.state_space.linear_gaussian import Chain, symmetric
-from pyro_em.state_space.steps import Steps, predict, prepared, update
-
-BATCH = 32  # sequences side by side from which on more chunks would not make steps cheaper
-
-
-@dataclass(frozen=True)
-class Action:
-    """What a chunk does to a state x at its beginning; see the module docstring."""
-
-    Phi: Tensor
-    f: Tensor
-    F: Tensor
-    J: Tensor
-    eta: Tensor
-    c: Tensor
-
-    def on(self, m: Tensor, P: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Chunk k after x ~ N(m, P): (x | chunk) mean and covariance, x_end mean and covariance, log-evidence."""
-        J, eta, Phi = self.J[:, k], self.eta[:, k], self.Phi[:, k]
-        system = torch.eye(P.shape[-1], dtype=P.dtype) + P @ J
-        inner = symmetric(torch.linalg.solve(system, P))
-        g = eta - (J @ m.unsqueeze(-1)).squeeze(-1)
-        inner_g = (inner @ g.unsqueeze(-1)).squeeze(-1)
-        evidence = self.c[:, k] + 0.5 * ((eta + g) * m).sum(-1) + 0.5 * (g * inner_g).sum(-1)
-        evidence = evidence - 0.5 * torch.linalg.slogdet(system)[1]
-        start = m + inner_g
-        end = (Phi @ start.unsqueeze(-1)).squeeze(-1) + self.f[:, k]
-        return start, inner, end, symmetric(Phi @ inner @ Phi.mT + self.F[:, k]), evidence
-
-
-def act(steps: Steps, S: int, M: int, L: int, D: int, begin: int) -> Action:
-    """Actions of M chunks of L steps; `begin` is the first of these steps (for errors)."""
-    y = steps.y
-    eye = torch.eye(D, dtype=y.dtype).expand(S, M, D, D)
-    Phi, f, F = eye, y.new_zeros(S, M, D), y.new_zeros(S, M, D, D)
-    J, eta, c = y.new_zeros(S, M, D, D), y.new_zeros(S, M, D), y.new_zeros(S, M)
-    for l in range(L):
-        s = steps.step(l)
-        f, F = predict(s, f, F)
-        Phi = s.A @ Phi
-        e = s.y - s.d - (s.C @ f.unsqueeze(-1)).squeeze(-1)
-        f, F, density, keep, factor = update(s, f, F, begin + l)
-        seen = torch.linalg.solve_triangular(factor, s.C @ Phi, upper=False)
-        z = torch.linalg.solve_triangular(factor, e.unsqueeze(-1), upper=False)
-        J = J + seen.mT @ seen
-        eta = eta + (seen.mT @ z).squeeze(-1)
-        c = c + density
-        Phi = keep @ Phi
-    return Action(Phi, f, F, J, eta, c)
-
-
-def cut(S: int, n: int) -> tuple[int, int]:
-    """Number and length of chunks for n steps of S sequences: about 3L + 2M small operations in a row."""
-    if n < 48 or S >= BATCH:
-        return 0, 1
-    best = min(range(4, n + 1), key=lambda L: 3 * L + 2 * (n // L) + 3 * (n % L))
-    return n // best, best
-
-
-def recentred(chain: Chain) -> tuple[Chain, Tensor]:
-    """The chain of states around the constant (S, D) that the mean of the data speaks for, and that constant.
-
-    What chunks do to an unknown state is a quadratic around 0, whose terms cancel where states are far from 0.
-    """
-    if chain.C.shape[1] > 1 or chain.d.shape[1] > 1:
-        return chain, chain.mean.new_zeros(1, chain.mean.shape[-1])
-    seen = torch.ones_like(chain.y) if chain.seen is None else chain.seen.expand(chain.y.shape).to(chain.y.dtype)
-    with torch.no_grad():
-        mean = (chain.y * seen).sum(1) / seen.sum(1).clamp(min=1) - chain.d[:, 0]
-        inverse = torch.linalg.pinv(chain.C[:, 0])
-        at = (inverse @ mean.unsqueeze(-1)).squeeze(-1) * (seen.sum(1) > 0).all(-1, keepdim=True)
-    column = at[:, None, :, None]
-    moved = (chain.A @ column).squeeze(-1) - at[:, None]
-    offset = (chain.C @ column).squeeze(-1)
-    return dataclasses.replace(chain, mean=chain.mean - at, b=chain.b + moved, d=chain.d + offset), at
+from pyro_em.state_space.centred import around_a_constant, centred, is_far
+from pyro_em.state_space.chunked import states
+from pyro_em.state_space.chunks import act, begin, cut
+from pyro_em.state_space.linear_gaussian import Chain
+from pyro_em.state_space.steps import predict, prepared, update
 
 
 def log_evidence(chain: Chain) -> Tensor:
@@ -101,7 +21,7 @@ def log_evidence(chain: Chain) -> Tensor:
     :raises SingularInnovation: where an observed step has no density given the past.
     """
     S, T, _ = chain.y.shape
-    chain, _ = recentred(chain)
+    chain = near(chain)
     steps = prepared(chain)
     M, L = cut(S, T - 1)
     head = T - M * L
@@ -119,10 +39,12 @@ def log_evidence(chain: Chain) -> Tensor:
     return total
 
 
-def begin(chain: Chain, steps: Steps, S: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x_0 given y_0: mean (S, 1, D), covariance, log density (S, 1)."""
-    D = chain.mean.shape[-1]
-    m = chain.mean.expand(S, D).unsqueeze(1)
-    P = chain.covariance.expand(S, D, D).unsqueeze(1)
-    m, P, density, _, _ = update(steps.step(0), m, P, 0)
-    return m, P, density.expand(S, 1)
+def near(chain: Chain) -> Chain:
+    """The chain itself, or its deviations from a path near its states if these are far from 0."""
+    if not is_far(chain):
+        return chain
+    closer, path = around_a_constant(chain)
+    if is_far(closer) and chain.num_steps > 1:
+        still = Chain(**{n: None if x is None else x.detach() for n, x in vars(closer).items()})
+        closer = centred(chain, path + states(still).mean)
+    return closer

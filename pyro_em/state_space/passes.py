@@ -6,7 +6,7 @@ their predictions (Φ⁻ = A Φ, ...) and S = C P⁻ Cᵀ + R
 
     S⁻¹ E = [Kᵀ | ...],     [Φ | m] = [Φ⁻ | m⁻] - K [E_Φ | E_m],     P = (I - KC) P⁻ (I - KC)ᵀ + K R Kᵀ
 
-    J = Σ E_Φᵀ S⁻¹ E_Φ,     η = -Σ E_Φᵀ S⁻¹ E_m     (log p(y_chunk | x) = ηᵀx - ½ xᵀJx + constant, as in kalman.py)
+    J = Σ E_Φᵀ S⁻¹ E_Φ,     η = -Σ E_Φᵀ S⁻¹ E_m     (log p(y_chunk | x) = ηᵀx - ½ xᵀJx + constant, as in chunks.py)
 
 Backwards (Rauch, Tung and Striebel) everything but V and the mean itself is known for all steps at once: with
 G = P Aᵀ P⁻⁻¹ and B = (I - GA) P (I - GA)ᵀ + G Q Gᵀ

@@ -1,6 +1,6 @@
 """Smoothed states of any linear-Gaussian chain, with lag-one covariances, two-level in time.
 
-The states at the boundaries of chunks are exact (kalman.py); a filter and a Rauch-Tung-Striebel smoother then run
+The states at the boundaries of chunks are exact (chunks.py); a filter and a Rauch-Tung-Striebel smoother then run
 inside of all chunks at once. The smoother is in Joseph's form too, with G = P Aᵀ P_next⁻¹:
 
     Cov(x | all) = (I - GA) P (I - GA)ᵀ + G (Q + V_next) Gᵀ,      Cov(x_next, x | all) = V_next Gᵀ
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_em.state_space.kalman import Action, act, begin, cut, recentred
+from pyro_em.state_space.centred import refined
+from pyro_em.state_space.chunks import Action, act, begin, cut
 from pyro_em.state_space.linear_gaussian import Chain, Smoothed, symmetric
 from pyro_em.state_space.steps import Steps, gain, predict, prepared, update
 
@@ -82,38 +83,41 @@ def smooth(chain: Chain) -> Smoothed:
     :raises SingularInnovation: where an observed step has no density given the past.
     """
     with torch.no_grad():
-        S, T, _ = chain.y.shape
-        chain, at = recentred(chain)
-        steps = prepared(chain)
-        M, L = cut(S, T - 1)
-        head = T - M * L
-        m, P, density = begin(chain, steps, S)
-        front = _Forward.over(steps, range(1, head), m, P, 0)
-        m, P = front.means[-1], front.covariances[-1]
-        back, later = None, _Backward([], [], [])
-        if M:
-            chunks, which = steps.cut(head, M, L), range(L)
-            action = act(chunks, S, M, L, m.shape[-1], head)
-            starts, inner, ends = _across(action, m.squeeze(1), P.squeeze(1), M)
-            back = _Forward.over(chunks, which, *starts, head)
-            later = back.backward(chunks, which, *_back_across(action, inner, ends, back))
-            m, P = later.means[0][:, :1], later.covariances[0][:, :1]
-        earlier = front.backward(steps, range(1, head), m, P)
-        filtered = back or _Forward([], [], [], [])
+        return refined(chain, _smoothed)
 
-        def joined(front: list[Tensor], back: list[Tensor]) -> Tensor:
-            return torch.cat([_flat(part, S) for part in (front, back) if part], 1)
 
-        density = joined([density, *front.densities], filtered.densities)
-        return Smoothed(
-            density.sum(1),
-            joined(earlier.means, later.means[1:]) + at.unsqueeze(1),
-            joined(earlier.covariances, later.covariances[1:]),
-            joined(earlier.lags, later.lags) if T > 1 else P.new_zeros(S, 0, *P.shape[-2:]),
-            joined(front.means, filtered.means[1:]) + at.unsqueeze(1),
-            joined(front.covariances, filtered.covariances[1:]),
-            density,
-        )
+def _smoothed(chain: Chain) -> Smoothed:
+    S, T, _ = chain.y.shape
+    steps = prepared(chain)
+    M, L = cut(S, T - 1)
+    head = T - M * L
+    m, P, density = begin(chain, steps, S)
+    front = _Forward.over(steps, range(1, head), m, P, 0)
+    m, P = front.means[-1], front.covariances[-1]
+    back, later = None, _Backward([], [], [])
+    if M:
+        chunks, which = steps.cut(head, M, L), range(L)
+        action = act(chunks, S, M, L, m.shape[-1], head)
+        starts, inner, ends = _across(action, m.squeeze(1), P.squeeze(1), M)
+        back = _Forward.over(chunks, which, *starts, head)
+        later = back.backward(chunks, which, *_back_across(action, inner, ends, back))
+        m, P = later.means[0][:, :1], later.covariances[0][:, :1]
+    earlier = front.backward(steps, range(1, head), m, P)
+    filtered = back or _Forward([], [], [], [])
+
+    def joined(front: list[Tensor], back: list[Tensor]) -> Tensor:
+        return torch.cat([_flat(part, S) for part in (front, back) if part], 1)
+
+    density = joined([density, *front.densities], filtered.densities)
+    return Smoothed(
+        density.sum(1),
+        joined(earlier.means, later.means[1:]),
+        joined(earlier.covariances, later.covariances[1:]),
+        joined(earlier.lags, later.lags) if T > 1 else P.new_zeros(S, 0, *P.shape[-2:]),
+        joined(front.means, filtered.means[1:]),
+        joined(front.covariances, filtered.covariances[1:]),
+        density,
+    )
 
 
 def _across(action: Action, m: Tensor, P: Tensor, M: int) -> tuple[Moments, list[Moments], list[Moments]]:

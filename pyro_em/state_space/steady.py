@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_em.state_space.blocks import Blocks, smoothed
+from pyro_em.state_space.centred import FAR, accurate
 from pyro_em.state_space.chunked import states
 from pyro_em.state_space.linear_gaussian import Chain, ChainMoments, LinearMoments, chain_moments
 from pyro_em.state_space.riccati import filter_gains, smoothed_sums
@@ -104,7 +105,7 @@ def _moments_of(chain: Chain, weight: Tensor) -> tuple[Array, Array]:
         return _step_by_step(chain, weight)
     path = _mean_path(mean, A, b, T)
     if path is not None:
-        y = y - (path @ C.T + d)
+        y, path = _deviations(y, path, mean, A, b, C, d, abs(own.factors[-1].diagonal()).min())
     elif d.any():
         y = y - d
     data = Blocks.of(y, len(A))
@@ -201,6 +202,19 @@ def _mean_path(mean: Array, A: Array, b: Array, T: int) -> Array | None:
     path = np.empty((T, len(mean)))
     path[0], path[1:] = mean, b
     return scan(path[None], A)[0]
+
+
+def _deviations(
+    y: Array, path: Array, mean: Array, A: Array, b: Array, C: Array, d: Array, noise: float
+) -> tuple[Array, Array]:
+    """y - C path - d, and the path; with all their digits where they are large numbers beside `noise`."""
+    seen = path @ C.T + d
+    if float(abs(seen).max()) < FAR * noise:
+        return y - seen, path
+    lost = np.empty_like(path)
+    lost[0], lost[1:] = mean - path[0], accurate(A, path[:-1], b, -path[1:])
+    scan(lost[None], A)  # the path is lost + path, exactly as its recursion says
+    return accurate(-C, path, y, -d) - lost @ C.T, path + lost
 
 
 def _gram(rows: Array, w: Array | None) -> Array:
