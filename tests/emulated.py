@@ -50,9 +50,13 @@ class _Memory:
         self.kept: list[Any] = []
 
     def device(self, x: Tensor) -> torch.device | None:
+        if x._is_zerotensor():  # zeros of the derivatives, without memory
+            return None
         return self.of.get(x.untyped_storage().data_ptr())
 
     def put(self, x: Tensor, device: torch.device) -> None:
+        if x._is_zerotensor():
+            return
         storage = x.untyped_storage()
         if storage.data_ptr():
             self.of[storage.data_ptr()] = device

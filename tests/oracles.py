@@ -56,7 +56,7 @@ def trace(model: Model, args: tuple[Any, ...], params: Params, assignment: Param
 
 
 def exact_log_prob(fn: Any, value: Tensor) -> Tensor:
-    """`fn.log_prob(value)`, but -inf where torch's clamped probabilities give -36."""
+    """`fn.log_prob(value)`, but -inf where torch's clamped probabilities give -36, and Bessel functions to rounding."""
     if isinstance(fn, torch.distributions.Independent):
         inner = exact_log_prob(fn.base_dist, value)
         count = fn.reinterpreted_batch_ndims
@@ -68,6 +68,9 @@ def exact_log_prob(fn: Any, value: Tensor) -> Tensor:
         return exact_log_prob(fn.base_dist, value)
     if isinstance(fn, torch.distributions.OneHotCategorical):
         return exact_log_prob(fn._categorical, value.argmax(-1))
+    if isinstance(fn, dist.VonMises):
+        kappa = fn.concentration
+        return kappa * (value - fn.loc).cos() - (2 * torch.pi * torch.special.i0(kappa)).log()
     if "probs" not in fn.__dict__:  # given by logits, which are not clamped
         return torch.as_tensor(fn.log_prob(value))
     if isinstance(fn, torch.distributions.Categorical):

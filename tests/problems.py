@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests import classics, problems_data, zoo, zoo_regression, zoo_structured, zoo_time
+from tests import classics, problems_data, zoo, zoo_circular, zoo_regression, zoo_structured, zoo_time
 from tests.problem import Problem
 from tests.problems_data import chains, two_groups
 
@@ -286,7 +286,12 @@ def _build() -> list[Problem]:
 default_dtype = torch.get_default_dtype()
 torch.set_default_dtype(torch.float64)  # the table is built on import, before any fixture runs
 try:
-    PROBLEMS = [*_build(), *problems_data.build(Problem), *zoo_regression.problems(Problem, _t)]
+    PROBLEMS = [
+        *_build(),
+        *problems_data.build(Problem),
+        *zoo_regression.problems(Problem, _t),
+        *zoo_circular.problems(Problem, _t),
+    ]
 finally:
     torch.set_default_dtype(default_dtype)
 BY_NAME = {problem.name: problem for problem in PROBLEMS}

@@ -33,6 +33,7 @@ CASES: dict[str, list[tuple[dict[str, Tensor], Tensor]]] = {
     "OneHotCategorical": [({"probs": _t([1.0, 3.0])}, _t([[0.0, 1.0]]))],
     "Multinomial": [({"probs": _t([1.0, 3.0])}, _t([[2.0, 1.0], [0.0, 3.0]]))],
     "Poisson": [({"rate": _t(2.5)}, _t([0.0, 7.0]))],
+    "VonMises": [({"loc": _t(2.5), "concentration": _t(3.0)}, _t([0.1, -3.0, 7.0]))],
     "Exponential": [({"rate": _t(2.5)}, _t([0.1, 7.0]))],
 }  # fmt: skip
 BY_NAME: dict[str, Family] = {family.name: family for family in FAMILIES.values()}

@@ -53,6 +53,7 @@ SERVED = [
         "latent_class_map",
         "label_as_site",
         "heavy_prior_map",
+        "angle_mixture",
     }
 ]
 

@@ -144,7 +144,7 @@ def scaled(y: Tensor) -> None:
         for t in pyro.markov(range(len(y))):
             z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
             pyro.sample(f"y_{t}", dist.Normal(mu[z], 1.0), obs=y[t])
-            pyro.sample(f"s_{t}", dist.VonMises(z * 1.0, 1.0), obs=y[t].remainder(3.0))
+            pyro.sample(f"s_{t}", dist.Gumbel(z * 1.0, 1.0), obs=y[t].remainder(3.0))
             pyro.sample(f"c_{t}", dist.Normal(level, 1.0), obs=y[t])
 
 

@@ -17,6 +17,7 @@ from pyro_em.e_step.base import NotCompiled, OtherLayout
 from pyro_em.e_step.features import Block
 from pyro_em.e_step.natural import Coefficients, log_base_measure
 from pyro_em.e_step.states import JointStates
+from pyro_em.families.circular import VonMisesFamily
 from pyro_em.families.normal import LogNormalFamily, NormalFamily
 from pyro_em.families.trials import GeometricFamily
 from pyro_em.model import compat
@@ -71,6 +72,8 @@ class SiteLayout:
         args = {a: self.spread(v, states, family.arguments[a]).unsqueeze(2) for a, v in arguments.items()}
         data = 1 if isinstance(family, GeometricFamily) else 0  # its first statistic is the constant one
         value = block.value(data, end, family.event_dim, self._one_hot)
+        if isinstance(family, VonMisesFamily):
+            value = torch.atan2(block.value(1, end, 0, False), value)  # of sine and cosine
         if self.center is not None:
             center = self.center.reshape(1, block.positions, 1, *((-1,) if family.event_dim else ()))
             args["loc"] = args["loc"] - center

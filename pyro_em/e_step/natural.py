@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_em.families import Family
 from pyro_em.families.categorical import CategoricalFamily, MultinomialFamily, OneHotCategoricalFamily
+from pyro_em.families.circular import VonMisesFamily
 from pyro_em.families.multivariate_normal import MultivariateNormalFamily
 from pyro_em.families.normal import LogNormalFamily, NormalFamily
 from pyro_em.families.numerics import half_log_det, precision_matrix
@@ -69,6 +70,12 @@ def _exponential(args: Arguments, center: Tensor | None) -> Coefficients:
     return (-args["rate"],), -args["rate"].log()
 
 
+def _von_mises(args: Arguments, center: Tensor | None) -> Coefficients:
+    loc, kappa = args["loc"], args["concentration"]
+    normalizer = kappa + (2 * math.pi * torch.special.i0e(kappa)).log()
+    return (kappa * loc.cos(), kappa * loc.sin()), normalizer
+
+
 NATURAL: dict[type[Family], Callable[[Arguments, Tensor | None], Coefficients]] = {
     NormalFamily: _normal,
     LogNormalFamily: _normal,
@@ -81,6 +88,7 @@ NATURAL: dict[type[Family], Callable[[Arguments, Tensor | None], Coefficients]] 
     MultinomialFamily: _simplex,
     PoissonFamily: _poisson,
     ExponentialFamily: _exponential,
+    VonMisesFamily: _von_mises,
 }
 
 

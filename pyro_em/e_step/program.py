@@ -52,7 +52,7 @@ class Program:
     def prepared(self, arguments: Arguments, magnitude: Tensor) -> Prepared:
         """W, and the normal sites which it leaves out because rounding would show: they are evaluated directly."""
         layouts, features = self.layouts, self.product.features
-        normal = tuple(i for i, x in enumerate(layouts) if x.site.family is not None and x.site.family.centered)
+        normal = tuple(i for i, x in enumerate(layouts) if direct.serves(x))
         if not normal:
             return Prepared(self._coefficients(arguments, ()))
         if features.num_rows > FEW_ROWS:

@@ -82,7 +82,7 @@ class Emissions:
         :param magnitude: Σ|ll| of the last E-step.
         """
         w = self._coefficients(arguments, ())
-        normal = tuple(i for i, x in enumerate(self.layouts) if x.site.family is not None and x.site.family.centered)
+        normal = tuple(i for i, x in enumerate(self.layouts) if direct.serves(x))
         if not normal:
             return Prepared(w)
         if not direct.is_rough(w, self.rms, self.num_rows, magnitude):

@@ -21,6 +21,7 @@ from pyro_em.families.base import (
 )
 from pyro_em.families.categorical import CategoricalFamily, MultinomialFamily, OneHotCategoricalFamily
 from pyro_em.families.chain import GROUPS, GaussianChainFamily
+from pyro_em.families.circular import VonMisesFamily
 from pyro_em.families.dirichlet import BetaFamily, DirichletFamily
 from pyro_em.families.grid import GridNormalFamily
 from pyro_em.families.heavy import CauchyFamily, HalfCauchyFamily, LaplaceFamily, StudentTFamily
@@ -66,6 +67,7 @@ _FAMILIES: tuple[Family, ...] = (
     DirichletMultinomialFamily(),
     UniformFamily(),
     WeibullFamily(),
+    VonMisesFamily(),
     InverseWishartFamily(),
     WishartFamily(),
     GaussianHMMFamily(),
@@ -95,7 +97,7 @@ def family_of(distribution: type) -> Family | None:
     >>> import pyro.distributions as dist
     >>> sorted(family_of(dist.Normal).closed)
     ['loc', 'scale']
-    >>> family_of(dist.VonMises) is None
+    >>> family_of(dist.Gumbel) is None
     True
     """
     return FAMILIES.get(distribution)

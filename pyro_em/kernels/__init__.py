@@ -12,6 +12,7 @@ that add up:
     WishartKernel    −A log|Σ| − ½ tr(B Σ⁻¹)            covariances and precisions
     PositiveSum      sums of PowerKernels and others that are concave in log θ: priors that are not conjugate
     LassoKernel      a QuadraticKernel − r |μ − m|; StudentKernel likewise, − c log(1 + (μ − m)²/t)
+    DirectionKernel  C cos μ + S sin μ                  directions; ResultantKernel: their concentration
     FlatKernel       0                                  a flat prior
 
 A prior is one more use of the parameter (as the *value* of a site instead of an argument), so plain
@@ -20,6 +21,7 @@ kernels, take the `argmax`. Kernels know no distribution and no model.
 """
 
 from pyro_em.kernels.base import FlatKernel, IncompatibleKernels, Kernel
+from pyro_em.kernels.circular import DirectionKernel, ResultantKernel
 from pyro_em.kernels.concentration import DirichletKernel
 from pyro_em.kernels.heavy import LassoKernel, StudentKernel
 from pyro_em.kernels.positive import HalfCauchyKernel, LogNormalKernel, PositiveSum
@@ -30,6 +32,7 @@ from pyro_em.kernels.wishart import WishartKernel
 
 __all__ = [
     "BetaKernel",
+    "DirectionKernel",
     "DirichletKernel",
     "FlatKernel",
     "HalfCauchyKernel",
@@ -41,6 +44,7 @@ __all__ = [
     "PositiveSum",
     "PowerKernel",
     "QuadraticKernel",
+    "ResultantKernel",
     "SimplexKernel",
     "StudentKernel",
     "WishartKernel",

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -95,6 +95,13 @@ class Kernel(ABC):
     @abstractmethod
     def is_empty(self) -> Tensor:
         """Boolean, shape U: blocks about which the kernel says nothing, so that θ keeps its value."""
+
+    def within(self, value: Tensor, lower: Any, upper: Any) -> Tensor:
+        """The maximum between two bounds (None for none), given the `argmax` without them.
+
+        Here: the nearest bound, as elementwise kernels have a single mode.
+        """
+        return value.clamp(min=lower, max=upper)
 
     @cached_property
     def is_informed(self) -> bool:

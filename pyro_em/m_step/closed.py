@@ -21,6 +21,7 @@ from pyro_em.derivatives import pulled_back
 from pyro_em.families.base import CHOLESKY, IDENTITY, LOGIT, NORMALISED, SOFTMAX, Link
 from pyro_em.kernels import (
     BetaKernel,
+    DirectionKernel,
     DirichletKernel,
     FlatKernel,
     HalfCauchyKernel,
@@ -31,6 +32,7 @@ from pyro_em.kernels import (
     PositiveSum,
     PowerKernel,
     QuadraticKernel,
+    ResultantKernel,
     SimplexKernel,
     StudentKernel,
     WishartKernel,
@@ -45,6 +47,7 @@ Arguments = Mapping[str, Mapping[str, Tensor]]
 
 WORDS: dict[type[Kernel], str] = {
     BetaKernel: "ratio of counts",
+    DirectionKernel: "direction of the weighted sum",
     DirichletKernel: "Newton in the mean logarithms",
     HalfCauchyKernel: "mode of the prior",
     LassoKernel: "soft threshold",
@@ -52,6 +55,7 @@ WORDS: dict[type[Kernel], str] = {
     PositiveSum: "root of a concave slope",
     PowerKernel: "ratio of moments",
     QuadraticKernel: "precision-weighted mean",
+    ResultantKernel: "Newton in the mean resultant length",
     SimplexKernel: "normalised counts",
     StudentKernel: "root of a cubic",
     WishartKernel: "weighted scatter matrix",

@@ -36,9 +36,7 @@ def check_update(
     integrated: bool = False,
     noise: bool = False,
 ) -> Tensor:
-    """The update, moved to the nearest bound if its constraint has one.
-
-    All elementwise kernels have a single mode, so that bound is the constrained maximiser.
+    """The update, moved into the bounds of its constraint (`Kernel.within`).
 
     :param spread: gives the scale of the data (`spread_of`), where it is needed.
     :param integrated: the parameter's sites have latents inside; `noise`: it is a noise there (`Family.is_noise`).
@@ -62,7 +60,7 @@ def check_update(
     if upper is not None and record.kind == "sample":  # a Uniform prior is zero at its upper end, not below
         upper = torch.nextafter(torch.as_tensor(upper).to(value), value.new_tensor(-torch.inf))
     if lower is not None or upper is not None:
-        value = value.clamp(min=lower, max=upper)
+        value = combined.kernel.within(value, lower, upper)
     return value
 
 

@@ -65,7 +65,7 @@ def _is_location(use: Use, site: SiteRecord) -> bool:
     everything = {**site.constants, **site.arguments}
     if use.slot == VALUE:
         return use.index is not None and isinstance(family.value_kernel(everything), QuadraticKernel)
-    if use.slot != "loc" or use.slot not in family.closed:
+    if use.slot != "loc" or use.slot not in family.closed or not family.centered:
         return False
     if use.predictor is not None:
         return use.predictor.linear

@@ -112,6 +112,7 @@ CASES: dict[str, tuple[type, Callable[[], Arguments]]] = {
         lambda: {"low": -positive(1).expand(CELLS), "high": 2 + positive(1).expand(CELLS)},
     ),
     "Weibull": (dist.Weibull, lambda: {"scale": positive(CELLS), "concentration": 1 + positive(CELLS)}),
+    "VonMises": (dist.VonMises, lambda: {"loc": torch.randn(CELLS) / 4, "concentration": positive(CELLS)}),
     "InverseWishart": (InverseWishart, lambda: {"df": 5 + positive(CELLS), "scale_matrix": spd(CELLS)}),
     "Wishart(covariance_matrix)": (
         dist.Wishart,
@@ -130,13 +131,22 @@ CLOSED = [(name, a) for name, (cls, make) in CASES.items() for a in make() if a 
 VALUES = [name for name, (cls, _) in CASES.items() if cls in (
     dist.Exponential, dist.Gamma, dist.InverseGamma, dist.Normal, dist.HalfNormal, dist.MultivariateNormal,
     dist.Beta, dist.Dirichlet, dist.Uniform, InverseWishart, dist.Wishart,
-    dist.LogNormal, dist.HalfCauchy, dist.Laplace, dist.StudentT, dist.Cauchy,
+    dist.LogNormal, dist.VonMises, dist.HalfCauchy, dist.Laplace, dist.StudentT, dist.Cauchy,
 )]  # fmt: skip
 
 
 def law(cls: type, args: Arguments) -> Any:
     extra = {"total_count": 4} if cls in (dist.Multinomial, dist.DirichletMultinomial) else {}
     return cls(**args, **extra)
+
+
+def log_prob(cls: type, args: Arguments, value: Tensor) -> Tensor:
+    """The distribution's own, but that torch approximates the Bessel function of a von Mises to seven digits."""
+    if cls is dist.VonMises:
+        kappa = args["concentration"]
+        return kappa * (value - args["loc"]).cos() - (2 * torch.pi * torch.special.i0(kappa)).log()
+    known: Tensor = law(cls, args).log_prob(value)
+    return known
 
 
 def draw(cls: type, args: Arguments, rows: int = ROWS) -> Tensor:

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from pyro_em.kernels import (
     BetaKernel,
+    DirectionKernel,
     DirichletKernel,
     FlatKernel,
     IncompatibleKernels,
     Kernel,
     PowerKernel,
     QuadraticKernel,
+    ResultantKernel,
     SimplexKernel,
     WishartKernel,
 )
@@ -40,6 +42,11 @@ def rows(*shape: int, size: int = 3) -> Tensor:
 def _dirichlet(count: Tensor) -> DirichletKernel:
     """Sums of logarithms of eight rows each: of one row alone the concentration would be infinite."""
     return DirichletKernel(count, count.unsqueeze(-1) * rows(8, CELLS).log().mean(0))
+
+
+def _resultant(count: Tensor) -> ResultantKernel:
+    """Of directions whose mean resultant length is inside of the unit interval."""
+    return ResultantKernel(count, count * torch.rand(CELLS))
 
 
 # name -> (a random kernel over CELLS blocks, a random feasible θ of that shape)
@@ -71,6 +78,11 @@ KERNELS: dict[str, tuple[Callable[[], Kernel], Callable[[], Tensor]]] = {
         lambda: QuadraticKernel(torch.randn(CELLS, 3), spd(CELLS), torch.randn(3), vector=True),
         lambda: torch.randn(CELLS, 3),
     ),
+    "direction": (
+        lambda: DirectionKernel(torch.randn(CELLS), torch.randn(CELLS), torch.randn(CELLS)),
+        lambda: 3 * torch.randn(CELLS),
+    ),
+    "resultant": (lambda: _resultant(positive(CELLS)), lambda: positive(CELLS)),
     "wishart": (lambda: WishartKernel(positive(CELLS), spd(CELLS)), lambda: spd(CELLS)),
     "wishart, precision": (
         lambda: WishartKernel(positive(CELLS), spd(CELLS), inverse=True),
@@ -147,7 +159,7 @@ def test_rescale_substitutes_the_argument(name: str) -> None:
     make, draw = KERNELS[name]
     kernel, theta, other = make(), draw(), draw()
     factor = positive(*theta.shape) if kernel.event_dim < 2 else positive(CELLS, 1, 1)
-    if isinstance(kernel, BetaKernel | DirichletKernel):
+    if isinstance(kernel, BetaKernel | DirichletKernel | DirectionKernel | ResultantKernel):
         factor = torch.ones(())
     if isinstance(kernel, SimplexKernel):
         factor = positive(CELLS, 1)

@@ -96,6 +96,7 @@ TABLE: list[tuple[str, str, Callable[[], tuple[Tensor, ...]]]] = [
     ("factorial_hmm", "model", simulated("factorial_hmm", num_steps=8)),
     ("factorial_hmm", "model", simulated("factorial_hmm", num_steps=8, num_series=3)),
     ("hsmm", "model", simulated("hsmm", num_steps=10)),
+    ("movement", "model", simulated("movement", num_steps=10)),
     ("dawid_skene", "model", simulated("dawid_skene")),
     ("dawid_skene", "model", loaded("dawid_skene")),
     ("genetics", "abo", categories(simulated("genetics"))),
