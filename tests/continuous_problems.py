@@ -5,8 +5,8 @@ Made of the tables by kind (latent_problems.py, conjugate_problems.py) and of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,32 +17,24 @@ from pyro_em import Quadrature
 from tests import zoo_missing, zoo_quadrature
 from tests.conjugate_problems import CASES
 from tests.latent_problems import LATENT_PROBLEMS
+from tests.problem import Fitted
 
 NAN = float("nan")
 
 
 @dataclass(frozen=True)
-class ContinuousProblem:
+class ContinuousProblem(Fitted):
     """`rows` gives the arguments with the independent rows in another order, None where there are none.
 
     `loose` is the error of the log-likelihood that its nodes leave, 0 where it is exact. `completes` says why the Q of
     the M-step is another than that of the latents, `attained` whether the maximum lies inside of the parameter space.
     """
 
-    name: str
-    model: Callable[..., Any]
-    args: tuple[Any, ...]
-    init: Mapping[str, Tensor]
-    algorithm: str = "em"
-    options: dict[str, Any] = field(default_factory=dict)
     rows: Callable[[tuple[Any, ...], Tensor], tuple[Any, ...]] | None = None
     num_rows: int = 0
     loose: float = 0.0
     completes: str = ""
     attained: bool = True
-
-    def start(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in self.init.items()}
 
 
 def _t(values: Any) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests import zoo_latent as z
+from tests.problem import Fitted
 
 
 def _t(values: Any) -> Tensor:
@@ -18,17 +18,8 @@ def _t(values: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LatentProblem:
-    name: str
-    model: Callable[..., Any]
-    args: tuple[Any, ...]
-    init: Mapping[str, Tensor]
-    algorithm: str = "em"
-    options: dict[str, Any] = field(default_factory=dict)
+class LatentProblem(Fitted):
     attained: bool = True  # the log-evidence has its maximum at variances above 0
-
-    def start(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in self.init.items()}
 
 
 def _build() -> list[LatentProblem]:

@@ -6,8 +6,8 @@ as their first dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,22 +19,14 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from pyro_em import markov
+from tests.problem import Fitted
 
 positive, definite = constraints.positive, constraints.positive_definite
 
 
 @dataclass(frozen=True)
-class LoopProblem:
-    name: str
-    model: Callable[..., Any]
-    args: tuple[Any, ...]
-    init: Mapping[str, Tensor]
-    algorithm: str = "em"
-    options: dict[str, Any] = field(default_factory=dict)
+class LoopProblem(Fitted):
     completes: str = ""  # why the complete data of the M-step, and so its Q, are not those of the model as written
-
-    def start(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in self.init.items()}
 
 
 def local_level(y: Tensor, loop: Callable[[int], Any] = markov) -> None:

@@ -17,11 +17,29 @@ from tests.oracles import Enumeration, enumerate_model, log_prior
 
 
 @dataclass(frozen=True)
-class Problem:
+class Case:
+    """A model with its data and a start: what the tables of all kinds have in common."""
+
     name: str
     model: Callable[..., Any]
     args: tuple[Any, ...]
     init: Mapping[str, Tensor]
+
+    def start(self) -> dict[str, Tensor]:
+        """A fresh copy of the starting values."""
+        return {name: value.clone() for name, value in self.init.items()}
+
+
+@dataclass(frozen=True)
+class Fitted(Case):
+    """A case with the algorithm that fits it, and further arguments of `fit`."""
+
+    algorithm: str = "em"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Problem(Case):
     plate: str | None  # its elements are independent given the parameters and the latents outside it
     closed: bool = True  # every parameter's update has a closed form (by Newton's method it has none)
     priors: bool = False  # some parameters are `pyro.sample` sites
@@ -34,10 +52,6 @@ class Problem:
     def fit_options(self, algorithm: str) -> dict[str, Any]:
         weights = {} if self.weights is None else {"weights": {self.plate: self.weights}}
         return {"algorithm": algorithm, **weights, **self.options}
-
-    def start(self) -> dict[str, Tensor]:
-        """A fresh copy of the starting values."""
-        return {name: value.clone() for name, value in self.init.items()}
 
     def oracle(self, params: Mapping[str, Tensor]) -> Enumeration:
         return enumerate_model(self.model, self.args, params, self.plate, self.weights)

@@ -24,9 +24,9 @@ from pyro_em.m_step.auto import MStep
 from pyro_em.problem import bind
 from tests.dense import dense
 from tests.emulated import emulated_device
+from tests.engines import same_as_reference
 from tests.latent_problems import BY_NAME
 from tests.linear_graphs import Graph, linear_graph
-from tests.test_pooled import _same
 
 # By name: the (elements, size) of each family, and for each site the elements of families that its rows read.
 _rng = np.random.default_rng(0)
@@ -88,7 +88,7 @@ def test_sparse_factors_are_those_of_the_dense_matrix(
 def test_it_is_the_reference_in_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in test_pooled.py, with every plate that can be eliminated in a step of its own."""
     monkeypatch.setattr(elimination_order, "SMALL", 0)
-    _same(BY_NAME[name])
+    same_as_reference(BY_NAME[name], Pooled)
 
 
 @pytest.mark.parametrize("name", ["crossed", "pupils_in_classes"])

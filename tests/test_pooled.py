@@ -11,13 +11,11 @@ from torch import Tensor
 import pyro_em
 from models import linear_mixed
 from pyro_em.e_step.auto import choose_engine
-from pyro_em.e_step.interpreted import Interpreted
 from pyro_em.e_step.pooled import Pooled
 from pyro_em.e_step.pooled_data import Rows, pool
-from pyro_em.m_step.auto import MStep
 from pyro_em.m_step.choose import opened
 from pyro_em.m_step.linear import Linear
-from pyro_em.problem import Problem, bind
+from tests.engines import bound_with_m_step, same_as_reference
 from tests.latent_problems import BY_NAME, LATENT_PROBLEMS, LatentProblem
 
 DISCRETE = {"mixture_of_groups"}
@@ -25,38 +23,14 @@ IN_STATES = {"mixture_of_factors", "latent_first"}  # an engine of their own: te
 POOLED = [p for p in LATENT_PROBLEMS if p.name not in DISCRETE | IN_STATES]
 
 
-def _bound(problem: LatentProblem) -> tuple[Problem, MStep]:
-    weights = problem.options.get("weights")
-    bound = bind(problem.model, problem.args, {}, with_prior=problem.algorithm == "map-em", weights=weights)
-    return bound, MStep(bound, "auto", problem.algorithm)
-
-
-def _same(problem: LatentProblem, updates: int = 4, rtol: float = 1e-12) -> None:
-    bound, m = _bound(problem)
-    engine, reference = choose_engine(bound, m), Interpreted(bound)
-    assert isinstance(engine, Pooled)
-    own = MStep(bound, "auto", problem.algorithm)
-    params = problem.start()
-    for _ in range(updates):
-        found, expected = engine.e_step(params), reference.e_step(params)
-        assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=rtol, abs=rtol)
-        assert found.log_prior == pytest.approx(expected.log_prior, rel=rtol, abs=rtol)
-        assert m.score(params, found) == pytest.approx(own.score(params, expected), rel=1e4 * rtol)
-        updated, info = m.update(params, found)
-        params, other = own.update(params, expected)
-        assert info.empty == other.empty
-        for name, value in params.items():
-            torch.testing.assert_close(updated[name], value, rtol=10 * rtol, atol=10 * rtol)
-
-
 @pytest.mark.parametrize("problem", POOLED, ids=lambda p: p.name)
 def test_it_is_the_reference(problem: LatentProblem) -> None:
-    _same(problem)
+    same_as_reference(problem, Pooled)
 
 
 @pytest.mark.parametrize("problem", POOLED, ids=lambda p: p.name)
 def test_blocks_are_those_of_the_whole_system(problem: LatentProblem) -> None:
-    bound, m = _bound(problem)
+    bound, m = bound_with_m_step(problem)
     params, engine = problem.start(), choose_engine(bound, m)
     for unit in m.units:
         if not isinstance(unit, Linear):
@@ -86,7 +60,7 @@ def test_data_far_from_zero_keep_their_digits(
     problem, far = BY_NAME[name], 1e5
     args = tuple(a + far if i == place else a for i, a in enumerate(problem.args))
     init = {n: v + far * torch.tensor(moved[n], dtype=v.dtype) if n in moved else v for n, v in problem.init.items()}
-    _same(replace(problem, args=args, init=init), rtol=rtol)
+    same_as_reference(replace(problem, args=args, init=init), Pooled, rtol=rtol)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +82,7 @@ def test_updates_are_recorded(name: str) -> None:
     problem = BY_NAME[name]
     result = pyro_em.fit(problem.model, *problem.args, init=problem.start(), max_iter=40, tol=0)
     assert result.plan.engine.startswith("pooled")
-    bound, m = _bound(problem)
+    bound, m = bound_with_m_step(problem)
     engine, params = choose_engine(bound, m), problem.start()
     for _ in range(40):
         params, _ = m.update(params, engine.e_step(params))
@@ -209,7 +183,7 @@ def test_a_variance_that_the_data_show_is_no_boundary(recwarn: pytest.WarningsRe
 def test_an_effect_without_variance_is_allowed() -> None:
     """log p(x) at tau = 0 exactly, which no Normal could be asked for."""
     problem = BY_NAME["random_intercepts"]
-    bound, m = _bound(problem)
+    bound, m = bound_with_m_step(problem)
     engine = choose_engine(bound, m)
     assert isinstance(engine, Pooled)
     params = {**problem.start(), "tau": torch.tensor(0.0, dtype=torch.float64)}

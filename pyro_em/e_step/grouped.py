@@ -12,7 +12,6 @@ arguments come from, the model is run once more. Where the data are impossible t
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from pyro_em.e_step.base import Expectation, NotCompiled, Unread
 from pyro_em.e_step.chains import Bundle, Chain, find_chain
 from pyro_em.e_step.groups import Group, make_groups
-from pyro_em.e_step.interpreted import expectation
+from pyro_em.e_step.interpreted import read
 from pyro_em.evidence.chain import ChainPosterior
 from pyro_em.evidence.discrete import evaluate, weighted_sum
 from pyro_em.families.base import AnyStatistic
@@ -96,13 +95,8 @@ class Grouped:
         self._statistics: dict[str, tuple[AnyStatistic, ...]] = {}
 
     def e_step(self, params: Params) -> Expectation:
-        """Exact E-step at `params`."""
-        found = self.unread(params).read()
-        finite = math.isfinite(found.log_prior) or not self.problem.with_prior
-        if not (math.isfinite(found.log_likelihood) and finite):
-            evidence, run = self.problem.evidence(params)  # names the site and the rows
-            return expectation(self.problem, run, evidence)
-        return found
+        """Exact E-step at `params`; raises `NonFiniteError` as `Problem.evidence` does."""
+        return read(self.problem, params, self.unread(params))
 
     def unread(self, params: Params) -> Unread:
         """The same before any of its numbers is read."""

@@ -9,12 +9,11 @@ alone contribute at the other sites is computed by their families.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from pyro_em.e_step.base import Expectation, NotCompiled, Unread
+from pyro_em.e_step.interpreted import read
 from pyro_em.evidence.discrete import weighted_sum
 from pyro_em.evidence.integrated import integrate, integrates
 from pyro_em.model.compat import dims_of, pack, with_dims
@@ -45,10 +44,7 @@ class Inside:
 
     def e_step(self, params: Params) -> Expectation:
         """Exact E-step at `params`; raises `NonFiniteError` as `Problem.evidence` does."""
-        found = self.unread(params).read()
-        if not (math.isfinite(found.log_likelihood) and math.isfinite(found.log_prior)):
-            self.problem.evidence(params)  # names the site and the rows
-        return found
+        return read(self.problem, params, self.unread(params))
 
     def unread(self, params: Params) -> Unread:
         """The same before any of its numbers is read."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,7 +12,7 @@ from pyro_em.e_step.base import Expectation, Unread, is_possible
 from pyro_em.evidence.discrete import Evidence
 from pyro_em.model.trace import Run
 from pyro_em.problem import Problem
-from pyro_em.statistics import SiteMoments, argument_cells, expected_moments, site_center, with_integrated
+from pyro_em.statistics import Posteriors, SiteMoments, argument_cells, expected_moments, site_center, with_integrated
 from pyro_em.sufficient import Sufficient, raw_arguments
 from pyro_em.types import Params
 
@@ -63,19 +66,52 @@ def unread(problem: Problem, run: Run, evidence: Evidence, centers: dict[str, Te
     return Unread(totals.detach(), sufficient, lambda: weights)
 
 
-def from_totals(problem: Problem, params: Params, totals: Tensor, sufficient: Sufficient) -> Expectation:
-    """The E-step of a compiled engine, by the reference where the data are impossible: it names the site and the rows.
+def reference(problem: Problem, params: Params) -> Expectation:
+    """The E-step by the model itself.
+
+    :raises NonFiniteError: naming the site and the rows, where the data are impossible.
+    """
+    evidence, run = problem.evidence(params)
+    return expectation(problem, run, evidence)
+
+
+def read(problem: Problem, params: Params, found: Unread) -> Expectation:
+    """The E-step of a compiled engine with its numbers, by the reference where they are not finite."""
+    own = found.read()
+    finite = math.isfinite(own.log_likelihood) and (math.isfinite(own.log_prior) or not problem.with_prior)
+    return own if finite else reference(problem, params)
+
+
+def at_atoms(problem: Problem, params: Params, sufficient: Sufficient) -> Callable[[], Posteriors]:
+    """Weights of the reference's atoms, for a numeric step of the M-step, which needs the model at these."""
+
+    def posterior() -> Posteriors:
+        found = reference(problem, params)
+        sufficient.problem = found.sufficient.problem
+        return found.weights
+
+    return posterior
+
+
+def from_totals(
+    problem: Problem,
+    params: Params,
+    totals: Tensor,
+    sufficient: Sufficient,
+    posterior: Callable[[], Posteriors] | None = None,
+) -> Expectation:
+    """`read` of an engine in stages, which scores impossible data with `IMPOSSIBLE`.
 
     :param totals: log p(x|θ), log p(θ) and Σ|ll_n|, (3,).
+    :param posterior: weights of the factors; if not given, those of the reference.
     """
     likelihood, prior, magnitude = totals.tolist()
     if not is_possible(likelihood):
-        evidence, run = problem.evidence(params)
-        return expectation(problem, run, evidence)
+        return reference(problem, params)
     return Expectation(
         log_likelihood=likelihood,
         log_prior=prior,
         magnitude=magnitude,
         sufficient=sufficient,
-        posterior=lambda: problem.evidence(params)[0].weights,
+        posterior=posterior or (lambda: problem.evidence(params)[0].weights),
     )

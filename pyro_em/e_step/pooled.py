@@ -26,7 +26,7 @@ from pyro_em.e_step.base import Expectation, NotCompiled, Stage
 from pyro_em.e_step.coupled_location import CoupledLocation
 from pyro_em.e_step.coupled_posterior import coupled_posterior
 from pyro_em.e_step.coupled_sets import CoupledSet, coupled_set
-from pyro_em.e_step.interpreted import expectation, from_totals
+from pyro_em.e_step.interpreted import at_atoms, from_totals
 from pyro_em.e_step.outside import Outside
 from pyro_em.e_step.pooled_location import PooledLocation, PooledSite
 from pyro_em.e_step.pooled_posterior import Whitener, posterior, whitener
@@ -36,7 +36,7 @@ from pyro_em.errors import NonFiniteError
 from pyro_em.m_step.location import Location, total_moments
 from pyro_em.model.trace import Run
 from pyro_em.problem import Problem
-from pyro_em.statistics import Posteriors, SiteMoments
+from pyro_em.statistics import SiteMoments
 from pyro_em.sufficient import Arguments, Sufficient, raw_arguments
 from pyro_em.types import Params
 
@@ -81,21 +81,7 @@ class Pooled:
     def expectation(self, params: Params, sums: Sequence[Tensor]) -> Expectation:
         """The E-step whose `core` gave `sums`."""
         totals, sufficient = self.after(params, sums)
-        found = from_totals(self.problem, params, totals, sufficient)
-        return Expectation(
-            found.log_likelihood,
-            found.log_prior,
-            found.magnitude,
-            sufficient,
-            lambda: self._posterior(params, sufficient),
-        )
-
-    def _posterior(self, params: Params, sufficient: Sufficient) -> Posteriors:
-        """Weights of the reference's atoms, for a numeric step of the M-step, which needs the model at these."""
-        evidence, run = self.problem.evidence(params)
-        reference = expectation(self.problem, run, evidence)
-        sufficient.problem = reference.sufficient.problem
-        return reference.weights
+        return from_totals(self.problem, params, totals, sufficient, at_atoms(self.problem, params, sufficient))
 
     def vanishing(self, params: Params) -> tuple[str, ...]:
         """Spreads of latents whose estimate is 0, see vanishing.py."""

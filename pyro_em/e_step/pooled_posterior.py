@@ -82,11 +82,12 @@ def posterior(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> tuple
     return zeta, likelihood, magnitude
 
 
-def log_evidence(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> Tensor:
-    """log p(x_n|θ) of elements that are pseudo-elements themselves, of one class: (c,)."""
+def log_evidence(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> tuple[Tensor, Tensor]:
+    """log p(x_n|θ) of elements that are pseudo-elements themselves, of one class, and its terms' magnitude: (c,)."""
     solved = _solve(own, noise)
     spread = solved.lower.diagonal(dim1=-2, dim2=-1).log().sum()
-    return solved.constant - solved.energy.sum(0) - spread + 0.5 * own.size * LOG_2PI
+    energy, two_pi = solved.energy.sum(0), 0.5 * own.size * LOG_2PI
+    return solved.constant - energy - spread + two_pi, solved.constant.abs() + energy + spread.abs() + two_pi
 
 
 @dataclass(frozen=True)

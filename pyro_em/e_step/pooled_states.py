@@ -18,7 +18,6 @@ read; log-normal sites.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.e_step.base import Expectation, NotCompiled, Unread
-from pyro_em.e_step.interpreted import expectation
+from pyro_em.e_step.interpreted import at_atoms, read
 from pyro_em.e_step.pooled_data import Classes
 from pyro_em.e_step.pooled_data import Pooled as PooledRows
 from pyro_em.e_step.pooled_location import PooledLocation, PooledSite
@@ -42,7 +41,7 @@ from pyro_em.model.compat import detached, with_dims
 from pyro_em.model.density import packed_log_density
 from pyro_em.model.packing import align
 from pyro_em.problem import Problem
-from pyro_em.statistics import Posteriors, SiteMoments, expected_moments
+from pyro_em.statistics import SiteMoments, expected_moments
 from pyro_em.sufficient import Arguments, Sufficient, raw_arguments
 from pyro_em.types import Params
 
@@ -91,19 +90,16 @@ class PooledStates:
 
     def e_step(self, params: Params) -> Expectation:
         """Exact E-step at `params`; raises `NonFiniteError` as `Problem.evidence` does."""
-        found = self.unread(params).read()
-        if math.isfinite(found.log_likelihood) and math.isfinite(found.log_prior):
-            return found
-        evidence, run = self.problem.evidence(params)  # names the site and the rows
-        return expectation(self.problem, run, evidence)
+        return read(self.problem, params, self.unread(params))
 
     def unread(self, params: Params) -> Unread:
         """The same before any of its numbers is read."""
         sufficient = self._arguments(params)
         noises = [self._noise(k, params, sufficient) for k in range(len(self.states))]
-        tables = [self._table(state, noise) for state, noise in zip(self.states, noises, strict=True)]
+        found = [self._table(state, noise) for state, noise in zip(self.states, noises, strict=True)]
+        tables, cancelled = (torch.stack(own) for own in zip(*found, strict=True))
         dims, sizes = self.found.dims, self.found.sizes
-        factors = {self.integral: with_dims(torch.stack(tables).reshape(len(tables), *sizes), dims)}
+        factors = {self.integral: with_dims(tables.reshape(len(tables), *sizes), dims)}
         for name, site in sufficient.sites.items():  # priors at the parameters' values
             if name not in self.place:
                 here = dataclasses.replace(site, arguments=sufficient.arguments[name])
@@ -111,6 +107,7 @@ class PooledStates:
         evidence = evaluate(self.problem.reduced_graph, factors)
         weights = dict(evidence.weights)
         own = align(weights.pop(self.integral), dims).expand(len(tables), *sizes).reshape(len(tables), -1)
+        magnitude = evidence.magnitude + (own * cancelled).sum(0) @ self.found.weight
         made: dict[str, MixtureLocation] = {}
         parts: list[tuple[PooledSet, Tensor]] = []
 
@@ -134,15 +131,8 @@ class PooledStates:
 
         sufficient._moments_of, sufficient.opens = moments_of, opens
         zero = torch.zeros((), dtype=torch.float64)
-        totals = torch.stack([evidence.log_likelihood, evidence.log_prior, evidence.magnitude, zero])
-        return Unread(totals.detach(), sufficient, lambda: self._posterior(params, sufficient))
-
-    def _posterior(self, params: Params, sufficient: Sufficient) -> Posteriors:
-        """Weights of the reference's atoms, for a numeric step of the M-step, which needs the model at these."""
-        evidence, run = self.problem.evidence(params)
-        reference = expectation(self.problem, run, evidence)
-        sufficient.problem = reference.sufficient.problem
-        return reference.weights
+        totals = torch.stack([evidence.log_likelihood, evidence.log_prior, magnitude, zero])
+        return Unread(totals.detach(), sufficient, at_atoms(self.problem, params, sufficient))
 
     def _arguments(self, params: Params) -> Sufficient:
         arguments = {site: dict(own) for site, own in self.start.items()}
@@ -165,8 +155,8 @@ class PooledStates:
     def _at(self, k: int, name: str, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return at_state(self.run.sites[name], arguments, self.found.rank, k)
 
-    def _table(self, state: _State, noise: list[tuple[Tensor, Whitener]]) -> Tensor:
-        """ℓ_k (N,)."""
+    def _table(self, state: _State, noise: list[tuple[Tensor, Whitener]]) -> tuple[Tensor, Tensor]:
+        """ℓ_k (N,), and the size of the terms that cancel in it."""
         one = torch.ones((), dtype=torch.float64)
         ones = torch.ones(1, state.joint.shape[0], dtype=torch.float64)
         rows = [data.mT.unsqueeze(0).unsqueeze(0) for data in state.data]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyro_em.design import Design
 from pyro_em.e_step.base import Expectation, NotCompiled, Unread
-from pyro_em.e_step.interpreted import expectation
+from pyro_em.e_step.interpreted import read
 from pyro_em.e_step.states import joint_states
 from pyro_em.evidence.discrete import weighted_sum
 from pyro_em.families.normal import NormalFamily
@@ -114,11 +114,7 @@ class Predicted:
 
     def e_step(self, params: Params) -> Expectation:
         """Exact E-step at `params`; raises `NonFiniteError` as `Problem.evidence` does."""
-        found = self.unread(params).read()
-        if math.isfinite(found.log_likelihood) and math.isfinite(found.log_prior):
-            return found
-        evidence, run = self.problem.evidence(params)  # names the site and the rows
-        return expectation(self.problem, run, evidence)
+        return read(self.problem, params, self.unread(params))
 
     def unread(self, params: Params) -> Unread:
         """The same before any of its numbers is read."""
