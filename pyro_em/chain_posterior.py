@@ -1,32 +1,35 @@
 """Posterior of the Gaussian states of a folded loop, under the names that the model gave them.
 
 The chain is one observed site inside (model/folding.py), with states (x_t, x_{t-1}, ...); here its smoothed moments are
-put back where the sample statements had them. The steps of a `pyro_em.markov` loop are one sequence, named without
+put back where the sample statements had them. Where discrete latents choose the chain they are those of a mixture over
+the latents' states (mixed_states.py). The steps of a `pyro_em.markov` loop are one sequence, named without
 the step and with time first; `x_17` is one step of it. Steps of a `pyro.markov` loop have their own names only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import abc
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_em.mixed_states import MixedStates
 from pyro_em.model.chained import ChainedLoop
 from pyro_em.model.folding import Fold, FoldedModel, Place, folds_of
 from pyro_em.model.sequences import BySequence, Sequence
 from pyro_em.model.timeline import Template
-from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.state_posterior import StatePosterior, normal
 from pyro_em.types import Model
 
 
 class ChainPosterior:
-    """The states of one chain; `site` is the record of the site that it became."""
+    """The states of one chain; `states` are those of the site that it became."""
 
-    def __init__(self, model: Model, fold: Fold, site: SiteRecord) -> None:
-        self.fold, self.states = fold, StatePosterior(site)
+    def __init__(self, model: Model, fold: Fold, states: StatePosterior | MixedStates) -> None:
+        self.fold, self.states = fold, states
         assert isinstance(model, FoldedModel)
         self.sequences = _sequences(model, fold.places)
         self._observed = _sequences(model, fold.cells)
@@ -52,22 +55,45 @@ class ChainPosterior:
         return self._read(name, {s: self._own(p, variance) for s, p in self.fold.places.items()})
 
     def marginal(self, name: str) -> dist.Distribution:
-        """A normal for every element, or (latents whose event is a vector) a normal vector."""
-        mean = self.mean(name)
+        """A normal for every element, or (latents whose event is a vector) a normal vector; or a mixture of these."""
+        if isinstance(self.states, MixedStates):
+            return self._mixture(name, self.states)
+        return self._normal(name, self.states.mean, self.states.covariance)
+
+    def _normal(self, name: str, means: Tensor, covariances: Tensor) -> dist.Distribution:
+        mean = self._read(name, {s: self._own(p, means) for s, p in self.fold.places.items()})
         place = self.fold.places[self._some(name)]
         events = len(place.event)
         if events == 1 and place.layout.cells == place.event.numel():
-            blocks = {s: self._block(p) for s, p in self.fold.places.items() if p.event == place.event}
-            return normal(mean, self._read(name, blocks))
-        found = dist.Normal(mean, self.variance(name).sqrt(), validate_args=False)
+            places = {s: p for s, p in self.fold.places.items() if p.event == place.event}
+            return normal(mean, self._read(name, {s: self._block(p, covariances) for s, p in places.items()}))
+        variance = covariances.diagonal(dim1=-2, dim2=-1)
+        variance = self._read(name, {s: self._own(p, variance) for s, p in self.fold.places.items()})
+        found = dist.Normal(mean, variance.sqrt(), validate_args=False)
         return found.to_event(events) if events else found
 
-    def mode(self) -> BySequence:
-        """The joint mode, which is the mean."""
+    def _mixture(self, name: str, states: MixedStates) -> dist.Distribution:
+        each = list(zip(states.shares, *states.moments_by_state(), strict=True))
+        components: list[Any] = [self._normal(name, mean, covariance) for _, mean, covariance in each]
+        events = components[0].event_dim
+        cells = (share.expand_as(mean[..., 0, 0])[..., None, None].expand_as(mean) for share, mean, _ in each)
+        shares = [self._read(name, {s: self._own(p, x) for s, p in self.fold.places.items()}) for x in cells]
+        probs = torch.stack([x.reshape(*x.shape[: x.dim() - events], -1)[..., 0] for x in shares], -1)
+        return dist.MixtureSameFamily(
+            dist.Categorical(probs, validate_args=False), _stacked(components), validate_args=False
+        )
+
+    def mode(self, pick: Callable[[str], Tensor]) -> BySequence:
+        """The joint mode, which is the mean; `pick(site)` gives the most probable states of what chooses it, B."""
+        if isinstance(self.states, MixedStates):
+            means = self.states.given.mean.unsqueeze(0)
+            return self._all(self.states.drawn(means, pick(self.fold.site).unsqueeze(0)).squeeze(0), 0)
         return self._all(self.states.mean, 0)
 
-    def sample(self, num: int) -> BySequence:
-        """Joint draws, (num,) + the shape of each latent's value."""
+    def sample(self, num: int, pick: Callable[[str], Tensor]) -> BySequence:
+        """Joint draws, (num,) + the shape of each latent's value; `pick(site)` are those of the states, (num,) + B."""
+        if isinstance(self.states, MixedStates):
+            return self._all(self.states.drawn(self.states.given.sample(num), pick(self.fold.site)), 1)
         return self._all(self.states.sample(num), 1)
 
     def observed(self, cells: Tensor, lead: int = 0) -> BySequence:
@@ -87,8 +113,8 @@ class ChainPosterior:
         rows = states.narrow(-2, place.step, place.layout.time)
         return place.layout.back(rows.narrow(-1, place.offset, place.layout.cells))
 
-    def _block(self, place: Place) -> Tensor:
-        rows = self.states.covariance.narrow(-3, place.step, place.layout.time)
+    def _block(self, place: Place, covariances: Tensor) -> Tensor:
+        rows = covariances.narrow(-3, place.step, place.layout.time)
         n = place.layout.cells
         own = rows.narrow(-2, place.offset, n).narrow(-1, place.offset, n)
         return torch.stack([place.layout.back(own[..., i]) for i in range(n)], -1)
@@ -111,9 +137,23 @@ class ChainPosterior:
         return sequence.joined(of)[step]
 
 
-def chain_posteriors(model: Model, run: Run) -> tuple[ChainPosterior, ...]:
-    """Those of all chains that a model has folded."""
-    return tuple(ChainPosterior(model, fold, run.sites[fold.site]) for fold in folds_of(model))
+def chain_posteriors(model: Model, states: Callable[[str], StatePosterior | MixedStates]) -> tuple[ChainPosterior, ...]:
+    """Those of all chains that a model has folded; `states` gives those of a site."""
+    return tuple(ChainPosterior(model, fold, states(fold.site)) for fold in folds_of(model))
+
+
+def _stacked(components: abc.Sequence[Any]) -> Any:
+    """Distributions of one kind as one with a last batch dim over them."""
+    first = components[0]
+    if isinstance(first, dist.MultivariateNormal):
+        mean, factor = (
+            torch.stack([getattr(c, n) for c in components], -1 - k) for n, k in (("loc", 1), ("scale_tril", 2))
+        )
+        return dist.MultivariateNormal(mean, scale_tril=factor, validate_args=False)
+    events = first.event_dim
+    mean, sd = (torch.stack([getattr(c, n) for c in components], -1 - events) for n in ("mean", "stddev"))
+    found = dist.Normal(mean, sd, validate_args=False)
+    return found.to_event(events) if events else found
 
 
 def _sequences(model: FoldedModel, places: Mapping[str, Place]) -> dict[str, Sequence]:

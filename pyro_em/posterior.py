@@ -18,15 +18,18 @@ from torch import Tensor
 from pyro_em.chain_posterior import ChainPosterior, chain_posteriors
 from pyro_em.device import on_own_device
 from pyro_em.errors import InputError
-from pyro_em.evidence.discrete import Evidence, contract, with_plate
+from pyro_em.evidence.discrete import Evidence
 from pyro_em.evidence.elimination import SetPosterior
+from pyro_em.evidence.integrated import integrates
 from pyro_em.evidence.mixed import Mixed
 from pyro_em.evidence.ring import Elimination
 from pyro_em.latents import integral
-from pyro_em.model.compat import base_distribution, dims_of, with_dims
+from pyro_em.mixed_states import MixedStates
+from pyro_em.model.compat import base_distribution, dims_of, pack, unpack, with_dims
 from pyro_em.model.packing import align
 from pyro_em.model.sequences import BySequence, Sequence, sequences
 from pyro_em.model.trace import Run, SiteRecord
+from pyro_em.picks import joint_states, over_plates, pick
 from pyro_em.problem import Problem
 from pyro_em.sequence_posterior import SequencePosterior
 from pyro_em.state_posterior import StatePosterior
@@ -34,7 +37,6 @@ from pyro_em.statistics import with_integrated
 from pyro_em.terms import pointwise
 from pyro_em.types import Params
 
-DRAWS = "⊗"  # symbol of the extra plate over draws
 CHUNK_CELLS = 2**23  # cells of factor tables held at once while drawing
 
 
@@ -69,7 +71,7 @@ class Posterior:
 
     @cached_property
     def chains(self) -> tuple[ChainPosterior, ...]:
-        return chain_posteriors(self.problem.model, self._e_step[1])
+        return chain_posteriors(self.problem.model, self.states)
 
     def _chain(self, latent: str) -> ChainPosterior | None:
         return next((chain for chain in self.chains if chain.has(latent)), None)
@@ -138,7 +140,7 @@ class Posterior:
         kept = [d for d in dims if d in record.plate_dims or d == symbol]
         gone = [i for i, d in enumerate(dims) if d not in kept]
         own = with_dims(weights.sum(gone) if gone else weights, "".join(kept))
-        return _over_plates(own, record, symbol)
+        return over_plates(own, record, symbol)
 
     def sequence(self, latent: str) -> SequencePosterior:
         """The states of a `pyro_em.markov` loop filtered, smoothed, forecast (see sequence_posterior.py)."""
@@ -190,7 +192,7 @@ class Posterior:
         """Most probable joint configuration of all latents (values, by site)."""
         picked = self._pick("max", None)
         found = BySequence(self._in_order(picked, lambda q: q.mode(), draws=False), self._sequences)
-        return found.joined_with([chain.mode() for chain in self.chains])
+        return found.joined_with([chain.mode(self._picks(picked)) for chain in self.chains])
 
     def sample(self, num: int) -> dict[str, Tensor]:
         """`num` independent joint draws of all latents, shape (num,) + plates + event, by site."""
@@ -203,17 +205,29 @@ class Posterior:
         parts = [self._pick("sample", size) for size in sizes]
         picked = {s: torch.cat([part[s] for part in parts]) for s in self.problem.graph.latents}
         drawn = self._in_order(picked, lambda q: q.sample(num), draws=True)
-        return BySequence(drawn, self._sequences, lead=1).joined_with([chain.sample(num) for chain in self.chains])
+        chained = [chain.sample(num, self._picks(picked)) for chain in self.chains]
+        return BySequence(drawn, self._sequences, lead=1).joined_with(chained)
 
-    def states(self, site: str) -> StatePosterior:
-        """Posterior of the states inside of an observed state-space site (`GaussianHMM`, `LinearHMM`).
+    def states(self, site: str) -> StatePosterior | MixedStates:
+        """Posterior of the states inside of an observed state-space site (`GaussianHMM`, `LinearHMM`, a folded loop).
 
+        Where discrete latents choose its arguments, that of the mixture over their states.
         :raises InputError: if the site is none.
         """
-        sites = self._e_step[1].sites
-        if site not in sites:
-            raise InputError(f"The model has no sample site '{site}'. Its sites: {', '.join(sites)}.")
-        return StatePosterior(sites[site])
+        evidence, run = self._e_step
+        if site not in run.sites:
+            raise InputError(f"The model has no sample site '{site}'. Its sites: {', '.join(run.sites)}.")
+        record, weights = run.sites[site], evidence.weights.get(site)
+        if weights is None or not integrates(record):
+            return StatePosterior(record)
+        return MixedStates(
+            record, unpack(weights, record.symbols), lambda num: self._picks(self._pick("sample", num))(site)
+        )
+
+    def _picks(self, picked: dict[str, Tensor]) -> Callable[[str], Tensor]:
+        """Joint states of the latents that choose a site's arguments, by site."""
+        run, graph = self._e_step[1], self.problem.graph
+        return lambda site: joint_states(run.sites[site], run, graph, picked)
 
     def entropy(self) -> float:
         """Entropy of the posterior in nats, weighted like the log-likelihood; latents without data left out.
@@ -247,6 +261,10 @@ class Posterior:
         """Log-factors of the discrete latents; continuous ones are integrated out, or at their best for "max"."""
         evidence, run = self._e_step
         factors, continuous = self.problem.factors(run), self.problem.continuous
+        for chain in self.chains if elimination == "max" else ():
+            if isinstance(chain.states, MixedStates):
+                record = run.sites[chain.fold.site]
+                factors[chain.fold.site] = pack(chain.states.given.log_peak(), record.symbols)
         if continuous is None:
             return factors
         for latents, part in zip(continuous.sets, evidence.parts, strict=True):
@@ -260,41 +278,7 @@ class Posterior:
 
     def _pick(self, elimination: Elimination, num: int | None) -> dict[str, Tensor]:
         """State numbers of one joint configuration (of `num` draws), shape (num,) + plates, by site."""
-        graph, run = self.problem.reduced_graph, self._e_step[1]
+        graph = self.problem.reduced_graph
         if not graph.latents or not graph.components:
             return {}
-        factors = self._factors(elimination)
-        if num is not None:
-            graph = with_plate(graph, DRAWS)
-        leaves: dict[str, Tensor] = {}
-        for component in graph.components:
-            for name in component.factors:
-                leaf, dims = factors[name].detach(), dims_of(factors[name])
-                if num is not None:
-                    leaf, dims = leaf.expand(num, *leaf.shape), DRAWS + dims
-                leaves[name] = with_dims(leaf.clone().requires_grad_(True), dims)
-        with torch.enable_grad():
-            total = sum((contract(graph, c, leaves, elimination).sum() for c in graph.components), torch.zeros(()))
-        found = torch.autograd.grad(total, list(leaves.values()))
-        indicators = {name: with_dims(g, dims_of(leaves[name])) for name, g in zip(leaves, found, strict=True)}
-        return {site: self._state(site, indicators[site], run.sites[site], num) for site in graph.latents}
-
-    def _state(self, site: str, indicator: Tensor, record: SiteRecord, num: int | None) -> Tensor:
-        dims, symbol = dims_of(indicator), record.symbol
-        assert symbol is not None
-        keep = {*record.plate_dims, symbol, DRAWS}
-        gone = [i for i, d in enumerate(dims) if d not in keep]
-        own = with_dims(indicator.sum(gone) if gone else indicator, "".join(d for d in dims if d in keep))
-        if num is None:
-            return _over_plates(own, record, symbol).argmax(-1)
-        kept = "".join(d for d in dims_of(own) if d != DRAWS)
-        lead = align(own, DRAWS + kept)
-        states = [_over_plates(with_dims(row, kept), record, symbol).argmax(-1) for row in lead]
-        return torch.stack(states)
-
-
-def _over_plates(packed: Tensor, record: SiteRecord, symbol: str) -> Tensor:
-    """Shape plates (outermost first) + (K,); a latent with one state has K = 1."""
-    order = [record.symbols[plate.dim] for plate in record.plates]
-    wide = align(packed, "".join(order) + symbol)
-    return wide.expand(*(plate.size for plate in record.plates), wide.shape[-1])
+        return pick(graph, self._factors(elimination), self._e_step[1], elimination, num)

@@ -27,6 +27,7 @@ from pyro_em.families.state_space import GaussianHMMFamily
 from pyro_em.model.density import clean_value
 from pyro_em.model.trace import SiteRecord
 from pyro_em.state_space.chunked import states
+from pyro_em.state_space.joint import log_joint
 from pyro_em.state_space.linear_gaussian import Smoothed, regression_on_seen, symmetric
 from pyro_em.state_space.steps import gain
 
@@ -86,6 +87,10 @@ class StatePosterior:
     def log_prob_steps(self) -> Tensor:
         """log p(y_t | y_1..y_{t-1}), B + (T,); their sum is the log-likelihood of the series."""
         return self._unflat(self._smoothed.step_log_evidence[:, self.before :])
+
+    def log_peak(self) -> Tensor:
+        """log p(y, z) at the joint mode z of the states, shape B; states that are functions of others count nothing."""
+        return self._unflat(log_joint(self.chain, self._smoothed.mean))
 
     def entropy(self) -> Tensor:
         """Entropy of all states together in nats, shape B; -inf where a state is known for sure."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,33 +76,44 @@ def _gaussian(f: Callable[[Tensor], Tensor], size: int) -> tuple[Tensor, Tensor,
     return log_z, mean, torch.linalg.inv(precision)
 
 
-def dense(model: Model, args: tuple[Any, ...], params: Params) -> Dense:
-    """The oracle at `params` (which may require gradients)."""
-    with pyro.get_param_store().scope(), torch.no_grad():
-        nodes = trace(model, args, params)
+def _latents(nodes: dict[str, Any], params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Discrete and continuous ones."""
     latent = {
         n: s for n, s in nodes.items()
         if s["type"] == "sample" and not s["is_observed"] and n not in params and type(s["fn"]).__name__ != "_Subsample"
     }  # fmt: skip
     discrete = {n: s for n, s in latent.items() if s["fn"].has_enumerate_support}
-    continuous = {n: s for n, s in latent.items() if n not in discrete}
+    return discrete, {n: s for n, s in latent.items() if n not in discrete}
+
+
+def _assignments(discrete: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
+    """Every joint value of the discrete latents."""
+    elements = [(n, i) for n, s in discrete.items() for i in range(s["value"].numel())]
+    states = [range(len(discrete[n]["fn"].enumerate_support(expand=False))) for n, _ in elements]
+    for chosen in itertools.product(*states):
+        fixed = {n: torch.zeros_like(s["value"]).reshape(-1) for n, s in discrete.items()}
+        for (n, i), state in zip(elements, chosen, strict=True):
+            fixed[n][i] = state
+        yield {n: v.reshape(discrete[n]["value"].shape) for n, v in fixed.items()}
+
+
+def dense(model: Model, args: tuple[Any, ...], params: Params) -> Dense:
+    """The oracle at `params` (which may require gradients)."""
+    with pyro.get_param_store().scope(), torch.no_grad():
+        nodes = trace(model, args, params)
+    discrete, continuous = _latents(nodes, params)
+    latent = {*discrete, *continuous}
     sizes = [s["value"].numel() for s in continuous.values()]
 
     def unpack(z: Tensor) -> dict[str, Tensor]:
         parts = z.split(sizes)
         return {n: p.reshape(s["value"].shape) for (n, s), p in zip(continuous.items(), parts, strict=True)}
 
-    elements = [(n, i) for n, s in discrete.items() for i in range(s["value"].numel())]
-    states = [range(len(discrete[n]["fn"].enumerate_support(expand=False))) for n, _ in elements]
     terms, means, squares = [], [], []
-    for chosen in itertools.product(*states):
-        fixed = {n: torch.zeros_like(s["value"]).reshape(-1) for n, s in discrete.items()}
-        for (n, i), state in zip(elements, chosen, strict=True):
-            fixed[n][i] = state
-        fixed = {n: v.reshape(discrete[n]["value"].shape) for n, v in fixed.items()}
+    for fixed in _assignments(discrete):
 
         def f(z: Tensor, fixed: dict[str, Tensor] = fixed) -> Tensor:
-            return _log_joint(trace(model, args, params, {**unpack(z), **fixed}), set(latent), set(params))
+            return _log_joint(trace(model, args, params, {**unpack(z), **fixed}), latent, set(params))
 
         log_z, mean, covariance = _gaussian(f, sum(sizes))
         terms.append(log_z)
@@ -116,31 +127,34 @@ def dense(model: Model, args: tuple[Any, ...], params: Params) -> Dense:
 
 
 def expected_log_joint(model: Model, args: tuple[Any, ...], old: Params) -> Callable[[Params], Tensor]:
-    """θ -> E[log p(x, z|θ) | x, old] for continuous z: f(m) + ½ tr(H V), with gradient and Hessian in z at θ."""
+    """θ -> E[log p(x, z|θ) | x, old]: for every assignment of the discrete latents f(m) + ½ tr(H V), with gradient and
+    Hessian in the continuous z at θ, weighted by its posterior probability."""
     with pyro.get_param_store().scope(), torch.no_grad():
         nodes = trace(model, args, old)
-    latent = {
-        n: s for n, s in nodes.items()
-        if s["type"] == "sample" and not s["is_observed"] and n not in old and type(s["fn"]).__name__ != "_Subsample"
-    }  # fmt: skip
-    sizes = [s["value"].numel() for s in latent.values()]
+    discrete, continuous = _latents(nodes, old)
+    latent, sizes = {*discrete, *continuous}, [s["value"].numel() for s in continuous.values()]
 
-    def joint(params: Params) -> Callable[[Tensor], Tensor]:
+    def joint(params: Params, fixed: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
         def f(z: Tensor) -> Tensor:
             parts = z.split(sizes)
-            values = {n: p.reshape(s["value"].shape) for (n, s), p in zip(latent.items(), parts, strict=True)}
-            return _log_joint(trace(model, args, params, values), set(latent), set(params))
+            values = {n: p.reshape(s["value"].shape) for (n, s), p in zip(continuous.items(), parts, strict=True)}
+            return _log_joint(trace(model, args, params, {**values, **fixed}), latent, set(params))
 
         return f
 
-    _, mean, covariance = (x.detach() for x in _gaussian(joint(old), sum(sizes)))
+    each = [(fixed, *_gaussian(joint(old, fixed), sum(sizes))) for fixed in _assignments(discrete)]
+    weights = torch.stack([log_z.detach() for _, log_z, _, _ in each]).softmax(0)
 
-    def q(params: Params) -> Tensor:
-        z = mean.clone().requires_grad_()
+    def given(params: Params, fixed: dict[str, Tensor], mean: Tensor, covariance: Tensor) -> Tensor:
+        z = mean.detach().clone().requires_grad_()
         with torch.enable_grad():
-            value = joint(params)(z)
+            value = joint(params, fixed)(z)
             (g,) = torch.autograd.grad(value, z, create_graph=True)
             H = torch.stack([torch.autograd.grad(g[i], z, create_graph=True)[0] for i in range(len(z))])
-        return value + 0.5 * (H * covariance).sum()
+        return value + 0.5 * (H * covariance.detach()).sum()
+
+    def q(params: Params) -> Tensor:
+        terms = [given(params, fixed, mean, covariance) for fixed, _, mean, covariance in each]
+        return (weights * torch.stack(terms)).sum()
 
     return q

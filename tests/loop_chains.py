@@ -26,6 +26,7 @@ positive, definite = constraints.positive, constraints.positive_definite
 
 @dataclass(frozen=True)
 class LoopProblem(Fitted):
+    closed: bool = True  # every parameter's update has a closed form
     completes: str = ""  # why the complete data of the M-step, and so its Q, are not those of the model as written
 
 

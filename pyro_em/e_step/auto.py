@@ -53,7 +53,7 @@ def choose_engine(problem: Problem, m_step: MStep) -> Engine:
             return compile_states(problem) if problem.graph.symbol_sites else compile_pooled(problem)
         except NotCompiled as error:
             return Interpreted(problem, f"{names}; {error}")
-    if m_step.all_closed and any(has_states(site.fn) for site in problem.capture.sites.values()):
+    if any(has_states(site.fn) for site in problem.capture.sites.values()):
         with contextlib.suppress(NotCompiled):
             return compile_inside(problem)
     if not m_step.separate:

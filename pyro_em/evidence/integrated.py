@@ -9,9 +9,11 @@ sites have posterior weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyro_em.families import family_for
@@ -46,6 +48,19 @@ def has_states(distribution: Any) -> bool:
     """The same of a distribution that was not recorded: without a run of the model."""
     family = family_for(base_distribution(distribution))
     return family is not None and family.integrates
+
+
+def opened(site: SiteRecord) -> tuple[Tensor, Callable[[Tensor], Integrated]]:
+    """Log density at the site's own arguments (batch shape, masked), and the posterior for given weights.
+
+    For weights that depend on the log density: posterior weights of discrete latents which choose the arguments.
+    """
+    assert site.family is not None and site.arguments is not None
+    with naming_singular_steps(site.name):
+        density, moments = site.family.posterior({**site.constants, **site.arguments}, clean_value(site))
+    if site.mask is not None:
+        density = torch.where(site.mask, density, density.new_zeros(()))
+    return density, lambda weight: Integrated(density, moments(weight))
 
 
 def integrate(site: SiteRecord, weight: Tensor) -> Integrated:

@@ -241,6 +241,10 @@ class Family(ABC):
         """
         raise NotImplementedError
 
+    def posterior(self, args: Arguments, value: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+        """The same in two stages, for weights that depend on the log density: a function gives the moments for them."""
+        raise NotImplementedError
+
     def is_noise(self, argument: str) -> bool:
         """Of a family that `integrates`: whether a covariance argument is that of a noise, not of a first state (which
         may vanish: it is one value for every sequence)."""

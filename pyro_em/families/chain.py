@@ -17,20 +17,22 @@ observed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from pyro_em.distributions.chain import GaussianChain
-from pyro_em.families.base import CHOLESKY, Arguments, Family, Moments
+from pyro_em.families.base import CHOLESKY, Arguments, Moments
+from pyro_em.families.batches import ChainFamily, Made
 from pyro_em.families.linear_gaussian import NOISE, PACKED, LinearSite, noise_covariance, pack, unpack
 from pyro_em.families.state_space import reduced, varies
 from pyro_em.kernels import Kernel, PowerKernel
 from pyro_em.shapes import broadcast_shapes
 from pyro_em.state_space import kalman
 from pyro_em.state_space.chunked import states
-from pyro_em.state_space.linear_gaussian import Chain, LinearMoments, chain_moments, outer, symmetric
+from pyro_em.state_space.linear_gaussian import Chain, ChainMoments, LinearMoments, chain_moments, outer, symmetric
 from pyro_em.state_space.steady import steady_moments
 
 HEADS = 4
@@ -39,12 +41,11 @@ _EVENTS = {"matrix": 2, "loc": 1, **{noise: 1 if noise == "scale" else 2 for noi
 MATRICES = frozenset(f"{group}.matrix" for group in GROUPS)
 
 
-class GaussianChainFamily(Family):
+class GaussianChainFamily(ChainFamily):
     """See the module docstring."""
 
     distribution = GaussianChain
     event_dim = 2
-    integrates = True
     steps_before = 0  # states before that of the first observation
     arguments: ClassVar = {f"{group}.{name}": events for group in GROUPS for name, events in _EVENTS.items()}
     links: ClassVar = {f"{group}.scale_tril": CHOLESKY for group in GROUPS}
@@ -54,39 +55,32 @@ class GaussianChainFamily(Family):
 
     def chain(self, args: Arguments, value: Tensor) -> tuple[Chain, torch.Size]:
         """The chain of states s_t, S = batch in a row."""
-        return _Parts(args, value).chain()
+        own = _Parts(args, value)
+        return own.chain, own.batch
 
     def log_prob(self, args: Arguments, value: Tensor) -> Tensor:
         chain, batch = self.chain(args, value)
         return kalman.log_evidence(chain).reshape(batch).to(value.dtype)
 
-    def posterior_moments(self, args: Arguments, value: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        own = _Parts(args, value)
-        chain = own.chain()[0]
-        w = weight.double().expand(own.batch).reshape(-1)
-        if own.heads == 1 and chain.wholly_shared:
-            found = steady_moments(chain, w)
-            assert found.first is not None
-            made = {
-                "state_0": found.initial,
-                "state": found.transition,
-                "observation_0": found.first,
-                "observation": found.observation,
-            }
-            log_evidence = found.log_evidence
-        else:
-            all_steps = chain_moments(chain, states(chain))
-            made = own.split(all_steps.initial, all_steps.transition, all_steps.observation, w)
-            log_evidence = all_steps.log_evidence
-        parts: list[Tensor] = []
+    def lead(self, name: str, argument: Tensor) -> torch.Size:
+        return argument.shape[: argument.dim() - self.arguments[name] - 1]
+
+    def site_of(self, name: str) -> str:
+        return name.partition(".")[0]
+
+    def part(self, args: Arguments, value: Tensor) -> _Parts:
+        return _Parts(args, value)
+
+    def packed(self, args: Arguments, made: Made) -> tuple[Tensor, ...]:
+        width, within, parts = int(args["width"]), "state_0.matrix" in args, list[Tensor]()
         for group in _groups(args):
             moments = made[group]
             if group.startswith("state"):
-                moments = _first_cells(moments, own.width)
-                if own.within:
-                    moments = _given_own_step(moments, *_solved(args, group, own.width), own.width)
+                moments = _first_cells(moments, width)
+                if within:
+                    moments = _given_own_step(moments, *_solved(args, group, width), width)
             parts += pack(moments, *_location(group, args))
-        return log_evidence.reshape(own.batch), tuple(parts)
+        return tuple(parts)
 
     def is_noise(self, argument: str) -> bool:
         return argument.partition(".")[0] != "state_0"
@@ -173,7 +167,31 @@ class _Parts:
             return read(f"{kind}_0")
         return torch.cat([x.expand(S, *x.shape[1:]) for x in parts], 1)
 
-    def chain(self) -> tuple[Chain, torch.Size]:
+    def evidence(self) -> Tensor:
+        """log p(y) of every sequence."""
+        return steady_moments(self.chain).log_evidence if self._steady else self._all_steps.log_evidence
+
+    def moments(self, w: Tensor) -> tuple[Tensor, dict[str, LinearMoments]]:
+        """The same, and weighted moments of every group of steps."""
+        if not self._steady:
+            found = self._all_steps
+            return found.log_evidence, self.split(found.initial, found.transition, found.observation, w)
+        found = steady_moments(self.chain, w)
+        assert found.first is not None
+        observed = {"observation_0": found.first, "observation": found.observation}
+        return found.log_evidence, {"state_0": found.initial, "state": found.transition, **observed}
+
+    @property
+    def _steady(self) -> bool:
+        return self.heads == 1 and self.chain.wholly_shared
+
+    @cached_property
+    def _all_steps(self) -> ChainMoments:
+        return chain_moments(self.chain, states(self.chain))
+
+    @cached_property
+    def chain(self) -> Chain:
+        """The chain of states s_t."""
         D, K = self.width, self.lags
         b = self.over_time("state", self.offset, 1)
         Q = self.over_time("state", self.noise, 1)
@@ -198,7 +216,7 @@ class _Parts:
             self.over_time("observation", self.noise, 0),
             y.nan_to_num(0.0),
             ~gone if bool(gone.any()) else None,
-        ), self.batch
+        )
 
     def split(
         self, initial: LinearMoments, transition: LinearMoments, observation: LinearMoments, w: Tensor

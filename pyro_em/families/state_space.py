@@ -15,33 +15,36 @@ of Pyro itself raises).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_em.families.base import CHOLESKY, Arguments, Family, Moments
+from pyro_em.families.base import CHOLESKY, Arguments, Moments
+from pyro_em.families.batches import ChainFamily, Made
 from pyro_em.families.linear_gaussian import NOISE, PACKED, LinearSite, noise_covariance, pack, unpack
 from pyro_em.kernels import Kernel, PowerKernel
 from pyro_em.shapes import broadcast_shapes
 from pyro_em.state_space import kalman
 from pyro_em.state_space.chunked import states
-from pyro_em.state_space.linear_gaussian import Chain, LinearMoments, chain_moments
+from pyro_em.state_space.linear_gaussian import Chain, ChainMoments, LinearMoments, chain_moments
 from pyro_em.state_space.steady import steady_moments
 from pyro_em.state_space.steps import SingularInnovation
 
 SITES = {"initial_dist": None, "transition_dist": "transition_matrix", "observation_dist": "observation_matrix"}
+_SITE_OF_MATRIX = {matrix: site for site, matrix in SITES.items() if matrix}
 _NOISES = {f"{site}.{noise}": 1 if noise == "scale" else 2 for site in SITES for noise in NOISE}
 
 
-class GaussianHMMFamily(Family):
+class GaussianHMMFamily(ChainFamily):
     """Linear-Gaussian state-space model with everything Gaussian."""
 
     distribution = dist.GaussianHMM
     event_dim = 2
-    integrates = True
     steps_before = 1  # states before that of the first observation
     arguments: ClassVar = {
         "transition_matrix": 2,
@@ -68,32 +71,29 @@ class GaussianHMMFamily(Family):
 
     def posterior_moments(self, args: Arguments, value: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         with _counting_from_the_first_observation():
-            return self._posterior_moments(args, value, weight)
+            return super().posterior_moments(args, value, weight)
 
-    def _posterior_moments(self, args: Arguments, value: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        chain, batch = chain_of(args, value)
-        w = weight.double().expand(batch).reshape(-1)
-        if chain.wholly_shared:
-            found = steady_moments(chain, w)
-        else:
-            found = chain_moments(chain, states(chain))
-            late = found.observation  # the state before the first transition is not observed
-            found = type(found)(
-                found.log_evidence,
-                reduced(found.initial, w, len(chain.mean) * len(chain.covariance) > 1, False, batch),
-                reduced(found.transition, w, *varies(chain.A, chain.b, chain.Q), batch),
-                reduced(
-                    LinearMoments(*(x[:, 1:] for x in vars(late).values())),
-                    w,
-                    *varies(chain.C, chain.d, chain.R),
-                    batch,
-                ),
-            )
+    def posterior(self, args: Arguments, value: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+        with _counting_from_the_first_observation():
+            return super().posterior(args, value)
+
+    def lead(self, name: str, argument: Tensor) -> torch.Size:
+        return lead_of(name, argument)
+
+    def site_of(self, name: str) -> str:
+        return _SITE_OF_MATRIX.get(name) or name.partition(".")[0]
+
+    def part(self, args: Arguments, value: Tensor) -> _Part:
+        return _Part(*chain_of(args, value))
+
+    def packed(self, args: Arguments, made: Made) -> tuple[Tensor, ...]:
         parts: list[Tensor] = []
-        initial = LinearMoments(*(_without_time(x, i) for i, x in enumerate(vars(found.initial).values())))
-        for name, moments in zip(SITES, (initial, found.transition, found.observation), strict=True):
+        for name in SITES:
+            moments = made[name]
+            if name == "initial_dist":
+                moments = LinearMoments(*(_without_time(x, i) for i, x in enumerate(vars(moments).values())))
             parts += pack(moments, *_location(name, args))
-        return found.log_evidence.reshape(batch), tuple(parts)
+        return tuple(parts)
 
     def is_noise(self, argument: str) -> bool:
         return argument.partition(".")[0] != "initial_dist"
@@ -131,6 +131,40 @@ class GaussianHMMFamily(Family):
         return _site(name, args, moments).diagonal_noise_kernel(noise) if noise else None
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Chains of T + 1 states, S = `batch` in a row."""
+
+    chain: Chain
+    batch: torch.Size
+
+    def evidence(self) -> Tensor:
+        """log p(y) of every sequence."""
+        shared = self.chain.wholly_shared
+        return steady_moments(self.chain).log_evidence if shared else self._all_steps.log_evidence
+
+    def moments(self, w: Tensor) -> tuple[Tensor, dict[str, LinearMoments]]:
+        """The same, and weighted moments of the three sites."""
+        chain, batch = self.chain, self.batch
+        if chain.wholly_shared:
+            found = steady_moments(chain, w)
+            own = (found.initial, found.transition, found.observation)
+            return found.log_evidence, dict(zip(SITES, own, strict=True))
+        found = self._all_steps
+        late = found.observation  # the state before the first transition is not observed
+        seen = LinearMoments(*(x[:, 1:] for x in vars(late).values()))
+        own = (
+            reduced(found.initial, w, len(chain.mean) * len(chain.covariance) > 1, False, batch),
+            reduced(found.transition, w, *varies(chain.A, chain.b, chain.Q), batch),
+            reduced(seen, w, *varies(chain.C, chain.d, chain.R), batch),
+        )
+        return found.log_evidence, dict(zip(SITES, own, strict=True))
+
+    @cached_property
+    def _all_steps(self) -> ChainMoments:
+        return chain_moments(self.chain, states(self.chain))
+
+
 class LinearHMMFamily(GaussianHMMFamily):
     """`LinearHMM` whose noises are all Gaussian: the same model, which Pyro itself can only reparametrise."""
 
@@ -152,12 +186,16 @@ def _is_gaussian(distribution: Any) -> bool:
     return type(distribution) in (dist.Normal, dist.MultivariateNormal)
 
 
+def lead_of(name: str, argument: Tensor) -> torch.Size:
+    """Batch dims of an argument: without its event's, and without time."""
+    lead = argument.shape[: argument.dim() - GaussianHMMFamily.arguments[name]]
+    return lead if name.startswith("initial_dist") else lead[:-1]
+
+
 def chain_of(args: Arguments, value: Tensor) -> tuple[Chain, torch.Size]:
     """The chain of T + 1 states, S = batch in a row; nothing is observed of its first step, nor where data are NaN."""
     raw = {n: a.double() for n, a in args.items() if n in GaussianHMMFamily.arguments and isinstance(a, Tensor)}
-    lead = {n: a.shape[: a.dim() - GaussianHMMFamily.arguments[n]] for n, a in raw.items()}
-    own = [s if n.startswith("initial_dist") else s[:-1] for n, s in lead.items()]
-    batch = broadcast_shapes(value.shape[:-2], *own)
+    batch = broadcast_shapes(value.shape[:-2], *(lead_of(n, a) for n, a in raw.items()))
     T = value.shape[-2]
 
     def flat(name: str, x: Tensor) -> Tensor:

@@ -8,8 +8,11 @@ loop. It is folded (folding.py) if all of its sites are normal and a site reads 
     elements of the shared plates do not meet, sites read no further back    the same, with states that all differ
     steps that are run together are what they are one by one                 `pyro_em.markov`: at a few single steps
 
+all of it in every state of the discrete latents that choose the system     these are enumerated
+
 An argument that is the same along a dim at both points is taken to be so at all. What is no such chain is left as it
-is, for the routes of evidence/routes.py (whose refusals name the site), which treat the loop as one dense system.
+is, for the routes of evidence/routes.py (whose refusals name the site), which treat the loop as one dense system; so is
+a chain that reads discrete latents of a loop (a system that switches) or of a plate that it is not in as a whole.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from pyro_em.errors import Refusal
 from pyro_em.families.chain import HEADS
 from pyro_em.model.capture import Capture, ParameterRecord, capture
 from pyro_em.model.certify_loops import REMEDY
-from pyro_em.model.folding import Chained, Fold, FoldedModel, places, steps_of, zeros
+from pyro_em.model.chain_arguments import steps_of
+from pyro_em.model.folding import Chained, Fold, FoldedModel, places, zeros
 from pyro_em.model.recognise import second_point
 from pyro_em.model.roles import RoleOf, assign_roles
 from pyro_em.model.statements import NotFolded, Statement, ValueOf
@@ -57,9 +61,10 @@ def looked_at(
     folds = _folds(model, args, kwargs, seen, assigned, {n for n in exact if not seen.sites[n].discrete})
     if not folds:
         return model, seen, assigned
-    folded = FoldedModel(model, seen.loops, folds)
+    nesting = seen.max_plate_nesting
+    folded = FoldedModel(model, seen.loops, folds, nesting)
     gone = frozenset().union(*(fold.names for fold in folds))
-    seen = capture(folded, args, kwargs)
+    seen = dataclasses.replace(capture(folded, args, kwargs), max_plate_nesting=nesting)
     return folded, seen, assign_roles(seen, {n: r for n, r in (roles or {}).items() if n not in gone}, deltas)
 
 
@@ -87,7 +92,7 @@ def _folds(
     taken = set(seen.sites)
     folds = []
     for names in sets:
-        fold = Fold(_site_name(seen, names, taken), names, _shared(seen, names))
+        fold = Fold(_site_name(seen, names, taken), names, _shared(seen, names), chosen_by=_discrete(seen, names))
         try:
             folds.append(_recognised(_Runs(model, args, kwargs, seen, fold), params))
         except NotFolded:
@@ -97,7 +102,7 @@ def _folds(
 
 
 def _sets(seen: Capture, latent: Collection[str]) -> list[frozenset[str]]:
-    """Latents that sites connect, and these sites; those in a loop that read no discrete latent."""
+    """Latents that sites connect, and these sites; those in a loop that no discrete latent of a loop chooses."""
     groups: list[tuple[set[str], set[str]]] = []
     for name, site in seen.sites.items():
         read = (set(site.upstream) | {name}) & set(latent)
@@ -110,14 +115,25 @@ def _sets(seen: Capture, latent: Collection[str]) -> list[frozenset[str]]:
             else:
                 rest.append(group)
         groups = [*rest, (read, members)]
-    discrete = {n for n, site in seen.sites.items() if site.enumerable and not site.observed}
     return [
         frozenset(members)
         for read, members in groups
         if any(seen.sites[n].markov for n in read)
-        and not any(seen.sites[n].upstream & discrete for n in members)
         and any(seen.sites[n].observed for n in members)
+        and not any(_switches(seen, n, members) for n in _discrete(seen, members))
     ]
+
+
+def _discrete(seen: Capture, members: Collection[str]) -> tuple[str, ...]:
+    """Discrete latents that some of the sites read, in program order."""
+    read = frozenset().union(*(seen.sites[n].upstream for n in members))
+    return tuple(n for n, site in seen.sites.items() if n in read and site.enumerable and not site.observed)
+
+
+def _switches(seen: Capture, name: str, members: Collection[str]) -> bool:
+    """Whether a discrete latent is another one at other steps, or for parts of the chain."""
+    plates = {plate.name for plate in seen.sites[name].plates}
+    return seen.sites[name].markov or not plates <= _shared(seen, members)
 
 
 def _shared(seen: Capture, names: Collection[str]) -> frozenset[str]:
@@ -150,7 +166,7 @@ class _Runs:
     fold: Fold
 
     def at(self, params: Params, value_of: ValueOf, kind: str = "together") -> Chained:
-        folded = FoldedModel(self.model, self.seen.loops, (self.fold,))
+        folded = FoldedModel(self.model, self.seen.loops, (self.fold,), self.seen.max_plate_nesting)
         found: list[Chained] = []
 
         def probe(*args: Any, **kwargs: Any) -> None:
@@ -158,8 +174,9 @@ class _Runs:
 
         with quiet_store(), pyro.validation_enabled(False), torch.no_grad():
             run_model(
-                probe, self.args, self.kwargs, params, max_plate_nesting=self.seen.max_plate_nesting, enumerated=False
-            )
+                probe, self.args, self.kwargs, params, max_plate_nesting=self.seen.max_plate_nesting,
+                enumerated=bool(self.fold.chosen_by),
+            )  # fmt: skip
         return found[0]
 
     def with_fold(self, **changes: Any) -> _Runs:
@@ -197,10 +214,10 @@ def _recognised(runs: _Runs, params: tuple[Params, Params]) -> Fold:
             raise NotFolded("a location is not affine in the states, or a noise depends on them")
     if together:
         _certify_steps(runs, params[0], still[0])
-    rank = len(still[0].statements[0].layout.lead)
+    rank = still[0].rank
+    dims = range(rank - len(still[0].statements[0].layout.lead), rank + 1)
     varying = {
-        name: tuple(any(_differs(own.arguments[name], d) for own in still) for d in range(rank + 1))
-        for name in still[0].arguments
+        name: tuple(any(_differs(own.arguments[name], d) for own in still) for d in dims) for name in still[0].arguments
     }
     told = still[0].statements
     return dataclasses.replace(
@@ -256,7 +273,7 @@ def _certify_steps(runs: _Runs, params: Params, together: Chained) -> None:
     later = [Template.of(s.name, loop) for s in together.statements if s.timed]
     single = {template.name(step, loop) for template in later for step in chosen_steps(loop)}
     alone = runs.with_fold(names=runs.fold.names | single).at(params, _random(3), "chosen")
-    rank = len(together.statements[0].layout.lead)
+    rank = together.rank
     outside = heads - loop.history
     for place, step in enumerate(chosen_steps(loop)):
         if place < loop.history:

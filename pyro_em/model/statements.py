@@ -3,7 +3,9 @@
 A *step* of the chain has latent statements (level, slope, ...) and observed ones. Whatever plates and event dims a
 statement has besides the plates that all of them share are cells of one vector, so that every location, noise and
 value gets the layout B + (time,) + (cells,): B the shared plates (size 1 where there is none), time 1 unless the
-statement stands for many steps at once (timeline.py).
+statement stands for many steps at once (timeline.py). Where discrete latents are enumerated, their dims stand left of
+all plates: locations and noises keep those that they have, in front of B, which then has a dim for every plate of the
+model; values have none.
 
 Handed to the model in the place of a latent is a leaf in that layout; how locations move with the leaves is the
 chain (folding.py).
@@ -11,7 +13,7 @@ chain (folding.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,15 +38,20 @@ class NotFolded(Exception):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a statement's dims go: `order` of its batch and event dims, `sizes` of them in that order."""
+    """Where a statement's dims go: `order` of its dims in plates and its event dims, `sizes` of them in that order.
+
+    `depth` of its dims are of plates, of which the model's may have `nesting`.
+    """
 
     order: tuple[int, ...]
     sizes: tuple[int, ...]
     lead: tuple[int, ...]  # B
     time: int
+    depth: int
+    nesting: int
 
     @staticmethod
-    def of(batch: torch.Size, event: torch.Size, shared: Mapping[int, int], time: int | None) -> Layout:
+    def of(batch: torch.Size, event: torch.Size, shared: Mapping[int, int], time: int | None, nesting: int) -> Layout:
         """:param shared: size of every shared plate by its dim; :param time: dim of the plate over steps."""
         r = len(batch)
         front = [d + r for d in sorted(shared)]
@@ -53,12 +60,18 @@ class Layout:
         full = (*batch, *event)
         order = (*front, *middle, *rest)
         lead = tuple(shared.get(d, 1) for d in range(min(shared, default=0), 0))
-        return Layout(order, tuple(full[i] for i in order), lead, 1 if time is None else batch[time + r])
+        steps = 1 if time is None else batch[time + r]
+        return Layout(order, tuple(full[i] for i in order), lead, steps, r, nesting)
 
     def lay(self, x: Tensor) -> Tensor:
-        """B + (time, cells) of a tensor that broadcasts to batch + event."""
-        full = x.expand([self.sizes[self.order.index(i)] for i in range(len(self.order))])
-        return full.permute(self.order).reshape(*self.lead, self.time, -1)
+        """B + (time, cells) of a tensor that broadcasts to batch + event, its dims of enumerated states in front."""
+        extra = max(0, x.dim() - len(self.order))
+        states = x.shape[: max(0, extra - (self.nesting - self.depth))]
+        full = x.reshape([*states, *x.shape[extra:]])
+        full = full.expand([*states, *(self.sizes[self.order.index(i)] for i in range(len(self.order)))])
+        moved = full.permute([*range(len(states)), *(len(states) + i for i in self.order)])
+        between = (1,) * (self.nesting - len(self.lead)) if states else ()
+        return moved.reshape(*states, *between, *self.lead, self.time, -1)
 
     def back(self, x: Tensor) -> Tensor:
         """The inverse of `lay`, for any dims before B."""
@@ -96,14 +109,14 @@ ValueOf = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 class Collect(Messenger):
     """Take the statements `names` out of a run and note what they say; the innermost handler but those of the model.
 
-    :param shared: dims of the plates that all statements share.
-    :param loops: names of the plates over the steps of a loop.
+    :param shared: names of the plates that all statements share.
     :param value_of: the leaf of a latent, by name, shape and dtype.
+    :param nesting: dims that plates may have; those left of them are of enumerated states.
     """
 
-    def __init__(self, names: frozenset[str], shared: frozenset[str], value_of: ValueOf) -> None:
+    def __init__(self, names: frozenset[str], shared: frozenset[str], value_of: ValueOf, nesting: int) -> None:
         super().__init__()
-        self.names, self.shared, self.value_of = names, shared, value_of
+        self.names, self.shared, self.value_of, self.nesting = names, shared, value_of, nesting
         self.statements: list[Statement] = []
         self._loop: int | None = None
 
@@ -124,12 +137,14 @@ class Collect(Messenger):
         frames = tuple(f for f in msg["cond_indep_stack"] if f.vectorized)
         shared = {f.dim: f.size for f in frames if f.name in self.shared}
         time = next((f.dim for f in frames if f.name.startswith("markov_") and f.name not in self.shared), None)
-        batch, event = torch.Size(fn.batch_shape), torch.Size(fn.event_shape)
-        layout = Layout.of(batch, event, shared, time)
+        event = torch.Size(fn.event_shape)
+        batch = _in_plates(name, torch.Size(fn.batch_shape), self.nesting, frames)
+        layout = Layout.of(batch, event, shared, time, self.nesting)
         loc = _tensor(raw["loc"])
         kind, noise = self._noise(name, base, raw, layout, batch, shared, time)
         if msg["is_observed"]:
-            value = layout.lay(_with_gaps(msg["value"].double(), fn, msg["mask"]))
+            value = _in_one_state(name, _with_gaps(msg["value"].double(), fn, msg["mask"]), len(layout.order))
+            value = layout.lay(value)
         else:
             value = self.value_of(name, (*layout.lead, layout.time, layout.cells), _dtype(msg, loc))
         return Statement(
@@ -159,7 +174,7 @@ class Collect(Messenger):
         size = base.event_shape[-1]
         if layout.cells != size:
             raise NotFolded(f"'{name}' is several normal vectors a step")
-        square = Layout.of(batch, torch.Size((size, size)), shared, time)
+        square = Layout.of(batch, torch.Size((size, size)), shared, time, self.nesting)
         return kind, square.lay(_tensor(raw[kind]).double()).unflatten(-1, (size, size))
 
 
@@ -170,6 +185,26 @@ def _tensor(x: Any) -> Tensor:
 
 def _dtype(msg: Any, loc: Tensor) -> torch.dtype:
     return loc.dtype if loc.is_floating_point() else torch.get_default_dtype()
+
+
+def _in_plates(name: str, batch: torch.Size, nesting: int, frames: Sequence[Any]) -> torch.Size:
+    """Batch dims without those of enumerated states, which lie left of `nesting` dims that plates may have."""
+    if len(batch) <= nesting:
+        return batch
+    depth = max((-frame.dim for frame in frames), default=0)
+    if any(size > 1 for size in batch[len(batch) - nesting : len(batch) - depth]):
+        raise NotFolded(f"'{name}' has dims that belong to no plate")
+    return batch[len(batch) - depth :]
+
+
+def _in_one_state(name: str, value: Tensor, dims: int) -> Tensor:
+    """An observation without dims of enumerated states, which masks of distributions may give it."""
+    while value.dim() > dims:
+        first = value[:1]
+        if not torch.equal(first.nan_to_num(torch.inf).expand_as(value), value.nan_to_num(torch.inf)):
+            raise NotFolded(f"what is seen of '{name}' depends on a discrete latent")
+        value = first.squeeze(0)
+    return value
 
 
 def _with_gaps(value: Tensor, fn: Any, mask: Any) -> Tensor:
