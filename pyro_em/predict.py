@@ -19,7 +19,7 @@ from pyro_em.types import Params
 
 
 def predictive(problem: Problem, params: Params, num_samples: int, seed: int | None) -> Params:
-    """Draws of every non-parameter site, shape (num_samples,) + the site's shape.
+    """Draws of every non-parameter site and `pyro.deterministic` value, shape (num_samples,) + the site's shape.
 
     The data given to the model fix the sizes of its plates; their values are not used.
     :raises InputError: if `num_samples` is not positive.
@@ -38,7 +38,7 @@ def predictive(problem: Problem, params: Params, num_samples: int, seed: int | N
                 max_plate_nesting=problem.capture.max_plate_nesting,
                 enumerated=False,
             )
-            for name, site in run.sites.items():
-                if name not in params:
-                    draws.setdefault(name, []).append(site.value)
+            drawn = {name: site.value for name, site in run.sites.items() if name not in params}
+            for name, value in {**drawn, **run.notes}.items():
+                draws.setdefault(name, []).append(value)
     return {name: torch.stack(values) for name, values in draws.items()}

@@ -1,8 +1,7 @@
 """A model bound to data: the reference (interpreted) path from parameters to evidence.
 
-`Problem` holds what does not change during a fit (capture, roles, factor graph, parameter uses) and
-answers two questions by running the model: the log-factors at θ, and Q(θ) for given posterior weights.
-Every faster path is tested against this one.
+`Problem` holds what does not change during a fit (capture, roles, factor graph, parameter uses) and answers two
+questions by running the model: the log-factors at θ, and Q(θ) for given weights. Faster paths are tested against it.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import pyro
@@ -39,7 +38,8 @@ from pyro_em.model.fold_recognition import looked_at
 from pyro_em.model.folding import unfolded
 from pyro_em.model.graph import FactorGraph, build_graph
 from pyro_em.model.packing import multiply, onto
-from pyro_em.model.recognise import VALUE, Use, recognise, second_point
+from pyro_em.model.reached import certified_uses
+from pyro_em.model.recognise import VALUE, Use, second_point
 from pyro_em.model.resources import check_states, check_tables
 from pyro_em.model.roles import RoleOf
 from pyro_em.model.trace import Run, SiteRecord, quiet_store, run_model, without_gradients
@@ -256,10 +256,10 @@ def bind(
     generator = torch.Generator().manual_seed(0)
     leaves = {name: _leaf(record.value) for name, record in records.items()}
     others = {name: _leaf(second_point(record, generator)) for name, record in records.items()}
-    drawn = latents.draw(seen, latent, 1)
+    points, drawn = (leaves, others), latents.draw(seen, latent, 1)
 
-    def run(args: tuple[Any, ...], kwargs: dict[str, Any], point: int, graph: bool = True) -> Run:
-        values, depth = {**(leaves, others)[point], **drawn}, seen.max_plate_nesting
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any], at: int | Mapping[str, Tensor], graph: bool = True) -> Run:
+        values, depth = {**(points[at] if isinstance(at, int) else at), **drawn}, seen.max_plate_nesting
 
         def once() -> Run:
             with torch.set_grad_enabled(graph), quiet_store():
@@ -267,9 +267,9 @@ def bind(
                     model, args, kwargs, values, max_plate_nesting=depth, loops=seen.loops, integrated=latent
                 )
 
-        return checked_run(once, validated=not point)
+        return checked_run(once, validated=at == 0)
 
-    by_rows = None if latent else bound_by_rows(seen, args, kwargs, run, (leaves, others), records, priors)
+    by_rows = None if latent else bound_by_rows(seen, args, kwargs, run, points, records, priors)
     first = by_rows[0] if by_rows else run(args, kwargs, 0)
     start = {n: r.value for n, r in records.items()}
     elsewhere = {n: v.detach() for n, v in others.items()}
@@ -286,7 +286,7 @@ def bind(
         graph = latents.rerooted(graph, continuous)
     certify_factors(seen, first, graph, model, args, kwargs, {**start, **drawn})
     certify_loops(first, graph, model, args, kwargs, start, seen.max_plate_nesting)
-    uses = by_rows[1] if by_rows else recognise(first, run(args, kwargs, 1), records, priors, (leaves, others))
+    uses = by_rows[1] if by_rows else certified_uses(first, partial(run, args, kwargs), points, records, priors)
     if continuous is not None:
         uses = without_latents(uses, continuous.runs, (start, elsewhere), latents.draw(seen, latent, 2))
     problem = Problem(model, args, kwargs, seen, assigned, graph, records, uses, with_prior, continuous, rules)

@@ -70,7 +70,7 @@ def choose_engine(problem: Problem, m_step: MStep) -> Engine:
             return compiler(problem)
         except NotCompiled as error:
             reasons.append(str(error))
-    return Interpreted(problem, "; ".join(reasons))
+    return Interpreted(problem, "; ".join(dict.fromkeys(reasons)))
 
 
 def in_double(engine: Engine, params: Params) -> Params:

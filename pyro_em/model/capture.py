@@ -27,6 +27,7 @@ from pyro_em.errors import PyroEMError
 from pyro_em.model import compat
 from pyro_em.model.data import check_arguments, check_data, check_sites, plain_support
 from pyro_em.model.missing import INCOMPLETE, check_unread
+from pyro_em.model.notes import noting
 from pyro_em.model.provenance import traced
 from pyro_em.model.starts import check_start
 from pyro_em.model.timeline import Loop, Unplanned, not_together, running
@@ -187,7 +188,7 @@ def _capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], kind: 
     quiet = pyro.validation_enabled(False)
     labels = compat.masked_observations(OBSERVE)
     with quiet_store(), poutine.block(), compat.recording_arguments(), labels, torch.no_grad(), quiet:
-        with running(kind, loops) as met, checked_indices(), explained(model, args, kwargs):
+        with running(kind, loops) as met, checked_indices(), noting(), explained(model, args, kwargs):
             trace: Any = poutine.trace(observe(Unfold()(model))).get_trace(*args, **kwargs)
         declared = pyro.get_param_store().get_state()["constraints"]
     trace = compat.prune_and_symbolize(trace)

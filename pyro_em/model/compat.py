@@ -104,14 +104,16 @@ def masked_observations(observe: Callable[..., Tensor | None]) -> Iterator[None]
 def before_handlers(place: Callable[[Site], Callable[[Tensor], Tensor] | None]) -> Iterator[None]:
     """Within this context `place` may change the message of a sample site before any handler sees it.
 
-    What it returns, if anything, then makes of the site's value what the model is given.
+    What it returns, if anything, then makes of the site's value what the model is given. If it stops the message, none
+    does.
     """
     primitives: Any = pyro.primitives
     apply = primitives.apply_stack
 
     def placed(msg: Any) -> None:
         back = place(msg) if msg["type"] == "sample" else None
-        apply(msg)
+        if not msg["stop"]:
+            apply(msg)
         if back is not None:
             msg["value"] = back(msg["value"])
 

@@ -1,11 +1,11 @@
 """The frozen factor graph of a model: factors, latents, components, weights.
 
-Built once from one enumerated run. A *component* is a set of factors connected through enumerated
-latents; its *root* is the set of plates that all of its factors share, so log Z of a component is a
-tensor over its root plates, and a weight w_n of a plate element multiplies log Z_n there.
+Built once from one enumerated run. A *component* is a set of factors connected through enumerated latents; its *root*
+is the set of plates that all of its factors share, so log Z of a component is a tensor over its root plates, and a
+weight w_n of a plate element multiplies log Z_n there.
 
-Refused here: several scales in one component, tensor-valued scales, weights on a plate that a
-component's factors do not all share.
+Refused here: several scales in one component, tensor-valued scales, weights on a plate that a component's factors do
+not all share.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from pyro.distributions import Unit
 from torch import Tensor
 
 from pyro_em.errors import InputError, Refusal
@@ -69,18 +70,19 @@ class FactorGraph:
     symbol_sites: dict[str, str]
     plate_weights: dict[str, Tensor]
     loops: tuple[ChainedLoop, ...] = ()
+    penalties: frozenset[str] = frozenset()  # `pyro.factor` outside of all plates: a term of log p(x), but no datum
 
     @property
     def num_observations(self) -> float:
         """N of the stopping rule: elements of the data plates, or the sum of their weights (of BIC: counting.py).
 
-        (Integer weights are repeats, so that both must count alike.) Data in plates side by side, such as the
-        labelled and the unlabelled rows, are counted plate by plate. Where continuous
-        latents couple all data (crossed random effects) it is the number of rows.
+        (Integer weights are repeats, so that both must count alike.) Data in plates side by side, such as the labelled
+        and the unlabelled rows, are counted plate by plate. Where continuous latents couple all data (crossed effects)
+        it is the number of rows.
         """
         if not any(self._roots()) and any(c.symbols - self.symbol_sites.keys() for c in self.components):
             return float(max(math.prod(self.plate_sizes[p] for p in f.plates) for f in self.factors.values()))
-        total = sum(self.elements(plates) for plates in independent_plates(self._roots()))
+        total = sum(map(self.elements, independent_plates(self._roots(without=self.penalties))))
         return max(total, torch.finfo(torch.float64).tiny)
 
     def elements(self, plates: frozenset[str]) -> float:
@@ -91,8 +93,8 @@ class FactorGraph:
             total *= self.plate_sizes[plate] if weight is None else float(weight.double().sum())
         return total
 
-    def _roots(self) -> list[frozenset[str]]:
-        return [c.root for c in self.components] + [self.factors[name].plates for name in self.constants]
+    def _roots(self, without: frozenset[str] = frozenset()) -> list[frozenset[str]]:
+        return [c.root for c in self.components] + [self.factors[n].plates for n in self.constants if n not in without]
 
     @property
     def data_plates(self) -> tuple[str, ...]:
@@ -162,10 +164,12 @@ def build_graph(
         factors[name] = FactorInfo(
             name, compat.dims_of(packed[name]), site.plate_dims, site.enumerated, site.symbol, weight
         )
+    constants = tuple(name for name in names if name not in inside)
+    alone = (name for name in constants if not run.sites[name].plates)
     return FactorGraph(
         factors=factors,
         components=components,
-        constants=tuple(name for name in names if name not in inside),
+        constants=constants,
         priors=priors,
         latents={name: symbol for symbol, name in symbol_sites.items()},
         plate_names=plate_names,
@@ -173,6 +177,7 @@ def build_graph(
         symbol_sites=symbol_sites,
         plate_weights=weight_of,
         loops=loops,
+        penalties=frozenset(n for n in alone if isinstance(compat.base_distribution(run.sites[n].fn), Unit)),
     )
 
 

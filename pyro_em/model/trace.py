@@ -30,6 +30,7 @@ from pyro_em.families import Family, family_for
 from pyro_em.model import compat
 from pyro_em.model.labels import observe_labels
 from pyro_em.model.missing import first_of, observe_where
+from pyro_em.model.notes import noting
 from pyro_em.model.substitute import Substitute
 from pyro_em.model.timeline import Loop, running
 from pyro_em.model.unfold import Unfold
@@ -85,12 +86,16 @@ class SiteRecord:
 
 @dataclass(frozen=True)
 class Run:
-    """Sites in program order, the leaves that were handed out as parameters, and the loops run together."""
+    """Sites in program order, the leaves that were handed out as parameters, and the loops run together.
+
+    `notes` are the values of `pyro.deterministic`, which are no sites (notes.py).
+    """
 
     sites: dict[str, SiteRecord]
     leaves: dict[str, Tensor]
     plate_symbols: dict[str, str]
     loops: tuple[Loop, ...] = ()
+    notes: dict[str, Tensor] = field(default_factory=dict)
 
 
 def without_gradients(run: Run) -> Run | None:
@@ -263,6 +268,7 @@ def run_model(
         stack.enter_context(compat.recording_arguments())
         stack.enter_context(compat.masked_observations(OBSERVE))
         stack.enter_context(substitute)
+        notes = stack.enter_context(noting())
         if first is not None:
             stack.enter_context(first)
         model = Unfold()(model)
@@ -282,4 +288,4 @@ def run_model(
         for name, site in trace.nodes.items()
         if site["type"] == "sample"
     }
-    return Run(sites, dict(substitute.leaves), compat.plate_symbols(trace), tuple(met))
+    return Run(sites, dict(substitute.leaves), compat.plate_symbols(trace), tuple(met), notes)

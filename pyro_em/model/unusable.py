@@ -2,8 +2,8 @@
 
 Data with NaN, which the model computes with before any of its sites has seen them: starts are often made from the data
 (principal axes, quantiles, clusters), and linear algebra does not say which row. Distributions that do not fit their
-plate, as columns without `.to_event` do not. Matrices that are no covariance. Any other failure is the model's own to
-tell.
+plate, as columns without `.to_event` do not. Matrices that are no covariance. Names that a loop uses again. Data that
+are no tensors. Any other failure is the model's own to tell.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import contextlib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
+from traceback import walk_tb
 from typing import Any
 
 import pyro
-import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
@@ -32,6 +32,7 @@ MISMATCH = re.compile(
     r"Shape mismatch inside plate\('(?P<plate>.*)'\) at site (?P<site>.*) dim (?P<dim>-\d+), "
     r"(?P<size>\d+) vs (?P<own>\d+)"
 )
+TWICE = re.compile(r"Multiple sample sites named '(.*)'")
 REFUSED = re.compile(r"Expected parameter (\w+) .* to satisfy the constraint")
 
 
@@ -52,8 +53,9 @@ def explained(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             error.add_note("A table that is indexed by a latent (loc[z]) needs a row for each of the latent's states.")
         if isinstance(error, ZeroDivisionError) and "size cannot be zero" in str(error):
             raise InputError("A plate of the model is empty. There are no data to fit.") from error
-        found = _not_a_number(model, args, kwargs, error) or _no_plate(error) or _no_covariance(error)
+        found = _not_a_number(model, args, kwargs, error) or _no_plate(error) or _no_covariance(error) or _twice(error)
         if found is None:
+            _note_other_data(model, args, kwargs, error)
             raise
         raise found from error
 
@@ -80,6 +82,34 @@ def _no_covariance(error: Exception) -> InputError | None:
         "constraints.lower_cholesky; one made from data needs more rows than columns, and no column that others add "
         "up to."
     )
+
+
+def _twice(error: Exception) -> InputError | None:
+    """A name of a plate or a site that is used again."""
+    named = TWICE.match(str(error))
+    if named is None:
+        return None
+    name, inside = named[1], [frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)]
+    if "pyro.poutine.subsample_messenger" in inside:
+        return InputError(
+            f"Plate '{name}' is made twice in one run of the model, where every plate has a name of its own. To enter "
+            f"the same plate again (at each step of a loop), make it once, before: plate = pyro.plate('{name}', size), "
+            "and then write 'with plate:' (or 'for i in plate:'). A plate of other elements needs another name."
+        )
+    return InputError(
+        f"Site '{name}' is sampled twice in one run of the model, where every site has a name of its own. In a loop, "
+        f"write the number of the step into it (f'{name}_{{t}}'); of independent rows make a plate instead of a loop."
+    )
+
+
+def _note_other_data(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception) -> None:
+    """Say of arguments that are no tensors what they are: a model that indexes them fails in its own words."""
+    for name, value in _named(model, args, kwargs):
+        if isinstance(value, list) or (hasattr(value, "__array__") and not isinstance(value, Tensor)):
+            error.add_note(
+                f"Argument {name} of the model is a {type(value).__name__}, not a torch tensor. Give the model "
+                "torch.as_tensor(data) (of a DataFrame: torch.tensor(frame.to_numpy()))."
+            )
 
 
 def checked_run(run: Callable[[], Run], *, validated: bool) -> Run:
@@ -113,9 +143,9 @@ def _not_a_number(
     model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception
 ) -> InputError | None:
     for name, value in _named(model, args, kwargs):
-        if not value.is_floating_point() or not value.dim():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
             continue
-        bad = value.isnan()
+        bad = value.detach().isnan()
         if not bool(bad.any()):
             continue
         rows = bad.reshape(len(bad), -1).any(-1).nonzero().squeeze(-1).tolist()
@@ -129,12 +159,12 @@ def _not_a_number(
     return None
 
 
-def _named(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _named(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Arguments with what to call them."""
     try:
         names = [f"'{name}'" for name in inspect.signature(model).parameters]
     except (TypeError, ValueError):
         names = []
     numbers = [f"number {i + 1}" for i in range(len(names), len(args))]
-    for name, value in [*zip([*names, *numbers], args, strict=False), *((f"'{n}'", v) for n, v in kwargs.items())]:
-        if isinstance(value, Tensor):
-            yield name, torch.as_tensor(value).detach()
+    yield from zip([*names, *numbers], args, strict=False)
+    yield from ((f"'{name}'", value) for name, value in kwargs.items())
