@@ -16,7 +16,7 @@ import torch
 from benchmarks.chains import Chain
 from benchmarks.harness import AGREED_AFTER, Contender, Fit, Record, assert_agreement, measure
 from benchmarks.machine import peak_bytes, set_threads
-from benchmarks.problems import ItemResponse, LatentClasses, LinearSystems, Mixture, Regressions
+from benchmarks.problems import ItemResponse, LatentClasses, LinearSystems, MixedLogit, Mixture, Regressions
 from benchmarks.workload import Spawn
 
 OURS = "pyro_em"
@@ -73,10 +73,10 @@ class Paired:
 
 
 def work(
-    problem: Mixture | LatentClasses | Regressions | Chain | LinearSystems | ItemResponse, starts: int = 1
+    problem: Mixture | LatentClasses | Regressions | Chain | LinearSystems | ItemResponse | MixedLogit, starts: int = 1
 ) -> dict[str, int]:
     """Floating point operations and exponentials of one update of all starts."""
-    if isinstance(problem, Regressions | Chain | LinearSystems | ItemResponse):
+    if isinstance(problem, Regressions | Chain | LinearSystems | ItemResponse | MixedLogit):
         return problem.work()
     if isinstance(problem, LatentClasses):
         rows, features = len(problem.data.unique(dim=0)), 1 + problem.data.shape[1]

@@ -74,6 +74,20 @@ class ItemResponse:
         return {"flops": 4 * rows * self.num_nodes * (1 + items), "exps": rows * self.num_nodes}
 
 
+@dataclass(frozen=True)
+class MixedLogit:
+    """Trials (G, n) of groups, their covariates (G, n, P), and the number of nodes of each intercept."""
+
+    y: Tensor
+    x: Tensor
+    num_nodes: int
+
+    def work(self) -> dict[str, int]:
+        """An exponential of every row and node in the E-step and in two steps of Newton's method."""
+        cells = self.y.numel() * self.num_nodes
+        return {"flops": 12 * cells + 4 * self.x.numel() * self.x.shape[-1], "exps": 3 * cells}
+
+
 def mixture(
     num_rows: int, num_components: int, num_features: int, *, diagonal: bool = False, sep: float = 2.0
 ) -> Mixture:

@@ -6,7 +6,17 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import accelerator, chains, gaussian, item_response, peers, problems, regressions, state_space
+from benchmarks import (
+    accelerator,
+    chains,
+    gaussian,
+    item_response,
+    mixed_models,
+    peers,
+    problems,
+    regressions,
+    state_space,
+)
 from benchmarks.cold import Cold
 from benchmarks.gap import Gap, Problem
 from benchmarks.paired import OURS, Entry, Paired
@@ -231,6 +241,7 @@ _OTHERS: tuple[Workload, ...] = (
     *accelerator.WORKLOADS,
     *state_space.WORKLOADS,
     *item_response.WORKLOADS,
+    *mixed_models.WORKLOADS,
     *gaussian.WORKLOADS,
 )
 WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in (*_ALL, *_OTHERS)}

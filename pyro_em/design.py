@@ -90,17 +90,20 @@ class Design:
 
     def dense(self) -> Tensor | None:
         """A (cells, P), None where it is large."""
-        count = self.cells.numel()
-        if count * self.size > DENSE:
+        if self.cells.numel() * self.size > DENSE:
             return None
         if self.cells not in self._dense:
-            matrix = torch.zeros(count, self.size + 1, dtype=torch.float64)
-            for group in self.groups:
-                for index, coefficient in zip(group.index, group.coefficient, strict=True):
-                    place, own = (x.expand(self.cells).reshape(-1, 1) for x in (index, coefficient))
-                    matrix.scatter_add_(1, place, own.double())
-            self._dense[self.cells] = matrix[:, :-1].contiguous()
+            self._dense[self.cells] = self.matrix()
         return self._dense[self.cells]
+
+    def matrix(self) -> Tensor:
+        """A (cells, P), whatever its size."""
+        matrix = torch.zeros(self.cells.numel(), self.size + 1, dtype=torch.float64)
+        for group in self.groups:
+            for index, coefficient in zip(group.index, group.coefficient, strict=True):
+                place, own = (x.expand(self.cells).reshape(-1, 1) for x in (index, coefficient))
+                matrix.scatter_add_(1, place, own.double())
+        return matrix[:, :-1].contiguous()
 
     def _summed(self, v: Tensor) -> Tensor:
         """v, which may have dims that the cells have not, as one number for every cell, flattened."""

@@ -38,12 +38,15 @@ def without_latents(
     with torch.no_grad():
         first, second = (runs.one(p, values) for p in params)
     found = {}
+    open_ones: dict[int, Predictor] = {}  # one for all parameters of a predictor, as before
     for name, own in uses.items():
-        found[name] = tuple(_without_latents(use, first, second, params) for use in own)
+        found[name] = tuple(_without_latents(use, first, second, params, open_ones) for use in own)
     return _with_predictors(uses, found, runs, params, values)
 
 
-def _without_latents(use: Use, first: Run, second: Run, params: tuple[Params, Params]) -> Use:
+def _without_latents(
+    use: Use, first: Run, second: Run, params: tuple[Params, Params], open_ones: dict[int, Predictor]
+) -> Use:
     before = (first.sites[use.site].arguments or {}).get(use.slot)
     after = (second.sites[use.site].arguments or {}).get(use.slot)
     if use.slot == VALUE or before is None or after is None:
@@ -64,7 +67,10 @@ def _without_latents(use: Use, first: Run, second: Run, params: tuple[Params, Pa
         outside = predictor.offset is None  # other parameters move the argument too
         if not outside and _near(expected, change):
             moves = not _near(predictor.argument(params[0]), before)
-            return dataclasses.replace(use, predictor=dataclasses.replace(predictor, offset=None)) if moves else use
+            if not moves:
+                return use
+            shared = open_ones.setdefault(id(predictor), dataclasses.replace(predictor, offset=None))
+            return dataclasses.replace(use, predictor=shared)
         if not outside and predictor.link is LINKS[0] and use.slot == "loc":
             return dataclasses.replace(use, predictor=dataclasses.replace(predictor, offset=None, moving=True))
     else:

@@ -56,6 +56,8 @@ class Sufficient:
         self.locations: dict[str, Any] = {}
         # How an engine that reads no rows makes them: (site, where each parameter begins in a block, its size).
         self.opens: Callable[[str, Mapping[str, int], int], Any] | None = None
+        # The same of predictors behind links, for the sites of which such an engine makes them itself.
+        self.predictors: Callable[[str, Mapping[str, int], int], Any] | None = None
         self.posterior: Callable[[], Posteriors] | None = None  # posterior weights of every factor
         self.weights: dict[str, Tensor] = {}  # made of these by the M-step, by site
         self.kernels: dict[str, Any] = {}  # the M-step's total kernels, with the version they were made for

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from pyro_em.e_step.adaptive import compile_adaptive
 from pyro_em.e_step.base import Engine, NotCompiled
 from pyro_em.e_step.grouped import compile_grouped
 from pyro_em.e_step.inside import compile_inside
@@ -25,6 +26,7 @@ from pyro_em.e_step.scanned import Scanned, compile_scanned
 from pyro_em.e_step.timed_rows import TimedRows, compile_timed_rows
 from pyro_em.errors import LostPrecision, PyroEMError
 from pyro_em.evidence.integrated import has_states
+from pyro_em.evidence.quadrature import QuadratureRoute
 from pyro_em.loop import Iterate
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.resources import predicted_bytes
@@ -47,6 +49,11 @@ def choose_engine(problem: Problem, m_step: MStep) -> Engine:
     """The first compiled engine that accepts the problem, else the interpreter with the reasons."""
     if problem.continuous is not None:
         names = "; ".join(f"{r.name} latents" for r in problem.continuous.routes)
+        if all(isinstance(route, QuadratureRoute) for route in problem.continuous.routes):
+            try:
+                return compile_adaptive(problem, m_step)
+            except NotCompiled as error:
+                return Interpreted(problem, f"{names}; {error}")
         if not m_step.all_closed:
             return Interpreted(problem, f"{names}; not all parameters have a closed form")
         try:

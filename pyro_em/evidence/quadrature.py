@@ -84,8 +84,8 @@ class QuadratureRoute:
         }
         full = weights.expand(*weights.shape[:-m], weights.shape[-m], *self.layout.sizes[1:])
         return Eliminated(
-            self._packed(log_z),
-            self._packed(peak - log_z.detach()),
+            self.packed(log_z),
+            self.packed(peak - log_z.detach()),
             {name: value.detach() for name, value in atoms.items()},
             pack(full, {**self.symbols, **node}),
             QuadraturePosterior(self.layout, nodes, weights, mode, spread, run_at, self.dtypes),
@@ -97,6 +97,13 @@ class QuadratureRoute:
         """Estimate the error by doubling the nodes."""
         with torch.no_grad():
             _, finer, _ = self._integrated(run_at, self.rule.doubled(), mode, spread, False)
+        self.judge(finer, log_z)
+
+    def judge(self, finer: Tensor, log_z: Tensor) -> None:
+        """The error of log Z (C..., 1, plates), given it with the nodes doubled.
+
+        :raises Refusal: if it exceeds the rule's tolerance.
+        """
         difference = (finer - log_z).abs()
         lead = difference.dim() - len(self.layout.sizes)
         worst = difference.amax(tuple(range(lead))) if lead else difference
@@ -110,7 +117,8 @@ class QuadratureRoute:
                 f"use Quadrature(num_nodes={2 * self.rule.num_nodes + 1}), or a larger tolerance.",
             )
 
-    def _packed(self, per_element: Tensor) -> Tensor:
+    def packed(self, per_element: Tensor) -> Tensor:
+        """A quantity of every element in the layout, packed (summed if elements are not told apart)."""
         m = len(self.layout.sizes)
         full = per_element.expand(*per_element.shape[: per_element.dim() - m], *self.layout.sizes)
         if not self.plates:
@@ -140,11 +148,7 @@ class QuadratureRoute:
                 spread = vectors * size.rsqrt().unsqueeze(-2)
                 return z, f, spread
             z, f, g, h = self._climbed(run_at, z, step, f, decrement)
-        raise NonFiniteError(
-            self.latents.names[0],
-            f"Site '{self.latents.names[0]}': the posterior of some element has no mode with finite curvature at these "
-            "parameters (a parameter has left its space, or its prior is flat), so that quadrature has no centre.",
-        )
+        raise no_mode(self.latents.names[0])
 
     def _climbed(
         self, run_at: RunAt, z: Tensor, step: Tensor, f: Tensor, decrement: Tensor
@@ -190,3 +194,12 @@ class QuadratureRoute:
             joint = self.layout.at_nodes(run_at, nodes, self.dtypes) + v.reshape(-1, *(1,) * (m - 1)) + log_volume
             log_z = joint.logsumexp(axis, keepdim=True)
             return nodes, log_z, joint - log_z
+
+
+def no_mode(name: str) -> NonFiniteError:
+    """What is said where the search does not end."""
+    return NonFiniteError(
+        name,
+        f"Site '{name}': the posterior of some element has no mode with finite curvature at these parameters (a "
+        "parameter has left its space, or its prior is flat), so that quadrature has no centre.",
+    )

@@ -62,15 +62,15 @@ def recognise_quadrature(candidate: Candidate, rules: Mapping[str, Quadrature]) 
     symbols = dict(candidate.symbols)
     _check_discrete(candidate, plates, rows)
     latent = run.sites[names[0]]
-    own = {p.dim: latent.symbols[p.dim] for p in plates} if apart else {}
-    symbols.update(own)
+    symbols.update({p.dim: latent.symbols[p.dim] for p in plates})
+    terms = frozenset(latent.symbols[p.dim] for p in plates) if apart else frozenset()
     sites = {name: run.sites[name] for name in candidate.latents.factors}
     row_symbols = {name: {p.dim: site.symbols[p.dim] for p in site.plates} for name, site in sites.items()}
     cells = sum(math.prod(site.batch_shape) * max(1, site.fn.event_shape.numel()) for site in sites.values())
     dtypes = {n: candidate.leaves[0][n].dtype for n in names}
     layout = Layout(candidate.latents, tuple(sizes), rows, 1 + cells // math.prod(sizes))
     layout = dataclasses.replace(layout, batched=_batched(candidate, layout, dtypes))
-    return QuadratureRoute(candidate.latents, layout, rule, symbols, row_symbols, frozenset(own.values()), dtypes)
+    return QuadratureRoute(candidate.latents, layout, rule, symbols, row_symbols, terms, dtypes)
 
 
 def _rule(names: Sequence[str], rules: Mapping[str, Quadrature], run: Run) -> Quadrature:

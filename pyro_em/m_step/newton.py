@@ -73,11 +73,7 @@ class Newton:
             sufficient.put(moved[name], tuple(use for use in uses if use.index is not None))
         delta = theta - q.start
         for opened in q.sites:
-            arguments = sufficient.arguments[opened.own.name]
-            for slot, eta in zip(opened.own.slots, opened.etas(delta), strict=True):
-                if slot.use.predictor is not None:
-                    arguments[slot.name] = slot.forward(arguments[slot.name])(eta)
-            sufficient.touch(opened.own.name)
+            opened.write(sufficient, delta)
         return moved, set()
 
     def at_edge(self, params: Params) -> dict[str, str]:
@@ -119,9 +115,9 @@ class Newton:
         step = ascent(gradient, hessian)
         found = set()
         for opened in q.sites:
-            for slot in opened.own.slots:
-                if float(slot.change(step).abs().max()) > 0.1:
-                    here = (opened.own.name, slot.name)
+            for slot, change in opened.changes(step).items():
+                if float(change.abs().max()) > 0.1:
+                    here = (opened.name, slot)
                     found |= {n for n, uses in self.uses.items() if any((u.site, u.slot) == here for u in uses)}
         return found | self._rising(q, gradient)
 
@@ -161,11 +157,15 @@ class Newton:
         values = {n: params[n].detach().double() for n in self.names}
         values |= {n: values[n].log() for n in self.logs}
         start = torch.cat([value.reshape(-1) for value in values.values()])
-        own = self.sites
+        made = {}
+        if sufficient.predictors is not None:
+            made = {own.name: sufficient.predictors(own.name, self.starts, self.size) for own in self.sites}
+        own = tuple(site for site in self.sites if made.get(site.name) is None)
         if any(site.moving for site in own):
             run = run_at_atoms(self.names, params, sufficient)
             own = tuple(site.at(run, self.starts, self.size) if site.moving else site for site in own)
-        sites = [site.open(self.problem, start, sufficient) for site in own]
+        opened = {site.name: site.open(self.problem, start, sufficient) for site in own}
+        sites = [made.get(site.name) or opened[site.name] for site in self.sites]
         charts = []
         for name, value in values.items():
             constraint = constraints.real if name in self.logs else self.problem.parameters[name].constraint

@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,13 +24,38 @@ from pyro_em.kernels import QuadraticKernel
 from pyro_em.m_step.curves import cellwise_derivatives
 from pyro_em.m_step.kinks import Kinks, kink_of
 from pyro_em.m_step.linear import prior_precision
-from pyro_em.m_step.predictors import OpenSite
 from pyro_em.model.use import Use
 from pyro_em.sufficient import Sufficient
 
 MAX_STEPS = 60
 CLOSE = 1e3  # roundings of Q below which the promised gain of a step cannot be seen in it
 EPS = torch.finfo(torch.float64).eps
+
+
+class SiteOfQ(Protocol):
+    """Q of one site as a function of a move δ of the block."""
+
+    name: str
+
+    def value(self, delta: Tensor) -> Tensor:
+        """Q up to a constant, as terms that add up to it."""
+        ...
+
+    def gradient(self, delta: Tensor) -> Tensor:
+        """∂Q/∂θ (P,)."""
+        ...
+
+    def hessian(self, delta: Tensor) -> Tensor:
+        """−∂²Q/∂θ² (P, P)."""
+        ...
+
+    def changes(self, delta: Tensor) -> dict[str, Tensor]:
+        """Change of the predictor of each argument."""
+        ...
+
+    def write(self, sufficient: Sufficient, delta: Tensor) -> None:
+        """Put what the arguments are after the move into the statistics."""
+        ...
 
 
 class Prior:
@@ -82,7 +108,7 @@ class Objective:
     """Q around the current place `start` (P,) of a block; functions of δ = θ − start, or of free coordinates u."""
 
     start: Tensor
-    sites: list[OpenSite]
+    sites: list[SiteOfQ]
     charts: list[tuple[Chart, Tensor]]
     priors: list[Prior]
     real: bool  # u = θ

@@ -90,7 +90,7 @@ class OpenSite:
     """Q of one site as a function of a move δ of the block; what was found at the last δ is kept."""
 
     def __init__(self, own: PredictorSite, etas: Sequence[Tensor], site: SiteRecord) -> None:
-        self.own, self.start, self.site = own, list(etas), site
+        self.own, self.start, self.site, self.name = own, list(etas), site, own.name
         self._delta: Tensor | None = None
         self._etas: list[Tensor] = []
         self._found: tuple[list[Tensor], list[list[Tensor]]] | None = None
@@ -146,6 +146,18 @@ class OpenSite:
                 cross = slot.gram(curvatures[i][j], slots[j])
                 hessian += cross + cross.mT
         return hessian
+
+    def changes(self, delta: Tensor) -> dict[str, Tensor]:
+        """Change of the predictor of each argument."""
+        return {slot.name: slot.change(delta) for slot in self.own.slots}
+
+    def write(self, sufficient: Sufficient, delta: Tensor) -> None:
+        """Put what the arguments are after the move into the statistics."""
+        arguments = sufficient.arguments[self.name]
+        for slot, eta in zip(self.own.slots, self.etas(delta), strict=True):
+            if slot.use.predictor is not None:
+                arguments[slot.name] = slot.forward(arguments[slot.name])(eta)
+        sufficient.touch(self.name)
 
 
 class _Compressed(OpenSite):

@@ -1,0 +1,128 @@
+"""One site that reads latents by quadrature: its predictor η = Σ_k B_k ζ_k, ζ = (1, z), as a function of parameters.
+
+Every B_k is affine in them, B_k = offset_k + A_k θ (read off by node_reading.py), with one A_k for each block of the
+M-step, laid out like the tables of rows and nodes.
+
+Letters: N rows (cells of the site, `.to_event` elements included); R places of them in panels (node_panels.py);
+K columns of the latents; P entries of the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyro_em.design import Design
+from pyro_em.e_step.node_cumulants import Cumulant
+from pyro_em.e_step.node_panels import Panels
+from pyro_em.model.predictor import Term
+from pyro_em.types import Params
+
+MATRIX = 2**20  # entries of a design over the places up to which it is kept as one matrix
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """B_k as functions of one block of parameters: a matrix (R, P) over the places, or a design over the rows."""
+
+    columns: tuple[int, ...]  # k of those that the block enters
+    matrices: tuple[Tensor | Design, ...]
+    panels: Panels
+    num_rows: int
+
+    def change(self, delta: Tensor) -> tuple[Tensor, ...]:
+        """A_k δ at the places, for each of `columns`."""
+        return tuple(self._predict(a, delta) for a in self.matrices)
+
+    def _predict(self, a: Tensor | Design, delta: Tensor) -> Tensor:
+        if isinstance(a, Tensor):
+            return a @ delta
+        return self.panels.placed(a.predict(delta).expand(a.cells).reshape(-1))
+
+    def pull(self, slopes: Sequence[Tensor]) -> Tensor:
+        """Σ_k A_kᵀ s_k."""
+        found = [
+            s @ a if isinstance(a, Tensor) else a.pull(self._rows(s, a))
+            for a, s in zip(self.matrices, slopes, strict=True)
+        ]
+        return sum(found[1:], found[0])
+
+    def gram(self, curvatures: Mapping[tuple[int, int], Tensor]) -> Tensor:
+        """Σ A_kᵀ diag(c_kl) A_l, c_kl for k ≤ l by place among `columns`."""
+        total: Tensor | None = None
+        for (i, j), c in curvatures.items():
+            a, b = self.matrices[i], self.matrices[j]
+            if isinstance(a, Tensor) and isinstance(b, Tensor):
+                own = a.mT @ (c.unsqueeze(-1) * b)
+            else:
+                assert isinstance(a, Design) and isinstance(b, Design)
+                own = a.gram_matrix(self._rows(c, a), None if i == j else b)
+            own = own if i == j else own + own.mT
+            total = own if total is None else total + own
+        assert total is not None
+        return total
+
+    def _rows(self, x: Tensor, a: Design) -> Tensor:
+        return self.panels.summed(x, self.num_rows).reshape(a.cells)
+
+
+@dataclass(frozen=True, eq=False)
+class NodeRows:
+    """A site as it is read; `terms` and `offsets` (R,) by k. `alike`: B_k for k > 0 is one number for all rows.
+
+    `constant` (G,) is what does not depend on η in log p(y), summed over the rows of each element; `weight` (G,)
+    how often the rows of an element count in Q, None for once.
+    """
+
+    name: str
+    slot: str
+    cells: torch.Size
+    panels: Panels
+    cumulant: Cumulant
+    terms: tuple[tuple[Term, ...], ...]
+    offsets: tuple[Tensor, ...]
+    alike: bool
+    constant: Tensor
+    weight: Tensor | None
+    names: tuple[str, ...]
+    _blocks: dict[tuple[tuple[str, int], ...], Block] = field(default_factory=dict, repr=False)
+
+    def block(self, starts: Mapping[str, int], size: int) -> Block:
+        """The predictor as a function of the parameters that begin at `starts`."""
+        key = tuple(starts.items())
+        if key not in self._blocks:
+            columns, matrices = [], []
+            for k, own in enumerate(self.terms):
+                used = [term for term in own if term.parameter in starts]
+                if used:
+                    columns.append(k)
+                    matrices.append(Design(used, starts, size, self.cells))
+            num = self.cells.numel()
+            found: list[Tensor | Design] = list(matrices)
+            if size * len(self.panels.rows) <= MATRIX:
+                found = [self.panels.placed(design.matrix()) for design in matrices]
+            self._blocks[key] = Block(tuple(columns), tuple(found), self.panels, num)
+        return self._blocks[key]
+
+    def coefficients(self, params: Params) -> tuple[Tensor, ...]:
+        """B_k (R,) at `params`; (1,) where it is one number for all rows."""
+        starts, size = begins_of(self.names, params)
+        found = list(self.offsets)
+        if self.names:
+            block = self.block(starts, size)
+            theta = torch.cat([params[name].detach().double().reshape(-1) for name in self.names])
+            for k, change in zip(block.columns, block.change(theta), strict=True):
+                found[k] = found[k] + change
+        return tuple(x[:1] if self.alike and k else x for k, x in enumerate(found))
+
+
+def begins_of(names: Sequence[str], params: Params) -> tuple[dict[str, int], int]:
+    """Where each parameter begins in the block of all of them, and its size."""
+    starts, size = {}, 0
+    for name in names:
+        starts[name] = size
+        size += params[name].numel()
+    return starts, size

@@ -1,0 +1,299 @@
+"""One set of latents that quadrature integrates, without running the model: modes, nodes, weights and evidence.
+
+    f_g(z) = log N(z; μ, P⁻¹) + Σ_n a_n η_n - m_n A(η_n),     η_n = Σ_k B_nk ζ_k,   ζ = (1, z)
+
+is evaluated from the predictors' coefficients B (node_rows.py) at all rows and nodes of a group at once
+(node_cumulants.py). The rule, its search for modes and its answers are those of evidence/quadrature.py.
+
+Letters: G elements, K columns, Q nodes; R places of rows. Latents are (K, Q, G), with one node at the search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyro_em.e_step.base import NotCompiled
+from pyro_em.e_step.node_cumulants import Curved
+from pyro_em.e_step.node_rows import NodeRows
+from pyro_em.evidence.quadrature import CLOSE, MAX_ITER, QuadratureRoute, no_mode
+from pyro_em.evidence.rule import Quadrature
+from pyro_em.families.multivariate_normal import MultivariateNormalFamily
+from pyro_em.families.normal import NormalFamily
+from pyro_em.families.numerics import precision_matrix
+from pyro_em.model.trace import SiteRecord
+
+Coefficients = Mapping[str, tuple[Tensor, ...]]
+Table = tuple[tuple[Tensor, ...], ...]  # of every panel
+
+
+@dataclass(frozen=True)
+class Prior:
+    """log N(z; μ, P⁻¹) = norm - ½ (z - μ)ᵀ P (z - μ): μ (K, 1 or G), P (K, K, 1 or G), norm (1 or G,)."""
+
+    loc: Tensor
+    precision: Tensor
+    norm: Tensor
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """z (K, Q, G), their weights (Q, G), log Z (G,); `tables` by site, kept for the M-step where they are small."""
+
+    z: Tensor
+    weights: Tensor
+    log_z: Tensor
+    mode: Tensor
+    spread: Tensor
+    tables: Mapping[str, Table]
+
+
+@dataclass(frozen=True, eq=False)
+class NodeSet:
+    """Latents `names` of a route, their own `latents` sites and the `rows` that read them."""
+
+    route: QuadratureRoute
+    latents: tuple[SiteRecord, ...]
+    rows: tuple[NodeRows, ...]
+    _products: dict[Quadrature, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def concave(self) -> bool:
+        """log-densities are concave in η, so that every element has one mode wherever the search starts."""
+        return all(not isinstance(rows.cumulant, Curved) for rows in self.rows)
+
+    @property
+    def cells(self) -> int:
+        """Rows times nodes."""
+        nodes = self.route.rule.num_nodes**self.route.layout.num_columns
+        return nodes * max((len(rows.panels.rows) for rows in self.rows), default=0)
+
+    @property
+    def size(self) -> int:
+        """G."""
+        return torch.Size(self.route.layout.sizes).numel()
+
+    def prior(self, arguments: Mapping[str, Mapping[str, Tensor]]) -> Prior:
+        """The latents' own distribution."""
+        parts = [self._own(site, arguments[site.name]) for site in self.latents]
+        if len(parts) == 1:
+            return parts[0]
+        size = max(x.shape[-1] for own in parts for x in (own.loc, own.precision, own.norm))
+        num, begin = sum(len(own.loc) for own in parts), 0
+        precision = torch.zeros(num, num, size, dtype=torch.float64)
+        for own in parts:
+            end = begin + len(own.loc)
+            precision[begin:end, begin:end] = own.precision
+            begin = end
+        loc = torch.cat([own.loc.expand(-1, size) for own in parts])
+        return Prior(loc, precision, sum((own.norm for own in parts[1:]), parts[0].norm))
+
+    def _own(self, site: SiteRecord, arguments: Mapping[str, Tensor]) -> Prior:
+        event = site.fn.event_shape
+        k = max(1, event.numel())
+
+        def by_element(x: Tensor, entries: torch.Size) -> Tensor:
+            """(entries, 1 or G)."""
+            lead = x.shape[: max(0, x.dim() - len(entries))]
+            if lead.numel() == 1:
+                return (
+                    x.reshape(x.shape[x.dim() - len(entries) :] if len(entries) else ()).expand(entries).reshape(-1, 1)
+                )
+            return x.expand(*self.route.layout.sizes, *entries).reshape(self.size, -1).mT
+
+        loc = by_element(arguments["loc"], event)
+        if isinstance(site.family, MultivariateNormalFamily):
+            precision = by_element(precision_matrix(dict(arguments)), torch.Size((k, k))).reshape(k, k, -1)
+        else:
+            precision = torch.diag_embed(by_element(arguments["scale"], event).mT ** -2).movedim(0, -1)
+        norm = site.family.log_prob({**site.constants, **arguments}, arguments["loc"])  # type: ignore[union-attr]
+        entries = event[: site.element_dims]
+        norm = by_element(norm, entries).sum(0)
+        return Prior(loc, precision, norm)
+
+    def solved(self, b: Coefficients, prior: Prior, start: Tensor | None = None) -> Nodes:
+        """Modes, nodes and weights at the predictors' coefficients; the search starts at `start` (K, G) or 0.
+
+        :raises NonFiniteError: if a posterior has no mode.
+        """
+        mode, spread = self._modes(b, prior, start)
+        z, log_z, joint, tables = self.integrated(self.route.rule, mode, spread, b, prior)
+        return Nodes(z, (joint - log_z).exp(), log_z, mode, spread, tables)
+
+    def integrated(
+        self, rule: Quadrature, mode: Tensor, spread: Tensor, b: Coefficients, prior: Prior
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Table]]:
+        """z (K, Q, G), log Z (G,), the terms of its sum (Q, G), and tables at the nodes."""
+        if rule not in self._products:
+            self._products[rule] = rule.product(len(mode))
+        x, v = self._products[rule]
+        if len(mode) == 1:
+            z = (mode + spread[0] * x)[None]
+            volume = spread[0, 0].log()
+        else:
+            z = mode[:, None] + torch.einsum("klg,ql->kqg", spread, x)
+            volume = torch.linalg.slogdet(spread.movedim(-1, 0))[1]
+        f, tables = self._density(z, b, prior)
+        joint = f + v.unsqueeze(-1) + volume
+        return z, joint.logsumexp(0), joint, tables
+
+    def _density(self, z: Tensor, b: Coefficients, prior: Prior) -> tuple[Tensor, dict[str, Table]]:
+        """f (Q, G), and the tables behind it."""
+        away = z - prior.loc.unsqueeze(1)
+        if len(z) == 1:
+            f = (prior.precision[0] * away[0]).mul(away[0]).mul_(-0.5) + prior.norm
+        else:
+            f = prior.norm - 0.5 * torch.einsum(
+                "kqg,klg,lqg->qg", away, prior.precision.expand(-1, -1, z.shape[2]), away
+            )
+        tables = {}
+        for site in self.rows:
+            tables[site.name] = table = table_of(site, b[site.name], z)
+            f = f + site.constant + self._linear(site, b[site.name], z) - cumulated(site, table)
+        return f, tables
+
+    def _linear(self, site: NodeRows, b: tuple[Tensor, ...], z: Tensor) -> Tensor:
+        """Σ a η over the rows of each element, (Q, G)."""
+        total = _over(site, site.cumulant.linear * b[0])
+        events = _over(site, site.cumulant.linear) if site.alike else None
+        for k, own in enumerate(b[1:]):
+            share = own * events if events is not None else _over(site, site.cumulant.linear * own)
+            total = total + share * z[k]
+        return total
+
+    def _modes(self, b: Coefficients, prior: Prior, start: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Modes (K, G) and L (K, K, G), by Newton's method as evidence/quadrature.py has it."""
+        num = self.route.layout.num_columns
+        z = torch.zeros(num, self.size, dtype=torch.float64) if start is None else start
+        f, g, h = self._derivatives(z, b, prior)
+        for _ in range(MAX_ITER):
+            step, decrement = _newton(g, h)
+            if not bool(decrement.isfinite().all()):
+                break
+            if bool(decrement.max() <= CLOSE):
+                spread = _spread(h)
+                if spread is None:
+                    break
+                return z, spread
+            z, f, g, h = self._climbed(z, step, f, b, prior)
+        raise no_mode(self.route.latents.names[0])
+
+    def _climbed(
+        self, z: Tensor, step: Tensor, f: Tensor, b: Coefficients, prior: Prior
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A Newton step, halved for the elements where f would fall."""
+        slack = f - 1e-12 * (1 + f.abs())
+        length: Tensor | None = None
+        for _ in range(40):
+            moved = z + step if length is None else z + length * step
+            found, g, h = self._derivatives(moved, b, prior)
+            worse = ~(found >= slack)
+            if not bool(worse.any()):
+                break
+            length = torch.ones_like(f) if length is None else length
+            length = torch.where(worse, length / 2, length)
+        return moved, found, g, h
+
+    def _derivatives(self, z: Tensor, b: Coefficients, prior: Prior) -> tuple[Tensor, Tensor, Tensor]:
+        """f (G,), its gradient (K, G) and minus its Hessian (K, K, G) at one z (K, G) of each element."""
+        away = z - prior.loc
+        pulled = prior.precision[0] * away if len(z) == 1 else (prior.precision * away).sum(1)
+        f, tables = self._density(z.unsqueeze(1), b, prior)
+        gradient, hessian = -pulled, prior.precision
+        one = torch.ones(1, self.size, dtype=torch.float64)
+        for site in self.rows:
+            first, second = moments_of(site, tables[site.name], one)
+            own, slope = b[site.name], site.cumulant.linear - first
+            if site.alike:
+                s, c = _over(site, slope), _over(site, second)
+                k = torch.stack(own[1:])
+                gradient = gradient + k * s
+                hessian = hessian + k.unsqueeze(1) * k * c
+            else:
+                by = own[1:]
+                gradient = gradient + torch.cat([_over(site, x * slope) for x in by])
+                products = [torch.cat([_over(site, x * y * second) for y in by]) for x in by]
+                hessian = hessian + torch.stack(products)
+        return f.squeeze(0), gradient, hessian
+
+
+def table_of(site: NodeRows, b: Sequence[Tensor], z: Tensor) -> Table:
+    """What the densities of all rows are at z (K, Q, G)."""
+    found = []
+    common = sum((own * z[k] for k, own in enumerate(b[2:], 1)), b[1] * z[0]) if site.alike else None
+    for panel in site.panels.panels:
+        if common is not None:
+            t = panel.of_nodes(common)
+        else:
+            t = panel.of_rows(b[1]) * panel.of_nodes(z[0])
+            for k, own in enumerate(b[2:], 1):
+                t.addcmul_(panel.of_rows(own), panel.of_nodes(z[k]))
+        found.append(site.cumulant.table(panel, panel.of_rows(b[0]), t))
+    return tuple(found)
+
+
+def cumulated(site: NodeRows, table: Table) -> Tensor:
+    """Σ m A over the rows of each element, (Q, G)."""
+    total: Tensor | None = None
+    for panel, own in zip(site.panels.panels, table, strict=True):
+        total = panel.into(total, site.cumulant.sums(panel, own), site.panels.size)
+    return torch.zeros(1, site.panels.size, dtype=torch.float64) if total is None else total
+
+
+def moments_of(site: NodeRows, table: Table, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_q v m A' and Σ_q v m A'' at the places (R,); v (Q, G)."""
+    found = [
+        site.cumulant.moments(panel, own, panel.of_nodes(v))
+        for panel, own in zip(site.panels.panels, table, strict=True)
+    ]
+    if len(found) == 1:
+        return found[0][0].reshape(-1), found[0][1].reshape(-1)
+    return torch.cat([x.reshape(-1) for x, _ in found]), torch.cat([x.reshape(-1) for _, x in found])
+
+
+def _over(site: NodeRows, x: Tensor) -> Tensor:
+    """What belongs to the places (R,), summed over the rows of each element: (1, G)."""
+    total: Tensor | None = None
+    for panel in site.panels.panels:
+        total = panel.into(total, panel.over_rows(panel.of_rows(x)), site.panels.size)
+    return torch.zeros(1, site.panels.size, dtype=torch.float64) if total is None else total
+
+
+def _newton(g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Steps (K, G) along |H|⁻¹ g, and what they promise (G,)."""
+    if len(g) == 1:
+        size = h[0].abs().clamp(min=1e-10)
+        step = g / size
+        return step, (step * g).squeeze(0)
+    matrix = h.movedim(-1, 0).expand(g.shape[1], -1, -1)
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    if not bool((failed != 0).any()):
+        step = torch.cholesky_solve(g.mT.unsqueeze(-1), lower).squeeze(-1).mT
+        return step, (step * g).sum(0)
+    values, vectors = torch.linalg.eigh(matrix)
+    size = values.abs().clamp(min=1e-10)
+    rotated = (vectors.mT @ g.mT.unsqueeze(-1)).squeeze(-1)
+    step = (vectors @ (rotated / size).unsqueeze(-1)).squeeze(-1)
+    return step.mT, (rotated * rotated / size).sum(-1)
+
+
+def _spread(h: Tensor) -> Tensor | None:
+    """L (K, K, G) with L Lᵀ = H⁻¹, along the axes of H; None if some H is not positive definite."""
+    if len(h) == 1:
+        return h.rsqrt() if bool((h > 0).all()) else None
+    values, vectors = torch.linalg.eigh(h.movedim(-1, 0))
+    if bool((values <= 0).any()):
+        return None
+    return (vectors * values.clamp(min=1e-10).rsqrt().unsqueeze(-2)).movedim(0, -1)
+
+
+def node_set(route: QuadratureRoute, latents: Sequence[SiteRecord], rows: Sequence[NodeRows]) -> NodeSet:
+    """:raises NotCompiled: if a latent is not normal."""
+    for site in latents:
+        multivariate = isinstance(site.family, MultivariateNormalFamily) and not site.element_dims
+        if not (multivariate or type(site.family) is NormalFamily) or site.arguments is None:
+            raise NotCompiled(f"the latent '{site.name}' is not normal")
+    return NodeSet(route, tuple(latents), tuple(rows))
