@@ -153,10 +153,9 @@ def split_sites(
         else:
             (points if role.role == "parameter" else guided).append(name)
     records = {**seen.parameters, **{n: r for n, r in guide_records.items() if n not in seen.parameters}}
-    if guide is None:
-        for name in (*points, *guided):
-            site = seen.sites[name]
-            records[name] = ParameterRecord(name, site.value.detach().clone(), site.fn.support, "sample")
+    for name in points if guide is not None else (*points, *guided):
+        site = seen.sites[name]
+        records.setdefault(name, ParameterRecord(name, site.value.detach().clone(), site.fn.support, "sample"))
     return Split(model, guide, seen, assigned, tuple(points), tuple(guided), tuple(enumerated), held, records)
 
 

@@ -250,6 +250,7 @@ def integrate(
     reduced: FactorGraph,
     factors_of: Callable[[Run], dict[str, Tensor]],
     params: Params,
+    with_prior: bool,
 ) -> tuple[Evidence, Run]:
     """Exact E-step: continuous latents by their routes, discrete ones by contraction, and the run at the atoms."""
     with torch.no_grad():
@@ -258,7 +259,7 @@ def integrate(
         run = continuous.runs.several(params, values)
         factors = factors_of(run)
         rest = reduced_factors(continuous, factors, parts)
-    evidence = check_finite(reduced, evaluate(reduced, rest), rest, run.sites)
+    evidence = check_finite(reduced, evaluate(reduced, rest), rest, run.sites, with_prior)
     weights = dict(evidence.weights)
     states = tuple(weights.pop(integral(latents)) for latents in continuous.sets)
     for latents, part, own in zip(continuous.sets, parts, states, strict=True):

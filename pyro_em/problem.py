@@ -168,7 +168,8 @@ class Problem:
         :raises NonFiniteError: if a log-density is NaN, or an observation has density zero.
         """
         if self.continuous is not None:
-            return latents.integrate(self.continuous, self.graph, self.reduced_graph, self.factors, dict(params))
+            graphs = self.graph, self.reduced_graph
+            return latents.integrate(self.continuous, *graphs, self.factors, dict(params), self.with_prior)
         with torch.no_grad():
             run = self.run(params)
             factors = self.factors(run)
@@ -290,8 +291,7 @@ def bind(
     if continuous is not None:
         uses = without_latents(uses, continuous.runs, (start, elsewhere), latents.draw(seen, latent, 2))
     problem = Problem(model, args, kwargs, seen, assigned, graph, records, uses, with_prior, continuous, rules)
-    known = without_gradients(seen_at)
-    if known is not None:
+    if (known := without_gradients(seen_at)) is not None:
         vars(problem)["first"] = known
     return problem
 

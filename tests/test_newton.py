@@ -18,9 +18,10 @@ from torch.distributions import constraints
 import pyro_em
 from pyro_em.charts import ElementwiseChart, chart
 from pyro_em.errors import SeparatedData
-from pyro_em.families.base import IDENTITY, LOGIT
-from pyro_em.kernels import BetaKernel, PowerKernel
-from pyro_em.m_step.curves import _automatic, curve_of
+from pyro_em.families.base import IDENTITY, LOGIT, NORMALISED, SOFTMAX, Link
+from pyro_em.kernels import BetaKernel, PowerKernel, QuadraticKernel, SimplexKernel
+from pyro_em.m_step import curves
+from pyro_em.m_step.curves import _automatic
 from pyro_em.m_step.objective import chart_derivatives
 from tests.classics import positive
 from tests.laws import polished
@@ -95,20 +96,54 @@ def test_a_class_without_events_is_named() -> None:
     assert all(bool(v.isfinite().all()) for v in result.params.values())
 
 
-def test_curves_are_the_derivatives_of_their_kernels() -> None:
-    eta = torch.linspace(-3, 3, 7)
-    power = PowerKernel(torch.rand(7), torch.rand(7), torch.rand(7), exponent=2.0)
-    beta = BetaKernel(torch.rand(7), torch.rand(7))
-    for kernel, link, canonical, forward in (
-        (power, "exp", IDENTITY, torch.exp),
-        (beta, "identity", LOGIT, lambda e: e),
-        (beta, "sigmoid", IDENTITY, torch.sigmoid),
-    ):
-        curve = curve_of(kernel, link, canonical, forward)
-        plain = _automatic(lambda e, k=kernel, c=canonical, f=forward: k.value(c.to_canonical(f(e))))  # type: ignore[misc]
-        for found, expected in zip(curve.derivatives(eta), plain.derivatives(eta), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(curve.value(eta), plain.value(eta))
+CELLS = torch.rand(3, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+POWERS = [PowerKernel(CELLS[0], CELLS[1], falls, exponent=q) for falls in (CELLS[2], 0 * CELLS[2]) for q in (1.0, 2.0)]
+BETA, SIMPLEX = BetaKernel(CELLS[0], CELLS[1]), SimplexKernel(CELLS.mT)
+QUADRATIC = QuadraticKernel(CELLS[0], CELLS[1], CELLS[2])
+WRITTEN_OUT = [
+    *((power, "exp", IDENTITY, "_exponential") for power in POWERS),
+    (BETA, "identity", LOGIT, "_logistic"),
+    (BETA, "sigmoid", IDENTITY, "_logistic"),
+    (SIMPLEX, "identity", SOFTMAX, "_categorical"),
+    (SIMPLEX, "softmax", NORMALISED, "_categorical"),
+    (QUADRATIC, "identity", IDENTITY, "_quadratic"),
+]
+FORWARD = {"identity": lambda e: e, "exp": torch.exp, "sigmoid": torch.sigmoid, "softmax": lambda e: e.softmax(-1)}
+
+
+@pytest.mark.parametrize(("kernel", "link", "canonical", "name"), WRITTEN_OUT)
+def test_curves_are_the_derivatives_of_their_kernels(
+    kernel: Any, link: str, canonical: Link, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError("automatic")
+
+    monkeypatch.setattr(curves, "_automatic", never)
+    curve = curves.curve_of(kernel, link, canonical, FORWARD[link])
+    eta = torch.linspace(-3, 3, 21).reshape(7, 3) if kernel is SIMPLEX else torch.linspace(-3, 3, 7)
+
+    def plain(e: Tensor) -> Tensor:
+        value: Tensor = kernel.value(canonical.to_canonical(FORWARD[link](e)))
+        return value
+
+    expected = curves.rowwise_derivatives(plain, eta) if kernel is SIMPLEX else _automatic(plain).derivatives(eta)
+    for found, own in zip(curve.derivatives(eta), expected, strict=True):
+        torch.testing.assert_close(found, own, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(curve.value(eta), plain(eta), rtol=1e-12, atol=1e-12)
+
+
+OTHERS = [
+    (POWERS[0], "identity", IDENTITY), (POWERS[0], "sigmoid", IDENTITY), (BETA, "identity", IDENTITY),
+    (BETA, "sigmoid", LOGIT), (QUADRATIC, "exp", IDENTITY), (QUADRATIC, "sigmoid", IDENTITY),
+    (SIMPLEX, "softmax", IDENTITY), (SIMPLEX, "identity", NORMALISED),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kernel", "link", "canonical"), OTHERS)
+def test_a_kernel_behind_another_link_is_no_curve_that_is_written_out(kernel: Any, link: str, canonical: Link) -> None:
+    curve = curves.curve_of(kernel, link, canonical, FORWARD[link])
+    eta = torch.linspace(0.1, 0.9, 21).reshape(7, 3) if kernel is SIMPLEX else torch.linspace(0.1, 0.9, 7)
+    torch.testing.assert_close(curve.value(eta), kernel.value(canonical.to_canonical(FORWARD[link](eta))))
 
 
 def test_slopes_and_scales_are_fitted_together() -> None:

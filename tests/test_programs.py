@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 import pyro_em
 from pyro_em import InputError, Refusal
@@ -156,3 +157,75 @@ def test_data_that_are_no_tensors_are_named_beside_the_models_own_error() -> Non
     with pytest.raises(TypeError) as caught:
         pyro_em.fit(model, X.tolist())
     assert any("Argument 'x' of the model is a list" in note for note in caught.value.__notes__)
+
+
+def _topics(words: Tensor, concentration: float = 2.0) -> None:
+    with pyro.plate("topics", 3):
+        topics = pyro.sample("topics_words", dist.Dirichlet(torch.full((8,), concentration)))
+    with pyro.plate("documents", words.shape[1]):
+        theta = pyro.sample("theta", dist.Dirichlet(torch.ones(3)))
+        with pyro.plate("words", words.shape[0]):
+            z = pyro.sample("z", dist.Categorical(theta))
+            pyro.sample("w", dist.Categorical(topics[z]), obs=words)
+
+
+WORDS = torch.randint(8, (6, 10), generator=torch.Generator().manual_seed(1))
+
+
+def test_topics_of_documents_are_refused_and_fitted_with_an_amortised_guide() -> None:
+    """A point estimate in the guide that a network makes: it has no parameter of its own name."""
+    with pytest.raises(Refusal, match=r"'theta'.*discrete latents in other plates.*algorithm='svi'"):
+        pyro_em.fit(_topics, WORDS)
+    network = torch.nn.Sequential(torch.nn.Linear(8, 3), torch.nn.Softmax(-1))
+
+    def guide(words: Tensor) -> None:
+        q = pyro.param("q", torch.ones(3, 8), constraint=positive)
+        with pyro.plate("topics", 3):
+            pyro.sample("topics_words", dist.Dirichlet(q))
+        counts = torch.zeros(8, words.shape[1]).scatter_add(0, words, torch.ones(words.shape)).T
+        with pyro.plate("documents", words.shape[1]):
+            pyro.sample("theta", dist.Delta(pyro.module("network", network)(counts), event_dim=1))
+
+    result = pyro_em.fit(_topics, WORDS, algorithm="svi", guide=guide, max_iter=3, seed=0)
+    assert result.params["theta"].shape == (10, 3)
+    assert {"network$$$0.weight", "q"} <= result.params.keys()
+    assert result.plan.route("z") == "enumerate"
+
+
+def test_a_prior_without_a_mode_is_named() -> None:
+    """Concentrations below 1: the posterior rises without limit as a probability goes to 0; em ignores it."""
+
+    def model(words: Tensor, latent: bool) -> None:
+        p = pyro.sample("p", dist.Dirichlet(torch.full((9,), 0.5)))
+        with pyro.plate("documents", len(words)):
+            if latent:
+                pyro.sample("rate", dist.Gamma(pyro.param("a", torch.tensor(2.0), constraint=positive), 1.0))
+            pyro.sample("w", dist.Categorical(p), obs=words)
+
+    with pytest.raises(pyro_em.NonFiniteError, match=r"Site 'p'.*below 1 has no mode.*at least 1"):
+        pyro_em.fit(model, WORDS[0], False, algorithm="map-em")
+    for latent in (False, True):
+        with pytest.warns(pyro_em.BoundaryEstimate, match="'p'"):
+            result = pyro_em.fit(model, WORDS[0], latent)
+        expected = torch.bincount(WORDS[0], minlength=9) / 10
+        torch.testing.assert_close(result.params["p"], expected.double())
+
+
+def test_a_stochastic_block_model_is_refused_and_svi_is_offered() -> None:
+    def model(links: Tensor) -> None:
+        w = pyro.param("w", torch.ones(2) / 2, constraint=simplex)
+        p = pyro.param("p", torch.tensor([[0.5, 0.2], [0.2, 0.4]]), constraint=constraints.unit_interval)
+        with pyro.plate("nodes", len(links)):
+            z = pyro.sample("z", dist.Categorical(w))
+        with pyro.plate("from", len(links), dim=-2), pyro.plate("to", len(links), dim=-1):
+            pyro.sample("links", dist.Bernoulli(p[z[..., :, None], z[..., None, :]]), obs=links)
+
+    def guide(links: Tensor) -> None:
+        q = pyro.param("q", torch.tensor([0.4, 0.6]).repeat(len(links), 1), constraint=simplex)
+        with pyro.plate("nodes", len(links)):
+            pyro.sample("z", dist.Categorical(q))
+
+    links = (torch.rand(9, 9, generator=torch.Generator().manual_seed(2)) < 0.4) * 1.0
+    with pytest.raises(Refusal, match=r"'links'.*It reads 'z'.*stochastic block model.*algorithm='svi' with a guide"):
+        pyro_em.fit(model, links)
+    assert pyro_em.fit(model, links, algorithm="svi", guide=guide, max_iter=3, seed=0).params["q"].shape == (9, 2)

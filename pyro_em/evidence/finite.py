@@ -36,7 +36,7 @@ def check_finite(
         return evidence
     for name, factor in factors.items():
         if bool(factor.isnan().any()) or bool((factor == torch.inf).any()):
-            raise NonFiniteError(name, _no_density(name, sites.get(name)))
+            raise NonFiniteError(name, _no_mode(name) if name in graph.priors else _no_density(name, sites.get(name)))
     for term, component in zip(evidence.terms, graph.components, strict=True):
         if bool((term == -torch.inf).any()):
             name, term = _first_site(graph, component, factors, term)
@@ -45,6 +45,16 @@ def check_finite(
         if bool((factors[name] == -torch.inf).any()):
             raise NonFiniteError(name, _impossible(graph, detached(factors[name]), name))
     raise NonFiniteError("", "The log-likelihood is not finite, though every factor is.")
+
+
+def _no_mode(name: str) -> str:
+    """Why the density of a prior is infinite."""
+    return (
+        f"Site '{name}': its density is infinite or NaN at the parameter's value, which has moved to the edge of its "
+        "space. A Dirichlet, Beta or Gamma prior with a concentration below 1 has no mode inside: the log posterior "
+        "rises without limit where an entry goes to 0. Use concentrations of at least 1, or integrate this site out "
+        f"(roles={{'{name}': 'latent'}})."
+    )
 
 
 def _no_density(name: str, site: SiteRecord | None) -> str:

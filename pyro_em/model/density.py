@@ -130,5 +130,7 @@ def _undeclared(site: SiteRecord, shape: torch.Size) -> Refusal:
         f"its log-density has shape {tuple(shape)}, with dims that belong to none of its plates or latents: a latent "
         f"or the data were summed, indexed or broadcast across a plate. Its plates: {plates}.",
         "declare every independent dim by pyro.plate(..., dim=...), make dims within one observation its event "
-        "(.to_event(1)), and use a latent only elementwise or by indexing (loc[z]) inside of its own plates.",
+        "(.to_event(1)), and use a latent only elementwise or by indexing (loc[z]) inside of its own plates. Latents "
+        "that the data couple in pairs (a stochastic block model) have no posterior that is summed exactly: use "
+        "algorithm='svi' with a guide for them.",
     )

@@ -223,7 +223,8 @@ OBSERVE = first_of(observe_labels, observe_where)
 ALL_STATES = (
     "pyro_em ran the model with all states of its discrete latents at once, along a new leftmost dim. An ambiguous "
     "Boolean or a tensor that is no scalar: the model branches in Python on a latent, or makes it an int; use indexing "
-    "(loc[z]) or torch.where. Shapes that do not fit: index with pyro.ops.indexing.Vindex."
+    "(loc[z]) or torch.where. Shapes that do not fit: index with pyro.ops.indexing.Vindex. A latent that is itself "
+    "indexed along its plate (z[i], z[j] of pairs of elements) couples these: algorithm='svi' with a guide takes such."
 )
 
 # Pyro's handler stack and param store are global: runs of several threads take turns.
