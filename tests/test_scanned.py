@@ -20,7 +20,6 @@ from pyro_em.e_step.auto import choose_engine
 from pyro_em.e_step.interpreted import Interpreted
 from pyro_em.e_step.scanned import Scanned, compile_scanned
 from pyro_em.evidence import banded, blocked
-from pyro_em.evidence.banded import Banded
 from pyro_em.evidence.blocked import Blocks, Scratch, smooth_blocked
 from pyro_em.evidence.chain import smooth
 from pyro_em.m_step.auto import MStep
@@ -208,6 +207,13 @@ def test_impossible_data_are_named() -> None:
         pyro_em.fit(chain, data, categorical, init=start, max_iter=1)
 
 
+def in_blocks(density: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """Likelihoods (K, L, M) of log-densities (T, C, K), and where their rows lie (L, M), -1 for padding."""
+    order, states = blocks.order(), density.shape[-1]
+    flat = torch.cat([(density - density.amax(-1, keepdim=True)).exp().reshape(-1, states), torch.ones(1, states)])
+    return flat[torch.where(order < 0, len(flat) - 1, order)].permute(2, 0, 1).contiguous(), order
+
+
 @pytest.mark.parametrize("overlap", [48, 10**9])
 @pytest.mark.parametrize(("steps", "chains", "states"), [(997, 2, 4), (4000, 1, 6), (300, 7, 3)])
 def test_blocks(steps: int, chains: int, states: int, overlap: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,9 +230,7 @@ def test_blocks(steps: int, chains: int, states: int, overlap: int, monkeypatch:
     expected = smooth(unary, A.log()[None, None])
     blocks, scratch = Blocks(steps, chains, 64, -(-steps // 64)), Scratch()
     scratch.overlap = overlap
-    order = blocks.order()
-    flat = torch.cat([(density - density.amax(-1, keepdim=True)).exp().reshape(-1, states), torch.ones(1, states)])
-    likelihood = flat[torch.where(order < 0, len(flat) - 1, order)].permute(2, 0, 1).contiguous()
+    likelihood, order = in_blocks(density, blocks)
     found = smooth_blocked(pi.unsqueeze(-1), A, likelihood, blocks, scratch)
     assert found is not None
     assert scratch.overlap == overlap  # neither route failed
@@ -238,35 +242,6 @@ def test_blocks(steps: int, chains: int, states: int, overlap: int, monkeypatch:
     inside = (order >= 0) & (torch.div(order, chains, rounding_mode="floor") < steps - 1)
     pairs = A * ((found.left * inside).flatten(1) @ found.right.flatten(1).mT)
     torch.testing.assert_close(pairs, expected.total_pairs(None), rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize(("steps", "chains", "states"), [(2, 1, 2), (97, 3, 4), (900, 1, 3)])
-def test_band_solves(steps: int, chains: int, states: int) -> None:
-    """Against chain.py, at the first call and at a second one, which knows the rate; some transitions are forbidden.
-
-    The longest chain leaves the range of floats at first.
-    """
-    A = rows(states, states)
-    A[0, -1] = 0.0
-    A = A / A.sum(-1, keepdim=True)
-    density = 2.5 * torch.randn(steps, chains, states, generator=torch.Generator().manual_seed(1))
-    pi = rows(states, seed=4)
-    unary = density.clone()
-    unary[0] += pi.log()
-    expected = smooth(unary, A.log()[None, None])
-    likelihood = (density - density.amax(-1, keepdim=True)).exp().permute(2, 0, 1).contiguous()
-    banded = Banded(Blocks(steps, chains, steps, 1), states)
-    leaves = banded.solved(pi.unsqueeze(-1), A, likelihood) is None
-    assert leaves == (steps == 900)
-    for _ in range(2):
-        found = banded.smooth(pi.unsqueeze(-1), A, likelihood, Scratch())
-        assert found is not None
-        log_evidence = found.log_scale + density.amax(-1).sum(0)
-        torch.testing.assert_close(log_evidence, expected.log_evidence, rtol=1e-13, atol=0)
-        torch.testing.assert_close(found.states.permute(1, 2, 0), expected.unary, rtol=0, atol=1e-12)
-        pairs = A * (found.left.flatten(1) @ found.right.flatten(1).mT)
-        torch.testing.assert_close(pairs, expected.total_pairs(None), rtol=0, atol=1e-10)
-    assert banded.solved(pi.unsqueeze(-1), A, likelihood) is not None
 
 
 def test_what_does_not_forget_takes_the_exact_route() -> None:

@@ -23,7 +23,7 @@ from pyro_em.e_step.base import NotCompiled
 from pyro_em.e_step.lagged import Lagged, Packed, lagged
 from pyro_em.e_step.scan_layout import dim_of, over
 from pyro_em.e_step.scan_program import leaving_weight
-from pyro_em.evidence.banded import Banded, is_short
+from pyro_em.evidence.banded import Banded, blocks_of, is_short
 from pyro_em.evidence.blocked import BlockedPosterior, Blocks, Scratch, smooth_blocked
 from pyro_em.evidence.chain import smooth
 from pyro_em.evidence.ring import logsumexp
@@ -43,7 +43,7 @@ class Smoothed:
     counts: Tensor  # (kinds, S, S) expected transitions
     first: Tensor  # (X, S, C) posterior of the first joint state, and of what only it has
     rows: Tensor  # (E, (n - 1)·C) posterior of what the observed sites read
-    by_bands: bool = False  # by two band solves, without certificates of blocks
+    by_bands: bool = False  # by band solves, without certificates of blocks
 
 
 class RowProgram:
@@ -59,6 +59,7 @@ class RowProgram:
         kinds: Mapping[str, int],
         weights: tuple[Tensor | None, ...],
         blocks: Blocks,
+        banded: bool,
     ) -> None:
         self.graph, self.component, self.loop, self.states = graph, component, loop, states
         self.lead, self.kinds, self.weights, self.blocks = lead, kinds, weights, blocks
@@ -67,10 +68,7 @@ class RowProgram:
         self.tables = [n for n in component.factors if n in latent and n in loop.rest]
         self.heads = [n for n in component.factors if n in loop.heads]
         self.observed = [n for n in component.factors if n in loop.rest and n not in latent]
-        short = blocks.per_chain == 1 and torch.get_default_device().type == "cpu"
-        self.banded = (
-            Banded(blocks, states.num) if short and is_short(blocks.steps, blocks.chains, states.num) else None
-        )
+        self.banded = Banded(blocks, states.num) if banded else None
         self.chain_weight = over(component.weight, list(lead), self.sizes)
         self.scratch = Scratch()
         order = blocks.order().reshape(-1)
@@ -83,7 +81,7 @@ class RowProgram:
     def reason(self) -> str:
         """For the plan."""
         blocks = self.blocks
-        how = "by two band solves" if self.banded is not None else f"in blocks of {blocks.length}"
+        how = f"in blocks of {blocks.length}" + (", joined by band solves" if self.banded is not None else "")
         joint = f" of {self.states.num} joint states" if len(self.states.slots) > 1 else ""
         return f"{blocks.chains} chains{joint} of {blocks.steps} steps, smoothed {how}, data row by row"
 
@@ -135,8 +133,9 @@ class RowProgram:
     def _by_bands(self, banded: Banded, first: Tensor, table: Tensor, rows: Tensor) -> Smoothed | None:
         """In operations that a recording can hold (tape/); None where messages leave the range of floats, or some step
         is impossible."""
-        states, (n, C) = self.states, (self.blocks.steps, self.blocks.chains)
-        density = torch.cat([rows.new_zeros(len(rows), C), rows], 1)  # the first state's data are in its potential
+        states, blocks, C = self.states, self.blocks, self.blocks.chains
+        zero = rows.new_zeros(len(rows), 1)  # the first state's data are in its potential
+        density = torch.cat([zero.expand(-1, C), rows, zero], 1).index_select(1, self._order)
         start = logsumexp(first.movedim(0, -1))
         scales, shift = density.amax(0), start.amax(0)
         if not (bool(scales.isfinite().all()) and bool(shift.isfinite().all())):
@@ -145,13 +144,13 @@ class RowProgram:
         total = initial.sum(0)
         if states.row_of is not None:
             likelihood = likelihood.index_select(0, states.row_of)
-        found = banded.solved(initial / total, table, likelihood.reshape(states.num, n, C))
+        found = banded.solved(initial / total, table, likelihood.reshape(states.num, blocks.length, -1))
         if found is None:
             return None
-        log_scale = scales.reshape(n, C).sum(0) + shift + total.log()
+        log_scale = scales.reshape(blocks.length, C, -1).sum((0, 2)) + shift + total.log()
         pairs = torch.stack([table * _transitions(found, weight) for weight in self.weights])
-        at_first = _given(first, start, found.states[:, 0])
-        seen = states.reduced(found.states.reshape(states.num, -1))[:, C:].contiguous()
+        at_first = _given(first, start, found.states[:, 0, :: blocks.per_chain])
+        seen = states.reduced(found.states.reshape(states.num, -1)).index_select(1, self._place[C:])
         return Smoothed(self._evidence(found.log_scale + log_scale), pairs, at_first, seen, by_bands=True)
 
     def otherwise(self, first: Tensor, table: Tensor, rows: Tensor) -> Smoothed:
@@ -270,11 +269,9 @@ def compile_rows(graph: FactorGraph, component: Component, run: Run, factors: Pa
     steps, chains = loop.loop.steps - loop.loop.history + 1, math.prod(graph.plate_sizes[d] for d in lead)
     if 8 * ARRAYS * states.num * steps * chains > settings.max_table_bytes:
         raise NotCompiled("the messages of its states do not fit")
-    blocks = (
-        Blocks(steps, chains, steps, 1)
-        if _by_bands(steps, chains, states.num)
-        else Blocks.of(steps, chains, states.num)
-    )
+    # The band solver is called through NumPy.
+    banded = torch.get_default_device().type == "cpu" and is_short(steps, chains, states.num)
+    blocks = (blocks_of if banded else Blocks.of)(steps, chains, states.num)
     kinds: dict[str, int] = {}
     weights: list[Tensor | None] = []
     for name in tables:
@@ -282,12 +279,7 @@ def compile_rows(graph: FactorGraph, component: Component, run: Run, factors: Pa
         same = [i for i, other in enumerate(weights) if _equal(weight, other)]
         kinds[name] = same[0] if same else len(weights)
         weights += [] if same else [weight]
-    return RowProgram(graph, component, loop, states, lead, kinds, tuple(weights), blocks)
-
-
-def _by_bands(steps: int, chains: int, states: int) -> bool:
-    # LAPACK's band solver is called through NumPy.
-    return torch.get_default_device().type == "cpu" and is_short(steps, chains, states)
+    return RowProgram(graph, component, loop, states, lead, kinds, tuple(weights), blocks, banded)
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

@@ -16,7 +16,7 @@ from pyro_em.e_step.scan_data import Emissions
 from pyro_em.e_step.scan_layout import alike, by_dim, over, whole_site
 from pyro_em.e_step.scan_short import Short, Weights
 from pyro_em.e_step.scan_states import StepStates, step_states
-from pyro_em.evidence.banded import Banded, is_short
+from pyro_em.evidence.banded import Banded, blocks_of, is_short
 from pyro_em.evidence.blocked import BlockedPosterior, Blocks, Scratch, smooth_blocked
 from pyro_em.evidence.chain import smooth
 from pyro_em.model.chained import ChainedLoop
@@ -142,7 +142,7 @@ def compile_scan(problem: Problem, run: Run, component: Component) -> tuple[Scan
     steps, chains = loop.loop.steps, math.prod(graph.plate_sizes[d] for d in order)
     on_cpu = torch.get_default_device().type == "cpu"  # LAPACK's band solver, called through NumPy
     short = on_cpu and is_short(steps, chains, states.num)
-    blocks = Blocks(steps, chains, steps, 1) if short else Blocks.of(steps, chains, states.num)
+    blocks = (blocks_of if short else Blocks.of)(steps, chains, states.num)
     banded = Banded(blocks, states.num) if short else None
     sites, joined = _observed(problem, run, component, loop, own)
     sizes = {**graph.plate_sizes, loop.plate: steps}
@@ -161,7 +161,7 @@ def compile_scan(problem: Problem, run: Run, component: Component) -> tuple[Scan
     quick = None
     if banded is not None and emissions.lookup is None:
         counted = Weights(chain_weight, tuple(initial), tuple(pairs))
-        quick = Short(banded, emissions.phi, emissions.base, states.num, counted)
+        quick = Short(banded, emissions.phi, emissions.base, states.num, counted, emissions.padding)
     return ScanProgram(
         component, own, emissions, blocks, chain_weight, tuple(initial), tuple(pairs), kinds, banded, quick
     ), joined

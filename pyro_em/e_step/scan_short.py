@@ -6,7 +6,7 @@ Of a chain of 200 steps the arithmetic takes ten microseconds, and every call on
 are kept. It is one operation of torch, so that a recording (tape/) holds the whole E-step. What this does not do
 scan_program.py does in general.
 
-Shapes: K states, T steps, C chains, F features; data in the order of chains, then steps.
+Shapes: K states, T steps, C chains, F features; data in blocks (L, M) as in blocked.py.
 """
 
 from __future__ import annotations
@@ -38,26 +38,30 @@ class Weights:
 
     chains: Tensor | None = None  # (C,)
     first: tuple[Tensor | None, ...] = (None,)  # (C,) each
-    pairs: tuple[Tensor | None, ...] = (None,)  # (T, C) each, of the transition that leaves a step
+    pairs: tuple[Tensor | None, ...] = (None,)  # (L, M) each, of the transition that leaves a step
 
 
 class Short:
-    """Φ (F, T·C), in the order of steps, then chains, with its arrays; `base` (C,) are sums of log base measures."""
+    """Φ (F, L·M), zero where there is padding, and its arrays; `base` (C,) are sums of log base measures."""
 
-    def __init__(self, banded: Banded, phi: Tensor, base: Tensor, states: int, weights: Weights) -> None:
-        T, C = banded.blocks.steps, banded.blocks.chains
-        self.banded, self.base, self.sizes = banded, base.numpy(), (states, T, C)
+    def __init__(
+        self, banded: Banded, phi: Tensor, base: Tensor, states: int, weights: Weights, padding: Tensor | None
+    ) -> None:
+        blocks = banded.blocks
+        self.banded, self.base, self.states = banded, base.numpy(), states
         self.number = next(_NUMBERS)
         _ALIVE[self.number] = self
-        self.phi = np.ascontiguousarray(phi.numpy().reshape(-1, T, C).transpose(0, 2, 1).reshape(-1, C * T))
-        self._density, self._scale = np.empty((states, C * T)), np.empty(C * T)
-        self._likelihood = self._density.reshape(states, C, T)
-        self._states, self._left = banded.states.reshape(-1, states), banded.left.reshape(-1, states)
-        self._right = banded.right.reshape(states, -1).T
+        self.phi, self.padding = phi.numpy(), padding
+        self._density, self._scale = banded.likelihood.reshape(states, -1), np.empty(phi.shape[1])
+        self._scales = self._scale.reshape(blocks.length, blocks.chains, blocks.per_chain)
+        self._posterior = banded.states.reshape(states, -1).T
+        self._at_first = banded.states[:, 0, :: blocks.per_chain]
+        self._left, self._right = banded.left, banded.right.T
         self._chains = None if weights.chains is None else weights.chains.double().numpy()
+        self._columns = None if self._chains is None else np.repeat(self._chains, blocks.per_chain)
         self._first = [None if w is None else w.double().numpy() for w in weights.first]
-        self._pairs = [None if w is None else w.double().mT.contiguous().reshape(-1, 1).numpy() for w in weights.pairs]
-        self._weighted = np.empty((C * T, states))
+        self._pairs = [None if w is None else w.double().reshape(-1).numpy() for w in weights.pairs]
+        self._weighted = np.empty(self._left.shape)
 
     def smooth(
         self, initial: Tensor, table: Tensor, w: Tensor, differences: Tensor | None = None
@@ -65,18 +69,17 @@ class Short:
         """(Σ ll, Σ |ll|), expected first states (kinds, K) and transitions (kinds, K, K), sums of features (K, F); None
         if the messages leave the range of floats or some row is impossible.
 
-        :param differences: log-densities (K, T·C) of what W leaves out, in the order of steps, then chains.
+        :param differences: log-densities (K, L·M) of what W leaves out.
         """
-        if differences is not None:
-            K, T, C = self.sizes
-            differences = differences.reshape(K, T, C).transpose(1, 2).reshape(K, -1)
+        if differences is not None and self.padding is not None:
+            differences = differences.masked_fill(self.padding, 0.0)
         found = torch.ops.pyro_em.short_chains(self.number, initial, table, w, differences)
         evidence, first, pairs, totals, held = found
         return (evidence, first, pairs, totals.mT) if bool(held) else None
 
     def outputs(self) -> list[Tensor]:
         """Memory for what `into` writes."""
-        K, _, _ = self.sizes
+        K = self.states
         shapes = [(2,), (len(self._first), K), (len(self._pairs), K, K), (len(self.phi), K)]  # by what is read together
         return [*(torch.empty(shape, dtype=torch.float64) for shape in shapes), torch.empty((), dtype=torch.bool)]
 
@@ -90,7 +93,6 @@ class Short:
     ) -> None:
         """`smooth` from and to arrays, the last of which says whether the others hold."""
         evidence, first, pairs, totals, held = outputs
-        _, T, C = self.sizes
         density, scale = self._density, self._scale
         held[...] = False
         np.dot(w, self.phi, out=density)
@@ -99,27 +101,28 @@ class Short:
         np.maximum.reduce(density, 0, out=scale)
         np.subtract(density, scale, out=density)
         np.exp(density, out=density)
-        scales = np.add.reduce(scale.reshape(C, T), 1)
+        scales = np.add.reduce(self._scales, (0, 2))
         banded = self.banded
-        total = banded.messages(initial, A, self._likelihood) if min(scales.tolist()) > 0.1 * IMPOSSIBLE else None
+        total = banded.messages(initial, A) if min(scales.tolist()) > 0.1 * IMPOSSIBLE else None
         if total is None:
             return
         self._read(total, scales, evidence)
         for weight, out in zip(self._pairs, pairs, strict=True):
             left = self._left if weight is None else np.multiply(self._left, weight, out=self._weighted)
-            np.dot(left.T, self._right, out=out)
+            np.matmul(left, self._right, out=out)  # `dot` would copy what lies in strides
         pairs *= A
         for weight, out in zip(self._first, first, strict=True):
-            own = banded.states[:, 0]
-            np.add.reduce(own, 0, out=out) if weight is None else np.dot(weight, own, out=out)
-        if self._chains is not None:
-            banded.states *= self._chains[:, None, None]
-        np.dot(self.phi, self._states, out=totals)
+            own = self._at_first
+            np.add.reduce(own, 1, out=out) if weight is None else np.dot(own, weight, out=out)
+        if self._columns is not None:
+            banded.states *= self._columns
+        np.dot(self.phi, self._posterior, out=totals)
         held[...] = True
 
     def _read(self, total: np.ndarray, scales: np.ndarray, evidence: np.ndarray) -> None:
         """Σ w ll and Σ |w ll|; of one chain without a call of NumPy."""
-        banded, (_, T, C) = self.banded, self.sizes
+        banded = self.banded
+        C, T = banded.blocks.chains, banded.blocks.steps
         if C == 1 and self._chains is None:
             mantissa, exponent = math.frexp(total[0])
             log_scale = math.log(mantissa) + (exponent + banded.shift) * LOG_2

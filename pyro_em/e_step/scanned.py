@@ -64,7 +64,7 @@ class Scanned:
             for name, uses in self.uses.items()
         }
         first = self.programs[0]
-        how = "by two band solves" if first.banded else f"in blocks of {first.blocks.length}"
+        how = f"in blocks of {first.blocks.length}" + (", joined by band solves" if first.banded else "")
         self.reason = (
             f"{first.blocks.chains} chains of {first.blocks.steps} steps, smoothed {how}, "
             "emissions by matrix products on sufficient statistics"

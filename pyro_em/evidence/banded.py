@@ -1,16 +1,22 @@
-"""Forward-backward of short chains that share one transition table, as two triangular solves of one band matrix.
+"""Forward-backward of chains that share one transition table: short blocks of time, joined by the solve of a band.
 
-    α_t = b_t ∘ Aᵀ α_{t-1},  α_0 = b_0 ∘ π      is   L α = (b_0 ∘ π, 0, ..., 0)
-    β_{t-1} = A (b_t ∘ β_t), β_{T-1} = 1        is   Lᵀ β = (0, ..., 0, 1)
+    α_t = b_t ∘ Aᵀ α_{t-1},   w_t = b_t ∘ A w_{t+1},   γ_t = α_t ∘ A w_{t+1},   pairs  α_t(i) A(i, j) w_{t+1}(j)
 
-with L unit lower triangular, its blocks below the diagonal -b_t(j) A(i, j), bandwidth 2K - 1. BLAS's dtbsv does each
-in T·K columns without a call in between. Nothing is rescaled on the way: b is divided beforehand by powers of two
-whose mean logarithm is the `rate`, that of p(x_t | past) at the last call, which keeps the messages within range and
-changes no digit of theirs: what a call finds does not depend on the one before. Where they leave it all the same, the
-chains go through blocked.py, which rescales. NumPy throughout: its calls cost less than torch's, and here they are
-all the cost.
+A chain is cut into J blocks of L steps. What a block does to a message, G = D_0 A D_1 A ... D_{L-1} A with D = diag(b),
+is multiplied up for all blocks side by side. p, the predicted state where a block begins, and w there follow from
 
-Shapes: K states, T steps, C chains; chains follow one another in the band, without a link between them.
+    p_{j+1} = G_jᵀ p_j,   p_0 = initial,        and        w_j = G_j w_{j+1},   w_J = 1,
+
+both unknowns of one unit lower triangular matrix, with -Gᵀ and, backwards in time, -G below its diagonal: bandwidth
+2K - 1, which BLAS's dtbsv solves in 2(J + 1)K columns without a call in between. From there all blocks run side by
+side, both ways at once. Longer blocks leave less to solve and cost more calls; `blocks_of` weighs them.
+
+Nothing is rescaled on the way: b is divided beforehand by powers of two whose mean logarithm is the `rate`, that of
+p(x_t | past) at the last call, which keeps the messages within range and changes no digit of theirs: what a call finds
+does not depend on the one before. Where they leave it all the same, the chains go through blocked.py, which rescales.
+NumPy throughout: its calls cost less than torch's, and so do its products of narrow matrices.
+
+Shapes: K states; C chains of J blocks of L steps (the last ones padded with b = 1), M = C·J columns as in blocked.py.
 """
 
 from __future__ import annotations
@@ -25,18 +31,24 @@ from weakref import WeakValueDictionary
 import numpy as np
 import scipy  # its parts are imported when they are used first
 import torch
+from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 
-from pyro_em.evidence.blocked import BlockedPosterior, Blocks, Scratch, smooth_blocked
+from pyro_em.evidence.blocked import ROW_SUM, BlockedPosterior, Blocks, Scratch, smooth_blocked
 from pyro_em.evidence.chain import LOWEST
 from pyro_em.tape.calls import Call, written_by
 
 LOG_2 = math.log(2)
-HIGHEST = math.exp(-LOWEST)  # of a message: what is flushed in the other is then less than e^-100 of the posterior mass
+HIGHEST = math.exp(-LOWEST)  # of two messages that meet: what is flushed is then less than e^-100 of the posterior mass
 _LIBRARY = torch.library.Library("pyro_em", "FRAGMENT")
 _ALIVE: WeakValueDictionary[int, Banded] = WeakValueDictionary()  # operations take numbers, no objects
 _NUMBERS = itertools.count()
-MOST = 300_000  # T·C·K² up to which the blocks' calls cost more than the solves
+MOST = 1_500_000  # T·C·K² up to which blocked.py takes longer: 2 to 3 times as long but near this
+LONGEST = 64  # steps of a block
+STEPS = 1000  # over which half a unit of the rate adds up to 22 nats
+CALLS = 3300.0  # of a step of all blocks
+SOLVE, LINK, PRODUCT = 4.7, 3.0, 0.027  # a block's: times K, K² and, for every step beyond the second, K³
+PADDING = 0.4  # of a step and state, where weights have to say what is padding
 
 
 def is_short(steps: int, chains: int, states: int) -> bool:
@@ -44,35 +56,98 @@ def is_short(steps: int, chains: int, states: int) -> bool:
     return steps > 1 and steps * chains * states**2 <= MOST
 
 
+def blocks_of(steps: int, chains: int, states: int) -> Blocks:
+    """The blocks that take the least time, by measured times of calls and of arithmetic (nanoseconds)."""
+
+    def cost(length: int) -> float:
+        blocks, cube = chains * -(-steps // length), states**3
+        padded = PADDING * steps * chains * states if steps % length else 0.0
+        return CALLS * length + blocks * (SOLVE * states + LINK * states**2 + PRODUCT * (length - 2) * cube) + padded
+
+    length = min(range(2, min(steps, LONGEST) + 1), key=cost)
+    return Blocks(steps, chains, length, -(-steps // length))
+
+
 class Banded:
-    """Solves for C chains of T steps and K states; the arrays are kept from one call to the next."""
+    """Messages of C chains of K states; the arrays are kept from one call to the next, and views of them, which take as
+    long to make as to use. `likelihood` (K, L, M) is where b goes before a call of `messages`, which scales it."""
 
     _units: int | None = None
 
     def __init__(self, blocks: Blocks, states: int) -> None:
-        K, T, C = states, blocks.steps, blocks.chains
+        K, L, C, J = states, blocks.length, blocks.chains, blocks.per_chain
         self.blocks = blocks
         self.number = next(_NUMBERS)
         _ALIVE[self.number] = self
+        self.likelihood = b = np.empty((K, L, C * J))
+        self._first = b[:, 0].reshape(K, C, J)
+        self._grain = 2 ** max(4, (blocks.steps // STEPS).bit_length() + 4)
         self.set_rate(0.0)
-        band = np.zeros(C * T * K * 2 * K)  # columns of 2K entries; the diagonal is one and not read
+        self._pair, self._negative = np.empty((2, K, K)), np.empty((K, K))
+        self._transposed, self._table = self._pair
+        self._sums, self._ones = np.empty(K), np.ones(K)
+        self._up = self._products(b.reshape(K, L, C, J))
+        ends = np.empty((2, C, J + 1, K))
+        self._ends, self._all, self._both = ends, ends.reshape(-1), ends.reshape(2, -1)
+        self._start, self._last, self._behind = ends[0, :, 0], ends[0, :, -1], ends[1, :, 0]
+        self._log_scale, self._share = np.empty(C), np.empty((C, 1))
+        self._across = self._runs(b)
+
+    def _products(self, b: np.ndarray) -> list[Call]:
+        """Calls that write -G_j into the band: forwards, then backwards in time."""
+        K, L, C, J = b.shape
+        per = C * (J + 1)
+        band = np.zeros(2 * per * K * 2 * K)  # columns of 2K entries; the diagonal is one and not read
         self._matrix = band.reshape(-1, 2 * K).T
-        strides = [8 * n for n in (2 * K - 1, 1, 2 * K * K * T, 2 * K * K)]
-        self._links = np.lib.stride_tricks.as_strided(band[K:], (K, K, C, T - 1), strides)
-        b, ends, right = np.empty((K, C, T)), np.empty((2, C, T, K)), np.zeros((K, C, T))
-        self._log_scale = np.empty(C)
-        self._negative, self.states = np.empty((K, K)), np.empty((C, T, K))
-        self._b, self._ends, self.left, self.right = b, ends, ends[0], right
-        # Views are made once: to make one takes as long as to use it.
-        self._beta = ends[1]
-        self._forward, self._backward = ends.reshape(2, -1)
-        self._first, self._start = b[:, :, 0].T, ends[0, :, 0]
-        self._last, self._end = ends[0, :, -1], ends[1, :, -1]
-        self._table, self._next = self._negative[:, :, None, None], b[:, :, 1:]
-        self._behind, self._seen = ends[1, :, 1:].transpose(2, 0, 1), right[:, :, :-1]
+        block = 2 * K * K
+        ahead = [8 * n for n in (2 * K - 1, 1, (J + 1) * block, block)]
+        behind = [8 * n for n in (1, 2 * K - 1, (J + 1) * block, -block)]
+        shape = (K, K, C, J)
+        links = as_strided(band[K:], shape, ahead), as_strided(band[(per + J - 1) * block + K :], shape, behind)
+        first = b[:, None, 0]
+        twice = np.empty((K, K, K))  # -A(i, k) A(k, m)
+        own, other = np.empty((2, K, K, C, J))
+        calls: list[Call] = [
+            partial(np.multiply, self._negative[:, None], self._transposed, twice),
+            partial(np.dot, twice.reshape(-1, K), b[:, -1].reshape(K, -1), own.reshape(K * K, -1)),
+        ]
+        for l in range(L - 2, 0, -1):
+            calls += [
+                partial(np.multiply, own, b[:, None, l], own),
+                partial(np.dot, self._table, own.reshape(K, -1), other.reshape(K, -1)),
+            ]
+            own, other = other, own
+        return [*calls, *(partial(np.multiply, own, first, x) for x in links)]
+
+    def _runs(self, b: np.ndarray) -> list[Call]:
+        """Calls that take the messages through the blocks, both ways at once, and multiply them to posteriors."""
+        K, L, M = b.shape
+        C, J = self.blocks.chains, self.blocks.per_chain
+        row = (L + 1) * M
+        both = np.zeros((2, K, L + 1, M))  # α (the last not used), and w up to that of the next block
+        alpha, w = both
+        before = np.empty((L, 2, K, M))  # predicted states, and A w of the next step, backwards in time
+        following = w.reshape(K, L + 1, C, J)[:, -1]
+        calls: list[Call] = [
+            partial(np.copyto, before[0, 0].reshape(K, C, J), self._ends[0, :, :-1].transpose(2, 0, 1)),
+            partial(np.multiply, self._ends[1, :, -2::-1].transpose(2, 0, 1), self._share, following),
+            partial(np.matmul, self._table, w[:, L], before[0, 1]),
+        ]
+        for l in range(L):
+            last = L - 1 - l
+            given = as_strided(b[:, l], (2, K, M), [8 * n for n in ((last - l) * M, L * M, 1)])
+            place = as_strided(alpha[:, l], (2, K, M), [8 * n for n in (K * row + (last - l) * M, row, 1)])
+            calls.append(partial(np.multiply, before[l], given, place))
+            if last:  # both at once, as `dot` would copy what lies in strides
+                calls.append(partial(np.matmul, self._pair, place, before[l + 1]))
+        self.states = np.empty((K, L, M))
+        calls.append(partial(np.multiply, alpha[:, :L], before[::-1, 1].transpose(1, 0, 2), self.states))
+        calls.append(partial(following[..., -1].fill, 0.0))
+        self.left, self.right = alpha.reshape(K, -1)[:, :-M], w.reshape(K, -1)[:, M:]  # (K, L·M)
+        return calls
 
     def smooth(self, initial: Tensor, table: Tensor, likelihood: Tensor, scratch: Scratch) -> BlockedPosterior | None:
-        """`smooth_blocked` for one block a chain; None if neither can be certified (use chain.py)."""
+        """`smooth_blocked`; None if no route can be certified (use chain.py)."""
         found = self.solved(initial, table, likelihood)
         if found is None:
             found = smooth_blocked(initial, table, likelihood, self.blocks, scratch)
@@ -81,14 +156,9 @@ class Banded:
 
     def solved(self, initial: Tensor, table: Tensor, likelihood: Tensor) -> BlockedPosterior | None:
         """By band solves alone, None if the messages leave the range of floats. One operation of torch, which a
-        recording (tape/) can hold.
-
-        :param likelihood: b (K, T, C); the others as for `messages`.
-        """
-        log_scale, states, left, right, held = torch.ops.pyro_em.band_solves(self.number, initial, table, likelihood)
-        if not bool(held):
-            return None
-        return BlockedPosterior(log_scale, states.permute(2, 1, 0), left.permute(2, 1, 0), right.transpose(1, 2))
+        recording (tape/) can hold. Arguments as for `smooth_blocked`."""
+        log_scale, *found, held = torch.ops.pyro_em.band_solves(self.number, initial, table, likelihood)
+        return BlockedPosterior(log_scale, *(x.reshape(likelihood.shape) for x in found)) if bool(held) else None
 
     def outputs(self) -> list[Tensor]:
         """Memory for what `into` writes."""
@@ -97,7 +167,8 @@ class Banded:
 
     def into(self, outputs: Sequence[Any], initial: np.ndarray, table: np.ndarray, likelihood: np.ndarray) -> None:
         """`solved` from and to arrays, the last of which says whether the others hold."""
-        total = self.messages(initial, table, likelihood.transpose(0, 2, 1))
+        np.copyto(self.likelihood, likelihood)
+        total = self.messages(initial, table)
         *results, held = outputs
         held[...] = total is not None
         if total is None:
@@ -109,41 +180,50 @@ class Banded:
             np.copyto(out, own)
 
     def set_rate(self, rate: float) -> None:
-        """Mean log-likelihood of a step, in units of log 2 / 16, so that it often stays what it was."""
-        units = round(16 * rate / LOG_2)
+        """Mean log-likelihood of a step, in units of log 2 / `grain`, so that it often stays what it was."""
+        blocks = self.blocks
+        units = round(self._grain * max(rate / LOG_2, -1000 / blocks.length))  # floats end at 2^±1022
         if self._units != units:
             self._units = units
-            shifts = np.rint(np.arange(self.blocks.steps + 1) * (units / 16))
+            starts = np.minimum(np.arange(blocks.per_chain + 1) * blocks.length, blocks.steps)
+            shifts = np.rint(starts * (units / self._grain))
             self._factors, self.shift = np.exp2(-np.diff(shifts)), int(shifts[-1])
+            self._largest = max(1.0, float(self._factors.max()))
 
-    def messages(self, initial: np.ndarray, table: np.ndarray, likelihood: np.ndarray) -> np.ndarray | None:
-        """Posteriors of `states` (C, T, K), and the factors of those of pairs: `left` α (C, T, K) and `right` b ∘ β of
-        the next step (K, C, T).
+    def messages(self, initial: np.ndarray, table: np.ndarray) -> np.ndarray | None:
+        """Posteriors of `states` (K, L, M) under `likelihood`, and the factors of those of pairs: `left` α and `right`
+        w of the next step, both (K, L·M), zero behind the last block.
 
-        Returns the likelihood of every chain (C,) times 2^-`shift`, by which β is divided, so that α ∘ β is the
-        posterior. None if something leaves the range of floats.
+        Returns the likelihood of every chain (C,) times 2^-`shift`, by which w is divided. None if something leaves the
+        range of floats.
 
         :param initial: distribution of the first state, (K, C) or (K, 1).
         :param table: transition probabilities A, (K, K), rows to columns.
-        :param likelihood: b (K, C, T).
         """
-        np.multiply(likelihood, self._factors, out=self._b)
+        np.copyto(self._table, table)
+        np.copyto(self._transposed, table.T)
         np.negative(table, out=self._negative)
-        np.multiply(self._table, self._next, out=self._links, order="C")  # along the steps, the longest of the dims
+        sums = np.dot(self._table, self._ones, out=self._sums).tolist()
+        if not 1 - ROW_SUM <= min(sums) <= max(sums) <= 1 + ROW_SUM:  # what is behind the last step would count
+            return None
+        np.multiply(self._first, self._factors, out=self._first)
+        for call in self._up:
+            call()
         self._ends.fill(0.0)
-        np.multiply(initial.T, self._first, out=self._start)
-        solve, width = scipy.linalg.blas.dtbsv, len(self._matrix) - 1
-        solve(width, self._matrix, self._forward, lower=1, diag=1, overwrite_x=1)
+        np.copyto(self._start, initial.T)
+        self._behind.fill(1.0)
+        scipy.linalg.blas.dtbsv(len(self._matrix) - 1, self._matrix, self._all, lower=1, diag=1, overwrite_x=1)
         total = np.add.reduce(self._last, -1)
-        if not min(total.tolist()) > 0:
+        least = min(total.tolist())
+        if not least > 0:
             return None
-        np.divide(1.0, total[:, None], out=self._end)
-        solve(width, self._matrix, self._backward, lower=1, trans=1, diag=1, overwrite_x=1)
-        # What is flushed in one message, below e^-708, may meet the largest entry of the other.
-        if not np.maximum.reduce(self._ends, None) < HIGHEST:
+        # What is flushed, below e^-708, may meet the largest entries of both messages, and a factor.
+        ahead, behind = np.maximum.reduce(self._both, 1).tolist()
+        if not ahead * behind / least * self._largest < HIGHEST:
             return None
-        np.multiply(self.left, self._beta, out=self.states)
-        np.multiply(self._next, self._behind, out=self._seen, order="C")
+        np.divide(1.0, total[:, None], out=self._share)
+        for call in self._across:
+            call()
         return total
 
 
