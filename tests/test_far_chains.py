@@ -20,7 +20,7 @@ from pyro_em.state_space.steady import steady_moments
 from tests.test_kalman import random_chain
 
 
-def _exact_log_evidence(chain: Chain) -> float:
+def exact_log_evidence(chain: Chain) -> float:
     """By 40 digits, of one sequence that is seen throughout."""
     with mp.workdps(40):
         A, Q, C, R = (mp.matrix(x[0, 0].tolist()) for x in (chain.A, chain.Q, chain.C, chain.R))
@@ -48,7 +48,7 @@ def test_data_far_away_keep_all_digits(drift: float) -> None:
     offset = torch.tensor([[drift, -0.3 * drift]])
     chain = Chain(offset, 4 * eye, eye[None], offset[None], eye[None], C[None, None], torch.ones(1, 1, 2), eye[None],
                   y[None])  # fmt: skip
-    truth = _exact_log_evidence(chain)
+    truth = exact_log_evidence(chain)
     for run in (kalman.log_evidence, lambda c: smooth(c).log_evidence, lambda c: states(c).log_evidence,
                 lambda c: steady_moments(c).log_evidence):  # fmt: skip
         assert float(run(chain)) == pytest.approx(truth, rel=2e-14)
@@ -94,3 +94,21 @@ def test_a_fit_of_a_drift_to_a_million(within: bool) -> None:
     assert result.converged
     torch.testing.assert_close(result.params["c"], torch.tensor([3000.0, 3.0]), rtol=0, atol=0.2)
     torch.testing.assert_close(result.params["R"], 4 * torch.eye(2), rtol=0, atol=1.5)
+
+
+@pytest.mark.parametrize("states", [1, 2])
+def test_fits_of_wide_starts_far_from_their_mean(states: int) -> None:
+    """N(0, 1e12) for a level at a million: the usual way to say that nothing is known."""
+    y = 1e6 + torch.cumsum(torch.randn(100, generator=torch.Generator().manual_seed(0)), 0)
+
+    def model(y: Tensor) -> None:
+        q = pyro.param("q", torch.ones(states), constraint=dist.constraints.positive)
+        r = pyro.param("r", torch.tensor(1.0), constraint=dist.constraints.positive)
+        x = torch.zeros(states)
+        for t in pyro_em.markov(len(y)):
+            moved = x if t == 0 or states == 1 else torch.stack([x[..., 0] + x[..., 1], x[..., 1]], -1)
+            x = pyro.sample(f"x_{t}", dist.Normal(moved, 1e6 if t == 0 else q).to_event(1))
+            pyro.sample(f"y_{t}", dist.Normal(x[..., 0], r), obs=y[t])
+
+    result = pyro_em.fit(model, y, accelerate="anderson", max_iter=60, tol=1e-5)
+    assert result.converged

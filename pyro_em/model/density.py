@@ -20,6 +20,7 @@ from pyro_em.model import compat
 from pyro_em.model.capture import Capture
 from pyro_em.model.trace import SiteRecord
 from pyro_em.shapes import broadcast_shapes
+from pyro_em.state_space.start import Undetermined
 from pyro_em.state_space.steps import SingularInnovation
 
 
@@ -47,9 +48,15 @@ def clean_value(site: SiteRecord) -> Tensor:
 
 @contextlib.contextmanager
 def naming_singular_steps(site: str) -> Iterator[None]:
-    """A step without a density, met inside of a site's distribution, as an error that names the site."""
+    """A step without a density, or a start that is not determined, as an error that names the site."""
     try:
         yield
+    except Undetermined as error:
+        raise Refusal(
+            site,
+            "the observations do not determine the flat (improper) start of its states: there is no likelihood.",
+            "Give the states that no observation depends on a normal start, or observe more steps.",
+        ) from error
     except SingularInnovation as error:
         raise NonFiniteError(
             site,

@@ -42,6 +42,7 @@ class Blocks:
     rows: Array
     length: int
     many: bool
+    reach: float = 0.0  # max |y|
     _steps: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -68,7 +69,7 @@ class Blocks:
             rows = np.empty((M, S, D + L * P))
             rows[:, :, D:] = body.swapaxes(0, 1)
             lead = y[:, :cut].swapaxes(0, 1)
-        found = Blocks(np.ascontiguousarray(lead), rows, L, S >= MANY)
+        found = Blocks(np.ascontiguousarray(lead), rows, L, S >= MANY, max(float(y.max()), -float(y.min())))
         _memory.__dict__["blocks"] = (y, D, found) if rows.nbytes <= KEPT else None
         return found
 
@@ -107,11 +108,18 @@ class Sums:
 
 
 def smoothed(
-    own: Gains, data: Blocks, A: Array, C: Array, w: Array | None = None, path: Array | None = None
+    own: Gains,
+    data: Blocks,
+    A: Array,
+    C: Array,
+    w: Array | None = None,
+    path: Array | None = None,
+    start: Array | None = None,
 ) -> tuple[Array, Sums]:
     """Σ_t |z_t|² of every sequence, and sums of (x, r_t, u_t), sequences weighted by w (S,).
 
     :param path: what the data are deviations from at x, (T, D); it is added to x.
+    :param start: E x_0 before its data less the path's, of every sequence (S, D), if it is not 0.
     """
     n, (D, P) = len(own), own.gains.shape[1:]
     width = 2 * D + P
@@ -124,7 +132,9 @@ def smoothed(
     if moving < M:
         parts.append(kind("blocks", data.rows[moving:], of_block(own, A, C, L), w))
     S = data.num_sequences
-    state = np.zeros((D, S) if data.many else (S, D))
+    state = np.zeros((S, D)) if start is None else np.broadcast_to(start, (S, D))
+    if data.many:
+        state = state.T
     for segment in parts:
         state = segment.ahead(state)
     state = np.zeros_like(state)

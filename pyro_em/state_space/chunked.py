@@ -18,9 +18,11 @@ from torch import Tensor
 
 from pyro_em.state_space.centred import refined
 from pyro_em.state_space.chunks import cut
+from pyro_em.state_space.head import with_head
 from pyro_em.state_space.linear_gaussian import Chain, Smoothed
 from pyro_em.state_space.passes import Array, Filter, Smoother, StepArguments, chunk_ends, chunk_starts, states_before
 from pyro_em.state_space.smoother import smooth
+from pyro_em.state_space.start import FINE, Undetermined, raise_unless_fine, status_of
 from pyro_em.state_space.steps import LOG_2PI, SingularInnovation, prepared
 
 
@@ -32,34 +34,33 @@ def states(chain: Chain) -> Smoothed:
     given = [getattr(chain, field.name) for field in dataclasses.fields(chain)]
     with torch.no_grad():
         status, *parts = torch.ops.pyro_em.smoothed_states(*given)
-    step = int(status)
-    if step >= 0:
-        raise SingularInnovation(step)
+    raise_unless_fine(int(status))
     return Smoothed(*parts)
 
 
 _LIBRARY = torch.library.Library("pyro_em", "FRAGMENT")
 _LIBRARY.define(
     "smoothed_states(Tensor mean, Tensor covariance, Tensor A, Tensor b, Tensor Q, Tensor C, Tensor d, Tensor R, "
-    "Tensor y, Tensor? seen) -> Tensor[]"
+    "Tensor y, Tensor? seen, Tensor? flat) -> Tensor[]"
 )
 
 
 def _operation(*given: Any) -> list[Tensor]:
-    """Step without a density (-1 for none), and what `Smoothed` holds."""
+    """A status (start.py), and what `Smoothed` holds."""
     chain = Chain(*given)
     with torch._C.DisableTorchFunction():
         try:
             try:
-                found = refined(chain, smoothed) if chain.y.device.type == "cpu" else smooth(chain)
+                on_cpu = chain.y.device.type == "cpu"
+                found = refined(chain, lambda own: with_head(own, smoothed)) if on_cpu else smooth(chain)
             except np.linalg.LinAlgError:
                 found = smooth(chain)
-        except SingularInnovation as error:
+        except (SingularInnovation, Undetermined) as error:
             S, T, _ = chain.y.shape
             D = chain.A.shape[-1]
             shapes = ((S,), (S, T, D), (S, T, D, D), (S, T - 1, D, D), (S, T, D), (S, T, D, D), (S, T))
-            return [torch.tensor(error.step), *(chain.y.new_zeros(shape) for shape in shapes)]
-        return [torch.tensor(-1), *vars(found).values()]
+            return [torch.tensor(status_of(error)), *(chain.y.new_zeros(shape) for shape in shapes)]
+        return [torch.tensor(FINE), *vars(found).values()]
 
 
 for _device in ("CPU", "CUDA"):

@@ -6,12 +6,16 @@ does to an unknown state is a quadratic around 0, whose terms would cancel.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from pyro_em.state_space.centred import around_a_constant, centred, is_far
 from pyro_em.state_space.chunked import states
 from pyro_em.state_space.chunks import act, begin, cut
+from pyro_em.state_space.head import Head
 from pyro_em.state_space.linear_gaussian import Chain
+from pyro_em.state_space.start import is_open
 from pyro_em.state_space.steps import predict, prepared, update
 
 
@@ -20,8 +24,15 @@ def log_evidence(chain: Chain) -> Tensor:
 
     :raises SingularInnovation: where an observed step has no density given the past.
     """
+    return _log_evidence(near(chain))
+
+
+def _log_evidence(chain: Chain) -> Tensor:
+    if is_open(chain):
+        open_steps = Head.of(chain)
+        with open_steps.counted():
+            return open_steps.log_evidence() + _log_evidence(open_steps.rest())
     S, T, _ = chain.y.shape
-    chain = near(chain)
     steps = prepared(chain)
     M, L = cut(S, T - 1)
     head = T - M * L
@@ -45,6 +56,7 @@ def near(chain: Chain) -> Chain:
         return chain
     closer, path = around_a_constant(chain)
     if is_far(closer) and chain.num_steps > 1:
-        still = Chain(**{n: None if x is None else x.detach() for n, x in vars(closer).items()})
+        given: dict[str, Any] = {n: None if x is None else x.detach() for n, x in vars(closer).items()}
+        still = Chain(**given)
         closer = centred(chain, path + states(still).mean)
     return closer

@@ -17,6 +17,7 @@ joined state; a nonlinear step is refused long before.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,7 @@ class Chain:
     R: Tensor  # (S|1, T|1, P, P)
     y: Tensor  # (S, T, P), finite; cells that are not seen are not read
     seen: Tensor | None = None  # (S|1, T, P) bool; None where every cell is
+    flat: Tensor | None = None  # (1, H, D, F): x_0, ..., x_{H-1} have flat parts too, F directions in all (start.py)
 
     @property
     def num_steps(self) -> int:
@@ -62,6 +64,13 @@ class Chain:
         """Nothing is missing but the whole first step of every sequence."""
         seen = self.seen
         return seen is not None and not bool(seen[:, 0].any()) and bool(seen[:, 1:].all())
+
+    def first_steps(self, n: int) -> Chain:
+        """The chain of the steps 0..n-1."""
+        moves = {name: getattr(self, name)[:, : n - 1] for name in "AbQ" if getattr(self, name).shape[1] > 1}
+        later = {name: getattr(self, name)[:, :n] for name in "CdR" if getattr(self, name).shape[1] > 1}
+        seen = None if self.seen is None else self.seen.expand(len(self.seen), self.num_steps, -1)[:, :n]
+        return dataclasses.replace(self, y=self.y[:, :n], seen=seen, **moves, **later)
 
 
 @dataclass(frozen=True)

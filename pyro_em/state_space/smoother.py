@@ -15,8 +15,9 @@ from torch import Tensor
 
 from pyro_em.state_space.centred import refined
 from pyro_em.state_space.chunks import Action, act, begin, cut
-from pyro_em.state_space.linear_gaussian import Chain, Smoothed, symmetric
-from pyro_em.state_space.steps import Steps, gain, predict, prepared, update
+from pyro_em.state_space.head import with_head
+from pyro_em.state_space.linear_gaussian import Chain, Smoothed
+from pyro_em.state_space.steps import Steps, predict, prepared, rts, update
 
 Moments = tuple[Tensor, Tensor]
 
@@ -66,24 +67,13 @@ def _flat(parts: list[Tensor], S: int) -> Tensor:
     return torch.stack(parts, 2).flatten(1, 2).expand(S, *(-1,) * (parts[0].dim() - 1))
 
 
-def rts(
-    m: Tensor, P: Tensor, A: Tensor, m_next: Tensor, P_next: Tensor, Q: Tensor, s: Tensor, V: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Smoothed x and Cov(x', x): (m, P) filtered, x' = A x + N(·, Q) predicted (m_next, P_next), smoothed (s, V)."""
-    G = gain(P, A, P_next)
-    keep = torch.eye(P.shape[-1], dtype=P.dtype) - G @ A
-    mean = m + (G @ (s - m_next).unsqueeze(-1)).squeeze(-1)
-    covariance = symmetric(keep @ P @ keep.mT + G @ (Q + V) @ G.mT)
-    return mean, covariance, V @ G.mT
-
-
 def smooth(chain: Chain) -> Smoothed:
     """States given all data, with lag-one covariances.
 
     :raises SingularInnovation: where an observed step has no density given the past.
     """
     with torch.no_grad():
-        return refined(chain, _smoothed)
+        return refined(chain, lambda chain: with_head(chain, _smoothed))
 
 
 def _smoothed(chain: Chain) -> Smoothed:

@@ -108,3 +108,14 @@ def gain(P: Tensor, A: Tensor, predicted: Tensor) -> Tensor:
         inverse = torch.linalg.pinv(correlation, rtol=SINGULAR, hermitian=True)
         return ((inverse @ right) / scale.unsqueeze(-1)).mT
     return (torch.cholesky_solve(right, factor) / scale.unsqueeze(-1)).mT
+
+
+def rts(
+    m: Tensor, P: Tensor, A: Tensor, m_next: Tensor, P_next: Tensor, Q: Tensor, s: Tensor, V: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Smoothed x and Cov(x', x): (m, P) filtered, x' = A x + N(·, Q) predicted (m_next, P_next), smoothed (s, V)."""
+    G = gain(P, A, P_next)
+    keep = torch.eye(P.shape[-1], dtype=P.dtype) - G @ A
+    mean = m + (G @ (s - m_next).unsqueeze(-1)).squeeze(-1)
+    covariance = symmetric(keep @ P @ keep.mT + G @ (Q + V) @ G.mT)
+    return mean, covariance, V @ G.mT
