@@ -18,6 +18,7 @@ from pyro_em.device import on_device
 from pyro_em.e_step.assigned import Assigned
 from pyro_em.e_step.auto import choose_engine, in_double, verified
 from pyro_em.e_step.base import Engine, Expectation
+from pyro_em.e_step.expansion import expansion_of
 from pyro_em.e_step.pooled import Pooled
 from pyro_em.errors import EMWarning
 from pyro_em.evaluator import Evaluator
@@ -64,11 +65,10 @@ def fit(
 ) -> FitResult:
     """Fit a Pyro model by EM, MAP-EM, generalised EM or SVI.
 
-    `args` and `kwargs` go to the model (and guide), as in `SVI.step`; the keyword options below shadow
-    model arguments of the same name. Tensors among them of half precision are promoted to torch's default dtype, and no
-    gradients are followed into them. The fitted values are written to Pyro's param store. On an error or Ctrl-C the
-    caller's store and random state are as before. Calls from several threads take turns; inside of a model that is
-    running a call is refused.
+    `args` and `kwargs` go to the model and guide, as in `SVI.step`; options below shadow arguments of the same name.
+    Tensors among them of half precision are promoted to torch's default dtype, and no gradients are followed into them.
+    The fitted values are written to Pyro's param store. On an error or Ctrl-C the caller's store and random state are
+    as before. Calls from several threads take turns; inside of a model that is running a call is refused.
 
     :param model: any Pyro model. Discrete latents are enumerated without being marked.
     :param algorithm: "em" (exact posterior, M-step in closed form where there is one), "map-em" (the same,
@@ -80,15 +80,14 @@ def fit(
     :param guide: Pyro guide. Under the exact algorithms its Delta sites are point estimates.
     :param roles: `{"site": "parameter" | "latent"}`, overriding what `plan` shows.
     :param init: starting values by name (constrained), or "model", "random", "kmeans++".
-    :param restarts: number of starts; the best is returned, all are reported in `result.restarts`. The
-        first start is `init` (or the model's own values), the others are drawn. Where the engine can, all starts
-        go through the data together, and those that have ended leave.
+    :param restarts: number of starts; the best is returned, all are in `result.restarts`. The first is `init` (or the
+        model's own values), the others are drawn. Where the engine can, all go through the data together.
     :param seed: makes the fit reproducible bit for bit.
     :param max_iter: most parameter updates; with `tol=0` exactly that many are performed. An accelerated
         update is one accepted extrapolation, which costs several EM maps (`history["num_e_steps"]`).
     :param tol: converged when max|∂ objective/∂u| / N <= tol (u: free coordinates, N: data elements).
-    :param accelerate: None, "squarem" or "anderson": extrapolate the EM map. The objective still never falls,
-        as an update that lowers it is replaced by the plain one. Worth it where EM creeps.
+    :param accelerate: None, "squarem" or "anderson": extrapolate the EM map (of factor models: that of PX-EM). The
+        objective still never falls, as an update that lowers it is replaced by a plain one. Worth it where EM creeps.
     :param temperature: deterministic annealing for "em", "map-em" and "gem": E-steps with q ∝ p(z|x)^(1/T) until the
         schedule ends, then ordinary EM. A first temperature T0 (T = 1 + (T0 - 1)·0.9^k until it is within 0.01 of
         1), a sequence of temperatures, or a function of the iteration, which ends the schedule by returning 1.
@@ -162,6 +161,7 @@ def fit(
         m = MStep(problem, m_step, algorithm, optim)
         collinear(m.collinear)
         engine = _engine(problem, m, algorithm)
+        m.expansion = expansion_of(engine, m) if accelerator and temperature is None else None
         rough = mixed is not None and worthwhile(engine)
         starts = list(initial_starts(problem, m, init, restarts, seed))
         if len(starts) == 1:  # one of several may be a saddle; the others are drawn

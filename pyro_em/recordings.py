@@ -210,6 +210,7 @@ def after(
     updated, unseen = m_step.closed_map(params, sufficient)
     if certify:
         m_step.certify(updated, sufficient)
+    updated = m_step.expanded(updated, sufficient)
     empty.update(unseen)
     return [torch.cat([totals, score.reshape(1)]), *(updated[name] for name in params)]
 

@@ -58,6 +58,8 @@ class Sufficient:
         self.opens: Callable[[str, Mapping[str, int], int], Any] | None = None
         # The same of predictors behind links, for the sites of which such an engine makes them itself.
         self.predictors: Callable[[str, Mapping[str, int], int], Any] | None = None
+        # Mean and covariance of cells of a latent, around the mean or another center: (site, cells, center).
+        self.spread_of: Callable[[str, Tensor, Tensor | None], tuple[Tensor, Tensor]] | None = None
         self.posterior: Callable[[], Posteriors] | None = None  # posterior weights of every factor
         self.weights: dict[str, Tensor] = {}  # made of these by the M-step, by site
         self.kernels: dict[str, Any] = {}  # the M-step's total kernels, with the version they were made for

@@ -149,7 +149,10 @@ class Pooled:
         def opens(name: str, starts: Mapping[str, int], size: int) -> Location | None:
             return location(name).opened(starts, size) if name in self.place else None
 
-        sufficient._moments_of, sufficient.opens = moments_of, opens
+        def spread_of(name: str, cells: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor]:
+            return location(name).spread(cells, center)
+
+        sufficient._moments_of, sufficient.opens, sufficient.spread_of = moments_of, opens, spread_of
         return self._outside.totals(evidence, sufficient), sufficient
 
     def _arguments(self, params: Params) -> Sufficient:

@@ -241,6 +241,14 @@ class PooledLocation(Location):
         value, ones = self._values()
         return (ones * value).sum(0) / self.own.pooled.count
 
+    def spread(self, cells: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean of some cells of a latent's value over elements and posterior, and covariance around it or `center`."""
+        value, ones = self._values()
+        value, count = value[:, cells], self.own.pooled.count
+        center = (ones * value).sum(0) / count if center is None else center
+        around = value - ones * center
+        return center, around.mT @ around / count
+
     def value_moments(self, mean: Tensor | None = None) -> SiteMoments:
         """Of a latent's value, around its own mean in the cells of all arguments or around another one."""
         own, arguments = self.own, self.arguments

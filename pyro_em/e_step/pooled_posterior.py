@@ -72,7 +72,7 @@ def posterior(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> tuple
     spread = (classes.weight * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)).sum()
     two_pi = 0.5 * own.size * LOG_2PI * classes.weight.sum()
     likelihood = solved.constant - energy - spread + two_pi
-    magnitude = solved.constant.abs() + energy + spread.abs() + two_pi
+    magnitude = solved.constant.abs() + energy + spread.abs() + two_pi + _cancelled(solved, classes.weight)
     identity = torch.eye(own.size, dtype=torch.float64).expand_as(lower)
     root = torch.linalg.solve_triangular(lower.mT, identity, upper=True) * classes.weight.sqrt()[:, None, None]
     if basis is not None:
@@ -92,7 +92,10 @@ def log_evidence(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> tu
 
 @dataclass(frozen=True)
 class _Solved:
-    """The least squares problem of a set: u at its `mean` (U, K, c), the `energy` (U, c) there; z = start + basis u."""
+    """The least squares problem of a set: u at its `mean` (U, K, c), the `energy` (U, c) there; z = start + basis u.
+
+    `data` (U, any, c) are the residuals at u = 0, `squares` (U, c) those at the mean; `precision` is L Lᵀ.
+    """
 
     start: Tensor | None
     basis: Tensor | None
@@ -101,6 +104,18 @@ class _Solved:
     energy: Tensor
     left: Tensor
     constant: Tensor
+    data: Tensor
+    squares: Tensor
+    precision: Tensor
+
+
+def _cancelled(solved: _Solved, weight: Tensor) -> Tensor:
+    """Size of the terms whose difference the residuals are, times that of the residuals, and the same for the pivots in
+    log|L|: where a noise goes to 0 that says how many digits they have."""
+    pivots = solved.lower.diagonal(dim1=-2, dim2=-1)
+    differences = (solved.precision.diagonal(dim1=-2, dim2=-1) / (pivots * pivots)).sum(-1)
+    residuals = (solved.squares * (solved.data * solved.data).sum(1)).sqrt().sum()
+    return residuals + 0.5 * (weight * differences).sum()
 
 
 def _solve(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> _Solved:
@@ -145,10 +160,11 @@ def _solve(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> _Solved:
     slope = T.mT @ at_mean if basis is None else T.mT @ at_mean + mean
     step = -torch.cholesky_solve(slope, lower)  # mends the rounding of the first solve
     mean, at_mean = mean + step, at_mean + T @ step
-    energy = 0.5 * (at_mean * at_mean).sum(1)
+    squares = (at_mean * at_mean).sum(1)
+    energy = 0.5 * squares
     if basis is not None:
         energy = energy + 0.5 * (mean * mean).sum(1)
-    return _Solved(start, basis, lower, mean, energy, 0.5 * left, constant)
+    return _Solved(start, basis, lower, mean, energy, 0.5 * left, constant, d, squares, precision)
 
 
 def residual(site: PooledSite, C: Tensor, ones: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ identity), which is what the stopping rule reads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -72,6 +73,8 @@ class MStep:
                 self.choices[name] = replace(self.choices[name], reason=f"{self.choices[name].reason}; {how}")
         self._count = 0
         self._coupled = bool(self.numeric and self.closed)
+        # What goes on from the maximum of Q to where log p(x|θ) is no lower; not in plain EM (e_step/expansion.py).
+        self.expansion: Callable[[Params, Sufficient], Params] | None = None
 
     @property
     def free(self) -> tuple[str, ...]:
@@ -153,6 +156,11 @@ class MStep:
                 break
         raise NotCertified
 
+    def expanded(self, params: Params, sufficient: Sufficient) -> Params:
+        """The end of an update, of which `closed_map` gives the maximum of Q. The reference has none."""
+        none = self.expansion is None or sufficient.spread_of is None
+        return params if none else self.expansion(params, sufficient)  # type: ignore[misc]
+
     def certify(self, params: Params, sufficient: Sufficient) -> None:
         """Whether Q is at its maximum in the parameters with closed forms, after `closed_map`.
 
@@ -217,6 +225,7 @@ class MStep:
         if self.gradient:
             block = _block(params, expectation, self.gradient)
             params = self._climbed(block, expectation, STEPS) if not self.optim else ascend_with(block, self.optim)
+        params = self.expanded(params, sufficient)
         return params, MStepInfo(rounds, certificate, tuple(sorted(empty - self.collinear)))
 
     def _round(self, params: Params, expectation: Expectation) -> tuple[Params, set[str]]:
