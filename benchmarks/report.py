@@ -55,6 +55,15 @@ def _per_update(record: Record, contender: str) -> list[float | None]:
     return record["contenders"][contender]["seconds_per_update"]
 
 
+def marginal_costs(record: Record) -> tuple[dict[int, float], float]:
+    """Seconds that each unit costs beyond the size before, and those of an update of the smallest size beside its units
+    at the first of these prices: what does not grow."""
+    sizes, units = record["sizes"], record["units"]
+    times = [spread.median * n for spread, n in zip(costs_of_a_unit(record).values(), units, strict=True)]
+    found = {size: (times[i + 1] - times[i]) / (units[i + 1] - units[i]) for i, size in enumerate(sizes[1:])}
+    return found, times[0] - units[0] * found[sizes[1]]
+
+
 def unevenness(record: Record) -> float:
     """How far the dearest unit is above the cheapest."""
     medians = [spread.median for spread in costs_of_a_unit(record).values()]
@@ -222,11 +231,15 @@ def _cold(records: Sequence[Record]) -> str:
 def _scale(records: Sequence[Record]) -> str:
     rows = []
     for record in records:
+        more, fixed = marginal_costs(record)
         for size, spread in costs_of_a_unit(record).items():
-            rows.append([record["title"], f"{record['letter']} = {size:,}", record["unit"], _spread(spread, 1e9, 2)])
+            setup = _setup(record["contenders"][str(size)])
+            cost = f"{1e9 * more[size]:.2f}" if size in more else f"{1e6 * fixed:.0f} µs beside them"
+            own = [f"{record['letter']} = {size:,}", record["unit"], _spread(spread, 1e9, 2), cost, setup]
+            rows.append([record["title"], *own])
         asked = "" if record["flat_within"] is None else f" (asked: ≤ {record['flat_within']:.0%})"
-        rows.append([f"spread{asked}", "", "", f"{unevenness(record):.0%}"])
-    return _rows(["scale", "", "unit", "ns a unit and update"], rows)
+        rows.append([f"spread{asked}", "", "", f"{unevenness(record):.0%}", "", ""])
+    return _rows(["scale", "", "unit", "ns a unit and update", "ns, each beyond the row above", "set-up, s"], rows)
 
 
 def _gap(records: Sequence[Record]) -> str:

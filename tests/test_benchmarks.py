@@ -113,7 +113,8 @@ def test_arrival_is_the_first_point_within_the_gap() -> None:
 
 def test_every_workload_is_listed() -> None:
     names = "A1 A2 A3 A4 B1 B2 B3 hmm-small D F small front-end whole-fit scale-N scale-K scale-D scale-T "
-    names += "gap-gaussian gap-large gap-mixed gap-poisson regressions poisson-regressions C2 C3 irt C1 LMM LMM-crossed"
+    names += "gap-gaussian gap-large gap-mixed gap-poisson regressions poisson-regressions C2 C3 irt "
+    names += "glmm C1 LMM LMM-crossed"
     assert names.split() == list(WORKLOADS)
     for name, workload in WORKLOADS.items():
         assert workload.name == name
@@ -225,6 +226,20 @@ def test_rounds_that_differ_are_no_result() -> None:
     assert "**unsteady**" in text
     assert "met" not in text
     assert "- X: the rounds against peer differ, 3.00× to 9.00×: noise, no result." in text
+
+
+def test_what_does_not_grow_is_told_apart() -> None:
+    """90 µs an update and 50 ns a step up to 11,000, 10 beyond; the average cost of a step is far from flat."""
+    times = {"1000": 140e-6, "11000": 640e-6, "111000": 1640e-6}
+    found = {size: {"seconds_per_update": [t] * 3, "setup_seconds": [0.25] * 3} for size, t in times.items()}
+    scale = {"kind": "scale", "sizes": [1000, 11000, 111000], "units": [1000, 11000, 111000], "contenders": found}
+    record = {**PAIRED, **scale, "flat_within": 0.5, "letter": "T", "unit": "step"}
+    more, fixed = report.marginal_costs(record)
+    assert fixed == pytest.approx(90e-6) and more == {11000: pytest.approx(50e-9), 111000: pytest.approx(10e-9)}
+    text = report.table([record])
+    assert "| T = 1,000 | step | 140.00 (140.00–140.00) | 90 µs beside them | 0.25 |" in text
+    assert "| T = 111,000 | step | 14.77 (14.77–14.77) | 10.00 | 0.25 |" in text
+    assert "- X: the cost of a step varies by 848%, 50% was asked." in text
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
