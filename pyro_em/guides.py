@@ -29,6 +29,7 @@ from pyro_em.errors import InputError, Refusal
 from pyro_em.model.capture import Capture, ParameterRecord, capture
 from pyro_em.model.compat import base_distribution
 from pyro_em.model.roles import RoleOf, assign_roles
+from pyro_em.model.timeline import Loop
 from pyro_em.store import interior
 from pyro_em.types import Model, Params
 
@@ -128,6 +129,8 @@ def split_sites(
     :raises Refusal: for a latent that the guide leaves out and that cannot be summed out.
     """
     seen = capture(model, args, kwargs)
+    if seen.loops and (guide is not None or any(_drawn(seen, loop) for loop in seen.loops)):
+        seen = capture(model, args, kwargs, together=False)  # SVI runs every step by itself
     held, guide_records = ({}, {}) if guide is None else _inspect(guide, args, kwargs)
     unknown = [name for name in held if name not in seen.sites or seen.sites[name].observed]
     if unknown:
@@ -157,6 +160,12 @@ def split_sites(
         site = seen.sites[name]
         records.setdefault(name, ParameterRecord(name, site.value.detach().clone(), site.fn.support, "sample"))
     return Split(model, guide, seen, assigned, tuple(points), tuple(guided), tuple(enumerated), held, records)
+
+
+def _drawn(seen: Capture, loop: Loop) -> bool:
+    """Whether some latents of a loop over time are drawn from a guide, not summed out."""
+    own = [site for name, site in seen.sites.items() if name in loop.names]
+    return any(not (site.observed or site.enumerable) for site in own)
 
 
 def _left_out(name: str, family: str, discrete: bool) -> Refusal:

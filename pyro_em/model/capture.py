@@ -163,13 +163,14 @@ def _as_given(value: Tensor, gone: Tensor | None) -> Tensor:
     return value if gone is None else torch.where(gone, torch.nan, value)
 
 
-def capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+def capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], *, together: bool = True) -> Capture:
     """Run the model once, plainly, in an empty param store.
 
     Raises `InputError` for data that are NaN, infinite or outside of a site's support.
+    :param together: run the steps of loops together; else every step has sites of its own, as in plain Pyro.
     """
     try:
-        seen = _capture(model, args, kwargs, "unplanned", ())
+        seen = _capture(model, args, kwargs, "unplanned" if together else "alone", ())
     except Unplanned:
         shallow = _capture(model, args, kwargs, "shallow", ())
         try:

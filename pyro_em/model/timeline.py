@@ -207,7 +207,7 @@ def markov(steps: int | range, history: int = 1) -> Iterator[Any]:
         steps = len(steps)
     if steps < 1 or history < 1:
         raise InputError(f"markov: a loop of {steps} steps with history {history}; both are at least 1.")
-    if not _active:
+    if not _active or _active[-1].kind == "alone":
         return iter(pyro.markov(range(steps), history=history))
     return _planned(_active[-1], steps, history)
 
@@ -286,8 +286,8 @@ class _Names(Messenger):
 def running(kind: str, loops: Sequence[Loop] = ()) -> Iterator[list[Loop]]:
     """Within this context `markov` loops are run as told; gives the loops that were met.
 
-    :param kind: "unplanned" (raise `Unplanned` at the first), "shallow" (the first steps only), "together", or
-        "chosen" (at `chosen_steps`); the last two for the `loops` that a shallow run has found.
+    :param kind: "unplanned" (raise `Unplanned` at the first), "alone" (step by step), "shallow" (the first steps only),
+        "together", or "chosen" (at `chosen_steps`); the last two for the `loops` that a shallow run has found.
     """
     mode = _Mode(kind, loops)
     _active.append(mode)
