@@ -4,7 +4,9 @@
                           u ~ N(û, Σ) in free coordinates, Σ the inverse observed information, mapped back
     log_likelihood        log p(x_n|θ) of every data element at these draws, latents summed out (for `az.loo`)
     posterior_predictive  data drawn at these draws (only if `predictive` asks for them)
-    latent_posterior      responsibilities p(z_n = k|x, θ̂), dims (plates, <site>_state)
+    latent_posterior      responsibilities p(z_n = k|x, θ̂), dims (plates, <site>_state); of continuous latents mean and
+                          standard deviation, dim `moment` first
+    latent_draws          joint draws of all latents given the data and θ̂ (only if `latent_draws` asks for them)
     estimates             θ̂, standard errors and 95 % intervals, dim `statistic`
     em_trace              the history, dim `iteration` (it is no chain, so it is not in `sample_stats`)
     observed_data         the data
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 
 Dims = tuple[str, ...]
 SAMPLE: Dims = ("chain", "draw")
-RESERVED = {*SAMPLE, "statistic"}  # dims that a plate may not be
+RESERVED = {*SAMPLE, "statistic", "moment"}  # dims that a plate may not be
 NORMAL = "normal approximation in free coordinates around the estimate, from the observed information"
 MAX_HESSIAN = 2000  # free parameters up to which the observed information is computed
 POINT = "one draw, the estimate itself: it says nothing about uncertainty"
@@ -56,6 +58,7 @@ def to_inference_data(
     seed: int = 0,
     predictive: int = 0,
     num_log_likelihood_draws: int | None = None,
+    latent_draws: int = 0,
 ) -> Any:
     """The fit as ArviZ wants it: InferenceData on ArviZ 0.x, `xarray.DataTree` on 1.x.
 
@@ -64,6 +67,7 @@ def to_inference_data(
     :param predictive: number of data sets to predict, one a draw of the parameters (0: none).
     :param num_log_likelihood_draws: draws at which the log-likelihood is computed: all by default, 0 for none.
         Each costs one evaluation of the model, in batches where the model can be batched.
+    :param latent_draws: number of joint draws of the latents at the estimate (0: none): large for long series.
     :raises InputError: for numbers of draws that cannot be used.
 
     Example::
@@ -72,7 +76,7 @@ def to_inference_data(
         az.summary(data)
         az.loo(data)
     """
-    tree = to_datatree(result, num_draws, seed, predictive, num_log_likelihood_draws)
+    tree = to_datatree(result, num_draws, seed, predictive, num_log_likelihood_draws, latent_draws)
     import arviz  # slow, and on Python 3.11 announces its own future
 
     return arviz.from_datatree(tree) if _major(arviz.__version__) < 1 else tree
@@ -88,13 +92,14 @@ def to_datatree(
     seed: int = 0,
     predictive: int = 0,
     num_log_likelihood_draws: int | None = None,
+    latent_draws: int = 0,
 ) -> xarray.DataTree:
     """The tree of `to_inference_data`, which needs no ArviZ: `.to_netcdf(path)` writes it."""
     limit = num_draws if num_log_likelihood_draws is None else num_log_likelihood_draws
-    if num_draws < 2 or predictive < 0 or limit < 0:
+    if num_draws < 2 or min(predictive, limit, latent_draws) < 0:
         raise InputError(
-            f"to_inference_data: num_draws must be at least 2 (is {num_draws}), predictive and "
-            f"num_log_likelihood_draws at least 0 (are {predictive} and {limit})."
+            f"to_inference_data: num_draws must be at least 2 (is {num_draws}), predictive, "
+            f"num_log_likelihood_draws and latent_draws at least 0 (are {predictive}, {limit} and {latent_draws})."
         )
     information, notes = available_information(result, MAX_HESSIAN)
     problem = result.problem
@@ -117,8 +122,11 @@ def to_datatree(
         attributes["missing_groups"] = "no model: data, latents and log-likelihood are left out"
     else:
         groups["observed_data"] = _observed(problem)
-        if problem.graph.latents:
-            groups["latent_posterior"] = _latents(result.posterior())
+        latents = result.posterior()
+        if latents.latents:
+            groups["latent_posterior"] = _latents(latents)
+            if latent_draws:
+                groups["latent_draws"] = _latent_draws(latents, latent_draws, seed)
         if information is not None and draws is not None and limit and problem.graph.data_plates:
             try:
                 values = pointwise_draws(problem, result.params, information, draws[:limit])
@@ -163,14 +171,38 @@ def _observed(problem: Problem) -> xarray.Dataset:
 def _latents(posterior: Posterior) -> xarray.Dataset:
     table, coords = {}, {}
     for name in posterior.latents:
-        site = posterior.problem.capture.sites[posterior.site(name)]
+        if posterior.is_continuous(name):
+            moments = torch.stack([posterior.mean(name), posterior.variance(name).clamp(min=0).sqrt()])
+            table[name] = (("moment", *_latent_dims(posterior, name, moments.shape[1:])), _numpy(moments))
+            coords["moment"] = np.array(["mean", "sd"])
+            continue
         probs = posterior.responsibilities(name)
         state = f"{name}_state"
-        dims = _site_dims(name, site, probs.shape[:-1], posterior.latents, event_dim=0)
-        table[name] = ((*dims, state), _numpy(probs))
-        values = site.fn.enumerate_support(expand=False)
-        coords[state] = _numpy(values.reshape(len(values))) if not site.fn.event_shape else np.arange(len(values))
+        table[name] = ((*_latent_dims(posterior, name, probs.shape[:-1]), state), _numpy(probs))
+        fn = posterior.problem.capture.sites[posterior.site(name)].fn
+        values = fn.enumerate_support(expand=False)
+        coords[state] = _numpy(values.reshape(len(values))) if not fn.event_shape else np.arange(len(values))
     return _dataset(table, {"given": "the estimate"}, coords)
+
+
+def _latent_draws(posterior: Posterior, num: int, seed: int) -> xarray.Dataset:
+    """All draws at once: one pass over the data, however many."""
+    with isolated_rng(seed), torch.no_grad():
+        drawn = posterior.sample(num)
+    table = {n: ((*SAMPLE, *_latent_dims(posterior, n, x.shape[1:])), _numpy(x)[None]) for n, x in drawn.items()}
+    return _dataset(table, {"given": "the estimate"})
+
+
+def _latent_dims(posterior: Posterior, name: str, shape: tuple[int, ...]) -> Dims:
+    """Of a latent's value: plates where it has a site of its own, as the states of a chain have not."""
+    known = posterior.problem.capture.sites
+    site = name if posterior.is_continuous(name) else posterior.site(name)
+    if site not in known:
+        return tuple(f"{name}_dim_{i}" for i in range(len(shape)))
+    event = len(shape) - len(known[site].plates)
+    return _site_dims(
+        name, known[site], shape, posterior.latents, event_dim=max(0, min(event, known[site].fn.event_dim))
+    )
 
 
 def _log_likelihood(problem: Problem, values: Tensor) -> xarray.Dataset:

@@ -30,13 +30,13 @@ def pick(
     if num is not None:
         graph = with_plate(graph, DRAWS)
     leaves: dict[str, Tensor] = {}
-    for component in graph.components:
-        for name in component.factors:
-            leaf, dims = factors[name].detach(), dims_of(factors[name])
-            if num is not None:
-                leaf, dims = leaf.expand(num, *leaf.shape), DRAWS + dims
-            leaves[name] = with_dims(leaf.clone().requires_grad_(True), dims)
-    with torch.enable_grad():
+    with torch.enable_grad():  # packing makes a view, through which the gradient has to come back
+        for component in graph.components:
+            for name in component.factors:
+                leaf, dims = factors[name].detach(), dims_of(factors[name])
+                if num is not None:
+                    leaf, dims = leaf.expand(num, *leaf.shape), DRAWS + dims
+                leaves[name] = with_dims(leaf.clone().requires_grad_(True), dims)
         total = sum((contract(graph, c, leaves, elimination).sum() for c in graph.components), torch.zeros(()))
     found = torch.autograd.grad(total, list(leaves.values()))
     indicators = {name: with_dims(g, dims_of(leaves[name])) for name, g in zip(leaves, found, strict=True)}
