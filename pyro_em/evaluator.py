@@ -27,6 +27,7 @@ WARM = 3  # ordinary evaluations before a recording, which costs a few of them; 
 REFRESH = 100
 FAILURES = 3  # to record, after which it is not tried again: some E-steps do more than others (an error estimate)
 DEVIATIONS = 3  # calls in a row in which no replay held, after which the new way is recorded
+WORTH, PATIENCE = 20, 4  # replays that a recording costs; if it got fewer, the next one waits so many times longer
 
 
 class Evaluator:
@@ -42,6 +43,7 @@ class Evaluator:
         self._in_one = True  # what comes before and after the pass over the data, with it, as far as that is known
         self._recording: Recording | None = None
         self._count, self._deviations, self._failures, self._coupled = 0, 0, 0, False
+        self._patience, self._held = WARM, 0  # calls to wait for the next recording; replays of the last one
 
     def __call__(self, requests: Sequence[Request]) -> list[Evaluated | Exception]:
         self._count += 1
@@ -86,7 +88,8 @@ class Evaluator:
             self._failed(error)
             return nothing
         # One of many starts may go another way for good: it is evaluated by itself, the others are replayed.
-        self._deviations = 0 if any(found) else self._deviations + 1
+        held = any(found)
+        self._deviations, self._held = (0, self._held + 1) if held else (self._deviations + 1, self._held)
         return found
 
     def _agree(self, replayed: Mapped, ordinary: Evaluated | Exception) -> bool:
@@ -107,7 +110,7 @@ class Evaluator:
         engine, m_step = self.engine, self.m_step
         if self.refusal or not (_is_staged(engine) or hasattr(engine, "unread")):
             return False
-        if self._count < WARM or (self._recording is not None and self._deviations < DEVIATIONS):
+        if (self._count if self._recording is None else self._deviations) < self._patience:
             return False
         if not m_step.closed or len(m_step.free) > len(m_step.closed):
             return False
@@ -120,9 +123,12 @@ class Evaluator:
         try:
             found = recording.record(request)
         except NotCertified:  # at these parameters
-            self._count, self._deviations = 0, 0
+            self._count, self._deviations, self._patience = 0, 0, PATIENCE * self._patience
             return None
-        self._recording, self._deviations = recording, 0
+        # Newton's method may take another number of steps at every update.
+        first = self._recording is None
+        self._patience = DEVIATIONS if first or self._held >= WORTH else PATIENCE * self._patience
+        self._recording, self._deviations, self._held = recording, 0, 0
         return found
 
     def _failed(self, error: Exception) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -18,7 +20,7 @@ from pyro_em.e_step.plated import Plated
 from pyro_em.evaluator import Evaluator
 from pyro_em.m_step.auto import MStep
 from pyro_em.problem import bind
-from pyro_em.recordings import Around, Mapped, Request
+from pyro_em.recordings import Around, Mapped, Request, Ways
 from pyro_em.tape import replay
 from tests import zoo_quadrature
 from tests.latent_problems import LATENT_PROBLEMS, LatentProblem
@@ -105,6 +107,22 @@ def test_closed_forms_are_replayed(name: str) -> None:
     assert not evaluate.refusal
     assert any(kinds), "nothing was recorded"
     assert all(kinds[-5:]) or name in VARYING
+
+
+def test_what_keeps_going_other_ways_is_recorded_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newton's method that takes another number of steps at every update: a recording costs many of them."""
+    evaluate, problem = _evaluator("gamma_mixture")
+    made, add = [], Ways.add
+
+    def counted(self: Ways, *args: Any) -> Any:
+        made.append(evaluate._count)
+        return add(self, *args)
+
+    monkeypatch.setattr(Ways, "add", counted)
+    monkeypatch.setattr(Ways, "__call__", lambda self, inputs: None)
+    for _ in range(80):
+        evaluate([Request(problem.start(), 1.0)])
+    assert made == [3, 6, 18, 66]
 
 
 def test_what_is_too_large_for_one_recording_is_recorded_around_the_data(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,6 +146,17 @@ def state_space(loop: Loop, x: Tensor, y: Tensor, u: Tensor) -> None:
             pyro.sample(f"y_{t}", dist.Normal(0.5 * level, s), obs=y[t])
 
 
+def ragged(loop: Loop, y: Tensor, lengths: Tensor) -> None:
+    """Sequences of unequal lengths as in Pyro's own examples, and a level that moves by as much at every step."""
+    A, mu, z = table(), levels("mu"), torch.tensor(0)
+    drift = pyro.param("drift", torch.linspace(-0.1, 0.1, y.shape[1]))
+    with pyro.plate("sequences", y.shape[1]):
+        for t in loop(len(y)):
+            with poutine.mask(mask=t < lengths):
+                z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+                pyro.sample(f"y_{t}", dist.Normal(mu[z] + drift * t, 1.0), obs=y[t])
+
+
 counts = torch.arange(T) % 3 * 1.0
 tables = torch.softmax(draws(T, 2, 2, 2), -1)
 gaps = torch.arange(T) % 3 > 0
@@ -160,6 +171,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "second order": (second_order, draws(T), draws(T, M), tables),
     "partly known": (partly_known, draws(T), draws(T, M), torch.arange(T) % 2, ~gaps),
     "tied mixture": (tied_mixture, draws(T)),
+    "ragged": (ragged, draws(T, N), torch.tensor([6, 2, 3])),
     "state space": (state_space, draws(T, 1), draws(T, M), draws(T + 1, 1)[1:]),
 }
 

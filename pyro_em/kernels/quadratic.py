@@ -215,8 +215,9 @@ def _solve(precision: Tensor, linear: Tensor) -> Tensor:
     step = (vectors @ (inverse.unsqueeze(-1) * (vectors.mT @ (linear / scale).unsqueeze(-1)))).squeeze(-1) / scale
     # Of all solutions the one orthogonal to the null space, whose basis in the entries' own units is D⁻¹V.
     null = torch.where(kept.unsqueeze(-2), 0.0, vectors / scale.unsqueeze(-1))
-    gram = null.mT @ null + torch.diag_embed(kept.to(null))
-    along = torch.linalg.solve(gram, null.mT @ step.unsqueeze(-1))
+    # Its vectors are made of one length: entries with next to no information are as long as the others are short.
+    null = null / torch.where(kept, 1.0, torch.linalg.vector_norm(null, dim=-2)).unsqueeze(-2)
+    along = torch.linalg.pinv(null.mT @ null, hermitian=True, rtol=RANK) @ (null.mT @ step.unsqueeze(-1))
     return step - (null @ along).squeeze(-1)
 
 

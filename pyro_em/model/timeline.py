@@ -24,60 +24,12 @@ from typing import Any
 import pyro
 import torch
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
 
 from pyro_em.errors import InputError, Refusal
+from pyro_em.model.step_index import Steps
 from pyro_em.model.time_dim import time_in_place
 
-_COMPARISONS = {
-    getattr(torch.Tensor, name) for name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
-} | {torch.Tensor.eq, torch.Tensor.ne, torch.Tensor.lt, torch.Tensor.le, torch.Tensor.gt, torch.Tensor.ge}
 SHORTEST = 2  # steps in the plate below which the loop is simply run
-
-
-class Steps(torch.Tensor):
-    """Several steps as one index; arithmetic with numbers gives steps again.
-
-    Comparing with a number gives a bool where all steps agree (`t == 0` is False for t = 1, 2, ...), and is
-    refused where they differ. In a name, f"z_{t}", it reads as a slice, "z_1:1000".
-    """
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-        alone = all(isinstance(a, cls | int | float) for a in args)
-        if alone and func in _COMPARISONS:
-            if bool(result.all()) or not bool(result.any()):
-                return bool(result.all())
-            raise _uneven("compares the step with a number, with another answer at some steps than at others")
-        if alone and isinstance(result, Tensor) and result.dim() == 1 and not result.is_floating_point():
-            return result.as_subclass(cls)
-        return result
-
-    __hash__ = torch.Tensor.__hash__
-
-    def __format__(self, spec: str) -> str:
-        first, last = int(self[:1]), int(self[-1:])
-        return f"{first}:{last + 1}"
-
-    def __str__(self) -> str:
-        return format(self, "")
-
-    def __index__(self) -> int:
-        raise _uneven("uses the step as a Python integer")
-
-    def __iter__(self) -> Iterator[Any]:
-        raise _uneven("loops over the step")
-
-
-def _uneven(what: str) -> Refusal:
-    return Refusal(
-        "",
-        f"the body of a pyro_em.markov loop {what}; all steps after the first are run at once.",
-        "index tensors by the step, x[t], with time as their first dim, or write pyro.markov(range(T)), which runs "
-        "every step by itself.",
-    )
 
 
 @dataclass
@@ -163,8 +115,9 @@ def not_together(loops: Sequence[Loop], error: Exception) -> Refusal:
     return Refusal(
         loops[0].plate,
         f"with all steps at once the body of the pyro_em.markov loop fails, each step by itself does not: {said}.",
-        "time is the first dim of x[t]; where that meets plates, give x a dim of size 1 for each that it does not vary "
-        "in, (T, 1); or write pyro.markov(range(T)), which runs every step by itself.",
+        "time is the first dim of x[t]; where that meets plates or vectors (w[z] of a table, times a covariate x[t]) "
+        "give x a dim of size 1 for each that it does not vary in, (T, 1); or write pyro.markov(range(T)), which runs "
+        "every step by itself.",
     )
 
 

@@ -283,3 +283,15 @@ def test_probability_kernels_refuse_factors_that_spoil_them() -> None:
         BetaKernel(torch.ones(()), torch.ones(())).rescale(torch.tensor(0.5))
     with pytest.raises(IncompatibleKernels, match="different factors"):
         SimplexKernel(torch.ones(2)).rescale(torch.tensor([0.5, 1.0]))
+
+
+@pytest.mark.parametrize("seed", range(60, 120))
+def test_directions_without_information_of_all_lengths(seed: int) -> None:
+    """Logits of a class that is all but certain: rows of 1, 1e-18 and 1e-80, each with a direction that is free."""
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(seed))[:, 0]
+    p = torch.softmax(torch.tensor([0.0, -185.0, 0.2, -40.0]), -1)
+    design = torch.stack([torch.ones(3), x], -1)
+    precision = torch.kron(design.mT @ design, torch.diag(p) - p.unsqueeze(-1) * p)
+    wanted = torch.tensor([1.0, 0.0, -1.0, 0.0, 0.5, 0.0, -0.5, 0.0])
+    step = QuadraticKernel(precision @ wanted, precision, torch.zeros(8), vector=True).argmax()
+    torch.testing.assert_close(precision @ step, precision @ wanted, rtol=1e-9, atol=1e-9)
