@@ -56,7 +56,7 @@ def free_slopes(constraint: Constraint, value: Tensor, function: Differentiable)
         factor = factors.cholesky(value)
         slope = function.factor_gradient(factor)
         if slope is not None:
-            return _of_factor(factor, slope)
+            return slope_of_factor(factor, slope)
     return chart(constraint, value).pull_back(value, function.gradient(value))
 
 
@@ -89,8 +89,8 @@ def _of_simplex(value: Tensor, weighted: Tensor) -> Tensor:
     return torch.where(reference, 0.0, slope)
 
 
-def _of_factor(factor: Tensor, slope: Tensor) -> Tensor:
-    """Entries of a Cholesky factor below its diagonal, and the logarithms of those on it."""
+def slope_of_factor(factor: Tensor, slope: Tensor) -> Tensor:
+    """Jᵀ slope: entries of a Cholesky factor below its diagonal, and the logarithms of those on it."""
     one = torch.ones(factor.shape[-2:], dtype=torch.bool, device=factor.device)
     diagonal = torch.eye(factor.shape[-1], dtype=torch.bool, device=factor.device)
     return torch.where(diagonal, factor, one.tril().to(factor)) * slope

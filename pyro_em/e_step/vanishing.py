@@ -5,7 +5,8 @@ is small. Whether 0 itself is better is a question that the engine can answer: i
 
     log p(x | θ with the variance at 0)  ≥  log p(x | θ)
 
-Asked entry by entry of scales and variances; of a covariance matrix for its smallest eigenvalue.
+Asked entry by entry of scales and variances; of a covariance matrix, or of its Cholesky factor, for the covariance's
+smallest eigenvalue (a correlation of ±1 in two dimensions).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pyro_em.model.use import VALUE, Use
 from pyro_em.problem import Problem
 from pyro_em.types import Params
 
+MATRICES = ("covariance_matrix", "scale_tril")
 MAX_ENTRIES = 32  # of one parameter that are asked for
 
 
@@ -44,15 +46,19 @@ def _is_spread(use: Use, problem: Problem) -> bool:
     continuous = problem.continuous
     if continuous is None or use.site not in continuous.names or use.exponential:
         return False
-    return use.index is not None and use.power > 0 and use.slot in ("scale", "covariance_matrix")
+    return use.index is not None and use.power > 0 and use.slot in ("scale", *MATRICES)
 
 
 def _at_zero(value: Tensor, use: Use) -> Iterator[Tensor]:
     value = value.detach().double()
-    if use.slot == "covariance_matrix" and value.dim() == 2:
-        values, vectors = torch.linalg.eigh(value)
+    if use.slot in MATRICES and value.dim() == 2:
+        factor = use.slot == "scale_tril"
+        values, vectors = torch.linalg.eigh(value @ value.mT if factor else value)
         values[0] = 0.0
-        yield (vectors * values) @ vectors.mT
+        if factor:
+            yield torch.linalg.qr((vectors * values.clamp(min=0).sqrt()).mT).R.mT
+        else:
+            yield (vectors * values) @ vectors.mT
     elif value.numel() <= MAX_ENTRIES:
         for i in range(value.numel()):
             own = value.clone().reshape(-1)

@@ -77,6 +77,14 @@ class WishartKernel(Kernel):
         identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
         return inverse.mT @ (inverse @ self.matrix @ inverse.mT - twice * identity)
 
+    def factor_rounding(self, factor: Tensor) -> Tensor:
+        """The size of what cancels in `factor_gradient`: large where the matrix is close to a singular one."""
+        inverse, twice = factors.inverse(factor).abs(), 2 * self.log_coefficient[..., None, None].abs()
+        if self.inverse:
+            return twice * inverse.mT + self.matrix.abs() @ factor.abs()
+        identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+        return inverse.mT @ (inverse @ self.matrix.abs() @ inverse.mT + twice * identity)
+
     def argmax(self) -> Tensor:
         twice = 2 * self.log_coefficient[..., None, None]
         if not self.inverse:

@@ -129,6 +129,20 @@ class MStep:
         found = torch.cat(slopes) if slopes else torch.zeros(1, dtype=torch.float64)
         return found.abs().amax() if found.numel() else found.new_zeros(())
 
+    def _certified(self, slope: Tensor | float, params: Params, sufficient: Sufficient) -> bool:
+        """Whether Q is at its maximum in the parameters with closed forms, up to the rounding of its slopes.
+
+        :param slope: max|∂Q/∂u|, of these parameters or of more.
+        """
+        bound = certificate_bound(params) * self._elements
+        if bool(slope <= bound):
+            return True
+        for unit in self.units:
+            rounding = unit.rounding(params, sufficient) if isinstance(unit, Separate) else 0.0
+            if bool((unit.slope(params, sufficient).abs() - rounding > bound).any()):
+                return False
+        return not self.numeric
+
     def closed_update(self, params: Params, sufficient: Sufficient) -> tuple[Params, set[str]]:
         """One round of conditional closed forms, and the parameters of which some entry saw no data."""
         empty: set[str] = set()
@@ -149,8 +163,7 @@ class MStep:
             empty |= found
             if not self._coupled:
                 return params, empty - self.collinear
-            certificate = self.closed_score(params, sufficient) / self._elements
-            if bool(certificate <= certificate_bound(params)):
+            if self._certified(self.closed_score(params, sufficient), params, sufficient):
                 return params, empty - self.collinear
             if all(torch.equal(before[n], params[n]) for n in self.free):
                 break
@@ -166,8 +179,7 @@ class MStep:
 
         :raises NotCertified: if it is not.
         """
-        certificate = self.closed_score(params, sufficient) / self._elements
-        if not bool(certificate <= certificate_bound(params)):
+        if not self._certified(self.closed_score(params, sufficient), params, sufficient):
             raise NotCertified
 
     def diverging(self, params: Params, expectation: Expectation) -> set[str]:
@@ -205,7 +217,7 @@ class MStep:
         check = self._coupled or self._count <= 3 or self._count % 10 == 0
         scale = self._elements
         bound = certificate_bound(params)
-        certificate, empty = None, set()
+        certificate, empty, certified = None, set(), True
         rounds = 0
         while rounds < (NUMERIC_ROUNDS if self.numeric else MAX_ROUNDS):
             rounds += 1
@@ -215,10 +227,11 @@ class MStep:
             if not check or self._large or not (self.closed or self.numeric):
                 break
             certificate = self._certificate(params, expectation, sufficient) / scale
-            if certificate <= bound or all(torch.equal(before[n], params[n]) for n in self.free):
+            certified = self._certified(certificate * scale, params, sufficient)
+            if certified or all(torch.equal(before[n], params[n]) for n in self.free):
                 break
             self._coupled = True
-        if certificate is not None and certificate > bound:
+        if not certified:
             block = _block(params, expectation, (*self.closed, *self.numeric))
             params = maximise(block, tolerance=bound * scale)
             certificate = self._certificate(params, expectation, self._refreshed(params, expectation)) / scale

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
-from pyro_em.kernels import FlatKernel
+from pyro_em import factors
+from pyro_em.families.base import CHOLESKY, IDENTITY
+from pyro_em.kernels import FlatKernel, WishartKernel
 from pyro_em.m_step.closed import Combined, combine
 from pyro_em.m_step.degenerate import check_update, spread_of
 from pyro_em.model.use import VALUE, Use
 from pyro_em.problem import Problem
-from pyro_em.slopes import free_slopes
+from pyro_em.slopes import free_slopes, slope_of_factor
 from pyro_em.sufficient import Sufficient
 from pyro_em.types import Params
 
@@ -47,6 +50,17 @@ class Separate:
         """∂Q/∂u, 0 in entries that are not free; any shape."""
         theta = params[self.name].detach().double()
         return free_slopes(self.problem.parameters[self.name].constraint, theta, self.combined(theta, sufficient))
+
+    def rounding(self, params: Params, sufficient: Sufficient) -> Tensor:
+        """Rounding in `slope`, if it may be larger than the certificate's bound: of a nearly singular covariance."""
+        theta = params[self.name].detach().double()
+        combined = self.combined(theta, sufficient)
+        kernel, link = combined.kernel, combined.link
+        if not isinstance(kernel, WishartKernel) or combined.exponential or link not in (IDENTITY, CHOLESKY):
+            return torch.zeros((), dtype=torch.float64)
+        factor = theta if link is CHOLESKY else factors.cholesky(theta)
+        size = factor.shape[-1] * torch.finfo(torch.float64).eps * kernel.factor_rounding(factor)
+        return slope_of_factor(factor, size).abs()
 
     def update(self, params: Params, sufficient: Sufficient) -> tuple[Params, set[str]]:
         """The argmax, at the nearest bound if the constraint has one."""
