@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_em.binding import bound_for
 from pyro_em.checks import collinear
 from pyro_em.device import on_device
-from pyro_em.e_step.auto import choose_engine
+from pyro_em.e_step.auto import chosen
 from pyro_em.e_step.base import Engine, Expectation
 from pyro_em.errors import InputError, MonotonicityError
 from pyro_em.loop import MONOTONE, Iterate, at
@@ -109,9 +109,9 @@ class EM:
             problem = bound_for(
                 self.model, args, kwargs, self.algorithm, self.guide, self.roles, self.weights, self.rules, False
             ).problem  # fmt: skip
-            m_step = MStep(problem, self.m_step_option, self.algorithm, self.optim)
+            problem, m_step, engine = chosen(problem, self.m_step_option, self.algorithm, self.optim)
             collinear(m_step.collinear)
-        self._bound = _Bound(args, kwargs, problem, m_step, choose_engine(problem, m_step))
+        self._bound = _Bound(args, kwargs, problem, m_step, engine)
         return self._bound
 
     def _current(self, problem: Problem) -> Params:

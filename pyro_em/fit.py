@@ -15,8 +15,7 @@ from pyro_em.anneal import Temperature, annealed, check_temperature, stochastic,
 from pyro_em.binding import Bound, bound_for
 from pyro_em.checks import after_fit, at_edges, at_start, at_zero, collinear, separated, unobserved_cells
 from pyro_em.device import on_device
-from pyro_em.e_step.assigned import Assigned
-from pyro_em.e_step.auto import choose_engine, in_double, verified
+from pyro_em.e_step.auto import chosen, in_double, verified
 from pyro_em.e_step.base import Engine, Expectation
 from pyro_em.e_step.expansion import expansion_of
 from pyro_em.e_step.pooled import Pooled
@@ -155,12 +154,10 @@ def fit(
     with on_device(args, kwargs), isolated_rng(seed), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", EMWarning)
         bound = bound_for(model, args, kwargs, algorithm, guide, roles, weights, rules, temperature is not None)
-        problem = bound.problem
-        numerical_error(problem, problem.start)
-        unobserved_cells(problem)
-        m = MStep(problem, m_step, algorithm, optim)
+        numerical_error(bound.problem, bound.problem.start)
+        unobserved_cells(bound.problem)
+        problem, m, engine = chosen(bound.problem, m_step, algorithm, optim)
         collinear(m.collinear)
-        engine = _engine(problem, m, algorithm)
         m.expansion = expansion_of(engine, m) if accelerator and temperature is None else None
         rough = mixed is not None and worthwhile(engine)
         starts = list(initial_starts(problem, m, init, restarts, seed))
@@ -200,7 +197,7 @@ def fit(
             separated(m.diverging(best.last.params, last if isinstance(last, Expectation) else last.expectation))
             if best.outcome is Outcome.stalled:
                 at_edges(m.at_edge(best.last.params))
-        result = _result(bound, engine, m, best, runs, algorithm, seed, missing, temperature is not None)
+        result = _result(bound, problem, engine, m, best, runs, algorithm, seed, missing, temperature is not None)
         result.warnings = tuple(str(w.message) for w in caught)  # with those of the check of the returned parameters
     for warning in caught:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
@@ -250,20 +247,13 @@ def plan(
         return plan_svi(model, args, kwargs, guide=guide, roles=roles)
     with on_device(args, kwargs), isolated_rng(0):
         bound = bound_for(model, args, kwargs, algorithm, guide, roles, weights, rules, temperature is not None)
-        problem = bound.problem
-        m = MStep(problem, m_step, algorithm)
-        notes = (*bound.notes, *numerical_error(problem, problem.start))
-        return explain(problem, m, _engine(problem, m, algorithm), algorithm, temperature is not None, notes)
-
-
-def _engine(problem: Problem, m: MStep, algorithm: str) -> Engine:
-    if algorithm in HARD:
-        return Assigned(problem, "max" if algorithm == "cem" else "sample")
-    return choose_engine(problem, m)
+        notes = (*bound.notes, *numerical_error(bound.problem, bound.problem.start))
+        return explain(*chosen(bound.problem, m_step, algorithm), algorithm, temperature is not None, notes)
 
 
 def _result(
     bound: Bound,
+    problem: Problem,
     engine: Engine,
     m: MStep,
     best: Ended,
@@ -273,7 +263,6 @@ def _result(
     missing: str | None,
     annealed: bool,
 ) -> FitResult:
-    problem = bound.problem
     params = {n: v.detach().to(problem.parameters[n].value.dtype).clone() for n, v in best.last.params.items()}
     notes = (*bound.notes, *numerical_error(problem, params))
     log_likelihood, log_prior = verified(problem, engine, dataclasses.replace(best.last, params=params))

@@ -15,6 +15,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_em.all_atoms import has_few_atoms, with_all_atoms
 from pyro_em.chain_posterior import ChainPosterior, chain_posteriors
 from pyro_em.device import on_own_device
 from pyro_em.errors import InputError
@@ -234,8 +235,8 @@ class Posterior:
 
         (Differential entropy, which may be negative, where latents are continuous.)
         """
-        evidence, run = self._e_step
-        problem = dataclasses.replace(self.problem, with_prior=False)
+        problem = with_all_atoms(dataclasses.replace(self.problem, with_prior=False))
+        evidence, run = problem.evidence(self.params) if has_few_atoms(self.problem) else self._e_step
         problem = problem.at_atoms({name: atoms for part in evidence.parts for name, atoms in part.atoms.items()})
         q, _ = problem.expected_log_joint(self.params, with_integrated(run, problem.graph, evidence.weights))
         entropy = float(evidence.log_likelihood) - float(q.detach())

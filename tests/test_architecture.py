@@ -21,7 +21,7 @@ MINI = PACKAGE / "mini.py"  # the idea on one page: it stands alone, so it has p
 LAYERS = """
     types errors settings files shapes version derivatives products softmax factors | device
     constraint_names charts distributions kernels table tape state_space | slopes families | model
-    store stop evidence | latents latent_uses | problem options | rebind | statistics terms gram
+    store stop evidence | latents latent_uses | problem options | rebind all_atoms | statistics terms gram
     state_posterior sequence_posterior picks | mixed_states | chain_posterior
     posterior predict design | sufficient impute clusters | e_step.base | m_step | recordings | evaluator
     loop explain information | pointwise e_step accelerate checks progress | integration initialise anneal precision

@@ -10,10 +10,13 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from pyro_em.all_atoms import has_few_atoms, with_all_atoms
 from pyro_em.e_step.adaptive import compile_adaptive
+from pyro_em.e_step.assigned import Assigned
 from pyro_em.e_step.base import Engine, NotCompiled
 from pyro_em.e_step.grouped import compile_grouped
 from pyro_em.e_step.inside import compile_inside
@@ -30,6 +33,7 @@ from pyro_em.evidence.quadrature import QuadratureRoute
 from pyro_em.loop import Iterate
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.resources import predicted_bytes
+from pyro_em.options import HARD
 from pyro_em.problem import Problem
 from pyro_em.types import Params
 
@@ -43,6 +47,22 @@ COMPILERS: tuple[Compiler, ...] = (
 )
 LARGE = 2**26  # bytes of reference tables above which a compiled engine is spot-checked
 AGREEMENT = 1e-9  # relative difference of a compiled and the reference log-likelihood
+
+
+def chosen(problem: Problem, option: Any, algorithm: str, optim: Any = None) -> tuple[Problem, MStep, Engine]:
+    """M-step and engine of an algorithm; with the problem at all of its atoms, if the engine is one that needs them.
+
+    :raises Refusal, InputError, ResourceError: as `MStep`, or if the tables of the data at these atoms are too large.
+    """
+    m_step = MStep(problem, option, algorithm, optim)
+    if algorithm in HARD:
+        return problem, m_step, Assigned(problem, "max" if algorithm == "cem" else "sample")
+    engine = choose_engine(problem, m_step)
+    if isinstance(engine, Interpreted) and has_few_atoms(problem):
+        problem = with_all_atoms(problem)
+        m_step = MStep(problem, option, algorithm, optim)
+        engine = choose_engine(problem, m_step)
+    return problem, m_step, engine
 
 
 def choose_engine(problem: Problem, m_step: MStep) -> Engine:

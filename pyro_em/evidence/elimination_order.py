@@ -108,10 +108,17 @@ class Order:
         if chosen.neighbours is None:
             return Level(unknowns, self.tail, spans[0], slice(cross, cross + n * k * len(self.tail)), None, None)
         near = chosen.neighbours
-        one, other = np.broadcast_arrays(near[:, :, None], near[:, None, :])
-        targets = torch.tensor(self.cells(one, other, once=True).reshape(-1))
-        span = slice(cross, cross + n * k * near.shape[1])
-        return Level(unknowns, torch.tensor(near), spans[0], span, targets, torch.tensor(self.cells(one, other)))
+        cross_span = slice(cross, cross + n * k * near.shape[1])
+        if i + 1 == len(self._chosen):  # all neighbours are in the tail, where no pair has a mirror image
+            known, place, m = near < self.num, self._place[near], len(self.tail)
+            both = known[:, :, None] & known[:, None, :]
+            pairs = torch.tensor(np.where(both, 1 + m * place[:, :, None] + place[:, None, :], 0))
+            targets = pairs.reshape(-1)
+        else:
+            one, other = np.broadcast_arrays(near[:, :, None], near[:, None, :])
+            targets = torch.tensor(self.cells(one, other, once=True).reshape(-1))
+            pairs = torch.tensor(self.cells(one, other))
+        return Level(unknowns, torch.tensor(near), spans[0], cross_span, targets, pairs)
 
     def cells(self, one: Numbers, other: Numbers, once: bool = False) -> Numbers:
         """Cells of the store for pairs of unknowns, of any shape; 0 where one of them is D, which stands for none.

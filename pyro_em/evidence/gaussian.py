@@ -14,6 +14,7 @@ together with B, which is all that a row reads. Elements of A share them, as ele
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,11 @@ LOG_2PI = math.log(2 * math.pi)
 
 @dataclass(frozen=True)
 class GaussianRoute:
-    """The route of one set, made by `recognise_gaussian`. `symbols` names the dims of the layout."""
+    """The route of one set, made by `recognise_gaussian`. `symbols` names the dims of the layout.
+
+    With `few` it gives two atoms that have no moments of the posterior: all of them would make large tables of a
+    model's sites, and compiled engines need none. `whole` is the route that gives all.
+    """
 
     latents: LatentSet
     geometry: Geometry
@@ -47,6 +52,7 @@ class GaussianRoute:
     reason: str
     cost: str
     dtypes: Mapping[str, torch.dtype]
+    few: bool = False
     name: str = "Gaussian"
 
     def eliminate(self, run_at: RunAt, *, differentiable: bool = False) -> Eliminated:
@@ -92,13 +98,25 @@ class GaussianRoute:
             log_evidence, magnitude = self._packed(energy), self._packed(size)
         self._certify(run_at, rows, z_a.detach(), None if z_b is None else z_b.detach())
         posterior = GaussianPosterior(self.latents, geometry, factored, z_a, z_b)
-        points = simplex(len(geometry.columns_a) + geometry.num_b)
+        points = self._points(len(geometry.columns_a) + geometry.num_b)
         atoms = posterior.values(*posterior.deviate(points))
         atoms = {name: value.to(self.dtypes[name]).detach() for name, value in atoms.items()}
         num = len(points)
         weights = with_dims(torch.full((num,), 1.0 / num, dtype=torch.float64), self.latents.symbol)
         peak = self._packed(posterior.log_peak())
         return Eliminated(log_evidence, peak, atoms, weights, posterior, magnitude=detached(magnitude))
+
+    def whole(self, cells: int) -> GaussianRoute:
+        """The route that gives all atoms.
+
+        :param cells: of the largest site at one atom.
+        :raises ResourceError: if its tables would be too large.
+        """
+        check_memory(self.geometry, self.latents.names, cells)
+        return dataclasses.replace(self, few=False)
+
+    def _points(self, size: int) -> Tensor:
+        return simplex(1).expand(2, size) if self.few else simplex(size)
 
     def _packed(self, per_element: Tensor) -> Tensor:
         """A quantity of every element in the layout, packed (summed if elements are not told apart)."""

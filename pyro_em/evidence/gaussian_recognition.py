@@ -19,6 +19,7 @@ from pyro_em.evidence.columns import Column, Index, readings
 from pyro_em.evidence.elimination import Candidate, NotMine
 from pyro_em.evidence.gaussian import GaussianRoute, check_memory
 
+FEW = 2**26  # bytes of a site at all atoms, above which a route gives two
 Reads = Mapping[str, Mapping[Column, Index]]
 
 
@@ -45,12 +46,14 @@ def recognise_gaussian(candidate: Candidate) -> GaussianRoute:
         in_a = families[chosen]
         in_b = [c for c in columns if c not in set(in_a)]
     geometry = _geometry(candidate, in_a, in_b)
-    needed = check_memory(geometry, candidate.latents.names, _cells(candidate))
+    cells = _cells(candidate)
+    few = bool(geometry.num_b) and 8 * (len(geometry.columns_a) + geometry.num_b + 1) * cells > FEW
+    needed = check_memory(geometry, candidate.latents.names, 0 if few else cells)
     made = tuple(_reading(candidate, name, reads[name], geometry) for name in candidate.latents.factors)
     symbols, plates = plate_symbols(candidate, geometry, in_a, made)
     reason, cost = _words(candidate, geometry, in_a, in_b, needed)
     dtypes = {n: candidate.leaves[0][n].dtype for n in candidate.latents.names}
-    route = GaussianRoute(candidate.latents, geometry, made, symbols, plates, reason, cost, dtypes)
+    route = GaussianRoute(candidate.latents, geometry, made, symbols, plates, reason, cost, dtypes, few)
     route.certify(candidate.run_at[1])  # at the start it is certified where its first atoms are made
     return route
 

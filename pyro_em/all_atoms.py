@@ -1,0 +1,42 @@
+"""Problems of which the tables at all atoms of the continuous latents are large: these are made where they are needed.
+
+Atoms have the moments of the latents' posterior (evidence/elimination.py): one more than the effects that couple the
+elements, each of which is a table of the size of the data. Compiled engines and log-likelihoods need none, so that a
+problem is bound with two of them where all would be large (`GaussianRoute.few`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from pyro_em.evidence.elimination import Route
+from pyro_em.evidence.gaussian import GaussianRoute
+from pyro_em.problem import Problem
+
+
+def has_few_atoms(problem: Problem) -> bool:
+    """Some continuous latents stand at atoms without the moments of their posterior."""
+    routes = () if problem.continuous is None else problem.continuous.routes
+    return any(isinstance(route, GaussianRoute) and route.few for route in routes)
+
+
+def with_all_atoms(problem: Problem) -> Problem:
+    """The same problem, whose E-steps give the atoms that Q needs.
+
+    :raises ResourceError: if the tables of its sites would be too large.
+    """
+    continuous = problem.continuous
+    if continuous is None or not has_few_atoms(problem):
+        return problem
+    routes: list[Route] = []
+    for latents, route in zip(continuous.sets, continuous.routes, strict=True):
+        if isinstance(route, GaussianRoute) and route.few:
+            route = route.whole(max(problem.capture.sites[name].value.numel() for name in latents.factors))
+        routes.append(route)
+    whole = dataclasses.replace(continuous, routes=tuple(routes))
+    values: dict[str, Tensor] = {}
+    for part in whole.eliminate(problem.start):
+        values |= part.atoms
+    return dataclasses.replace(problem, continuous=dataclasses.replace(whole, values=values))
