@@ -229,6 +229,13 @@ def rerooted(graph: FactorGraph, continuous: Continuous) -> FactorGraph:
     for component in graph.components:
         for latents, route in zip(continuous.sets, continuous.routes, strict=True):
             if component.symbols == {latents.symbol}:
+                if component.weight is not None and not set(dims_of(component.weight)) <= route.plates:
+                    raise Refusal(
+                        latents.names[0],
+                        "weights were given for a plate whose elements it couples, so that a weighted log-evidence is "
+                        "not defined.",
+                        "give the weights for a plate of which all sites read their own elements only.",
+                    )
                 component = dataclasses.replace(component, root=component.root | route.plates)
         components.append(component)
     return dataclasses.replace(graph, components=tuple(components))

@@ -210,16 +210,3 @@ def test_a_factor_without_effect_ends_at_no_variance() -> None:
     assert result.plan.engine.startswith("pooled")
     without = pyro_em.fit(linear_mixed.model, subject, y - means[item], accelerate="anderson")
     assert result.log_likelihood == pytest.approx(without.log_likelihood, abs=1e-3)
-
-
-def test_weights_of_rows_that_plates_share_are_left_to_the_reference() -> None:
-    first, second, y = linear_mixed.simulate_crossed()
-
-    def model() -> None:
-        with pyro.poutine.scale(scale=2.0):
-            linear_mixed.crossed(first, second, y)
-
-    assert "weighted rows of crossing or nested plates" in pyro_em.plan(model).engine
-    result = pyro_em.fit(model, max_iter=30, tol=0)
-    plain = pyro_em.fit(linear_mixed.crossed, first, second, y, max_iter=30, tol=0)
-    assert result.log_likelihood == pytest.approx(2 * plain.log_likelihood, rel=1e-10)

@@ -87,10 +87,12 @@ def coupled_posterior(own: CoupledSet, noise: Noise) -> tuple[tuple[Tensor, ...]
     step = -factored.solve(slope)  # mends the rounding of the first solve
     u = u + step
     residuals = [r + site.at(step) for site, r in zip(rows, residuals, strict=True)]
-    energy = 0.5 * (own.prior * u * u).sum() + 0.5 * left
-    for r in residuals:
-        energy = energy + 0.5 * (r * r).sum()
-    spread, two_pi = 0.5 * factored.log_det(), 0.5 * order.num * LOG_2PI
+    prior = own.prior if own.weight is None else own.prior * own.weight
+    energy = 0.5 * (prior * u * u).sum() + 0.5 * left
+    for site, r in zip(rows, residuals, strict=True):
+        energy = energy + 0.5 * (r * r if site.cells.weight is None else r * r * site.cells.weight).sum()
+    num = torch.full((), float(order.num), dtype=torch.float64) if own.weight is None else own.weight.sum()
+    spread, two_pi = 0.5 * factored.log_det(own.weight), 0.5 * num * LOG_2PI
     likelihood = constant - energy - spread + two_pi
     magnitude = constant.abs() + energy + spread.abs() + two_pi
     z, inverse = u, factored.inverse()
@@ -99,7 +101,7 @@ def coupled_posterior(own: CoupledSet, noise: Noise) -> tuple[tuple[Tensor, ...]
         z = z.index_copy(0, family.unknowns.reshape(-1), at.reshape(-1))
     found = []
     for pooled, cells, one, (C, _) in zip(own.sites, own.cells, ones, noise, strict=True):
-        mean, data = _at_mean(pooled, torch.cat([one, z[cells.unknowns].mT], -1))
+        mean, data = _at_mean(pooled, torch.cat([one, z[cells.unknowns].mT], -1), cells.weight)
         spread_of = _spread(pooled, cells, inverse, basis)
         joint = torch.cat([torch.cat([mean, mean @ C + data], -1), torch.cat([spread_of, spread_of @ C], -1)])
         found.append(torch.linalg.qr(joint, mode="r").R)
@@ -146,9 +148,12 @@ def _left(sites: Sequence[PooledSite], noise: Noise) -> Tensor:
     return total
 
 
-def _at_mean(site: PooledSite, zeta: Tensor) -> tuple[Tensor, Tensor]:
-    """Regressors (any, q) and data (any, P) at ζ (G, K + 1), the rows left over last."""
+def _at_mean(site: PooledSite, zeta: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Regressors (any, q) and data (any, P) at ζ (G, K + 1), the rows left over last; as often as cells count."""
     design, data, left = site.pooled.design, site.pooled.data.squeeze(-1), site.pooled.left
+    if weight is not None:
+        root = weight.sqrt().reshape(-1, 1, 1)
+        design, data = design * root, data * root
     shared = (design.unsqueeze(-1) * zeta[:, None, None]).flatten(2)
     regressors = torch.cat([shared, data[..., : site.alone]], -1).flatten(0, 1)
     values = data[..., site.alone :] if site.has_data else torch.zeros(*data.shape[:2], site.cells, dtype=torch.float64)

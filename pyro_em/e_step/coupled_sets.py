@@ -9,7 +9,10 @@ variance of 0 is a value like any other; B is the same for all of its elements.
 
 Letters: N rows, G cells; K columns (entries of a latent's event) of the set, D unknowns (those of all elements);
 V₁ features that meet latents.
-Not handled: weights of rows or elements.
+
+Weights (of plates in which all sites stand, or one for all) multiply the evidence of the elements of these plates,
+which are independent: every row and every unknown belongs to one of them, and counts as often. The posterior does not
+depend on them. Not handled: rows that count otherwise than what they read.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ class Cells:
     unknowns: Tensor  # (K, G), D for none
     targets: Tensor  # (K K G,) cells of the store that pairs of them add to
     pairs: Tensor  # (K K, G) cells where they are read
-    squares: Tensor  # (V₁ V₁, G), RᵀR
+    squares: Tensor  # (V₁ V₁, G), RᵀR, as often as it counts
+    weight: Tensor | None  # (G,), how often a cell counts; None for once
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ class Drawn:
 
 @dataclass(frozen=True)
 class CoupledSet:
-    """Sites with their cells. `prior` (D + 1,) is 1 for unknowns that are drawn."""
+    """Sites with their cells. `prior` (D + 1,) is 1 for unknowns that are drawn; `weight` (D + 1,) is how often they
+    count, None for once."""
 
     sites: tuple[PooledSite, ...]
     cells: tuple[Cells, ...]
@@ -66,6 +71,7 @@ class CoupledSet:
     prior: Tensor
     size: int  # K
     constant: float
+    weight: Tensor | None = None
 
     @property
     def text(self) -> str:
@@ -82,31 +88,36 @@ def coupled_set(problem: Problem, route: GaussianRoute, component: Component, pl
 
     :raises NotCompiled: with the reason.
     """
-    if component.weight is not None:
-        raise NotCompiled("weighted rows of crossing or nested plates")
     columns = columns_of(route)
     rows = [read_site(problem, route, reading.site, plain, run) for reading in route.readings]
     read = [_elements(own.site, r, route.geometry, columns) for own, r in zip(rows, route.readings, strict=True)]
     groups = _groups(columns, read, plain)
     families = _families(route, columns, groups)
-    sites, blocks, constant = [], [], 0.0
-    for own, elements in zip(rows, read, strict=True):
-        kept = _kept(problem, own.site, len(route.geometry.layout))
-        constant -= float(own.jacobian.expand(len(kept))[kept].sum())
-        pooled, found = _pooled(own, _blocks(elements, groups), kept)
+    counts = [_counts(problem, own.site, len(route.geometry.layout)) for own in rows]
+    every = [_blocks(elements, groups) for elements in read]
+    weight = _unknown_weights(families, every, counts)
+    uniform = all(bool((count[kept] == 1).all()) for kept, count in counts)
+    sites, blocks, weights, constant = [], [], [], 0.0
+    for own, found, (kept, count) in zip(rows, every, counts, strict=True):
+        constant -= float((own.jacobian.expand(len(kept)) * count)[kept].sum())
+        pooled, cells_read, cell_weights = _pooled(own, found, kept, count)
         sites.append(pooled_site(problem, own, pooled))
-        blocks.append(found)
+        blocks.append(cells_read)
+        weights.append(None if uniform else cell_weights)
     begins = np.cumsum([0, *(family.elements for family in families)])[:-1]
     order = Order(families, [np.where(own >= 0, own + begins, -1) for own in blocks])
     most = max(len(own) for own in blocks) * len(columns) ** 2
     if 8 * order.size > settings.max_table_bytes or most > MAX_CELLS:
         raise NotCompiled(f"crossing or nested plates whose joint precision has {order.size} entries")
-    cells = [_cells(own, site, families, groups, order) for own, site in zip(blocks, sites, strict=True)]
+    made = zip(blocks, sites, weights, strict=True)
+    cells = [_cells(own, site, families, groups, order, count) for own, site, count in made]
     drawn = _drawn(columns, groups, families, sites, cells, order.num)
     prior = torch.zeros(order.num + 1, dtype=torch.float64)
     for family in drawn:
         prior[family.unknowns.reshape(-1)] = 1.0
-    return CoupledSet(tuple(sites), tuple(cells), order, drawn, prior, len(columns), constant)
+    return CoupledSet(
+        tuple(sites), tuple(cells), order, drawn, prior, len(columns), constant, None if uniform else weight
+    )
 
 
 def _elements(site: SiteRecord, reading: Reading, geometry: Geometry, columns: Sequence[Column]) -> Numbers:
@@ -158,39 +169,57 @@ def _blocks(elements: Numbers, groups: Sequence[Sequence[int]]) -> Numbers:
     return np.stack([elements[:, own].max(1) for own in groups], 1)
 
 
-def _kept(problem: Problem, site: SiteRecord, m: int) -> Tensor:
-    """Which rows count (N,).
-
-    :raises NotCompiled: if some count otherwise than once or not at all.
-    """
+def _counts(problem: Problem, site: SiteRecord, m: int) -> tuple[Tensor, Tensor]:
+    """Which rows have data (N,), and how often each row counts (N,)."""
     sizes = row_sizes(site, m)
     kept = torch.ones(torch.Size(sizes).numel(), dtype=torch.bool)
     if site.mask is not None and not site.latent:
         kept = site.mask.expand(torch.Size(site.batch_shape)).reshape(-1)
     own = problem.graph.factors[site.name].weight
-    if own is not None:
-        counted = unpack(own, site.symbols).double().expand(sizes).reshape(-1)
-        if not bool((counted == kept).all()):
-            raise NotCompiled("weighted rows of crossing or nested plates")
-    return kept
+    if own is None:
+        return kept, kept.double()
+    return kept, unpack(own, site.symbols).double().expand(sizes).reshape(-1)
 
 
-def _pooled(own: SiteRows, blocks: Numbers, kept: Tensor) -> tuple[Pooled, Numbers]:
-    """The pseudo-rows of a site, and the elements that each cell reads (G, families)."""
-    blocks, shared, data = blocks[kept.cpu().numpy()], own.form.shared[kept], own.data[kept]
-    cells, inverse = np.unique(blocks, axis=0, return_inverse=True)
-    if len(blocks) <= len(cells) * shared.shape[1]:  # the pseudo-rows would be more
+def _unknown_weights(
+    families: Sequence[Family], blocks: Sequence[Numbers], counts: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """How often every unknown counts (D + 1,): as often as the rows that read it.
+
+    :raises NotCompiled: if rows of one element count differently.
+    """
+    begins = np.cumsum([0, *(family.elements for family in families)])
+    weight = np.zeros(begins[-1])
+    for found, (kept, count) in zip(blocks, counts, strict=True):
+        for f, own in enumerate(found.T):
+            here = (own >= 0) & kept.cpu().numpy()
+            np.maximum.at(weight, begins[f] + own[here], count.cpu().numpy()[here])
+    for found, (kept, count) in zip(blocks, counts, strict=True):
+        for f, own in enumerate(found.T):
+            here = (own >= 0) & kept.cpu().numpy()
+            if not np.array_equal(weight[begins[f] + own[here]], count.cpu().numpy()[here]):
+                raise NotCompiled("rows of crossing or nested plates that count otherwise than their elements")
+    sizes = np.repeat([family.size for family in families], [family.elements for family in families])
+    return torch.tensor(np.concatenate([np.repeat(weight, sizes), np.zeros(1)]))
+
+
+def _pooled(own: SiteRows, blocks: Numbers, kept: Tensor, count: Tensor) -> tuple[Pooled, Numbers, Tensor]:
+    """The pseudo-rows of a site, the elements that each cell reads (G, families), and how often it counts (G,)."""
+    blocks, shared, data, count = blocks[kept.cpu().numpy()], own.form.shared[kept], own.data[kept], count[kept]
+    cells, first, inverse = np.unique(blocks, axis=0, return_index=True, return_inverse=True)
+    # Pseudo-rows would be more, or leave out what the posterior of an element that does not count consists of.
+    if len(blocks) <= len(cells) * shared.shape[1] or bool((count == 0).any()):
         left = torch.zeros(0, data.shape[1], dtype=torch.float64)
-        count = torch.tensor(float(len(blocks)), dtype=torch.float64)
-        return Pooled(shared.unsqueeze(1), data[:, None, :, None], left, count), blocks
-    ones = torch.ones(len(cells), dtype=torch.float64)
-    design, top, left, count = reduced(Rows(torch.tensor(inverse.reshape(-1)), shared, data), ones)
-    return Pooled(design, top.unsqueeze(-1), left, count), cells
+        return Pooled(shared.unsqueeze(1), data[:, None, :, None], left, count.sum()), blocks, count
+    weight = count[torch.tensor(first)]
+    design, top, left, total = reduced(Rows(torch.tensor(inverse.reshape(-1)), shared, data), weight)
+    return Pooled(design, top.unsqueeze(-1), left, total), cells, weight
 
 
 def _cells(
-    blocks: Numbers, site: PooledSite, families: Sequence[Family], groups: Sequence[Sequence[int]], order: Order
-) -> Cells:
+    blocks: Numbers, site: PooledSite, families: Sequence[Family], groups: Sequence[Sequence[int]], order: Order,
+    weight: Tensor | None,
+) -> Cells:  # fmt: skip
     unknowns = np.full((sum(len(own) for own in groups), len(blocks)), order.num, dtype=np.int64)
     for f, (family, own) in enumerate(zip(families, groups, strict=True)):
         for place, j in enumerate(own):
@@ -199,8 +228,9 @@ def _cells(
     one, other = np.broadcast_arrays(unknowns[:, None], unknowns[None])
     design = site.pooled.design
     squares = torch.einsum("gmv,gmw->vwg", design, design).flatten(0, 1)
+    squares = squares if weight is None else squares * weight
     targets, pairs = order.cells(one, other, once=True).reshape(-1), order.cells(one, other).reshape(-1, len(blocks))
-    return Cells(torch.tensor(unknowns), torch.tensor(targets), torch.tensor(pairs), squares)
+    return Cells(torch.tensor(unknowns), torch.tensor(targets), torch.tensor(pairs), squares, weight)
 
 
 def _drawn(

@@ -49,12 +49,15 @@ class Sparse:
             found = found.index_copy(0, level.unknowns.reshape(-1), (own - moved).reshape(-1))
         return found
 
-    def log_det(self) -> Tensor:
-        """log|J|."""
+    def log_det(self, weight: Tensor | None = None) -> Tensor:
+        """log|J|, the unknowns (D + 1,) counted by `weight`, which does not tell coupled ones apart."""
         diagonals = [lower.diagonal(dim1=-2, dim2=-1).reshape(-1) for lower in self.lowers]
+        unknowns = [level.unknowns.reshape(-1) for level in self.order.levels]
         if self.tail is not None:
             diagonals.append(self.tail.diagonal())
-        return 2 * torch.cat(diagonals).log().sum()
+            unknowns.append(self.order.tail)
+        logs = torch.cat(diagonals).log()
+        return 2 * (logs if weight is None else logs * weight[torch.cat(unknowns)]).sum()
 
     def inverse(self) -> Tensor:
         """J⁻¹ in the cells of the store, those with mirror images once."""

@@ -31,6 +31,7 @@ from pyro_em.evidence.columns import AFFINE, Column, Index, direction, not_affin
 from pyro_em.evidence.elimination import Eliminated, LatentSet, RunAt, Values
 from pyro_em.evidence.gaussian_posterior import GaussianPosterior
 from pyro_em.evidence.residuals import whitened
+from pyro_em.evidence.shared_plates import entries_over, over
 from pyro_em.model.compat import detached, pack, with_dims
 
 LOG_2PI = math.log(2 * math.pi)
@@ -53,6 +54,7 @@ class GaussianRoute:
     cost: str
     dtypes: Mapping[str, torch.dtype]
     few: bool = False
+    shared: tuple[int, ...] = ()  # with effects of several plates, dims of those that all sites share
     name: str = "Gaussian"
 
     def eliminate(self, run_at: RunAt, *, differentiable: bool = False) -> Eliminated:
@@ -77,7 +79,7 @@ class GaussianRoute:
         h, h_b = gradient(rows, residuals, geometry)
         d_a, d_b = factored.solve(h, h_b)
         gain = 0.5 * (h * d_a).sum(-1)
-        own, common = factored.log_det()
+        own, _ = factored.log_det()
         two_pi = 0.5 * len(geometry.columns_a) * LOG_2PI
         energy, size = gain - 0.5 * own + two_pi, gain.abs() + 0.5 * own.abs() + two_pi
         squares = [0.5 * (w * w).sum(-1) for w in residuals]
@@ -86,10 +88,10 @@ class GaussianRoute:
         z_a = z_a + d_a
         if geometry.num_b:
             assert h_b is not None and d_b is not None and z_b is not None
-            two_pi = 0.5 * geometry.num_b * LOG_2PI
-            total = _total(rows, terms, energy, geometry) + 0.5 * (h_b * d_b).sum() - 0.5 * common + two_pi
-            log_evidence = with_dims(total, "")
-            magnitude = with_dims(_total(rows, sizes, size, geometry) + 0.5 * common.abs() + two_pi, "")
+            log_roots = factored.lower_b.diagonal().log()  # type: ignore[union-attr]
+            gains, half = 0.5 * h_b * d_b, 0.5 * LOG_2PI
+            log_evidence = self._in_all(rows, terms, energy, gains - log_roots + half)
+            magnitude = self._in_all(rows, sizes, size, gains.abs() + log_roots.abs() + half)
             z_b = z_b + d_b
         else:
             for r, term, own in zip(rows, terms, sizes, strict=True):
@@ -105,6 +107,16 @@ class GaussianRoute:
         weights = with_dims(torch.full((num,), 1.0 / num, dtype=torch.float64), self.latents.symbol)
         peak = self._packed(posterior.log_peak())
         return Eliminated(log_evidence, peak, atoms, weights, posterior, magnitude=detached(magnitude))
+
+    def _in_all(self, rows: Sequence[Rows], terms: Sequence[Tensor], per_element: Tensor, entries: Tensor) -> Tensor:
+        """What the rows, the elements of A and the entries of B add up to, for each element of shared plates."""
+        geometry, shared = self.geometry, self.shared
+        if not shared:
+            return with_dims(_total(rows, terms, per_element, geometry) + entries.sum(), "")
+        total = over(per_element, geometry.layout, shared) + entries_over(entries, self.latents, geometry, shared)
+        for r, term in zip(rows, terms, strict=True):
+            total = total + over(term, r.sizes, shared)
+        return pack(total, self.symbols)
 
     def whole(self, cells: int) -> GaussianRoute:
         """The route that gives all atoms.

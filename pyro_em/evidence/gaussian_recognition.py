@@ -18,6 +18,7 @@ from pyro_em.evidence.assembly import Geometry, Reading
 from pyro_em.evidence.columns import Column, Index, readings
 from pyro_em.evidence.elimination import Candidate, NotMine
 from pyro_em.evidence.gaussian import GaussianRoute, check_memory
+from pyro_em.evidence.shared_plates import shared_dims
 
 FEW = 2**26  # bytes of a site at all atoms, above which a route gives two
 Reads = Mapping[str, Mapping[Column, Index]]
@@ -51,9 +52,14 @@ def recognise_gaussian(candidate: Candidate) -> GaussianRoute:
     needed = check_memory(geometry, candidate.latents.names, 0 if few else cells)
     made = tuple(_reading(candidate, name, reads[name], geometry) for name in candidate.latents.factors)
     symbols, plates = plate_symbols(candidate, geometry, in_a, made)
+    shared = shared_dims(candidate, geometry, made) if geometry.num_b else ()
+    if shared:
+        latent = candidate.first.sites[candidate.latents.names[0]]
+        symbols = {**symbols, **{dim: latent.symbols[dim] for dim in shared}}
+        plates = frozenset(symbols[dim] for dim in shared)
     reason, cost = _words(candidate, geometry, in_a, in_b, needed)
     dtypes = {n: candidate.leaves[0][n].dtype for n in candidate.latents.names}
-    route = GaussianRoute(candidate.latents, geometry, made, symbols, plates, reason, cost, dtypes, few)
+    route = GaussianRoute(candidate.latents, geometry, made, symbols, plates, reason, cost, dtypes, few, shared)
     route.certify(candidate.run_at[1])  # at the start it is certified where its first atoms are made
     return route
 
