@@ -48,7 +48,9 @@ class Evaluator:
     def __call__(self, requests: Sequence[Request]) -> list[Evaluated | Exception]:
         self._count += 1
         recording, refreshed = self._recording, self._runs_model and _refreshed_at(self._count)
-        replayed = [None for _ in requests] if recording is None else self._replayed(recording, requests)
+        replayed: list[Mapped | None] = [None for _ in requests]
+        if recording is not None and not self._unlikely():
+            replayed = self._replayed(recording, requests)
         if not refreshed and all(replayed):  # as nearly always
             return replayed  # type: ignore[return-value]
         found: list[Evaluated | Exception | None] = [None for _ in requests] if refreshed else list(replayed)
@@ -91,6 +93,13 @@ class Evaluator:
         held = any(found)
         self._deviations, self._held = (0, self._held + 1) if held else (self._deviations + 1, self._held)
         return found
+
+    def _unlikely(self) -> bool:
+        """After several replays in a row that did not hold they are tried at 4, 8, 16, ...: one that fails late costs
+        nearly what holds."""
+        many = self._deviations >= DEVIATIONS and bool(self._deviations & (self._deviations + 1))
+        self._deviations += many
+        return many
 
     def _agree(self, replayed: Mapped, ordinary: Evaluated | Exception) -> bool:
         """Give the recording up, for good if the code has come to do something else."""

@@ -112,17 +112,19 @@ def test_closed_forms_are_replayed(name: str) -> None:
 def test_what_keeps_going_other_ways_is_recorded_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
     """Newton's method that takes another number of steps at every update: a recording costs many of them."""
     evaluate, problem = _evaluator("gamma_mixture")
-    made, add = [], Ways.add
+    made, tried, add = [], [], Ways.add
 
     def counted(self: Ways, *args: Any) -> Any:
         made.append(evaluate._count)
         return add(self, *args)
 
     monkeypatch.setattr(Ways, "add", counted)
-    monkeypatch.setattr(Ways, "__call__", lambda self, inputs: None)
+    monkeypatch.setattr(Ways, "__call__", lambda self, inputs: tried.append(evaluate._count))
     for _ in range(80):
         evaluate([Request(problem.start(), 1.0)])
     assert made == [3, 6, 18, 66]
+    waits = [count - made[i] for i in range(4) for count in tried if made[i] < count <= [*made, 81][i + 1]]
+    assert waits == [1, 2, 3, *[1, 2, 3, 4, 8], *[1, 2, 3, 4, 8, 16, 32], *[1, 2, 3, 4, 8]]
 
 
 def test_what_is_too_large_for_one_recording_is_recorded_around_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
