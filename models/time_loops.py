@@ -87,6 +87,31 @@ def trend_and_seasonal(data: Tensor, period: int = 4) -> None:
         pyro.sample(f"y_{t}", dist.Normal(level + effect, noise), obs=data[t])
 
 
+def diffuse_trend(data: Tensor, period: int = 4) -> None:
+    """Local linear trend and seasonal of whose start nothing is known: flat priors, the exact diffuse likelihood.
+
+    The first level, slope and `period` - 1 effects are flat, which is written `.mask(False)` (`ImproperUniform` would
+    say the same, but cannot be drawn from). Durbin and Koopman (2012, section 3.2.2).
+    """
+    spread = data.double().std(correction=0)
+    level_scale, slope_scale, season_scale = (
+        _scale(name, 0.2 * spread) for name in ("level_scale", "slope_scale", "season_scale")
+    )
+    noise = _scale("noise", 0.3 * spread)
+    flat = dist.Normal(torch.zeros((), dtype=torch.float64), 1.0).mask(False)
+    level = slope = torch.zeros((), dtype=torch.float64)
+    season: list[Tensor] = []
+    for t in pyro.markov(range(len(data)), history=period - 1):
+        level, slope = (
+            pyro.sample(f"level_{t}", flat if t == 0 else dist.Normal(level + slope, level_scale)),
+            pyro.sample(f"slope_{t}", flat if t == 0 else dist.Normal(slope, slope_scale)),
+        )
+        known = len(season) == period - 1
+        effect = pyro.sample(f"season_{t}", dist.Normal(-sum(season), season_scale) if known else flat)
+        season = [effect, *season][: period - 1]
+        pyro.sample(f"y_{t}", dist.Normal(level + effect, noise), obs=data[t])
+
+
 def dynamic_factor(data: Tensor) -> None:
     """P series driven by one factor, f_t = φ₁ f_{t-1} + φ₂ f_{t-2} + N(0, 1), with noises of their own."""
     spread = data.double().std(0, correction=0)

@@ -80,8 +80,17 @@ class StatePosterior:
         return normal(self.mean, self.covariance)
 
     def filtered(self) -> dist.Distribution:
-        """z_t given y_1..y_t, batch shape B + (T + 1,)."""
+        """z_t given y_1..y_t, batch shape B + (T + 1,).
+
+        :raises InputError: if the first steps do not determine a flat start, so that there is no such distribution.
+        """
         found = self._smoothed
+        open_steps = int(found.filtered_covariance.isinf().any(-1).any(-1).any(0).sum())
+        if open_steps:
+            raise InputError(
+                f"filtered: the start is flat, and the first {open_steps} steps do not determine it: given these alone "
+                "the states have no distribution. Ask for smoothed ones (marginal), or give the start a proper prior."
+            )
         return normal(self._unflat(found.filtered_mean), self._unflat(found.filtered_covariance))
 
     def log_prob_steps(self) -> Tensor:
@@ -169,6 +178,11 @@ class StatePosterior:
     def _backward(self) -> tuple[Tensor, Tensor]:
         """Gains and covariances of z_t given z_{t+1} and y, t = 0..T-1."""
         P, A, Q = self._smoothed.filtered_covariance[:, :-1], self.chain.A, self.chain.Q
+        if bool(P.isinf().any()):  # a flat start: given all data it is none
+            found = self._smoothed
+            V, own = found.covariance[:, 1:], torch.eye(P.shape[-1], dtype=P.dtype)
+            G = gain(found.lag, own, V)
+            return G, symmetric(found.covariance[:, :-1] - G @ V @ G.mT)
         G = gain(P, A, symmetric(A @ P @ A.mT + Q))
         keep = torch.eye(P.shape[-1], dtype=P.dtype) - G @ A
         return G, symmetric(keep @ P @ keep.mT + G @ Q @ G.mT)

@@ -7,7 +7,8 @@ Unlike Pyro's `GaussianHMM` (state_space.py) the first state is that of the firs
 what they belong to: "state_0.loc", "observation_0.scale", ... for the heads, "state.matrix", "observation.loc", ...
 for all later steps. Missing cells of y are NaN. Where states read one another within a step, x = B x + M s + b + noise
 with B strictly lower triangular, B is the last D columns of the state's matrix: the density of x is that of the
-residual, so that the M-step is the same with x among the parents.
+residual, so that the M-step is the same with x among the parents. The constant "flat" says which cells of the first
+steps have a flat density instead (the diffuse start): o, b and the noise are 0 there, and the M-step leaves them out.
 
 Shapes: batch dims B of the plates (1 where an argument is the same along one), then a time dim (1 for heads, and where
 the later steps share an argument), then event dims: D new cells of the state a step, K·D of the whole state, P cells
@@ -28,11 +29,12 @@ from pyro_em.families.base import CHOLESKY, Arguments, Moments
 from pyro_em.families.batches import ChainFamily, Made
 from pyro_em.families.linear_gaussian import NOISE, PACKED, LinearSite, noise_covariance, pack, unpack
 from pyro_em.families.state_space import reduced, varies
+from pyro_em.families.within_step import flat_directions, given_own_step, solved
 from pyro_em.kernels import Kernel, PowerKernel
 from pyro_em.shapes import broadcast_shapes
 from pyro_em.state_space import kalman
 from pyro_em.state_space.chunked import states
-from pyro_em.state_space.linear_gaussian import Chain, ChainMoments, LinearMoments, chain_moments, outer, symmetric
+from pyro_em.state_space.linear_gaussian import Chain, ChainMoments, LinearMoments, chain_moments
 from pyro_em.state_space.steady import steady_moments
 
 HEADS = 4
@@ -78,7 +80,7 @@ class GaussianChainFamily(ChainFamily):
             if group.startswith("state"):
                 moments = _first_cells(moments, width)
                 if within:
-                    moments = _given_own_step(moments, *_solved(args, group, width), width)
+                    moments = given_own_step(moments, *solved(args, group, width), width)
             parts += pack(moments, *_location(group, args))
         return tuple(parts)
 
@@ -127,6 +129,7 @@ class _Parts:
         self.flat = {n: self._flat(x, lead[n]) for n, x in raw.items()}
         self.heads = sum(f"state_{i}.loc" in raw for i in range(HEADS))
         self.within = "state_0.matrix" in raw
+        self.flat_cells = args.get("flat", ())
 
     def _flat(self, x: Tensor, lead: torch.Size) -> Tensor:
         rest = x.shape[len(lead) :]
@@ -136,18 +139,18 @@ class _Parts:
 
     def matrix(self, group: str) -> Tensor:
         if self.within and group.startswith("state"):
-            return _solved(self.flat, group, self.width)[1]
+            return solved(self.flat, group, self.width)[1]
         return self.flat[f"{group}.matrix"]
 
     def offset(self, group: str) -> Tensor:
         if self.within and group.startswith("state"):
-            return _solved(self.flat, group, self.width)[2]
+            return solved(self.flat, group, self.width)[2]
         return self.flat[f"{group}.loc"]
 
     def noise(self, group: str) -> Tensor:
         own = noise_covariance({n: self.flat[f"{group}.{n}"] for n in NOISE if f"{group}.{n}" in self.flat})
         if self.within and group.startswith("state"):
-            inverse = torch.linalg.inv(_solved(self.flat, group, self.width)[0])
+            inverse = torch.linalg.inv(solved(self.flat, group, self.width)[0])
             own = inverse @ own @ inverse.mT
         return own
 
@@ -216,7 +219,15 @@ class _Parts:
             self.over_time("observation", self.noise, 0),
             y.nan_to_num(0.0),
             ~gone if bool(gone.any()) else None,
+            self._flat_directions(A.shape[-1]) if self.flat_cells else None,
         )
+
+    def _flat_directions(self, size: int) -> Tensor:
+        """Along which directions the states of the first steps, (S|1, H, `size`, F), have a flat density."""
+        steps = [
+            solved(self.flat, f"state_{i}", self.width)[0] if self.within else None for i in range(len(self.flat_cells))
+        ]
+        return flat_directions(self.flat_cells, steps, size)
 
     def split(
         self, initial: LinearMoments, transition: LinearMoments, observation: LinearMoments, w: Tensor
@@ -252,37 +263,6 @@ def _first_cells(own: LinearMoments, width: int) -> LinearMoments:
         own.residual_parents[..., :width, :],
         own.parents,
         own.parents_squares,
-    )
-
-
-def _solved(args: Mapping[str, Tensor], group: str, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x = B x + M s + b as x = (I - B)⁻¹ (M s + b): I - B, and the matrix and the offset solved for x."""
-    matrix, b = args[f"{group}.matrix"].double(), args[f"{group}.loc"].double()
-    left = torch.eye(width, dtype=torch.float64) - matrix[..., -width:]
-    M = matrix[..., :-width]
-    shape = torch.broadcast_shapes(left.shape[:-2], b.shape[:-1])
-    solved = torch.linalg.solve(left, M) if M.shape[-1] else M
-    return left, solved, torch.linalg.solve(left.expand(*shape, width, width), b.expand(*shape, width))
-
-
-def _given_own_step(own: LinearMoments, left: Tensor, A: Tensor, b: Tensor, width: int) -> LinearMoments:
-    """Moments with x itself among the parents, which are (s, x): residuals are (I - B) times those of x - A s - b."""
-    n, s, ss = own.count, own.parents, own.parents_squares
-    r, rr, rs = own.residual, own.residual_squares, own.residual_parents
-    x = r + (A @ s.unsqueeze(-1)).squeeze(-1) + n.unsqueeze(-1) * b
-    xs = rs + A @ ss + outer(b, s)
-    rx = rr + rs @ A.mT + outer(r, b)
-    xx = symmetric(rx + A @ xs.mT + outer(b, x))
-    shape = torch.broadcast_shapes(ss.shape[:-2], xx.shape[:-2])
-    top = torch.cat([ss.expand(*shape, *ss.shape[-2:]), xs.mT.expand(*shape, *xs.mT.shape[-2:])], -1)
-    bottom = torch.cat([xs.expand(*shape, *xs.shape[-2:]), xx.expand(*shape, *xx.shape[-2:])], -1)
-    return LinearMoments(
-        n,
-        (left @ r.unsqueeze(-1)).squeeze(-1),
-        left @ rr @ left.mT,
-        left @ torch.cat([rs.expand(*shape, *rs.shape[-2:]), rx.expand(*shape, *rx.shape[-2:])], -1),
-        torch.cat([s.expand(*shape, s.shape[-1]), x.expand(*shape, width)], -1),
-        torch.cat([top, bottom], -2),
     )
 
 

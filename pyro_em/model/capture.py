@@ -26,6 +26,7 @@ from pyro_em.device import checked_indices
 from pyro_em.errors import PyroEMError
 from pyro_em.model import compat
 from pyro_em.model.data import check_arguments, check_data, check_sites, plain_support
+from pyro_em.model.flat import some_value
 from pyro_em.model.missing import INCOMPLETE, check_unread
 from pyro_em.model.notes import noting
 from pyro_em.model.provenance import traced
@@ -126,6 +127,9 @@ class _Observe(Messenger):
         elsewhere (certify.py)."""
         if poutine.util.site_is_subsample(msg) and msg["value"] is None and compat.minibatch(msg["fn"]):
             self.minibatches |= {msg["name"]}
+        if not msg["done"] and not msg["is_observed"] and msg["value"] is None:
+            msg["value"] = some_value(msg["fn"])
+            msg["done"] = msg["value"] is not None
         if msg["done"] or msg["is_observed"] or not getattr(msg["fn"], "has_enumerate_support", False):
             return
         raw = compat.raw_arguments(msg["fn"]) or {}

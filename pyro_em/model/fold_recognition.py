@@ -32,6 +32,7 @@ from pyro_em.families.chain import HEADS
 from pyro_em.model.capture import Capture, ParameterRecord, capture
 from pyro_em.model.certify_loops import REMEDY
 from pyro_em.model.chain_arguments import steps_of
+from pyro_em.model.flat import check_flat
 from pyro_em.model.folding import Chained, Fold, FoldedModel, places, zeros
 from pyro_em.model.recognise import second_point
 from pyro_em.model.roles import RoleOf, assign_roles
@@ -59,11 +60,12 @@ def looked_at(
     assigned = assign_roles(seen, roles, deltas)
     exact = {n for n, role in assigned.items() if role.role == "latent" and n not in rules}
     folds = _folds(model, args, kwargs, seen, assigned, {n for n in exact if not seen.sites[n].discrete})
+    gone = frozenset().union(*(fold.names for fold in folds))
+    check_flat(seen, exact - gone)
     if not folds:
         return model, seen, assigned
     nesting = seen.max_plate_nesting
     folded = FoldedModel(model, seen.loops, folds, nesting)
-    gone = frozenset().union(*(fold.names for fold in folds))
     seen = dataclasses.replace(capture(folded, args, kwargs), max_plate_nesting=nesting)
     return folded, seen, assign_roles(seen, {n: r for n, r in (roles or {}).items() if n not in gone}, deltas)
 
@@ -202,7 +204,7 @@ def _recognised(runs: _Runs, params: tuple[Params, Params]) -> Fold:
     within = any(_within(own) for own in first)
     together = any(own.timed for own in first[0].statements)
     num = len(steps_of(first[0].statements))
-    heads = num - 1 if together else min(lags, num)
+    heads = num - 1 if together else min(max(lags, *(len(own.flat) for own in first)), num)
     if heads > HEADS:
         raise NotFolded("it looks too far back")
     if together:
@@ -221,7 +223,11 @@ def _recognised(runs: _Runs, params: tuple[Params, Params]) -> Fold:
     }
     told = still[0].statements
     return dataclasses.replace(
-        runs.fold, varying=varying, places=places(told, latent=True), cells=places(told, latent=False)
+        runs.fold,
+        varying=varying,
+        places=places(told, latent=True),
+        cells=places(told, latent=False),
+        flat=bool(still[0].flat),
     )
 
 
@@ -281,18 +287,14 @@ def _certify_steps(runs: _Runs, params: Params, together: Chained) -> None:
         for name in [n for n in together.arguments if not re.search(r"_\d+\.", n)]:
             own, other = together.arguments[name], alone.arguments.get(name)
             row = own.narrow(rank, (step - loop.history) if own.shape[rank] > 1 else 0, 1)
-            if other is None or not _close(
-                row, other.narrow(rank, min(place - loop.history, other.shape[rank] - 1), 1)
-            ):
-                raise Refusal(
-                    together.statements[-1].name,
-                    f"at step {step} alone its '{name}' is another than in the run of all steps together.",
-                    REMEDY,
-                )
+            later_row = min(place - loop.history, other.shape[rank] - 1) if other is not None else 0
+            if other is None or not _close(row, other.narrow(rank, later_row, 1)):
+                raise _another(together, step, f"'{name}'")
         rows = (together.value[..., step + outside, :], alone.value[..., place + outside, :])
         if not _close(*rows):
-            raise Refusal(
-                together.statements[-1].name,
-                f"at step {step} alone its observation is another than in the run of all steps together.",
-                REMEDY,
-            )
+            raise _another(together, step, "observation")
+
+
+def _another(together: Chained, step: int, what: str) -> Refusal:
+    reason = f"at step {step} alone its {what} is another than in the run of all steps together."
+    return Refusal(together.statements[-1].name, reason, REMEDY)

@@ -62,6 +62,7 @@ class Fold:
     lags: int = 1
     heads: int = 1
     within: bool = True  # states read others of their own step
+    flat: bool = False  # the first states have flat densities
     varying: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
     places: Mapping[str, Place] = field(default_factory=dict)
     cells: Mapping[str, Place] = field(default_factory=dict)
@@ -81,6 +82,14 @@ class Chained:
     rank: int
     statements: tuple[Statement, ...]
     moves: Mapping[str, Mapping[int, Tensor]]
+
+    @property
+    def flat(self) -> tuple[tuple[bool, ...], ...]:
+        """Which states of the first steps have a flat density, up to the last one that has some."""
+        steps = [
+            tuple(s.flat for s in step if s.latent for _ in range(s.layout.cells)) for step in steps_of(self.statements)
+        ]
+        return tuple(steps[: 1 + max((t for t, own in enumerate(steps) if any(own)), default=-1)])
 
 
 class FoldedModel:
@@ -129,9 +138,10 @@ def chain_rows(fold: Fold) -> list[tuple[str, str]]:
     """Names and words for the plan: every latent of a loop that is run together, the first of one that is not."""
     own = {n: p for n, p in fold.places.items() if p.timed} or {n: p for n, p in fold.places.items() if p.step == 0}
     steps = f"{fold.lags} step{'s' if fold.lags > 1 else ''}"
+    start = ", its start flat" if fold.flat else ""
     others = f" (and {len(fold.places) - len(own)} more of the loop)" if len(fold.places) > len(own) else ""
     each = f", one for every state of {', '.join(map(repr, fold.chosen_by))}" if fold.chosen_by else ""
-    return [(n, f"normal, state of a linear-Gaussian chain that looks {steps} back{others}{each}") for n in own]
+    return [(n, f"normal, state of a linear-Gaussian chain that looks {steps} back{start}{others}{each}") for n in own]
 
 
 def places(statements: Sequence[Statement], *, latent: bool) -> dict[str, Place]:
@@ -159,6 +169,8 @@ def chained(fold: Fold, statements: Sequence[Statement], differentiable: bool) -
     width = widths.pop()
     moves = tangents(steps, fold.lags, width, differentiable)
     made = [step_arguments(steps, t, moves, width, fold.lags, fold.within) for t in range(len(steps))]
+    if any(s.flat for step in steps[fold.heads :] for s in step):
+        raise NotFolded("a later step than the first few is flat")
     if len({frozenset(own) for own in made[fold.heads :]}) > 1:
         raise NotFolded("steps have different kinds of noise")
     arguments: Arguments = {}
@@ -205,7 +217,7 @@ def _emit(fold: Fold, chain: Chained) -> None:
     T, P = chain.value.shape[-2:]
     states = (x.shape[: chain.rank] for x in chain.arguments.values())
     distribution = GaussianChain(T, P, torch.broadcast_shapes(first.layout.lead, *states))
-    raw = {**chain.arguments, "width": chain.width, "lags": fold.lags}
+    raw = {**chain.arguments, "width": chain.width, "lags": fold.lags, "flat": chain.flat}
     gone = chain.value.isnan()
     infer: Any = {INCOMPLETE: gone} if bool(gone.any()) else {}
     with _Put(first):

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pyro_em.distributions import IncompleteNormal
 from pyro_em.model import compat
+from pyro_em.model.flat import is_flat
 from pyro_em.model.trace import combined_masks
 
 NORMAL, VECTOR = (dist.Normal,), (dist.MultivariateNormal, IncompleteNormal)
@@ -101,6 +102,7 @@ class Statement:
     scale: Any
     frames: tuple[Any, ...]
     event: torch.Size
+    flat: bool = False  # of density 1; location and noise are then 0
 
 
 ValueOf = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
@@ -132,6 +134,9 @@ class Collect(Messenger):
     def _statement(self, msg: Any) -> Statement:
         fn, name = msg["fn"], msg["name"]
         base, raw = compat.base_distribution(fn), compat.raw_arguments(fn)
+        flat = not msg["is_observed"] and is_flat(fn)
+        if flat:
+            base, raw = _flat_normal(name, fn)
         if raw is None or type(base) not in (*NORMAL, *VECTOR) or "loc" not in raw:
             raise NotFolded(f"'{name}' is {type(base).__name__}")
         frames = tuple(f for f in msg["cond_indep_stack"] if f.vectorized)
@@ -150,7 +155,7 @@ class Collect(Messenger):
         return Statement(
             name, not msg["is_observed"], self._step(name), layout, time is not None, layout.lay(loc.double()),
             kind, noise, value, msg["scale"], tuple(f for f in frames if f.name in self.shared),
-            event,
+            event, flat,
         )  # fmt: skip
 
     def _step(self, name: str) -> int:
@@ -176,6 +181,14 @@ class Collect(Messenger):
             raise NotFolded(f"'{name}' is several normal vectors a step")
         square = Layout.of(batch, torch.Size((size, size)), shared, time, self.nesting)
         return kind, square.lay(_tensor(raw[kind]).double()).unflatten(-1, (size, size))
+
+
+def _flat_normal(name: str, fn: Any) -> tuple[Any, dict[str, Any]]:
+    """A flat density as a normal one of which location and noise are 0: what is not so is said apart."""
+    zero = torch.zeros(tuple(fn.batch_shape) + tuple(fn.event_shape))
+    if not bool(torch.as_tensor(fn.support.check(zero - 1.5)).all()):
+        raise NotFolded(f"'{name}' is bounded")
+    return dist.Normal(zero, 1.0), {"loc": zero, "scale": zero}
 
 
 def _tensor(x: Any) -> Tensor:

@@ -140,6 +140,7 @@ TABLE: list[tuple[str, str, Callable[[], tuple[Tensor, ...]]]] = [
     ("time_loops", "local_level", loaded("time_loops")),
     ("time_loops", "local_level", simulated("time_loops")),
     ("time_loops", "trend_and_seasonal", simulated("time_loops")),
+    ("time_loops", "diffuse_trend", simulated("time_loops")),
     ("time_loops", "dynamic_factor", simulated("time_loops", num_observed=3)),
     ("time_loops", "lds", simulated("time_loops", num_observed=3)),
     ("time_loops", "autoregression", lambda: arguments(module("time_loops").simulate_gaps())),

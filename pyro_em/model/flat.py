@@ -1,0 +1,54 @@
+"""Flat (improper) priors: `ImproperUniform`, and distributions that are masked as a whole, `Normal(0, 1).mask(False)`.
+
+Their log-density is 0 at every value, ∫ · dx has no normalising constant. As the start of a linear-Gaussian chain this
+is the exact diffuse start (state_space/head.py); elsewhere the integral over a flat latent is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_em.errors import Refusal
+from pyro_em.model import compat
+
+
+def is_flat(fn: Any) -> bool:
+    """Whether the density of a sample statement is 1 whatever its value."""
+    if isinstance(compat.base_distribution(fn), dist.ImproperUniform):
+        return True
+    while hasattr(fn, "base_dist"):
+        if getattr(fn, "_mask", None) is False:
+            return True
+        fn = fn.base_dist
+    return False
+
+
+class Looked(Protocol):
+    """A first look at a model: sites by name."""
+
+    @property
+    def sites(self) -> Mapping[str, Any]: ...
+
+
+def some_value(fn: Any) -> Tensor | None:
+    """A value of the support of a distribution that cannot be drawn from; None for all others."""
+    if not isinstance(compat.base_distribution(fn), dist.ImproperUniform):
+        return None
+    return torch.distributions.transform_to(fn.support)(torch.zeros(fn.batch_shape + fn.event_shape))
+
+
+def check_flat(seen: Looked, latents: Collection[str]) -> None:
+    """:raises Refusal: for a flat latent; those that start a chain are latents no more."""
+    for name in latents:
+        if is_flat(seen.sites[name].fn):
+            raise Refusal(
+                name,
+                "its prior is flat (improper), and only flat starts of linear-Gaussian chains are integrated out.",
+                "Sample it at the first step of a pyro.markov or pyro_em.markov loop whose states are normal, give it "
+                f'a proper prior, or estimate it: roles={{"{name}": "parameter"}}.',
+            )
