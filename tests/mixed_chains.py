@@ -19,8 +19,10 @@ from torch import Tensor
 
 from pyro_em import markov
 from tests.loop_chains import ENDS, LoopProblem, definite, positive
+from tests.problem import Problem
 
 simplex = constraints.simplex
+INSIDE = "the states inside of the site are complete data too"
 
 
 def levels(y: Tensor, loop: Callable[[int], Any] = markov) -> None:
@@ -127,8 +129,43 @@ def autoregressions(y: Tensor) -> None:
             pyro.sample(f"y_{t}", dist.Normal(x, 0.5), obs=y[t])
 
 
+def hmm(y: Tensor) -> None:
+    """A `GaussianHMM` whose arguments the class chooses: y (N, T, 1)."""
+    w = pyro.param("w", torch.tensor([0.5, 0.5]), constraint=simplex)
+    a, q = pyro.param("a", torch.tensor([0.9, 0.5])), pyro.param("q", torch.ones(2), constraint=positive)
+    r = pyro.param("r", torch.tensor(1.0), constraint=positive)
+    with pyro.plate("sequences", len(y)):
+        k = pyro.sample("k", dist.Categorical(w))
+        noise = dist.Normal(torch.zeros(1), q[k][..., None, None]).to_event(1)
+        start, seen = dist.Normal(torch.zeros(1), 1.0).to_event(1), dist.Normal(torch.zeros(1), r).to_event(1)
+        chain = dist.GaussianHMM(start, a[k][..., None, None, None], noise, torch.eye(1), seen, duration=y.shape[1])
+        pyro.sample("y", chain, obs=y)
+
+
+def loop(y: Tensor) -> None:
+    """`hmm` as a loop: y (T, N)."""
+    w = pyro.param("w", torch.tensor([0.5, 0.5]), constraint=simplex)
+    a, q = pyro.param("a", torch.tensor([0.9, 0.5])), pyro.param("q", torch.ones(2), constraint=positive)
+    r = pyro.param("r", torch.tensor(1.0), constraint=positive)
+    with pyro.plate("sequences", y.shape[1]):
+        k = pyro.sample("k", dist.Categorical(w))
+        x = pyro.sample("x_start", dist.Normal(0.0, 1.0))
+        for t in markov(len(y)):
+            x = pyro.sample(f"x_{t}", dist.Normal(a[k] * x, q[k]))
+            pyro.sample(f"y_{t}", dist.Normal(x, r), obs=y[t])
+
+
 def _t(values: Any) -> Tensor:
     return torch.as_tensor(np.asarray(values, dtype=float))
+
+
+def problems(problem: type[Problem]) -> list[Problem]:
+    """For the table of enumerated problems, whose oracle knows the density of a `GaussianHMM`."""
+    rng = np.random.default_rng(2)
+    size = np.tile([0.3, 2.0], 5)[:, None, None]
+    y = _t(np.cumsum(size * rng.normal(size=(10, 6, 1)), 1) + 0.5 * rng.normal(size=(10, 6, 1)))
+    start = {"w": _t([0.4, 0.6]), "a": _t([0.8, 0.7]), "q": _t([0.5, 1.5]), "r": _t(0.7)}
+    return [problem("gaussian_hmm_mixture", hmm, (y,), start, "sequences", completes=INSIDE)]
 
 
 def _build() -> list[LoopProblem]:

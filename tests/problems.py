@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests import classics, problems_data, zoo, zoo_circular, zoo_regression, zoo_structured, zoo_time
+from tests import classics, mixed_chains, problems_data, zoo, zoo_circular, zoo_regression, zoo_structured, zoo_time
 from tests.problem import Problem
 from tests.problems_data import chains, two_groups
 
@@ -291,6 +291,7 @@ try:
         *problems_data.build(Problem),
         *zoo_regression.problems(Problem, _t),
         *zoo_circular.problems(Problem, _t),
+        *mixed_chains.problems(Problem),
     ]
 finally:
     torch.set_default_dtype(default_dtype)

@@ -20,6 +20,7 @@ import pyro_em
 from pyro_em.e_step.auto import choose_engine
 from pyro_em.e_step.base import Expectation, NotCompiled
 from pyro_em.e_step.grouped import Grouped, compile_grouped
+from pyro_em.e_step.inside import Inside
 from pyro_em.e_step.interpreted import Interpreted
 from pyro_em.e_step.predicted import Predicted
 from pyro_em.errors import NonFiniteError
@@ -95,7 +96,7 @@ def test_problems(problem: Any) -> None:
     elif m_step.separate:
         _agree(bound, problem.start())
     else:
-        assert isinstance(choose_engine(bound, m_step), Interpreted | Predicted)
+        assert isinstance(choose_engine(bound, m_step), Interpreted | Predicted | Inside)
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -14,16 +14,18 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from scipy.optimize import minimize
 from torch import Tensor
 
 import pyro_em
 from models.growth_curves import drifting, simulate
 from pyro_em.arviz import to_datatree
 from pyro_em.errors import InputError
-from tests.dense import dense
+from tests.dense import dense, expected_log_joint
+from tests.laws import polished, to_constrained, to_free
 from tests.loop_chains import LoopProblem
-from tests.mixed_chains import BY_NAME, MIXED_PROBLEMS, levels, positive, simplex
-from tests.oracles import trace
+from tests.mixed_chains import BY_NAME, MIXED_PROBLEMS, hmm, levels, loop
+from tests.oracles import constraints, trace
 
 
 def _posterior(problem: LoopProblem, **options: Any) -> Any:
@@ -55,6 +57,34 @@ def _assignments(problem: LoopProblem) -> list[dict[str, Tensor]]:
         values = torch.tensor(states).reshape(len(names), *n).to(kind)
         found.append(dict(zip(names, values, strict=True)))
     return found
+
+
+def test_rules_end_where_lbfgs_on_q_ends() -> None:
+    """G6: from the same posterior, to 1e-8, Q being that of every assignment. Carried on by Newton's method."""
+    problem = BY_NAME["levels"]
+    y, start = problem.args[0][:3, :2], problem.start()
+    result = pyro_em.fit(levels, y, init=start, max_iter=1, tol=0)
+    expected, support = expected_log_joint(levels, (y,), start), constraints(levels, (y,), start)
+    free = to_free(result.params, support)
+    shapes, sizes = [u.shape for u in free.values()], [u.numel() for u in free.values()]
+
+    def q(u: Tensor) -> Tensor:
+        pieces = [piece.reshape(shape) for piece, shape in zip(u.split(sizes), shapes, strict=True)]
+        return expected(to_constrained(dict(zip(free, pieces, strict=True)), support))
+
+    def loss(u: Any) -> tuple[float, Any]:
+        leaf = torch.tensor(u, requires_grad=True)
+        value = q(leaf)
+        return -float(value.detach()), -torch.autograd.grad(value, leaf)[0].numpy()
+
+    away = torch.cat([u.reshape(-1) for u in free.values()])
+    away = away + 0.1 * torch.randn(away.shape, generator=torch.Generator().manual_seed(1))
+    found = minimize(loss, away.numpy(), jac=True, method="L-BFGS-B", options={"maxiter": 300, "gtol": 1e-6})
+    u = polished(q, torch.tensor(found.x), 3)
+    pieces = [piece.reshape(shape) for piece, shape in zip(u.split(sizes), shapes, strict=True)]
+    best = to_constrained(dict(zip(free, pieces, strict=True)), support)
+    for site, value in result.params.items():
+        torch.testing.assert_close(value, best[site].detach(), rtol=0.0, atol=1e-8)
 
 
 some = pytest.mark.parametrize("name", ["levels", "one_regime", "two_choosers", "experts"])
@@ -185,32 +215,6 @@ def test_pointwise_densities_add_up(problem: LoopProblem) -> None:
     assert values.shape == (() if problem.name == "one_regime" else (problem.args[0].shape[-1],))
     weights = problem.options.get("weights", {}).get("sequences", 1.0)
     assert float((weights * values).sum()) == pytest.approx(result.log_likelihood, rel=1e-12)
-
-
-def hmm(y: Tensor) -> None:
-    """The same as a `GaussianHMM` whose arguments the class chooses: y (N, T, 1)."""
-    w = pyro.param("w", torch.tensor([0.5, 0.5]), constraint=simplex)
-    a, q = pyro.param("a", torch.tensor([0.9, 0.5])), pyro.param("q", torch.ones(2), constraint=positive)
-    r = pyro.param("r", torch.tensor(1.0), constraint=positive)
-    with pyro.plate("sequences", len(y)):
-        k = pyro.sample("k", dist.Categorical(w))
-        noise = dist.Normal(torch.zeros(1), q[k][..., None, None]).to_event(1)
-        start, seen = dist.Normal(torch.zeros(1), 1.0).to_event(1), dist.Normal(torch.zeros(1), r).to_event(1)
-        chain = dist.GaussianHMM(start, a[k][..., None, None, None], noise, torch.eye(1), seen, duration=y.shape[1])
-        pyro.sample("y", chain, obs=y)
-
-
-def loop(y: Tensor) -> None:
-    """`hmm` as a loop: y (T, N)."""
-    w = pyro.param("w", torch.tensor([0.5, 0.5]), constraint=simplex)
-    a, q = pyro.param("a", torch.tensor([0.9, 0.5])), pyro.param("q", torch.ones(2), constraint=positive)
-    r = pyro.param("r", torch.tensor(1.0), constraint=positive)
-    with pyro.plate("sequences", y.shape[1]):
-        k = pyro.sample("k", dist.Categorical(w))
-        x = pyro.sample("x_start", dist.Normal(0.0, 1.0))
-        for t in pyro_em.markov(len(y)):
-            x = pyro.sample(f"x_{t}", dist.Normal(a[k] * x, q[k]))
-            pyro.sample(f"y_{t}", dist.Normal(x, r), obs=y[t])
 
 
 def _walks(sequences: int, steps: int) -> Tensor:

@@ -17,7 +17,7 @@ import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -100,6 +100,7 @@ class ChainFamily(Family):
     """A family whose sites are linear-Gaussian chains."""
 
     integrates = True
+    steps_before: ClassVar[int] = 0  # states before that of the first observation
 
     @abstractmethod
     def lead(self, name: str, argument: Tensor) -> torch.Size:

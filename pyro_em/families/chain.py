@@ -48,7 +48,6 @@ class GaussianChainFamily(ChainFamily):
 
     distribution = GaussianChain
     event_dim = 2
-    steps_before = 0  # states before that of the first observation
     arguments: ClassVar = {f"{group}.{name}": events for group in GROUPS for name, events in _EVENTS.items()}
     links: ClassVar = {f"{group}.scale_tril": CHOLESKY for group in GROUPS}
     closed = frozenset(arguments)

@@ -45,7 +45,7 @@ class GaussianHMMFamily(ChainFamily):
 
     distribution = dist.GaussianHMM
     event_dim = 2
-    steps_before = 1  # states before that of the first observation
+    steps_before = 1
     arguments: ClassVar = {
         "transition_matrix": 2,
         "observation_matrix": 2,

@@ -10,7 +10,10 @@ import math
 
 from pyro_em import settings
 from pyro_em.errors import ResourceError
+from pyro_em.families import family_for
+from pyro_em.families.batches import ChainFamily
 from pyro_em.model.capture import Capture, PlainSite
+from pyro_em.model.compat import base_distribution
 
 MAX_LATENTS_OUTSIDE_MARKOV = 25  # torch tensors have at most 64 dims, einsum 52 letters
 
@@ -28,6 +31,9 @@ def table_cells(capture: Capture, site: PlainSite) -> tuple[int, list[str]]:
     plates = math.prod(plate.size for plate in site.plates)
     event = math.prod(site.value.shape[site.value.dim() - site.fn.event_dim :]) if site.observed else 1
     event = max(event, 1)  # the value of a `pyro.factor` is empty, its table is not
+    family = family_for(base_distribution(site.fn))
+    if isinstance(family, ChainFamily):  # states that come before the first observation have a row of cells too
+        event += family.steps_before * site.value.shape[-1]
     return states * plates * event, latents
 
 
