@@ -196,3 +196,23 @@ def test_drawn_paths_of_a_long_chain() -> None:
     pairs = torch.einsum("ptj,ptk->jk", hot[:, :-1], hot[:, 1:]) / 60
     assert float(pairs[0, 1]) == 0.0
     torch.testing.assert_close(pairs, found.total_pairs(None), rtol=0.02, atol=5.0)
+
+
+@pytest.mark.parametrize("steps", [300, 5000])
+@pytest.mark.parametrize("tables", ["one", "each"])
+def test_long_chains_with_a_table_for_every_step_are_multiplied_up(
+    steps: int, tables: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their products take little more memory than the tables; of one table they would take K² times the data."""
+    unary, pair = 3 * _normal(steps, 1, 3), _rows(steps - 1, 1, 3, 3).log()
+    pair = pair[:1] if tables == "one" else pair
+    multiplied = []
+    tree = chain._tree
+    monkeypatch.setattr(chain, "_tree", lambda *given: multiplied.append(steps) or tree(*given))
+    found = chain.smooth(unary, pair)
+    assert bool(multiplied) == (steps == 300 or tables == "each")
+    _go(monkeypatch, "blocks")
+    expected = chain.smooth(unary, pair)
+    torch.testing.assert_close(found.log_evidence, expected.log_evidence, rtol=1e-13, atol=0)
+    _same(found.unary, expected.unary, "states")
+    _same(found.pairs(), expected.pairs(), "pairs")

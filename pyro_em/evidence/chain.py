@@ -35,6 +35,7 @@ LOWEST = -600.0  # what is flushed, below e^-708, is then less than e^-100 of th
 TREE = 500  # B·K² above which the arithmetic of the tree costs more than the calls it saves
 CELLS = 2**19  # of the tables of pairs that are held at once
 SHORT, LONG = 16, 2000  # steps between which the tree saves calls, and its memory does not matter
+WIDE = 2**20  # cells of tables for every step up to which it does not matter either, as they are there anyway
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,17 @@ def smooth(unary: Tensor, pair: Tensor) -> ChainPosterior:
         return _single(unary, pair)
     shift, pair_shift = unary.amax(-1), pair.amax((-2, -1))
     emission, table = (unary - shift.unsqueeze(-1)).exp(), (pair - pair_shift[..., None, None]).exp()
-    messages = _tree if B * K * K <= TREE and SHORT < T <= LONG else _two_levels
-    found = messages(emission, table)
+    found = (_tree if _is_small(T, B, K, len(table)) else _two_levels)(emission, table)
     if not bool(found.smallest >= LOWEST):  # also when it is NaN
         return _log_space(unary, pair)
     shifts = shift.sum(0) + pair_shift.expand(T - 1, B).sum(0)
     return ChainPosterior(found.log_scale + shifts, found.unary, found.left, table, found.right)
+
+
+def _is_small(steps: int, chains: int, states: int, tables: int) -> bool:
+    """Whether the tree takes less time than two levels and little more memory than its input."""
+    cells = chains * states**2
+    return cells <= TREE and steps > SHORT and (steps <= LONG or (tables > 1 and steps * cells <= WIDE))
 
 
 @dataclass(frozen=True)
