@@ -60,7 +60,8 @@ class Refusal(PyroEMError):
 
     def __init__(self, site: str, reason: str, remedy: str) -> None:
         self.site, self.reason, self.remedy = site, reason, remedy
-        super().__init__(f"Site '{site}': {reason} Remedy: {remedy}")
+        where = f"Site '{site}': {reason}" if site else f"{reason[:1].upper()}{reason[1:]}"
+        super().__init__(f"{where} Remedy: {remedy}")
 
 
 class ResourceError(PyroEMError, MemoryError):

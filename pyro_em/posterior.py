@@ -146,7 +146,13 @@ class Posterior:
     def sequence(self, latent: str) -> SequencePosterior:
         """The states of a `pyro_em.markov` loop filtered, smoothed, forecast (see sequence_posterior.py)."""
         if latent not in self._sequences:
-            raise InputError(f"'{latent}' is no sequence of states of a pyro_em.markov loop.")
+            chain = self._chain(latent)
+            remedy = (
+                f"its states are normal; posterior.states('{chain.fold.site}') has them filtered, forecast, one by one."
+                if chain is not None
+                else "write the loop as `for t in pyro_em.markov(T)`, and give the latent's name without the step."
+            )
+            raise InputError(f"'{latent}' is no sequence of discrete states of a pyro_em.markov loop: {remedy}")
         factors = self.problem.factors(self._e_step[1])
         return SequencePosterior(self.problem.graph, factors, self._sequences[latent])
 

@@ -201,3 +201,36 @@ def test_series_inside_of_one_site_count_their_steps() -> None:
     assert pyro_em.fit(symbols, (y[..., 0] > 0).long(), max_iter=0).num_observations == 21
     assert pyro_em.fit(level, y[..., 0].mT, seen, max_iter=0).num_observations == 18
     assert pyro_em.fit(level, y[..., 0].mT, seen, max_iter=0, weights=weights).num_observations == 7 + 2 * 4
+
+
+@LOOPS
+def test_one_state(loop: Loop) -> None:
+    """A chain without a choice of states is a sample of independent values."""
+
+    def model(y: Tensor) -> None:
+        mu, A, z = pyro.param("mu", torch.zeros(1)), torch.ones(1, 1), torch.tensor(0)
+        for t in loop(len(y)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+            pyro.sample(f"y_{t}", dist.Normal(mu[z], 1.0), obs=y[t])
+
+    y = torch.tensor([1.0, 4.0, -2.0, 0.5])
+    result = pyro_em.fit(model, y)
+    assert result.params["mu"].item() == pytest.approx(0.875, rel=1e-14)
+    assert result.log_likelihood == pytest.approx(float(dist.Normal(0.875, 1.0).log_prob(y).sum()), rel=1e-13)
+
+
+def test_steps_of_a_chain_have_no_weights() -> None:
+    with pytest.raises(pyro_em.InputError, match=r"no vectorised plate 'markov_0'. Its plates: 'sequences'"):
+        pyro_em.fit(chain, _symbols(), pyro_em.markov, weights={"markov_0": torch.ones(5)})
+
+
+def test_a_body_that_tells_steps_apart_is_refused_in_a_sentence() -> None:
+    def model(y: Tensor) -> None:
+        mu, z = pyro.param("mu", torch.tensor([0.0, 1.0])), torch.tensor(0)
+        for t in pyro_em.markov(len(y)):
+            if t % 2 == 0:
+                z = pyro.sample(f"z_{t}", dist.Categorical(START["A"][z]))
+            pyro.sample(f"y_{t}", dist.Normal(mu[z], 1.0), obs=y[t])
+
+    with pytest.raises(pyro_em.Refusal, match=r"^The body of a pyro_em.markov loop compares the step with a number"):
+        pyro_em.fit(model, torch.zeros(6))

@@ -44,7 +44,7 @@ class Scanned:
 
     def __init__(self, problem: Problem) -> None:
         graph = problem.graph
-        if not graph.loops:
+        if not graph.loops or not graph.components:  # without a choice of states nothing is chained
             raise NotCompiled("no pyro_em.markov loop")
         for name, uses in problem.uses.items():
             if any(use.index is None for use in uses):

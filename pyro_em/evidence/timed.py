@@ -101,6 +101,20 @@ def potentials(
     return Potentials(start, unary, pair, batch, tuple(size.get(d, 1) for d in batch), sizes, plates)
 
 
+def outer_evidence(
+    graph: FactorGraph,
+    factors: Mapping[str, Tensor],
+    names: Collection[str],
+    own: Potentials,
+    symbols: frozenset[str],
+) -> Tensor:
+    """log p(c, what is observed outside of the loop) over the dims of the chains, (B,); zeros without such sites."""
+    chosen = {name: factors[name] for name in factors if name in names}
+    ring = LogDensityRing("sum", names=graph.symbol_sites)
+    terms = _terms(graph, chosen, chosen, set(symbols) - set(own.batch), ring) if chosen else []
+    return _total(terms, own.batch, dict(zip(own.batch, own.shape, strict=True))).reshape(-1)
+
+
 def _chain_plates(graph: FactorGraph, loop: ChainedLoop) -> frozenset[str]:
     symbols = {c.previous for c in loop.carried}
     sites = [name for name in graph.factors if graph.factors[name].symbol in symbols]

@@ -140,8 +140,10 @@ def build_graph(
     symbol_sites = {site.symbol: name for name, site in run.sites.items() if site.symbol is not None}
     plate_names = {symbol: name for name, symbol in run.plate_symbols.items()}
     plate_sizes = {run.plate_symbols[plate.name]: plate.size for site in run.sites.values() for plate in site.plates}
-    weight_of = _plate_weights(weights, run, plate_sizes)
     loops = chained_loops(run, packed)
+    chained = {loop.loop.plate for loop in loops}  # steps that depend on each other have no weights
+    plates = {plate: symbol for plate, symbol in run.plate_symbols.items() if plate not in chained}
+    weight_of = _plate_weights(weights, plates, plate_sizes)
     relevance = relevance_of(run, packed, symbol_sites, loops)
     latents = {**symbol_sites, **atoms}
     enumerated = {name: set(compat.dims_of(packed[name])) & set(latents) for name in run.sites}
@@ -181,32 +183,30 @@ def build_graph(
     )
 
 
-def _plate_weights(weights: Mapping[str, Tensor], run: Run, plate_sizes: Mapping[str, int]) -> dict[str, Tensor]:
+def _plate_weights(
+    weights: Mapping[str, Tensor], plates: Mapping[str, str], sizes: Mapping[str, int]
+) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        if name not in run.plate_symbols:
-            known = ", ".join(f"'{plate}'" for plate in run.plate_symbols) or "none"
+        if name not in plates:
+            known = ", ".join(f"'{plate}'" for plate in plates) or "none"
             raise InputError(f"weights: the model has no vectorised plate '{name}'. Its plates: {known}.")
-        symbol = run.plate_symbols[name]
+        symbol = plates[name]
         weight = torch.as_tensor(weight).detach()
-        if weight.shape != (plate_sizes[symbol],):
-            raise InputError(
-                f"weights: plate '{name}' has {plate_sizes[symbol]} elements, its weights have shape "
-                f"{tuple(weight.shape)}."
-            )
-        if not bool(weight.isfinite().all()) or bool((weight < 0).any()):
-            row = int((~weight.isfinite() | (weight < 0)).nonzero()[0])
-            raise InputError(
-                f"weights: the weight of element {row} of plate '{name}' is {weight[row].item()}; weights are "
-                "finite and not negative."
-            )
+        if weight.shape != (sizes[symbol],):
+            shape = tuple(weight.shape)
+            raise InputError(f"weights: plate '{name}' has {sizes[symbol]} elements, its weights have shape {shape}.")
+        bad = ~weight.isfinite() | (weight < 0)
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            said = f"the weight of element {row} of plate '{name}' is {weight[row].item()}"
+            raise InputError(f"weights: {said}; weights are finite and not negative.")
         if not bool((weight > 0).any()):
             raise InputError(f"weights: all weights of plate '{name}' are zero; there are no data to fit.")
         if not weight.is_floating_point():
             weight = weight.to(torch.get_default_dtype())
-        found[symbol] = compat.with_dims(weight, symbol) if weight.numel() > 1 else weight.reshape(())
-        if weight.numel() == 1:
-            found[symbol] = compat.with_dims(found[symbol], "")
+        many = weight.numel() > 1
+        found[symbol] = compat.with_dims(weight if many else weight.reshape(()), symbol if many else "")
     return found
 
 
