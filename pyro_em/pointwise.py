@@ -4,6 +4,9 @@ A model is run by Python, so S values cost S runs. `torch.func.vmap` runs it onc
 (measured: 20 to 40 times faster), but some models cannot be run so (they look at the values, or keep their
 parameters in torch modules). The first two values are therefore done both ways, and unless the results
 agree the rest is done one by one.
+
+Sites with latents inside (`GaussianHMM`, folded loops) come first, where their arguments are recognised: a Kalman
+filter looks at its numbers, but takes any number of chains at once, those of all values among them.
 """
 
 from __future__ import annotations
@@ -17,7 +20,11 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_em.evidence.discrete import Evidence, contract
+from pyro_em.evidence.integrated import integrates
+from pyro_em.families.batches import ChainFamily
 from pyro_em.information import Information
+from pyro_em.model.compat import pack
+from pyro_em.model.density import log_density
 from pyro_em.model.trace import SiteRecord
 from pyro_em.problem import Problem
 from pyro_em.terms import pointwise
@@ -34,15 +41,57 @@ def pointwise_draws(problem: Problem, params: Params, information: Information, 
     :param draws: free coordinates, shape (S, P).
     """
 
+    def moved(u: Tensor) -> Params:
+        return {**problem.start, **params, **information.constrained(u)}
+
     def at(u: Tensor) -> Tensor:
-        return _pointwise(problem, {**params, **information.constrained(u)})
+        return _pointwise(problem, moved(u))
+
+    def given(u: Tensor, inside: Params) -> Tensor:
+        """The same, given the densities of sites with latents inside."""
+        run = problem.replayed(moved(u))
+        own = {name: pack(density, run.sites[name].symbols) for name, density in inside.items()}
+        factors = {**problem.factors(run, without=own), **own}
+        return pointwise(problem, _evidence(problem, factors), run, factors)
+
+    def chained(part: Tensor) -> Tensor:
+        return torch.func.vmap(given, randomness="same")(part, _densities_inside(problem, moved, part))
 
     with torch.no_grad():
-        if len(draws) < 3 or not _batches(at, draws[:2]):
-            return torch.stack([at(u) for u in draws])
         cells = sum(_cells(site) for site in problem.run(params).sites.values())
         chunk = max(1, CHUNK_CELLS // max(1, cells))
-        return torch.cat([torch.func.vmap(at, randomness="same")(part) for part in draws.split(chunk)])
+        if problem.recognised and any(integrates(site) for site in problem.sites):
+            batched: Callable[[Tensor], Tensor] = chained
+        else:
+            batched = torch.func.vmap(at, randomness="same")
+        if len(draws) < 3 or not _agrees(batched, at, draws[:2]):
+            return torch.stack([at(u) for u in draws])
+        return torch.cat([batched(part) for part in draws.split(chunk)])
+
+
+def _densities_inside(problem: Problem, moved: Callable[[Tensor], Params], draws: Tensor) -> Params:
+    """Log-densities of sites with latents inside at all draws, (S,) + batch."""
+
+    def arguments(u: Tensor) -> dict[str, Params]:
+        run = problem.replayed(moved(u))
+        return {name: dict(site.arguments or {}) for name, site in run.sites.items() if integrates(site)}
+
+    found = {}
+    for name, own in torch.func.vmap(arguments, randomness="same")(draws).items():
+        site = problem.first.sites[name]
+        family = site.family
+        assert isinstance(family, ChainFamily)
+        leads = {n: len(family.lead(n, x)) for n, x in own.items()}
+        rank = max(leads.values())
+        wide = {n: x.reshape(len(x), *(1,) * (rank - leads[n]), *x.shape[1:]) for n, x in own.items()}
+        found[name] = log_density(dataclasses.replace(site, arguments=wide))
+    return found
+
+
+def _evidence(problem: Problem, factors: Params) -> Evidence:
+    terms = tuple(contract(problem.graph, component, factors) for component in problem.graph.components)
+    zero = torch.zeros(())
+    return Evidence(zero, zero, zero, terms, {})
 
 
 def _cells(site: SiteRecord) -> int:
@@ -52,13 +101,13 @@ def _cells(site: SiteRecord) -> int:
     return batch * max(site.fn.event_shape.numel(), site.value.shape[split:].numel())
 
 
-def _batches(at: Callable[[Tensor], Tensor], draws: Tensor) -> bool:
-    """Whether `at` gives under vmap what it gives value by value."""
+def _agrees(batched: Callable[[Tensor], Tensor], at: Callable[[Tensor], Tensor], draws: Tensor) -> bool:
+    """Whether all values at once give what they give one by one."""
     try:
-        batched = torch.func.vmap(at, randomness="same")(draws)
+        found = batched(draws)
     except Exception:  # whatever the model's code does with a tensor that it cannot look into
         return False
-    return torch.allclose(batched, torch.stack([at(u) for u in draws]), rtol=AGREE, atol=AGREE, equal_nan=True)
+    return torch.allclose(found, torch.stack([at(u) for u in draws]), rtol=AGREE, atol=AGREE, equal_nan=True)
 
 
 class _Moved(Messenger):
@@ -87,6 +136,4 @@ def _pointwise(problem: Problem, params: Params) -> Tensor:
         return pointwise(problem, evidence, run)
     run = moved.run({**problem.start, **others})
     factors = problem.factors(run)
-    terms = tuple(contract(problem.graph, component, factors) for component in problem.graph.components)
-    zero = torch.zeros(())
-    return pointwise(problem, Evidence(zero, zero, zero, terms, {}), run)
+    return pointwise(problem, _evidence(problem, factors), run, factors)

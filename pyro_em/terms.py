@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -12,10 +14,13 @@ from pyro_em.model.trace import Run
 from pyro_em.problem import Problem
 
 
-def pointwise(problem: Problem, evidence: Evidence, run: Run) -> Tensor:
-    """log p(x_n|θ) over the data plates: every term summed over all other plates, unweighted."""
+def pointwise(problem: Problem, evidence: Evidence, run: Run, factors: Mapping[str, Tensor] | None = None) -> Tensor:
+    """log p(x_n|θ) over the data plates: every term summed over all other plates, unweighted.
+
+    :param factors: those of the run, where the caller has them already.
+    """
     graph = problem.graph
-    factors = problem.factors(run)
+    factors = problem.factors(run) if factors is None else factors
     dims = "".join(sorted(graph.data_plates, key=lambda d: _plate_dim(run, graph.plate_names[d])))
     parts = [*evidence.terms, *(detached(factors[name]) for name in graph.constants)]
     total = torch.zeros([graph.plate_sizes[d] for d in dims], dtype=torch.float64)

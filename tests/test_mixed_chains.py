@@ -19,8 +19,10 @@ from torch import Tensor
 
 import pyro_em
 from models.growth_curves import drifting, simulate
+from pyro_em import pointwise
 from pyro_em.arviz import to_datatree
 from pyro_em.errors import InputError
+from pyro_em.summary import available_information
 from tests.dense import dense, expected_log_joint
 from tests.laws import polished, to_constrained, to_free
 from tests.loop_chains import LoopProblem
@@ -195,6 +197,23 @@ def test_arviz_has_classes_and_states() -> None:
     np.testing.assert_allclose(draws["x"].mean(("chain", "draw")), posterior.mean("x"), atol=0.04)
     np.testing.assert_allclose(draws["x"].std(("chain", "draw")), posterior.variance("x").sqrt(), atol=0.03)
     np.testing.assert_allclose(draws["k"].mean(("chain", "draw")), posterior.mean("k"), atol=0.015)
+
+
+def test_all_draws_of_the_parameters_are_filtered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pointwise log-likelihoods of many parameter values: as one by one, but the model runs for two of them only."""
+    problem = BY_NAME["noises"]
+    result = pyro_em.fit(problem.model, *problem.args, init=problem.start(), max_iter=3, tol=0)
+    assert result.problem is not None
+    information, _ = available_information(result, 100)
+    assert information is not None
+    g = torch.Generator().manual_seed(0)
+    draws = information.estimate + 0.1 * torch.randn(20, len(information.estimate), generator=g)
+    one_by_one = [pointwise._pointwise(result.problem, information.constrained(u)) for u in draws]
+    calls, original = [], pointwise._pointwise
+    monkeypatch.setattr(pointwise, "_pointwise", lambda *args: calls.append(0) or original(*args))
+    found = pointwise.pointwise_draws(result.problem, result.params, information, draws)
+    torch.testing.assert_close(found, torch.stack(one_by_one), rtol=1e-12, atol=1e-12)
+    assert found.shape == (20, 3) and len(calls) == 2
 
 
 def test_entropy_is_that_of_classes_and_states() -> None:
