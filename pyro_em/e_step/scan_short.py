@@ -53,7 +53,10 @@ class Short:
         _ALIVE[self.number] = self
         self.phi, self.padding = phi.numpy(), padding
         self._density, self._scale = banded.likelihood.reshape(states, -1), np.empty(phi.shape[1])
-        self._scales = self._scale.reshape(blocks.length, blocks.chains, blocks.per_chain)
+        scales = self._scale.reshape(blocks.length, blocks.chains, blocks.per_chain)
+        one = blocks.chains == 1  # one dim takes less time
+        self._scales: np.ndarray = self._scale[:, None] if one else scales
+        self._axes: int | tuple[int, int] = 0 if one else (0, 2)
         self._posterior = banded.states.reshape(states, -1).T
         self._at_first = banded.states[:, 0, :: blocks.per_chain]
         self._left, self._right = banded.left, banded.right.T
@@ -95,28 +98,28 @@ class Short:
         evidence, first, pairs, totals, held = outputs
         density, scale = self._density, self._scale
         held[...] = False
-        np.dot(w, self.phi, out=density)
+        np.dot(w, self.phi, density)  # results by position, as names cost time
         if differences is not None:
-            np.add(density, differences, out=density)
+            np.add(density, differences, density)
         np.maximum.reduce(density, 0, out=scale)
-        np.subtract(density, scale, out=density)
-        np.exp(density, out=density)
-        scales = np.add.reduce(self._scales, (0, 2))
+        np.subtract(density, scale, density)
+        np.exp(density, density)
+        scales = np.add.reduce(self._scales, self._axes)
         banded = self.banded
         total = banded.messages(initial, A) if min(scales.tolist()) > 0.1 * IMPOSSIBLE else None
         if total is None:
             return
         self._read(total, scales, evidence)
         for weight, out in zip(self._pairs, pairs, strict=True):
-            left = self._left if weight is None else np.multiply(self._left, weight, out=self._weighted)
-            np.matmul(left, self._right, out=out)  # `dot` would copy what lies in strides
+            left = self._left if weight is None else np.multiply(self._left, weight, self._weighted)
+            np.matmul(left, self._right, out)  # `dot` would copy what lies in strides
         pairs *= A
         for weight, out in zip(self._first, first, strict=True):
             own = self._at_first
-            np.add.reduce(own, 1, out=out) if weight is None else np.dot(own, weight, out=out)
+            np.add.reduce(own, 1, out=out) if weight is None else np.dot(own, weight, out)
         if self._columns is not None:
             banded.states *= self._columns
-        np.dot(self.phi, self._posterior, out=totals)
+        np.dot(self.phi, self._posterior, totals)
         held[...] = True
 
     def _read(self, total: np.ndarray, scales: np.ndarray, evidence: np.ndarray) -> None:

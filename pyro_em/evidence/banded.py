@@ -85,12 +85,16 @@ class Banded:
         self.set_rate(0.0)
         self._pair, self._negative = np.empty((2, K, K)), np.empty((K, K))
         self._transposed, self._table = self._pair
-        self._sums, self._ones = np.empty(K), np.ones(K)
         self._up = self._products(b.reshape(K, L, C, J))
         ends = np.empty((2, C, J + 1, K))
-        self._ends, self._all, self._both = ends, ends.reshape(-1), ends.reshape(2, -1)
-        self._start, self._last, self._behind = ends[0, :, 0], ends[0, :, -1], ends[1, :, 0]
-        self._log_scale, self._share = np.empty(C), np.empty((C, 1))
+        self._ends, self._both = ends, ends.reshape(2, -1)
+        self._start, self._last = ends[0, :, 0], ends[0, :, -1]
+        self._right_sides = np.zeros_like(ends)  # but for the initial distributions
+        self._right_sides[1, :, 0] = 1.0
+        # By position, as names cost time: incx, offx, lower, trans, diag, overwrite_x.
+        solve, width = scipy.linalg.blas.dtbsv, len(self._matrix) - 1
+        self._solve = partial(solve, width, self._matrix, ends.reshape(-1), 1, 0, 1, 0, 1, 1)
+        self._log_scale, self._share = np.empty(C), np.empty(C)
         self._across = self._runs(b)
 
     def _products(self, b: np.ndarray) -> list[Call]:
@@ -130,7 +134,7 @@ class Banded:
         following = w.reshape(K, L + 1, C, J)[:, -1]
         calls: list[Call] = [
             partial(np.copyto, before[0, 0].reshape(K, C, J), self._ends[0, :, :-1].transpose(2, 0, 1)),
-            partial(np.multiply, self._ends[1, :, -2::-1].transpose(2, 0, 1), self._share, following),
+            partial(np.multiply, self._ends[1, :, -2::-1].transpose(2, 0, 1), self._share[:, None], following),
             partial(np.matmul, self._table, w[:, L], before[0, 1]),
         ]
         for l in range(L):
@@ -168,7 +172,8 @@ class Banded:
     def into(self, outputs: Sequence[Any], initial: np.ndarray, table: np.ndarray, likelihood: np.ndarray) -> None:
         """`solved` from and to arrays, the last of which says whether the others hold."""
         np.copyto(self.likelihood, likelihood)
-        total = self.messages(initial, table)
+        normalised = bool((np.absolute(table.sum(1) - 1) <= ROW_SUM).all())
+        total = self.messages(initial, table) if normalised else None
         *results, held = outputs
         held[...] = total is not None
         if total is None:
@@ -198,21 +203,18 @@ class Banded:
         range of floats.
 
         :param initial: distribution of the first state, (K, C) or (K, 1).
-        :param table: transition probabilities A, (K, K), rows to columns.
+        :param table: transition probabilities A, (K, K), rows to columns; rows sum to one, as A is applied behind the
+            last step too.
         """
         np.copyto(self._table, table)
         np.copyto(self._transposed, table.T)
-        np.negative(table, out=self._negative)
-        sums = np.dot(self._table, self._ones, out=self._sums).tolist()
-        if not 1 - ROW_SUM <= min(sums) <= max(sums) <= 1 + ROW_SUM:  # what is behind the last step would count
-            return None
-        np.multiply(self._first, self._factors, out=self._first)
+        np.negative(table, self._negative)
+        np.multiply(self._first, self._factors, self._first)
         for call in self._up:
             call()
-        self._ends.fill(0.0)
+        np.copyto(self._ends, self._right_sides)
         np.copyto(self._start, initial.T)
-        self._behind.fill(1.0)
-        scipy.linalg.blas.dtbsv(len(self._matrix) - 1, self._matrix, self._all, lower=1, diag=1, overwrite_x=1)
+        self._solve()
         total = np.add.reduce(self._last, -1)
         least = min(total.tolist())
         if not least > 0:
@@ -221,7 +223,7 @@ class Banded:
         ahead, behind = np.maximum.reduce(self._both, 1).tolist()
         if not ahead * behind / least * self._largest < HIGHEST:
             return None
-        np.divide(1.0, total[:, None], out=self._share)
+        np.reciprocal(total, self._share)
         for call in self._across:
             call()
         return total
