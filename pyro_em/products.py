@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,6 +59,16 @@ def by_numpy(x: Tensor) -> bool:
         and _numpy_suits()
         and _numpy_threads() == torch.get_num_threads()
     )
+
+
+def product_of(x: Tensor) -> tuple[Callable[[Any, Any, Any], Any], Callable[[Tensor], Any]]:
+    """For many products of tensors like `x`: `multiply(a, b, out)`, and how it is given them: views of their memory.
+
+    Without gradients; not to be recorded (tape/).
+    """
+    if by_numpy(x):
+        return np.matmul, lambda tensor: tensor.detach().numpy()
+    return lambda a, b, out: torch.mm(a, b, out=out), lambda tensor: tensor
 
 
 def product_(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

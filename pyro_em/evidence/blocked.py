@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.evidence.chain import LOWEST, entering
+from pyro_em.products import product_of
 
 RESCALE = 4  # steps between two rescalings
 OVERLAP = 48  # steps that a chain is given to forget, at first
@@ -127,11 +128,15 @@ def _overlapping(
 ) -> tuple[Tensor, Tensor]:
     K, _, M = likelihood.shape
     ahead = torch.full((K, M), 1.0 / K, dtype=table.dtype)
-    behind = ahead.clone()
-    forward, backward = table.mT.contiguous(), table
+    behind, moved = ahead.clone(), torch.empty_like(ahead)
+    multiply, seen = product_of(table)
+    forward, backward = seen(table.mT.contiguous()), seen(table.contiguous())
+    ahead_seen, behind_seen, moved_seen = seen(ahead), seen(behind), seen(moved)
     for i in range(overlap):
-        ahead = forward @ (ahead * likelihood[:, blocks.length - overlap + i])
-        behind = backward @ (behind * likelihood[:, overlap - 1 - i])
+        torch.mul(ahead, likelihood[:, blocks.length - overlap + i], out=moved)
+        multiply(forward, moved_seen, ahead_seen)
+        torch.mul(behind, likelihood[:, overlap - 1 - i], out=moved)
+        multiply(backward, moved_seen, behind_seen)
         if i % RESCALE == RESCALE - 1:
             ahead /= ahead.sum(0)
             behind /= behind.sum(0)
@@ -179,10 +184,12 @@ def _within(
     left, right, beta = (scratch.array(name, K, L, M) for name in ("left", "right", "beta"))
     alpha, b, v, own = left.unbind(1), likelihood.unbind(1), right.unbind(1), beta.unbind(1)
     torch.mul(start, b[0], out=alpha[0])
+    multiply, seen = product_of(table)
+    ahead, behind, alpha_seen, v_seen, own_seen = seen(forward), seen(backward), seen(left), seen(right), seen(beta)
     scales: dict[int, Tensor] = {}
     for l in range(L):
         if l:
-            torch.mm(forward, alpha[l - 1], out=alpha[l])
+            multiply(ahead, alpha_seen[:, l - 1], alpha_seen[:, l])
             alpha[l].mul_(b[l])
         if l % RESCALE == 0 or l == L - 1:
             scales[l] = alpha[l].sum(0)
@@ -193,7 +200,7 @@ def _within(
         torch.mul(b[l], own[l], out=v[l - 1])
         if l in scales:
             v[l - 1].div_(scales[l])
-        torch.mm(backward, v[l - 1], out=own[l - 1])
+        multiply(behind, v_seen[:, l - 1], own_seen[:, l - 1])
     shape = (K, blocks.chains, blocks.per_chain)
     across = v[L - 1].reshape(shape)
     across[..., -1] = 0.0
