@@ -5,6 +5,7 @@ Against a mixture of dense joint normals over every assignment of the discrete l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +94,46 @@ def test_a_class_of_parts_of_a_chain_is_refused() -> None:
 
     with pytest.raises(Refusal, match=r"'x_0'.*exponential.*let the discrete latent share the plate"):
         pyro_em.fit(model, torch.randn(3, 3))
+
+
+def test_a_latent_that_all_steps_read_is_no_state() -> None:
+    """Named with its reader; step by step it is integrated (`shifted`)."""
+
+    def model(y: Tensor) -> None:
+        w, a = _class()
+        with pyro.plate("sequences", y.shape[1]):
+            k = pyro.sample("k", dist.Categorical(w))
+            _walk(y, a[k], pyro.sample("b", dist.Normal(0.0, 1.0)))
+
+    for steps in (4, 12):
+        with pytest.raises(Refusal, match=r"'y_1:\d+'.*every step .* reads 'b', which is sampled before.*pyro.markov"):
+            pyro_em.fit(model, torch.randn(steps, 2))
+
+
+def test_flat_starts_are_the_limit_of_wide_ones() -> None:
+    """The exact diffuse likelihood in every class: errors of wide starts go with their precision."""
+
+    def model(y: Tensor, wide: float | None) -> None:
+        w, q = _class()[0], pyro.param("q", torch.tensor([0.5, 1.2]), constraint=positive)
+        start = dist.Normal(0.0, 1.0).mask(False) if wide is None else dist.Normal(0.0, wide)
+        with pyro.plate("sequences", y.shape[1]):
+            k = pyro.sample("k", dist.Categorical(w))
+            x = None
+            for t in pyro_em.markov(len(y)):
+                x = pyro.sample(f"x_{t}", start if x is None else dist.Normal(x, q[k]))
+                pyro.sample(f"y_{t}", dist.Normal(x, 0.6), obs=y[t])
+
+    y = 5 + torch.cumsum(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), 0)
+    flat = pyro_em.fit(model, y, None, max_iter=3, tol=0)
+    wide = pyro_em.fit(model, y, 1e5, max_iter=3, tol=0)
+    shift = y.shape[1] * math.log(1e5 * math.sqrt(2 * math.pi))
+    expected = [value + shift for value in wide.history["log_likelihood"]]
+    assert flat.history["log_likelihood"] == pytest.approx(expected, abs=1e-7)
+    one, other = flat.posterior(), wide.posterior()
+    torch.testing.assert_close(one.mean("x"), other.mean("x"), rtol=0, atol=1e-8)
+    torch.testing.assert_close(one.responsibilities("k"), other.responsibilities("k"), rtol=0, atol=1e-8)
+    assert torch.equal(one.mode()["k"], other.mode()["k"])
+    torch.testing.assert_close(one.mode()["x"], other.mode()["x"], rtol=0, atol=1e-8)
 
 
 def test_bad_input_is_named() -> None:

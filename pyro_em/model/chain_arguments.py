@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from pyro_em.families.linear_gaussian import noise_covariance
-from pyro_em.model.statements import NotFolded, Statement
+from pyro_em.model.statements import OUTSIDE, NotFolded, Statement
 
 Arguments = dict[str, Tensor]
+Moves = Mapping[str, Mapping[int, Tensor]]  # by statement and lag, B + (time, cells, D)
 
 
 def steps_of(statements: Sequence[Statement]) -> list[list[Statement]]:
@@ -156,3 +157,32 @@ def joint_noise(own: Sequence[Statement]) -> tuple[str, Tensor]:
         row = [x if i == j else x.new_zeros(*x.shape[:-1], y.shape[-1]) for j, y in enumerate(parts)]
         rows.append(torch.cat(row, -1))
     return "covariance_matrix", torch.cat(rows, -2)
+
+
+def reach(statements: Sequence[Statement], moves: Moves) -> int:
+    """Steps back that the state has to hold, so that states and observations read nothing else."""
+    latent = {s.name: s.latent for s in statements}
+    reads = [(latent[n], lag) for n, by_lag in moves.items() for lag, x in by_lag.items() if bool((x != 0).any())]
+    return max((lag if latent else lag + 1 for latent, lag in reads), default=1)
+
+
+def reads_own_step(statements: Sequence[Statement], moves: Moves) -> bool:
+    """Whether a state reads others of its own step."""
+    latent = {s.name for s in statements if s.latent}
+    return any(bool((moves[n][0] != 0).any()) for n in latent & moves.keys() if 0 in moves[n])
+
+
+def read_from_before(statements: Sequence[Statement], moves: Moves, history: int) -> tuple[str, str] | None:
+    """A latent from before the loop and a site of its later steps, run together, that reads it further back than they
+    may; None if there is none. (Tangents of one lag are those of all states of that step.)"""
+    steps = steps_of(statements)
+    if steps[0][0].step != OUTSIDE:
+        return None
+    lag = len(steps) - 1
+    for own in steps[-1]:
+        x = moves.get(own.name, {}).get(lag)
+        if lag > history and x is not None and bool((x != 0).any()):
+            column = int((x != 0).reshape(-1, x.shape[-1]).any(0).nonzero()[0])
+            outside = [s.name for s in steps[0] if s.latent for _ in range(s.layout.cells)]
+            return outside[column], own.name
+    return None

@@ -31,7 +31,7 @@ from pyro_em.errors import Refusal
 from pyro_em.families.chain import HEADS
 from pyro_em.model.capture import Capture, ParameterRecord, capture
 from pyro_em.model.certify_loops import REMEDY
-from pyro_em.model.chain_arguments import steps_of
+from pyro_em.model.chain_arguments import reach, read_from_before, reads_own_step, steps_of
 from pyro_em.model.flat import check_flat
 from pyro_em.model.folding import Chained, Fold, FoldedModel, places, zeros
 from pyro_em.model.recognise import second_point
@@ -200,14 +200,15 @@ def _recognised(runs: _Runs, params: tuple[Params, Params]) -> Fold:
     :raises NotFolded: if it is no chain.
     """
     first = [runs.with_fold(lags=HEADS, heads=HEADS).at(p, zeros) for p in params]
-    lags = max(1, *(_reach(own) for own in first))
-    within = any(_within(own) for own in first)
+    lags = max(1, *(reach(own.statements, own.moves) for own in first))
+    within = any(reads_own_step(own.statements, own.moves) for own in first)
     together = any(own.timed for own in first[0].statements)
     num = len(steps_of(first[0].statements))
     heads = num - 1 if together else min(max(lags, *(len(own.flat) for own in first)), num)
     if heads > HEADS:
         raise NotFolded("it looks too far back")
     if together:
+        _refuse_fixed(runs.seen.loops, first)
         _same_cells(runs.seen.loops, first[0].statements)
     runs = runs.with_fold(lags=lags, heads=heads, within=within)
     still = [runs.at(p, zeros) for p in params]
@@ -231,18 +232,6 @@ def _recognised(runs: _Runs, params: tuple[Params, Params]) -> Fold:
     )
 
 
-def _reach(own: Chained) -> int:
-    """Steps back that the state has to hold, so that states and observations read nothing else."""
-    latent = {s.name: s.latent for s in own.statements}
-    reads = [(latent[n], lag) for n, by_lag in own.moves.items() for lag, x in by_lag.items() if bool((x != 0).any())]
-    return max((lag if latent else lag + 1 for latent, lag in reads), default=1)
-
-
-def _within(own: Chained) -> bool:
-    latent = {s.name for s in own.statements if s.latent}
-    return any(bool((own.moves[n][0] != 0).any()) for n in latent & own.moves.keys() if 0 in own.moves[n])
-
-
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(_close(x, other[n]) for n, x in one.items())
 
@@ -255,6 +244,16 @@ def _close(x: Tensor, y: Tensor) -> bool:
 def _differs(x: Tensor, dim: int) -> bool:
     first = x.narrow(dim, 0, 1)
     return x.shape[dim] > 1 and not torch.equal(first.expand_as(x), x)
+
+
+def _refuse_fixed(loops: Sequence[Loop], first: Sequence[Chained]) -> None:
+    """Raise `Refusal` for a latent from before the loop that all of its steps read: no state of a chain."""
+    later = {s.name for s in first[0].statements if s.timed}
+    history = next(loop for loop in loops if later & set(loop.names)).history
+    for latent, reader in filter(None, (read_from_before(own.statements, own.moves, history) for own in first)):
+        reason = f"every step of the pyro_em.markov loop reads '{latent}', which is sampled before it and is no state."
+        remedy = "write pyro.markov(range(T)), where all are one dense system; or let it move in the loop."
+        raise Refusal(reader, reason, remedy)
 
 
 def _same_cells(loops: Sequence[Loop], statements: Sequence[Statement]) -> None:
