@@ -86,6 +86,18 @@ def test_smoothing_against_all_paths(
         _same(found.pairs()[:, b], two, "pairs")
     assert (found.pairs()[..., 0, 1] == 0).all()
     _same(found.total_pairs(weight), (weight[..., None, None] * found.pairs()).sum((0, 1)), "total")
+    monkeypatch.setattr(chain, "CELLS", 2 * B * K * K)  # two steps at once
+    again, joint = chain.smooth(unary, pair), found.pairs()[-1].mT
+    _same(again.total_pairs(weight), (weight[..., None, None] * found.pairs()).sum((0, 1)), "total of parts")
+    before, seen = again.before(T - 2, T - 1)[0], joint.sum(-1) > 0
+    _same((before / before.sum(-1, keepdim=True))[seen], (joint / joint.sum(-1, keepdim=True))[seen], "before")
+
+
+def test_steps_are_cut_by_the_cells_of_their_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    messages, pair = torch.zeros(5, 3, 2), torch.zeros(1, 1, 2, 2)
+    for cells, expected in ((24, [(0, 2), (2, 4), (4, 5)]), (60, [(0, 5)]), (1, [(i, i + 1) for i in range(5)])):
+        monkeypatch.setattr(chain, "CELLS", cells)
+        assert list(chain.steps_of_cells(messages, pair)) == expected
 
 
 @WAYS

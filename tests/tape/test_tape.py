@@ -85,8 +85,15 @@ def picks(x: Tensor) -> list[Tensor]:
     return [x.index_select(1, index[0]) + 1, flipped, flipped.mT.gather(0, index), (x > 0).to(torch.float64), x**1.0]
 
 
+def places(x: Tensor) -> list[Tensor]:
+    """Of places that depend on the data, and of a mask that does not, the shape is known: so are both of a mask."""
+    order, kept, positive = x[:, 0].argsort(), torch.tensor([True, False, True, True]), x > 0
+    return [x[order], x[kept] + 1, positive[order].double(), positive[kept].double()]
+
+
 @pytest.mark.parametrize(
-    "function", [picks, views, in_place, constants_in_place, algebra, branches, gradients, reshaped, roots, seeded]
+    "function",
+    [picks, places, views, in_place, constants_in_place, algebra, branches, gradients, reshaped, roots, seeded],
 )
 def test_a_replay_gives_the_same_bits(function: Function) -> None:
     tape = Tape(function, [torch.randn(4, 3)])
