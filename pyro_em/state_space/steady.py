@@ -193,8 +193,6 @@ def _nearly_singular(noise: Array) -> bool:
     if not size.all():
         kept = size > 0
         noise, size = noise[np.ix_(kept, kept)], size[kept]
-    if not len(size):
-        return False
     factor, failed = scipy.linalg.lapack.dpotrf(noise, lower=1)
     return bool(failed) or bool((factor.diagonal() ** 2 < NARROW * size).any())
 
