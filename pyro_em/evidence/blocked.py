@@ -34,7 +34,7 @@ from torch import Tensor
 from pyro_em.evidence.chain import LOWEST, entering
 from pyro_em.products import product_of
 
-RESCALE = 4  # steps between two rescalings
+RESCALE = 8  # steps between two rescalings, each of them three calls beside the four of a step
 OVERLAP = 48  # steps that a chain is given to forget, at first
 SHORTEST, LONGEST, WORTH = 32, 256, 4000  # steps of a block; columns times states that a step should have
 AGREE = 1e-13  # largest difference of a boundary vector (entries up to 1) from what its neighbour says
