@@ -22,19 +22,22 @@ from torch import Tensor
 from pyro_em.device import seeded_normal
 from pyro_em.e_step.base import Expectation, NotCompiled, Unread
 from pyro_em.e_step.interpreted import expectation
+from pyro_em.e_step.node_cumulants import Memory
 from pyro_em.e_step.node_location import NodeLocation, Place
 from pyro_em.e_step.node_reading import Probe, read_rows
 from pyro_em.e_step.node_sets import Coefficients, Nodes, NodeSet, node_set
 from pyro_em.e_step.outside import Outside
 from pyro_em.evidence.discrete import weighted_sum
 from pyro_em.evidence.quadrature import QuadratureRoute
+from pyro_em.families.normal import NormalFamily
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.compat import dims_of, pack, with_dims
 from pyro_em.model.graph import Component
 from pyro_em.model.recognise import second_point
+from pyro_em.model.trace import SiteRecord
 from pyro_em.model.use import VALUE
 from pyro_em.problem import Problem
-from pyro_em.statistics import Posteriors, SiteMoments, expected_moments
+from pyro_em.statistics import Posteriors, SiteMoments, argument_cells, expected_moments, site_weight
 from pyro_em.sufficient import Sufficient, raw_arguments
 from pyro_em.types import Params
 
@@ -62,6 +65,7 @@ class Adaptive:
         self._outside = Outside(problem, self.run)
         self._count = 0
         self._modes: dict[NodeSet, Tensor] = {}
+        self._counts: dict[str, Tensor | None] = {}  # of the elements of a latent
         places = sum(len(rows.panels.rows) for own in sets for rows in own.rows)
         self.reason = f"predictors of {places} rows from their design, evaluated at the nodes of each element"
 
@@ -151,13 +155,31 @@ class Adaptive:
             if name not in at:
                 return self._outside.moments(name, arguments)
             own, nodes = at[name]
-            info = self.problem.graph.factors[name]
-            return expected_moments(sufficient.sites[name], info, _packed_weights(own, nodes), arguments)
+            site, info = sufficient.sites[name], self.problem.graph.factors[name]
+            plain = type(site.family) is NormalFamily and not site.element_dims
+            if plain and argument_cells(site, arguments).numel() == 1:
+                return self._pooled_moments(site, nodes, arguments)
+            return expected_moments(site, info, _packed_weights(own, nodes), arguments)
 
         def predictors(name: str, starts: Mapping[str, int], size: int) -> NodeLocation | None:
             return NodeLocation(places[name], starts, size) if name in places else None
 
         sufficient._moments_of, sufficient.predictors = moments_of, predictors
+
+    def _pooled_moments(self, site: SiteRecord, nodes: Nodes, arguments: dict[str, Tensor]) -> SiteMoments:
+        """Of a normal latent with one location and one scale: sums over all of its elements and nodes."""
+        if site.name not in self._counts:
+            often = site_weight(self.run.sites[site.name], self.problem.graph.factors[site.name], None)
+            self._counts[site.name] = None if bool((often == 1).all()) else often.expand(site.value.shape)
+        count = self._counts[site.name]
+        x, cells = site.value.double(), argument_cells(site, arguments)
+        w = nodes.weights.reshape(x.shape)
+        w = w if count is None else w * count
+        center = x.mean()
+        away = x - center
+        first = w * away
+        moments = (w.sum(), first.sum(), (first * away).sum())
+        return SiteMoments(tuple(m.reshape(cells) for m in moments), cells, center.reshape((1,) * len(cells)))
 
     def _weights(self, solved: list[tuple[Coefficients, Nodes]]) -> Posteriors:
         """Weights of the nodes at all factors, packed."""
@@ -218,7 +240,11 @@ def compile_adaptive(problem: Problem, m_step: MStep) -> Adaptive:
         rows = [read_rows(problem, route, n, probe) for n in route.latents.factors if n not in route.latents.names]
         sets.append(node_set(route, [problem.first.sites[name] for name in route.latents.names], rows))
     small = sum(own.cells for own in sets) <= RECORDED
-    return AdaptiveRecorded(problem, tuple(sets)) if small else Adaptive(problem, tuple(sets))
+    if small:
+        return AdaptiveRecorded(problem, tuple(sets))
+    for site in (rows for own in sets for rows in own.rows):
+        site.cumulant.memory = Memory()
+    return Adaptive(problem, tuple(sets))
 
 
 def _probe(problem: Problem, route: QuadratureRoute) -> Probe:

@@ -15,6 +15,7 @@ Shapes: as in node_panels.py; weights v (1, Q, G) belong to nodes, b (W, 1, G) t
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -28,16 +29,45 @@ from pyro_em.kernels import BetaKernel, Kernel, PowerKernel
 from pyro_em.m_step.curves import Curve, curve_of
 from pyro_em.model.links import PredictorLink
 from pyro_em.model.trace import SiteRecord
+from pyro_em.shapes import broadcast_shapes
 from pyro_em.statistics import site_moments
 
 TINY = 1e-290  # smaller products have lost digits
 NEVER = -1e30  # η of an empty place: no event is expected there
 
 
+class Memory:
+    """Memory of tables, given again when nobody holds the table that was made in it.
+
+    What is allocated anew for each table is given back to the system and faulted in again, page by page, which takes
+    longer than what is done with it.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Tensor, weakref.ref[Tensor]]] = []
+
+    def take(self, *shapes: torch.Size) -> Tensor:
+        """A table of the shape that these broadcast to."""
+        shape = broadcast_shapes(*shapes)
+        for i, (flat, table) in enumerate(self._known):
+            if flat.numel() == shape.numel() and table() is None:
+                found = flat.view(shape)
+                self._known[i] = flat, weakref.ref(found)
+                return found
+        flat = torch.empty(shape.numel(), dtype=torch.float64)
+        found = flat.view(shape)
+        self._known.append((flat, weakref.ref(found)))
+        return found
+
+
 class Cumulant(ABC):
-    """`linear` a and `count` m are (R,); `empty` is η at empty places."""
+    """`linear` a and `count` m are (R,); `empty` is η at empty places.
+
+    `memory`, if given, is what tables are made in. (A recording has its own, tape/.)
+    """
 
     empty: float = NEVER
+    memory: Memory | None = None
 
     def __init__(self, linear: Tensor, count: Tensor) -> None:
         self.linear, self.count = linear, count
@@ -54,6 +84,12 @@ class Cumulant(ABC):
     def moments(self, panel: Panel, table: tuple[Tensor, ...], v: Tensor) -> tuple[Tensor, Tensor]:
         """Σ_q v m A' and Σ_q v m A'' of every row, (W, 1, G)."""
 
+    def in_groups(self, panel: Panel, table: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Σ m A' and Σ m A'' over the rows of each group at one node, (1, G of the panel)."""
+        one = torch.ones(1, 1, 1, dtype=torch.float64)
+        first, second = self.moments(panel, table, one)
+        return panel.over_rows(first), panel.over_rows(second)
+
 
 class Trials(Cumulant):
     """Bernoulli and binomial data behind a logit."""
@@ -63,7 +99,8 @@ class Trials(Cumulant):
         self.single = bool(((count == 1) | empty).all())  # empty places have q = 1
 
     def table(self, panel: Panel, b: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        return (-b - t).sigmoid_(), b, t
+        out = None if self.memory is None else self.memory.take(b.shape, t.shape)
+        return torch.sub(-b, t, out=out).sigmoid_(), b, t
 
     def sums(self, panel: Panel, table: tuple[Tensor, ...]) -> Tensor:
         q, b, t = table
@@ -75,7 +112,7 @@ class Trials(Cumulant):
 
     def moments(self, panel: Panel, table: tuple[Tensor, ...], v: Tensor) -> tuple[Tensor, Tensor]:
         q = table[0]
-        weighted = q * v
+        weighted = torch.mul(q, v, out=None if self.memory is None else self.memory.take(q.shape, v.shape))
         first = weighted.sum(1, keepdim=True)
         second = weighted.mul_(q).sum(1, keepdim=True)
         slope, curvature = v.sum(1, keepdim=True) - first, first - second
@@ -83,6 +120,13 @@ class Trials(Cumulant):
             return slope, curvature
         m = panel.of_rows(self.count)
         return m * slope, m * curvature
+
+    def in_groups(self, panel: Panel, table: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        if not self.single:
+            return super().in_groups(panel, table)
+        q = table[0]
+        first, dim = panel.over_rows(q), 2 if panel.last else 0
+        return q.shape[dim] - first, first - panel.over_rows(q * q)
 
 
 class Counts(Cumulant):

@@ -79,9 +79,14 @@ class NodeLocation:
     def value(self, delta: Tensor) -> Tensor:
         """Q up to a constant, as terms of one sign."""
         self._moved(delta)
-        a = self.rows.cumulant.linear
-        linear = [a * own * reach for own, reach in zip(self._b, self._reach_of_all, strict=True)]
-        return torch.cat([sum(linear[1:], linear[0]), -(self.weights * cumulated(self.rows, self._table)).reshape(-1)])
+        rows, a = self.rows, self.rows.cumulant.linear
+        if rows.alike:
+            lines = [rows.events * own * mean for own, mean in zip(self._b[1:], self.means[1:], strict=True)]
+        else:
+            lines = [a * own * reach for own, reach in zip(self._b[1:], self._reach_of_all[1:], strict=True)]
+        level = a * self._b[0] if rows.weight is None else a * self._b[0] * self._reach_of_all[0]
+        spread = -(self.weights * cumulated(rows, self._table))
+        return torch.cat([x.reshape(-1) for x in (level, *lines, spread)])
 
     @property
     def _reach_of_all(self) -> list[Tensor]:

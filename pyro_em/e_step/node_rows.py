@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -89,6 +90,15 @@ class NodeRows:
     weight: Tensor | None
     names: tuple[str, ...]
     _blocks: dict[tuple[tuple[str, int], ...], Block] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def events(self) -> Tensor:
+        """Σ a over the rows of each element, (1, G)."""
+        total: Tensor | None = None
+        for panel in self.panels.panels:
+            own = panel.over_rows(panel.of_rows(self.cumulant.linear))
+            total = panel.into(total, own, self.panels.size)
+        return torch.zeros(1, self.panels.size, dtype=torch.float64) if total is None else total
 
     def block(self, starts: Mapping[str, int], size: int) -> Block:
         """The predictor as a function of the parameters that begin at `starts`."""

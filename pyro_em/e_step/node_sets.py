@@ -19,6 +19,7 @@ from torch import Tensor
 from pyro_em.e_step.base import NotCompiled
 from pyro_em.e_step.node_cumulants import Curved
 from pyro_em.e_step.node_rows import NodeRows
+from pyro_em.e_step.node_steps import newton, root
 from pyro_em.evidence.quadrature import CLOSE, MAX_ITER, QuadratureRoute, no_mode
 from pyro_em.evidence.rule import Quadrature
 from pyro_em.families.multivariate_normal import MultivariateNormalFamily
@@ -27,6 +28,7 @@ from pyro_em.families.numerics import precision_matrix
 from pyro_em.model.trace import SiteRecord
 
 Coefficients = Mapping[str, tuple[Tensor, ...]]
+Lines = Mapping[str, list[Tensor]]
 Table = tuple[tuple[Tensor, ...], ...]  # of every panel
 
 
@@ -136,11 +138,11 @@ class NodeSet:
         else:
             z = mode[:, None] + torch.einsum("klg,ql->kqg", spread, x)
             volume = torch.linalg.slogdet(spread.movedim(-1, 0))[1]
-        f, tables = self._density(z, b, prior)
+        f, tables = self._density(z, b, prior, self._lines(b))
         joint = f + v.unsqueeze(-1) + volume
         return z, joint.logsumexp(0), joint, tables
 
-    def _density(self, z: Tensor, b: Coefficients, prior: Prior) -> tuple[Tensor, dict[str, Table]]:
+    def _density(self, z: Tensor, b: Coefficients, prior: Prior, lines: Lines) -> tuple[Tensor, dict[str, Table]]:
         """f (Q, G), and the tables behind it."""
         away = z - prior.loc.unsqueeze(1)
         if len(z) == 1:
@@ -152,44 +154,48 @@ class NodeSet:
         tables = {}
         for site in self.rows:
             tables[site.name] = table = table_of(site, b[site.name], z)
-            f = f + site.constant + self._linear(site, b[site.name], z) - cumulated(site, table)
+            level, *slopes = lines[site.name]
+            f = f + level - cumulated(site, table)
+            for own, slope in zip(z, slopes, strict=True):
+                f = f + slope * own
         return f, tables
 
-    def _linear(self, site: NodeRows, b: tuple[Tensor, ...], z: Tensor) -> Tensor:
-        """Σ a η over the rows of each element, (Q, G)."""
-        total = _over(site, site.cumulant.linear * b[0])
-        events = _over(site, site.cumulant.linear) if site.alike else None
-        for k, own in enumerate(b[1:]):
-            share = own * events if events is not None else _over(site, site.cumulant.linear * own)
-            total = total + share * z[k]
-        return total
+    def _lines(self, b: Coefficients) -> Lines:
+        """Σ a η over the rows of each element is a line in z: its value at 0 and its slopes, (1, G) each."""
+        found = {}
+        for site in self.rows:
+            own, a = b[site.name], site.cumulant.linear
+            slopes = [k * site.events if site.alike else _over(site, a * k) for k in own[1:]]
+            found[site.name] = [_over(site, a * own[0]) + site.constant, *slopes]
+        return found
 
     def _modes(self, b: Coefficients, prior: Prior, start: Tensor | None) -> tuple[Tensor, Tensor]:
         """Modes (K, G) and L (K, K, G), by Newton's method as evidence/quadrature.py has it."""
         num = self.route.layout.num_columns
         z = torch.zeros(num, self.size, dtype=torch.float64) if start is None else start
-        f, g, h = self._derivatives(z, b, prior)
+        lines = self._lines(b)
+        f, g, h = self._derivatives(z, b, prior, lines)
         for _ in range(MAX_ITER):
-            step, decrement = _newton(g, h)
+            step, decrement = newton(g, h)
             if not bool(decrement.isfinite().all()):
                 break
             if bool(decrement.max() <= CLOSE):
-                spread = _spread(h)
+                spread = root(h)
                 if spread is None:
                     break
                 return z, spread
-            z, f, g, h = self._climbed(z, step, f, b, prior)
+            z, f, g, h = self._climbed(z, step, f, b, prior, lines)
         raise no_mode(self.route.latents.names[0])
 
     def _climbed(
-        self, z: Tensor, step: Tensor, f: Tensor, b: Coefficients, prior: Prior
+        self, z: Tensor, step: Tensor, f: Tensor, b: Coefficients, prior: Prior, lines: Lines
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A Newton step, halved for the elements where f would fall."""
         slack = f - 1e-12 * (1 + f.abs())
         length: Tensor | None = None
         for _ in range(40):
             moved = z + step if length is None else z + length * step
-            found, g, h = self._derivatives(moved, b, prior)
+            found, g, h = self._derivatives(moved, b, prior, lines)
             worse = ~(found >= slack)
             if not bool(worse.any()):
                 break
@@ -197,23 +203,23 @@ class NodeSet:
             length = torch.where(worse, length / 2, length)
         return moved, found, g, h
 
-    def _derivatives(self, z: Tensor, b: Coefficients, prior: Prior) -> tuple[Tensor, Tensor, Tensor]:
+    def _derivatives(self, z: Tensor, b: Coefficients, prior: Prior, lines: Lines) -> tuple[Tensor, Tensor, Tensor]:
         """f (G,), its gradient (K, G) and minus its Hessian (K, K, G) at one z (K, G) of each element."""
         away = z - prior.loc
         pulled = prior.precision[0] * away if len(z) == 1 else (prior.precision * away).sum(1)
-        f, tables = self._density(z.unsqueeze(1), b, prior)
+        f, tables = self._density(z.unsqueeze(1), b, prior, lines)
         gradient, hessian = -pulled, prior.precision
         one = torch.ones(1, self.size, dtype=torch.float64)
         for site in self.rows:
-            first, second = moments_of(site, tables[site.name], one)
-            own, slope = b[site.name], site.cumulant.linear - first
+            own = b[site.name]
             if site.alike:
-                s, c = _over(site, slope), _over(site, second)
+                first, second = _in_groups(site, tables[site.name])
                 k = torch.stack(own[1:])
-                gradient = gradient + k * s
-                hessian = hessian + k.unsqueeze(1) * k * c
+                gradient = gradient + k * (site.events - first)
+                hessian = hessian + k.unsqueeze(1) * k * second
             else:
-                by = own[1:]
+                first, second = moments_of(site, tables[site.name], one)
+                slope, by = site.cumulant.linear - first, own[1:]
                 gradient = gradient + torch.cat([_over(site, x * slope) for x in by])
                 products = [torch.cat([_over(site, x * y * second) for y in by]) for x in by]
                 hessian = hessian + torch.stack(products)
@@ -254,40 +260,24 @@ def moments_of(site: NodeRows, table: Table, v: Tensor) -> tuple[Tensor, Tensor]
     return torch.cat([x.reshape(-1) for x, _ in found]), torch.cat([x.reshape(-1) for _, x in found])
 
 
+def _in_groups(site: NodeRows, table: Table) -> tuple[Tensor, Tensor]:
+    """Σ m A' and Σ m A'' over the rows of each element at one z, (1, G)."""
+    first: Tensor | None = None
+    second: Tensor | None = None
+    for panel, own in zip(site.panels.panels, table, strict=True):
+        one, two = site.cumulant.in_groups(panel, own)
+        first = panel.into(first, one, site.panels.size)
+        second = first if two is one and len(site.panels.panels) == 1 else panel.into(second, two, site.panels.size)
+    zero = torch.zeros(1, site.panels.size, dtype=torch.float64)
+    return zero if first is None else first, zero if second is None else second
+
+
 def _over(site: NodeRows, x: Tensor) -> Tensor:
     """What belongs to the places (R,), summed over the rows of each element: (1, G)."""
     total: Tensor | None = None
     for panel in site.panels.panels:
         total = panel.into(total, panel.over_rows(panel.of_rows(x)), site.panels.size)
     return torch.zeros(1, site.panels.size, dtype=torch.float64) if total is None else total
-
-
-def _newton(g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Steps (K, G) along |H|⁻¹ g, and what they promise (G,)."""
-    if len(g) == 1:
-        size = h[0].abs().clamp(min=1e-10)
-        step = g / size
-        return step, (step * g).squeeze(0)
-    matrix = h.movedim(-1, 0).expand(g.shape[1], -1, -1)
-    lower, failed = torch.linalg.cholesky_ex(matrix)
-    if not bool((failed != 0).any()):
-        step = torch.cholesky_solve(g.mT.unsqueeze(-1), lower).squeeze(-1).mT
-        return step, (step * g).sum(0)
-    values, vectors = torch.linalg.eigh(matrix)
-    size = values.abs().clamp(min=1e-10)
-    rotated = (vectors.mT @ g.mT.unsqueeze(-1)).squeeze(-1)
-    step = (vectors @ (rotated / size).unsqueeze(-1)).squeeze(-1)
-    return step.mT, (rotated * rotated / size).sum(-1)
-
-
-def _spread(h: Tensor) -> Tensor | None:
-    """L (K, K, G) with L Lᵀ = H⁻¹, along the axes of H; None if some H is not positive definite."""
-    if len(h) == 1:
-        return h.rsqrt() if bool((h > 0).all()) else None
-    values, vectors = torch.linalg.eigh(h.movedim(-1, 0))
-    if bool((values <= 0).any()):
-        return None
-    return (vectors * values.clamp(min=1e-10).rsqrt().unsqueeze(-2)).movedim(0, -1)
 
 
 def node_set(route: QuadratureRoute, latents: Sequence[SiteRecord], rows: Sequence[NodeRows]) -> NodeSet:
