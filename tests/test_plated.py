@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -179,3 +181,31 @@ def test_declines_arguments_that_vary_along_the_rows() -> None:
 def test_the_plan_names_the_engine() -> None:
     x = torch.randn(30)
     assert "plated" in str(pyro_em.plan(_mixture, x, torch.tensor([-1.0, 1.0])))
+
+
+def _no_latents(x: Tensor) -> None:
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0), obs=x)
+
+
+def _loop(x: Tensor) -> None:
+    table, z = pyro.param("table", torch.full((2, 2), 0.5), constraint=constraints.simplex), 0
+    for t in pyro_em.markov(len(x)):
+        z = pyro.sample(f"z_{t}", dist.Categorical(table[z]))
+        pyro.sample(f"x_{t}", dist.Normal(torch.tensor([-1.0, 1.0])[z], 1.0), obs=x[t])
+
+
+def _nonlinear(x: Tensor) -> None:
+    a = pyro.param("a", torch.tensor([0.3, 0.7]))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+        pyro.sample("x", dist.Normal(torch.sin(a[z]) + a[0] * a[1], 1.0), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [(_no_latents, "no latents"), (_loop, "pyro_em.markov"), (_nonlinear, "'a' enters are not recognised")],
+)
+def test_what_it_declines(model: Any, reason: str) -> None:
+    with pytest.raises(NotCompiled, match=reason):
+        compile_plated(bind(model, (torch.linspace(-1, 1, 6),), {}, with_prior=False))
