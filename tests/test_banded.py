@@ -77,3 +77,18 @@ def test_blocks_hold_all_steps(steps: int, chains: int, states: int) -> None:
 def test_which_chains_are_short() -> None:
     assert is_short(2, 1, 2) and is_short(MOST // 25, 1, 5)
     assert not is_short(1, 1, 2) and not is_short(MOST // 25 + 1, 1, 5)
+
+
+@pytest.mark.parametrize("rate", [-5.0, -1e6, 3.0])
+def test_messages_that_leave_the_range_are_not_held(rate: float) -> None:
+    """After parameters of quite another likelihood: too large, and too small; the next call knows better."""
+    blocks = Blocks(900, 2, 5, 180)
+    likelihood, _ = in_blocks(torch.randn(900, 2, 3, generator=torch.Generator().manual_seed(2)), blocks)
+    banded, pi, A = Banded(blocks, 3), rows(3).unsqueeze(-1), rows(3, 3)
+    banded.set_rate(rate)
+    assert banded.solved(pi, A, likelihood) is None
+    found = banded.smooth(pi, A, likelihood, Scratch())
+    again = banded.solved(pi, A, likelihood)
+    assert found is not None and again is not None
+    torch.testing.assert_close(again.log_scale, found.log_scale, rtol=1e-13, atol=0)
+    torch.testing.assert_close(again.states, found.states, rtol=0, atol=1e-12)
