@@ -29,6 +29,8 @@ from pyro_em.e_step.timed_rows import TimedRows
 from pyro_em.errors import NonFiniteError
 from pyro_em.evidence import banded
 from pyro_em.m_step.auto import MStep
+from pyro_em.m_step.choose import CERTIFICATE
+from pyro_em.m_step.newton import Newton
 from pyro_em.problem import Problem, bind
 
 simplex, positive = constraints.simplex, constraints.positive
@@ -274,3 +276,19 @@ def test_replays_are_the_code(model: Callable[..., Any], monkeypatch: pytest.Mon
     assert replayed.history["log_likelihood"] == ordinary.history["log_likelihood"]
     for name, value in ordinary.params.items():
         assert torch.equal(replayed.params[name], value)
+
+
+def test_newton_ends_where_the_certificate_of_a_long_series_begins() -> None:
+    """The steps of one series count as rows do: a bound for a single observation is below the rounding of thousands."""
+
+    def model(y: Tensor) -> None:
+        A = pyro.param("A", torch.tensor([[0.9, 0.1], [0.2, 0.8]]), constraint=constraints.simplex)
+        shape = pyro.param("shape", torch.tensor([1.0, 3.0]), constraint=constraints.positive)
+        z = torch.tensor(0)
+        for t in pyro_em.markov(len(y)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+            pyro.sample(f"y_{t}", dist.Gamma(shape[z], 1.0), obs=y[t])
+
+    problem = bind(model, (torch.rand(500, generator=torch.Generator().manual_seed(0)) + 0.1,), {}, with_prior=False)
+    (newton,) = (unit for unit in MStep(problem, "auto", "em").units if isinstance(unit, Newton))
+    assert newton.tolerance == pytest.approx(0.1 * CERTIFICATE * 500)

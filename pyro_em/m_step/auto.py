@@ -21,13 +21,12 @@ from torch import Tensor
 
 from pyro_em.e_step.base import Expectation
 from pyro_em.families import LOCATIONS
-from pyro_em.m_step.choose import certificate_bound, choose, moments_by_weight, opened, options_of
+from pyro_em.m_step.choose import certificate_bound, choose, moments_by_weight, num_elements, opened, options_of
 from pyro_em.m_step.minibatches import adam, climb, minibatches
 from pyro_em.m_step.newton import Newton
 from pyro_em.m_step.numeric import NEWTON_LIMIT, Block, ascend, ascend_with, maximise
 from pyro_em.m_step.rows import Rows
 from pyro_em.m_step.separate import Separate
-from pyro_em.model.counting import num_rows
 from pyro_em.model.use import Use
 from pyro_em.problem import Problem
 from pyro_em.sufficient import Sufficient, raw_arguments
@@ -197,10 +196,7 @@ class MStep:
 
     @cached_property
     def _elements(self) -> float:
-        """Elements of the data plates, or steps of longer series: the rounding of ∂Q/∂u grows with them."""
-        graph = self.problem.graph
-        rows = num_rows(graph, self.problem.capture)
-        return max(graph.num_observations, *(loop.loop.steps for loop in graph.loops), rows)
+        return num_elements(self.problem)
 
     @property
     def coupled(self) -> bool:
@@ -246,7 +242,7 @@ class MStep:
         params, empty = self.closed_update(params, sufficient)
         if self.numeric:
             block = _block(params, expectation, self.numeric)
-            scale = self.problem.graph.num_observations
+            scale = self._elements
             if self._large:
                 return self._climbed(block, expectation, CLIMB), empty
             params = maximise(block, tolerance=0.1 * certificate_bound(params) * scale)

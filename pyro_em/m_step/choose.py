@@ -29,6 +29,7 @@ from pyro_em.m_step.separate import Separate
 from pyro_em.m_step.states import state_blocks
 from pyro_em.m_step.unit import Unit
 from pyro_em.model.compat import with_dims
+from pyro_em.model.counting import num_rows
 from pyro_em.model.slicing import rows_like_others
 from pyro_em.model.trace import Run
 from pyro_em.model.use import VALUE, Use
@@ -178,7 +179,7 @@ def _newton(problem: Problem, run: Run, uses: Uses, rest: list[str], closed: lis
     served = {n for n in rest if is_newton(uses[n], run)}
     sites = {use.site for n in served for use in uses[n] if use.slot != VALUE}
     served |= {n for n in closed if any(use.site in sites for use in uses[n]) and is_newton(uses[n], run)}
-    tolerance = 0.1 * certificate_bound(problem.start) * problem.graph.num_observations
+    tolerance = 0.1 * certificate_bound(problem.start) * num_elements(problem)
     return newton_blocks(problem, run, {n: uses[n] for n in problem.parameters if n in served}, tolerance)
 
 
@@ -186,6 +187,12 @@ def opened(expectation: Expectation) -> Sufficient:
     """The statistics of an E-step, with the way to its posterior weights for the units that need them."""
     expectation.sufficient.posterior = lambda: expectation.weights
     return expectation.sufficient
+
+
+def num_elements(problem: Problem) -> float:
+    """Elements of the data plates, or steps of longer series: the rounding of ∂Q/∂u grows with them."""
+    graph = problem.graph
+    return max(graph.num_observations, *(loop.loop.steps for loop in graph.loops), num_rows(graph, problem.capture))
 
 
 def certificate_bound(params: Params) -> float:
