@@ -176,6 +176,10 @@ def _counts_rows(x: Tensor, y: Tensor) -> None:
     experts(x, y)
 
 
+def _distances(square: Tensor, y: Tensor) -> None:
+    experts(square[:, 0], y)
+
+
 def _sorted(x: Tensor, y: Tensor) -> None:
     experts(x - x.mean(), y)
 
@@ -187,8 +191,9 @@ def _sorted(x: Tensor, y: Tensor) -> None:
         (_sorted, _data(50), "site 'y' at a row of plate 'rows' depends on the other rows"),
         (_Normalised().double(), _data(50), "site 'y' at a row of plate 'rows' depends on the other rows"),
         (_counts_rows, _data(50), "on some rows of plate 'rows' the model fails"),
+        (_distances, (torch.outer(_data(50)[1], _data(50)[1]), _data(50)[1]), "as long as plate 'rows' in two dims"),
     ],
-    ids=["closure", "centred", "batch norm", "fails"],
+    ids=["closure", "centred", "batch norm", "fails", "two dims"],
 )
 def test_models_that_cannot_be_run_on_some_rows(model: Any, args: Any, reason: str) -> None:
     with pytest.raises(NotSliced, match=reason):

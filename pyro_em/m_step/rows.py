@@ -18,11 +18,11 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_em.model import few_rows
 from pyro_em.model.compat import dims_of, with_dims
 from pyro_em.model.graph import FactorGraph, FactorInfo
 from pyro_em.model.packing import multiply
@@ -62,7 +62,7 @@ class Rows:
     def at(self, index: Tensor) -> Problem:
         """The problem on some rows, each of which counts N/|B| times."""
         problem = self.problem
-        args, kwargs = _sliced((problem.args, problem.kwargs), self.size, index)
+        args, kwargs = few_rows.Rows(self.plate, self.size, index).cut((problem.args, problem.kwargs))
         share = with_dims(torch.tensor(self.size / len(index), dtype=torch.float64), "")
         factors = {name: self._info(info, index, share) for name, info in problem.graph.factors.items()}
         graph = dataclasses.replace(problem.graph, factors=factors)
@@ -102,12 +102,14 @@ def rows_of(problem: Problem) -> Rows:
     generator = torch.Generator("cpu").manual_seed(0)
     index = torch.randperm(size, generator=generator, device="cpu")[: min(PROBED, size - 1)]
     params = {name: second_point(record, generator) for name, record in problem.parameters.items()}
-    found = _sliced((problem.args, problem.kwargs), size, index)
-    if found is (problem.args, problem.kwargs) or not _has_rows((problem.args, problem.kwargs), size):
+    if not few_rows.Rows(plate, size, index).cuts((problem.args, problem.kwargs)):
         raise NotSliced(f"no argument of the model is as long as plate '{plate}'")
+    try:
+        part = rows.at(index)
+    except ValueError as error:
+        raise NotSliced(f"an argument is as long as plate '{plate}' in two dims") from error
     with torch.no_grad():
         whole = problem.factors(problem.run(params))
-        part = rows.at(index)
         try:
             some = part.factors(part.run(params))
         except Exception as error:  # the user's program may fail in any way on data of another length
@@ -130,28 +132,3 @@ def _largest(graph: FactorGraph) -> tuple[str, str, int]:
 def _equal(a: Tensor, b: Tensor) -> bool:
     tolerance = 1e-8 if a.dtype == torch.float64 else 1e-4
     return a.shape == b.shape and bool((torch.isclose(a, b, rtol=tolerance, atol=tolerance) | (a == b)).all())
-
-
-def _dim(x: Tensor, size: int) -> int | None:
-    """The dim of an argument along which the plate's elements lie: the first of that size."""
-    return next((i for i, n in enumerate(x.shape) if n == size), None)
-
-
-def _has_rows(x: Any, size: int) -> bool:
-    if isinstance(x, Tensor):
-        return _dim(x, size) is not None
-    if isinstance(x, dict):
-        x = tuple(x.values())
-    return isinstance(x, list | tuple) and any(_has_rows(own, size) for own in x)
-
-
-def _sliced(x: Any, size: int, index: Tensor) -> Any:
-    """The same with every tensor of the plate's size at some of its elements."""
-    if isinstance(x, Tensor):
-        dim = _dim(x, size)
-        return x if dim is None else x.index_select(dim, index.to(x.device))
-    if isinstance(x, dict):
-        return {name: _sliced(own, size, index) for name, own in x.items()}
-    if type(x) in (list, tuple):
-        return type(x)(_sliced(own, size, index) for own in x)
-    return x

@@ -43,6 +43,13 @@ class Rows:
             return type(x)([self.cut(y) for y in x])
         return {key: self.cut(y) for key, y in x.items()} if type(x) is dict else x
 
+    def cuts(self, x: Any) -> bool:
+        """Whether `cut` changes anything."""
+        if isinstance(x, Tensor):
+            return self.size in x.shape
+        own = x.values() if type(x) is dict else x if type(x) in (list, tuple) else ()
+        return any(self.cuts(y) for y in own)
+
     def dim(self, site: SiteRecord, argument: str, value: Tensor) -> int | None:
         """The plate's dim in an argument, None if it has none."""
         plate = next((p for p in site.plates if p.name == self.plate), None)
