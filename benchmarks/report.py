@@ -203,6 +203,7 @@ def _whole(records: Sequence[Record]) -> str:
                 record["workload"],
                 record["title"],
                 _spread(Spread.of(mine["seconds"]), 1, 3),
+                f"{mine['first_seconds']:.3f}" if "first_seconds" in mine else MISSING,
                 peer,
                 _spread(Spread.of(own["seconds"]), 1, 3),
                 _spread(spread, 1, 2, "×"),
@@ -211,7 +212,8 @@ def _whole(records: Sequence[Record]) -> str:
                 f"{likelihood[ours(record)] - likelihood[peer]:+.1e}",
             ])  # fmt: skip
     header = [
-        "", "whole fit", "ours, s", "peer", "peer, s", "peer ÷ ours", "asked", "", "log-likelihood, ours - peer",
+        "", "whole fit", "ours, s", "ours, first of the process, s", "peer", "peer, s", "peer ÷ ours", "asked", "",
+        "log-likelihood, ours - peer",
     ]  # fmt: skip
     return _rows(header, rows)
 

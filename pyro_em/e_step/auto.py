@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_em.all_atoms import has_few_atoms, with_all_atoms
 from pyro_em.e_step.adaptive import compile_adaptive
@@ -22,19 +23,21 @@ from pyro_em.e_step.grouped import compile_grouped
 from pyro_em.e_step.inside import compile_inside
 from pyro_em.e_step.interpreted import Interpreted
 from pyro_em.e_step.plated import Plated, compile_plated
-from pyro_em.e_step.pooled import compile_pooled
+from pyro_em.e_step.pooled import Pooled, compile_pooled
 from pyro_em.e_step.pooled_states import compile_states
 from pyro_em.e_step.predicted import compile_predicted
 from pyro_em.e_step.scanned import Scanned, compile_scanned
 from pyro_em.e_step.timed_rows import TimedRows, compile_timed_rows
-from pyro_em.errors import LostPrecision, PyroEMError
+from pyro_em.errors import LostPrecision, NonFiniteError, PyroEMError
 from pyro_em.evidence.integrated import has_states
 from pyro_em.evidence.quadrature import QuadratureRoute
 from pyro_em.loop import Iterate
 from pyro_em.m_step.auto import MStep
+from pyro_em.m_step.choose import opened
 from pyro_em.model.resources import predicted_bytes
 from pyro_em.options import HARD
 from pyro_em.problem import Problem
+from pyro_em.sufficient import Sufficient
 from pyro_em.types import Params
 
 Compiler = Callable[[Problem], Engine]
@@ -54,15 +57,28 @@ def chosen(problem: Problem, option: Any, algorithm: str, optim: Any = None) -> 
 
     :raises Refusal, InputError, ResourceError: as `MStep`, or if the tables of the data at these atoms are too large.
     """
-    m_step = MStep(problem, option, algorithm, optim)
+    pooled = None if algorithm in HARD else _pooled(problem)
+    m_step = MStep(problem, option, algorithm, optim, None if pooled is None else pooled[1])
     if algorithm in HARD:
         return problem, m_step, Assigned(problem, "max" if algorithm == "cem" else "sample")
-    engine = choose_engine(problem, m_step)
+    engine = pooled[0] if pooled is not None and m_step.all_closed else choose_engine(problem, m_step)
     if isinstance(engine, Interpreted) and has_few_atoms(problem):
         problem = with_all_atoms(problem)
         m_step = MStep(problem, option, algorithm, optim)
         engine = choose_engine(problem, m_step)
     return problem, m_step, engine
+
+
+def _pooled(problem: Problem) -> tuple[Pooled, Sufficient] | None:
+    """The engine of Gaussian latents, which does not depend on the M-step, and its statistics at the start: these know
+    the design of the parameters, which would else be read off from the model once more."""
+    if problem.continuous is None or problem.graph.symbol_sites:
+        return None
+    try:
+        engine = compile_pooled(problem)
+        return engine, opened(engine.e_step(problem.start))
+    except (NotCompiled, NonFiniteError, LinAlgError):
+        return None
 
 
 def choose_engine(problem: Problem, m_step: MStep) -> Engine:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, bmm
 
 from pyro_em.e_step.pooled_location import PooledSite, per_cell
 from pyro_em.e_step.pooled_sets import PooledSet
@@ -77,7 +77,7 @@ def posterior(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> tuple
     root = torch.linalg.solve_triangular(lower.mT, identity, upper=True) * classes.weight.sqrt()[:, None, None]
     if basis is not None:
         assert solved.start is not None
-        mean, root = solved.start + basis @ mean, basis @ root
+        mean, root = solved.start + bmm(basis, mean), bmm(basis, root)
     zeta = torch.cat([torch.cat([classes.ones.unsqueeze(1), mean], 1), torch.nn.functional.pad(root, (0, 0, 1, 0))], -1)
     return zeta, likelihood, magnitude
 
@@ -144,8 +144,8 @@ def _solve(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> _Solved:
         drawn, made = (torch.cat([parts[i][k].flatten(1, 2) for i in latent], 1) for k in range(2))
         roots = torch.block_diag(*(noise[i][1].matrix for i in latent))
         basis, start = torch.linalg.solve(made, roots.expand_as(made)), -torch.linalg.solve(made, drawn)
-        d, T = d + T @ start, T @ basis
-    precision = T.mT @ T
+        d, T = d + bmm(T, start), bmm(T, basis)
+    precision = bmm(T.mT, T)
     if basis is not None:
         precision = precision + torch.eye(size, dtype=torch.float64)
     lower, failed = torch.linalg.cholesky_ex(precision)
@@ -155,11 +155,11 @@ def _solve(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> _Solved:
             f"Site '{own.sites[0].site.name}': the posterior precision of the Gaussian latents is not positive "
             "definite. A scale has become infinite or 0, or the data are not finite.",
         )
-    mean = -torch.cholesky_solve(T.mT @ d, lower)
-    at_mean = d + T @ mean
-    slope = T.mT @ at_mean if basis is None else T.mT @ at_mean + mean
+    mean = -torch.cholesky_solve(bmm(T.mT, d), lower)
+    at_mean = d + bmm(T, mean)
+    slope = bmm(T.mT, at_mean) if basis is None else bmm(T.mT, at_mean) + mean
     step = -torch.cholesky_solve(slope, lower)  # mends the rounding of the first solve
-    mean, at_mean = mean + step, at_mean + T @ step
+    mean, at_mean = mean + step, at_mean + bmm(T, step)
     squares = (at_mean * at_mean).sum(1)
     energy = 0.5 * squares
     if basis is not None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -234,30 +235,33 @@ def _check_scales(names: Sequence[str], log_norms: Sequence[Tensor], leaves: Val
 
 
 def _index(ones: Tensor, code: Tensor, draw: Tensor, drawn: Tensor, rank: int, rounding: float) -> Tensor | None:
-    """Element that each row reads, shape of its plates (`rank` dims), -1 for none; None if some row reads several."""
-    valid = ones != 0
-    if bool(((draw != 0) & ~valid).any()):
+    """Element that each row reads, shape of its plates (`rank` dims), -1 for none; None if some row reads several.
+
+    In NumPy, whose calls take a third of the time of torch's where tangents are small."""
+    one, number, other, numbers = (x.cpu().numpy() for x in (ones, code, draw, drawn))
+    valid = one != 0
+    if ((other != 0) & ~valid).any():
         return None
-    ratio = torch.where(valid, code / torch.where(valid, ones, 1.0), 0.0)
-    index = ratio.round().long() - 1
-    bound = 10 * rounding + (0.01 * rounding * ratio.abs() if rounding > DOUBLE else 0.0)
-    if bool(((ratio - ratio.round()).abs() > bound).any()):
+    with np.errstate(all="ignore"):
+        ratio = np.where(valid, number / np.where(valid, one, 1.0), 0.0)
+        nearest = np.rint(ratio)
+        bound = 10 * rounding + (0.01 * rounding * np.abs(ratio) if rounding > DOUBLE else 0.0)
+        index = nearest.astype(np.int64) - 1
+        if (np.abs(ratio - nearest) > bound).any() or (index >= len(numbers)).any():
+            return None
+        expected = np.where(valid, one * numbers[index.clip(min=0)], 0.0)
+        near = np.abs(other - expected) <= 0.01 * rounding * np.abs(one).max() + rounding * np.abs(expected)
+    if not near.all():
         return None
-    if bool((index >= len(drawn)).any()):
+    rows = index.max(-1)
+    if (index != rows[..., None])[valid].any():
         return None
-    expected = torch.where(valid, ones * drawn[index.clamp(min=0)], 0.0)
-    if not torch.allclose(draw, expected, rtol=rounding, atol=0.01 * rounding * float(ones.abs().max())):
-        return None
-    rows = index.amax(-1)
-    if bool((index != rows.unsqueeze(-1))[valid].any()):
-        return None
-    if rows.dim() > rank:
-        lead = tuple(range(rows.dim() - rank))
-        common = rows.amax(lead)
-        if bool(((rows != common) & (rows >= 0)).any()):
+    if rows.ndim > rank:
+        common = rows.max(tuple(range(rows.ndim - rank)))
+        if ((rows != common) & (rows >= 0)).any():
             return None
         rows = common
-    return rows.reshape((1,) * (rank - rows.dim()) + tuple(rows.shape))
+    return torch.from_numpy(np.asarray(rows)).to(ones.device).reshape((1,) * (rank - rows.ndim) + tuple(rows.shape))
 
 
 def _aligned(index: Tensor, batch: torch.Size, rank: int) -> Index:

@@ -53,10 +53,18 @@ class MStepInfo:
 class MStep:
     """Made once a fit; `score` and `update` are called once an iteration."""
 
-    def __init__(self, problem: Problem, option: Any, algorithm: str, optim: Any = None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        option: Any,
+        algorithm: str,
+        optim: Any = None,
+        statistics: Sufficient | None = None,
+    ) -> None:
+        """`statistics` of an E-step at the start, if an engine has made one, save `choose` a pass over the data."""
         self.problem, self.optim = problem, optim
         self.uses = {n: self._counted(n) for n in problem.parameters}
-        found = choose(problem, self.uses, options_of(problem, option, algorithm))
+        found = choose(problem, self.uses, options_of(problem, option, algorithm), statistics)
         self.choices, self.collinear = found.choices, found.collinear
         self.units = sorted(found.units, key=lambda unit: min(map(self._order, unit.names)))
         names = list(self.choices)

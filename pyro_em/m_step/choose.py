@@ -81,20 +81,22 @@ def options_of(problem: Problem, option: Any, algorithm: str) -> dict[str, str]:
     return {name: wanted.get(name, default) for name in problem.parameters}
 
 
-def choose(problem: Problem, uses: Uses, options: Mapping[str, str]) -> Choices:
+def choose(problem: Problem, uses: Uses, options: Mapping[str, str], statistics: Sufficient | None = None) -> Choices:
     """The rules of all parameters.
 
     :param uses: those that count in Q.
+    :param statistics: of an E-step at the start, if an engine has made one; else the data without latents are passed.
     :raises Refusal: if a closed form is asked for where there is none, or none can be had where it is needed.
     """
     run = problem.first
-    unweighted = problem.continuous is None and all(info.weight is None for info in problem.graph.factors.values())
-    uniform = opened(_uniform(problem, rows_like_others(run) if unweighted else run))
+    if statistics is None:
+        unweighted = problem.continuous is None and all(info.weight is None for info in problem.graph.factors.values())
+        statistics = opened(_uniform(problem, rows_like_others(run) if unweighted else run))
     choices = {n: _told(uses[n], own) for n, own in options.items() if own in ("fixed", "gradient") or not uses[n]}
     units: list[Unit] = []
     collinear: set[str] = set()
     for linear in linear_blocks(problem, run, _not_moved_otherwise(problem, run, uses, set(options) - set(choices))):
-        unidentified = linear.unidentified(linear.precision(problem.start, uniform))
+        unidentified = linear.unidentified(linear.precision(problem.start, statistics))
         collinear |= unidentified
         units.append(linear)
         choices |= {name: Choice("closed", linear.rule(name, run, unidentified)) for name in linear.names}
@@ -109,7 +111,8 @@ def choose(problem: Problem, uses: Uses, options: Mapping[str, str]) -> Choices:
     for name in [n for n in options if n not in choices]:
         unit = Separate(problem, name, uses[name])
         try:
-            closed[name] = unit, Choice("closed", unit.combined(problem.start[name].detach().double(), uniform).rule)
+            rule = unit.combined(problem.start[name].detach().double(), statistics).rule
+            closed[name] = unit, Choice("closed", rule)
         except NotClosed as error:
             if options[name] == "closed":
                 raise Refusal(

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_em.device import chunk_scale
 from pyro_em.tape.calls import Deviation, quiet
 from pyro_em.tape.layout import Layout
-from pyro_em.tape.program import Parts, Program
+from pyro_em.tape.program import Program
 from pyro_em.tape.record import NotRecorded, record
 from pyro_em.tape.scalars import known, written
 from pyro_em.tape.simplify import simplify
@@ -102,12 +102,12 @@ class Tape:
             call()
         return [x.clone(memory_format=torch.contiguous_format) for x in self._layout.outputs]
 
-    def _write(self, program: Callable[[Parts], Program | None], inputs: Any, expected: Sequence[Tensor]) -> None:
+    def _write(self, program: Callable[[Layout], Program | None], inputs: Any, expected: Sequence[Tensor]) -> None:
         """Go on with a function that takes less time, if there is one and it gives the same here."""
         if len(self._calls) > LONGEST or not self._layout.on_cpu():
             return
         with _no_collection():
-            found = self._quiet(program, [Parts(self._layout)])
+            found = self._quiet(program, [self._layout])
         if found is None:
             return
         function = found.bound(self._layout)

@@ -237,14 +237,15 @@ def _pattern(shape: Sequence[int]) -> str:
 PROGRAMS: dict[Hashable, Program] = {}  # by structure
 
 
-def known(parts: Parts) -> Program | None:
+def known(layout: Layout) -> Program | None:
     """The program of this structure, if one has been written."""
-    return PROGRAMS.get(parts.key()) if PROGRAMS else None
+    return PROGRAMS.get(Parts(layout).key()) if PROGRAMS else None
 
 
-def written(parts: Parts) -> Program:
+def written(layout: Layout) -> Program:
     """The program of this structure."""
+    parts = Parts(layout)
     if len(PROGRAMS) >= MOST_KEPT:
         PROGRAMS.clear()
-    found = PROGRAMS[parts.key()] = Scalars(parts.layout, parts).program()
+    found = PROGRAMS[parts.key()] = Scalars(layout, parts).program()
     return found
