@@ -108,6 +108,8 @@ class Trials(Cumulant):
             product = q.prod(-1).mT if panel.last else q.prod(0)
             if bool((product > TINY).all()):
                 return product.log().neg_()
+        elif bool(q.amin() > TINY):
+            return panel.over_rows(q.log().mul_(-panel.of_rows(self.count)))
         return panel.over_rows(torch.nn.functional.softplus(b + t, threshold=1e9) * panel.of_rows(self.count))
 
     def moments(self, panel: Panel, table: tuple[Tensor, ...], v: Tensor) -> tuple[Tensor, Tensor]:
