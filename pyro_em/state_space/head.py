@@ -109,11 +109,11 @@ class Head:
         (S, T, _), D = chain.y.shape, chain.mean.shape[-1]
         opening, F = (0, 0) if chain.flat is None else (chain.flat.shape[1], chain.flat.shape[-1])
         a, P = chain.mean.expand(S, D), chain.covariance
-        Phi, m, spread = P.new_zeros(1, D, F), P.new_zeros(S, F), torch.eye(F, dtype=P.dtype)[None]
+        Phi, m, spread = P.new_zeros(1, D, F), P.new_zeros(S, F), torch.eye(F, dtype=P.dtype, device=P.device)[None]
         if chain.flat is not None:
             a = _at_base(a, chain.flat[:, 0])
         if wide:
-            Phi = torch.cat([Phi, torch.eye(D, dtype=P.dtype)[None]], -1)
+            Phi = torch.cat([Phi, torch.eye(D, dtype=P.dtype, device=P.device)[None]], -1)
             spread = torch.nn.functional.pad(P, (F, 0, F, 0)) + torch.nn.functional.pad(spread, (0, D, 0, D))
             m, a, P = torch.cat([m, a], -1), torch.zeros_like(a), torch.zeros_like(P)
         K = m.shape[-1]
@@ -251,7 +251,7 @@ class Head:
             own, s = self.given[t], self._step(t + 1)
             a, Phi, P = self.given[t + 1].forecast
             G = gain(own.P, s.A, P)
-            keep, moved = torch.eye(P.shape[-1], dtype=P.dtype) - G @ s.A, own.Phi - G @ Phi
+            keep, moved = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device) - G @ s.A, own.Phi - G @ Phi
             mean = own.a + _times(own.Phi, psi) + _times(G, mean - a - _times(Phi, psi))
             lags.append(covariance @ G.mT + crossed @ moved.mT)
             half = G @ crossed @ moved.mT

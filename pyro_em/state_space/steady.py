@@ -142,9 +142,11 @@ def _summed(chain: Chain, weight: Tensor, parts: tuple[Tensor, ...] = ()) -> _Su
 
     :param parts: the means of the first states as sums of two.
     """
-    own_mean, base = (x.numpy() for x in parts or (torch.zeros_like(chain.mean), chain.mean))
-    mean, P0 = base.mean(0), chain.covariance.numpy()[0]
-    start = own_mean + (base - mean)
+    mean, P0, start = chain.mean.numpy()[0], chain.covariance.numpy()[0], None
+    if parts:
+        own_mean, base = (x.numpy() for x in parts)
+        mean = base.mean(0)
+        start = own_mean + (base - mean)
     A, b, Q, C, d, R = (x.numpy()[0, 0] for x in (chain.A, chain.b, chain.Q, chain.C, chain.d, chain.R))
     y = _array(chain.y)
     _, T, P = y.shape
@@ -162,7 +164,7 @@ def _summed(chain: Chain, weight: Tensor, parts: tuple[Tensor, ...] = ()) -> _Su
     half_log_det = own.half_log_dets.sum() + (T - n) * own.half_log_dets[-1]
     weights: Array = weight.numpy()
     w = None if (weights == 1).all() else weights
-    squares, found = smoothed(own, data, A, C, w, path, start if start.any() else None)
+    squares, found = smoothed(own, data, A, C, w, path, start)
     evidence = -0.5 * squares - half_log_det - 0.5 * LOG_2PI * P * (T - late)
     sums, W = found.total, found.count
     first, last = _gram(found.first, w), _gram(found.last[:, :D], w)
