@@ -170,10 +170,12 @@ def test_what_it_cannot_run_is_left_to_the_reference() -> None:
             z = pyro.sample(f"z_{t}", dist.Categorical(rows[z]))
             pyro.sample(f"y_{t}", dist.Normal(z * 1.0, 1.0), obs=y[t])
 
-    problem = bind(model, (normal(5),), {}, with_prior=False)
-    engine = choose_engine(problem, MStep(problem, "auto", "em"))
-    assert isinstance(engine, Interpreted)
-    assert "'logits' has no closed form on sufficient statistics" in engine.reason
+    for steps in (5, 9):
+        problem = bind(model, (normal(steps),), {}, with_prior=False)
+        engine = choose_engine(problem, MStep(problem, "auto", "em"))
+        assert isinstance(engine, Interpreted)
+        assert "'logits' has no closed form on sufficient statistics" in engine.reason
+        assert ("write it as `for t in pyro_em.markov(T)`" in engine.reason) == (steps == 9)
 
 
 def test_impossible_data_are_named_as_by_the_reference() -> None:

@@ -48,6 +48,7 @@ COMPILERS: tuple[Compiler, ...] = (
     compile_grouped,
     compile_predicted,
 )
+MANY_STEPS = 8  # latents of one component, from which on they are taken for a loop's
 LARGE = 2**26  # bytes of reference tables above which a compiled engine is spot-checked
 AGREEMENT = 1e-9  # relative difference of a compiled and the reference log-likelihood
 
@@ -106,7 +107,8 @@ def choose_engine(problem: Problem, m_step: MStep) -> Engine:
                 with contextlib.suppress(NotCompiled):
                     return compiler(problem)
         mixed = [n for n in m_step.free if any(use.index is None for use in problem.uses[n])]
-        return Interpreted(problem, f"'{(mixed or m_step.free)[0]}' has no closed form on sufficient statistics")
+        reason = f"'{(mixed or m_step.free)[0]}' has no closed form on sufficient statistics"
+        return Interpreted(problem, reason + _written_otherwise(problem, m_step))
     reasons = []
     for compiler in COMPILERS:
         try:
@@ -114,6 +116,14 @@ def choose_engine(problem: Problem, m_step: MStep) -> Engine:
         except NotCompiled as error:
             reasons.append(str(error))
     return Interpreted(problem, "; ".join(dict.fromkeys(reasons)))
+
+
+def _written_otherwise(problem: Problem, m_step: MStep) -> str:
+    """How to write a loop over time so that it is compiled, where Newton steps keep this one from it."""
+    longest = max((len(component.symbols) for component in problem.graph.components), default=0)
+    if m_step.numeric or m_step.gradient or problem.graph.loops or longest < MANY_STEPS:
+        return ""
+    return "; if these latents are the steps of a loop, write it as `for t in pyro_em.markov(T)`, which is compiled"
 
 
 def in_double(engine: Engine, params: Params) -> Params:
