@@ -101,7 +101,7 @@ def choose_engine(problem: Problem, m_step: MStep) -> Engine:
         with contextlib.suppress(NotCompiled):
             return compile_inside(problem)
     if not m_step.separate:
-        if not m_step.numeric and not m_step.gradient:
+        if not (m_step.numeric or m_step.gradient or m_step.composed):
             either: tuple[Compiler, ...] = (compile_plated, compile_predicted, compile_timed_rows)
             for compiler in either if m_step.compressed else either[1:]:
                 with contextlib.suppress(NotCompiled):

@@ -22,6 +22,7 @@ from torch import Tensor
 from pyro_em.e_step.base import Expectation
 from pyro_em.families import LOCATIONS
 from pyro_em.m_step.choose import certificate_bound, choose, moments_by_weight, num_elements, opened, options_of
+from pyro_em.m_step.composed import Composed
 from pyro_em.m_step.minibatches import adam, climb, minibatches
 from pyro_em.m_step.newton import Newton
 from pyro_em.m_step.numeric import NEWTON_LIMIT, Block, ascend, ascend_with, maximise
@@ -96,7 +97,12 @@ class MStep:
     @property
     def by_newton(self) -> bool:
         """Some parameters are updated by Newton's method."""
-        return any(isinstance(unit, Newton) for unit in self.units)
+        return any(isinstance(unit, Newton | Composed) for unit in self.units)
+
+    @property
+    def composed(self) -> tuple[str, ...]:
+        """Parameters that enter their arguments by functions of several of them."""
+        return tuple(name for unit in self.units if isinstance(unit, Composed) for name in unit.names)
 
     @property
     def separate(self) -> bool:

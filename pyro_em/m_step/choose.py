@@ -4,7 +4,8 @@
 2. closed form      the sum of the kernels of its uses has an argmax; weighted medians
 3. Newton           everything else behind linear predictors or taken entry by entry, with the closed forms of the
                     same density (the rate of a Gamma whose concentration is free: rounds would be slow)
-4. numeric          what is opaque: networks (in minibatches of many rows), products of parameters, unknown families
+4. composed         functions of several parameters that make one argument: diag(τ) L, σ² ρ^|i-j| (Newton)
+5. numeric          what is opaque: networks (in minibatches of many rows), unknown families
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from pyro_em.e_step.base import Expectation
 from pyro_em.errors import InputError, Refusal
 from pyro_em.m_step.closed import NotClosed
+from pyro_em.m_step.composed import Composed, composed_blocks
 from pyro_em.m_step.kinks import kinked
 from pyro_em.m_step.linear import is_linear, linear_blocks
 from pyro_em.m_step.median import RULE, Median, is_laplace_location, is_median
@@ -129,6 +131,9 @@ def choose(problem: Problem, uses: Uses, options: Mapping[str, str], statistics:
         if name not in choices:
             units.append(unit)
             choices[name] = choice
+    for block in _composed(problem, run, uses, choices, rest, closed):
+        units = [unit for unit in units if not set(unit.names) <= set(block.names)] + [block]
+        choices |= {name: Choice("newton", block.rule(name)) for name in block.names}
     choices = {name: choices.get(name) or rest[name] for name in options}
     numeric = [name for name, choice in choices.items() if choice.route == "numeric"]
     for left, reason in not_completed(units, numeric, uses, run.sites):
@@ -184,6 +189,23 @@ def _newton(problem: Problem, run: Run, uses: Uses, rest: list[str], closed: lis
     served |= {n for n in closed if any(use.site in sites for use in uses[n]) and is_newton(uses[n], run)}
     tolerance = 0.1 * certificate_bound(problem.start) * num_elements(problem)
     return newton_blocks(problem, run, {n: uses[n] for n in problem.parameters if n in served}, tolerance)
+
+
+def _composed(
+    problem: Problem,
+    run: Run,
+    uses: Uses,
+    choices: Mapping[str, Choice],
+    rest: Mapping[str, Choice],
+    closed: Mapping[str, tuple[Separate, Choice]],
+) -> list[Composed]:
+    left = {name for name in rest if name not in choices}
+    if not left:
+        return []
+    tolerance = 0.1 * certificate_bound(problem.start) * problem.graph.num_observations
+    # Only what is moved by no rule: an argument that a closed form moves too is a matter of rounds.
+    elsewhere = {u.site for n in choices if n not in closed for u in uses[n] if u.slot != VALUE}
+    return composed_blocks(problem, run, uses, left, elsewhere, tolerance)
 
 
 def opened(expectation: Expectation) -> Sufficient:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -103,8 +104,75 @@ class Value:
     rounding: Tensor
 
 
+class Climb(ABC):
+    """A function of free coordinates u (P,), and the way to its maximum."""
+
+    @property
+    @abstractmethod
+    def kinks(self) -> Kinks | None:
+        """Where it has kinks, if anywhere."""
+
+    @abstractmethod
+    def free(self) -> Tensor:
+        """u at the start."""
+
+    @abstractmethod
+    def value(self, u: Tensor) -> Value:
+        """The function, up to a constant."""
+
+    @abstractmethod
+    def slope(self, u: Tensor) -> Tensor:
+        """Its gradient, (P,)."""
+
+    @abstractmethod
+    def curvature(self, u: Tensor) -> Tensor:
+        """Minus its Hessian, (P, P)."""
+
+    def subslope(self, u: Tensor, slope: Tensor) -> Tensor:
+        """Of the subgradients at u the one nearest to 0, given `slope(u)`: the slope where Q has no kink."""
+        return slope if self.kinks is None else self.kinks.nearest(u, slope)
+
+    def maximised(self, tolerance: float) -> Tensor:
+        """Newton's method with backtracking, in free coordinates."""
+        u, known = self.free(), None
+        slope = self.slope(u)
+        for _ in range(MAX_STEPS):
+            size = self.subslope(u, slope).abs().max()
+            if not bool(slope.isfinite().all()) or bool(size <= tolerance):
+                break
+            before = self.value(u) if known is None else known
+            target, gain = self._target(u, slope)
+            # Close to the top Q says nothing more, but its slope does: Newton's steps lower it quadratically.
+            close = bool(gain <= CLOSE * before.rounding)
+            moved, known = (target, None) if close else self._back_tracked(u, target, gain, before)
+            following = self.slope(moved)
+            if torch.equal(moved, u) or (close and not bool(self.subslope(moved, following).abs().max() < size)):
+                break
+            u, slope = moved, following
+        return u
+
+    def _target(self, u: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """Where Newton's step ends, and the rise of Q that its slope promises."""
+        curvature = self.curvature(u)
+        if self.kinks is not None:
+            return self.kinks.target(u, slope, convex(curvature))
+        step = ascent(slope, curvature)
+        return u + step, slope @ step
+
+    def _back_tracked(self, u: Tensor, target: Tensor, gain: Tensor, before: Value) -> tuple[Tensor, Value]:
+        """The longest of step, step/2, ... on which Q rises by a share of what its slope promises; u itself if none."""
+        length = 1.0
+        while length > 1e-12:
+            moved = target if length == 1 else u + length * (target - u)
+            after = self.value(moved)
+            if bool(after.total >= before.total + 1e-4 * length * gain - before.rounding):
+                return moved, after
+            length /= 2
+        return u, before
+
+
 @dataclass(frozen=True)
-class Objective:
+class Objective(Climb):
     """Q around the current place `start` (P,) of a block; functions of δ = θ − start, or of free coordinates u."""
 
     start: Tensor
@@ -209,48 +277,6 @@ class Objective:
             begin += value.numel()
         free, jacobian = torch.cat(index), torch.cat(first)
         return hessian[free][:, free] * jacobian * jacobian.unsqueeze(-1) - torch.diag(torch.cat(second))
-
-    def subslope(self, u: Tensor, slope: Tensor) -> Tensor:
-        """Of the subgradients at u the one nearest to 0, given `slope(u)`: the slope where Q has no kink."""
-        return slope if self.kinks is None else self.kinks.nearest(u, slope)
-
-    def maximised(self, tolerance: float) -> Tensor:
-        """Newton's method with backtracking, in free coordinates."""
-        u, known = self.free(), None
-        slope = self.slope(u)
-        for _ in range(MAX_STEPS):
-            size = self.subslope(u, slope).abs().max()
-            if not bool(slope.isfinite().all()) or bool(size <= tolerance):
-                break
-            before = self.value(u) if known is None else known
-            target, gain = self._target(u, slope)
-            # Close to the top Q says nothing more, but its slope does: Newton's steps lower it quadratically.
-            close = bool(gain <= CLOSE * before.rounding)
-            moved, known = (target, None) if close else self._back_tracked(u, target, gain, before)
-            following = self.slope(moved)
-            if torch.equal(moved, u) or (close and not bool(self.subslope(moved, following).abs().max() < size)):
-                break
-            u, slope = moved, following
-        return u
-
-    def _target(self, u: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-        """Where Newton's step ends, and the rise of Q that its slope promises."""
-        curvature = self.curvature(u)
-        if self.kinks is not None:
-            return self.kinks.target(u, slope, convex(curvature))
-        step = ascent(slope, curvature)
-        return u + step, slope @ step
-
-    def _back_tracked(self, u: Tensor, target: Tensor, gain: Tensor, before: Value) -> tuple[Tensor, Value]:
-        """The longest of step, step/2, ... on which Q rises by a share of what its slope promises; u itself if none."""
-        length = 1.0
-        while length > 1e-12:
-            moved = target if length == 1 else u + length * (target - u)
-            after = self.value(moved)
-            if bool(after.total >= before.total + 1e-4 * length * gain - before.rounding):
-                return moved, after
-            length /= 2
-        return u, before
 
 
 def ascent(gradient: Tensor, hessian: Tensor) -> Tensor:
