@@ -18,7 +18,7 @@ from pyro_em.device import on_device
 from pyro_em.e_step.auto import chosen, in_double, verified
 from pyro_em.e_step.base import Engine, Expectation
 from pyro_em.e_step.expansion import expansion_of
-from pyro_em.e_step.pooled import Pooled
+from pyro_em.e_step.vanishing import WithSpreads
 from pyro_em.errors import EMWarning
 from pyro_em.evaluator import Evaluator
 from pyro_em.explain import explain
@@ -190,7 +190,7 @@ def fit(
         alive = [r for r in runs if r.outcome is not Outcome.degenerate]
         best = max(alive or runs, key=lambda r: r.last.objective)
         after_fit(problem, best)
-        if isinstance(engine, Pooled) and alive and not problem.with_prior:
+        if isinstance(engine, WithSpreads) and alive and not problem.with_prior:
             at_zero(engine.vanishing(best.last.params))
         if alive and not errors and m.by_newton:
             last = best.last.expectation

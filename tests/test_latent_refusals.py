@@ -124,6 +124,16 @@ def prior_spread(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(v, 1.0), obs=x)
 
 
+def robust_intercepts(x: Tensor) -> None:
+    """Student errors as a scale mixture around random intercepts: kinds of latents that meet."""
+    group = torch.arange(len(x)) % 2
+    with pyro.plate("groups", 2):
+        b = pyro.sample("b", dist.Normal(pyro.param("mean", torch.tensor(0.0)), 1.0))
+    with pyro.plate("rows", len(x)):
+        w = pyro.sample("w", dist.Gamma(2.0, 2.0))
+        pyro.sample("x", dist.Normal(b[group], w.rsqrt()), obs=x)
+
+
 def infinite_counts(x: Tensor) -> None:
     rate = pyro.param("rate", torch.tensor(2.0), constraint=constraints.positive)
     with pyro.plate("rows", len(x)):
@@ -157,6 +167,7 @@ REFUSED: dict[str, tuple[Model, str, str]] = {
     "product": (two_latents, "x", "affine"),
     "scale": (_likelihood(lambda z: dist.Normal(0.0, z.exp()), X), "x", "scale"),
     "latent scale": (scale_latent, "s", "Gamma"),
+    "kinds that meet": (robust_intercepts, "b", r"meets 'w' \(Gamma\) in one density"),
     "prior spread": (prior_spread, "v", "scale"),
     "bernoulli": (_likelihood(lambda z: dist.Bernoulli(logits=z), (X > 0).double()), "x", "not quadratic"),
     "poisson": (_likelihood(lambda z: dist.Poisson(z.exp()), X.abs().round()), "x", "not quadratic"),

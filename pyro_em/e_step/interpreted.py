@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from pyro_em.e_step.base import Expectation, Unread, is_possible
+from pyro_em.e_step.vanishing import vanishing
 from pyro_em.evidence.discrete import Evidence
 from pyro_em.model.trace import Run
 from pyro_em.problem import Problem
 from pyro_em.statistics import Posteriors, SiteMoments, argument_cells, expected_moments, site_center, with_integrated
 from pyro_em.sufficient import Sufficient, raw_arguments
 from pyro_em.types import Params
+
+NEXT_TO_NOTHING = 1e-3  # of a scale: a variance of 0 has no density in the model itself
 
 
 class Interpreted:
@@ -30,6 +33,17 @@ class Interpreted:
     def e_step(self, params: Params) -> Expectation:
         """Exact E-step at `params` by `Problem.evidence`."""
         return self.unread(params).read()
+
+    def vanishing(self, params: Params) -> tuple[str, ...]:
+        """Spreads of latents whose estimate is 0, see vanishing.py."""
+        if self.problem.continuous is None:
+            return ()
+
+        def evidence(at: Params) -> tuple[float, float]:
+            found, _ = self.problem.evidence(at)
+            return float(found.log_likelihood), float(found.magnitude)
+
+        return vanishing(self.problem, params, evidence, NEXT_TO_NOTHING)
 
     def unread(self, params: Params) -> Unread:
         """The same before any of its numbers is read."""

@@ -167,8 +167,9 @@ class GaussianRoute:
             pushed.update(zip(own, found, strict=True))
         rows = []
         for i, reading in enumerate(self.readings):
-            tangents = torch.stack([pushed[c][i] for c in reading.columns], -1)
             w, log_norm = (x if differentiable else x.detach() for x in parts[i])
+            own_ways = [pushed[c][i] for c in reading.columns]  # none where all cells are missing
+            tangents = torch.stack(own_ways, -1) if own_ways else w.new_zeros(*w.shape, 0)
             w, tangents, log_norm = _padded(w, 1, m), _padded(tangents, 2, m), _padded(log_norm, 0, m)
             sizes = tuple(int(x) for x in w.shape[w.dim() - 1 - m : -1])
             tangents = tangents if differentiable else _collapsed(tangents, m)

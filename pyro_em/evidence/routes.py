@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from torch.distributions import constraints
+
 from pyro_em.errors import InputError, Refusal
 from pyro_em.evidence.conjugate import recognise_conjugate
 from pyro_em.evidence.elimination import Candidate, NotMine, Route
 from pyro_em.evidence.gaussian_recognition import recognise_gaussian
 from pyro_em.evidence.quadrature_recognition import recognise_quadrature
 from pyro_em.evidence.rule import Quadrature
+from pyro_em.model.compat import base_distribution
+from pyro_em.model.data import plain_support
 
 ROUTES: tuple[Callable[[Candidate], Route], ...] = (recognise_gaussian, recognise_conjugate)
 
@@ -39,10 +43,22 @@ def choose_route(candidate: Candidate, rules: Mapping[str, Quadrature]) -> Route
             return recognise(candidate)
         except NotMine as error:
             reasons.append(str(error))
-    name = candidate.latents.names[0]
-    family = type(candidate.first.sites[name].fn).__name__
+    name, *others = candidate.latents.names
+    family = _family(candidate, name)
+    real = {n: plain_support(candidate.first.sites[n].fn) is constraints.real for n in (name, *others)}
+    other = next((n for n in others if real[n] != real[name]), None)
+    told = f"of a kind that no exact route integrates: {'; '.join(reasons)}"
+    if other is not None:
+        told = (
+            f"that meets '{other}' ({_family(candidate, other)}) in one density, and no exact route integrates latents "
+            "of different kinds together"
+        )
     raise Refusal(
         name,
-        f"a continuous latent ({family}) of a kind that no exact route integrates: {'; '.join(reasons)}.",
+        f"a continuous latent ({family}) {told}.",
         f'use algorithm=\'svi\' with a guide for it; roles={{"{name}": "parameter"}} makes it a point estimate.',
     )
+
+
+def _family(candidate: Candidate, name: str) -> str:
+    return type(base_distribution(candidate.first.sites[name].fn)).__name__

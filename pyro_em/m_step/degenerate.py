@@ -35,17 +35,21 @@ def check_update(
     spread: Callable[[], Tensor | None],
     integrated: bool = False,
     noise: bool = False,
+    effects: bool = False,
 ) -> Tensor:
     """The update, moved into the bounds of its constraint (`Kernel.within`).
 
     :param spread: gives the scale of the data (`spread_of`), where it is needed.
     :param integrated: the parameter's sites have latents inside; `noise`: it is a noise there (`Family.is_noise`).
+    :param effects: its sites are continuous latents. Their spread may be 0, and has no data to be small against: what
+        the first E-step gave them is the start's.
     :raises DegenerateLikelihoodError: if the maximum does not exist.
     """
     site = next((use.site for use in uses if use.slot != VALUE), name)
     if isinstance(combined.kernel, WishartKernel):
-        _check_noise(site, combined) if noise else _check_matrices(site, combined, spread())
-    elif isinstance(combined.kernel, PowerKernel) and not problem.with_prior and not integrated:  # states go without
+        own = _covariance(combined.kernel).diagonal(dim1=-2, dim2=-1) if effects else None
+        _check_noise(site, combined) if noise else _check_matrices(site, combined, spread() if own is None else own)
+    elif isinstance(combined.kernel, PowerKernel) and not (problem.with_prior or integrated or effects):
         _check_scales(site, combined.kernel, spread())
     if not bool((value - value == 0).all()):  # finite, in few operations
         raise DegenerateLikelihoodError(
@@ -149,7 +153,7 @@ def _check_matrices(site: str, combined: Combined, spread: Tensor | None) -> Non
     covariance = _covariance(kernel)
     if spread is None:
         return
-    spread = spread.clamp(min=torch.finfo(torch.float64).tiny)
+    spread = torch.nan_to_num(spread).clamp(min=torch.finfo(torch.float64).tiny)
     if not kernel.is_informed:
         unit = torch.diag_embed(spread.expand(covariance.shape[-1])).to(covariance)
         covariance = torch.where(kernel.is_empty()[..., None, None], unit, covariance)
@@ -172,6 +176,8 @@ def _check_scales(site: str, kernel: PowerKernel, spread: Tensor | None) -> None
     if spread is None:
         return
     if not bool((spread > 0).all()):
+        if bool(kernel.is_empty().all()):  # all of its values are missing
+            return
         raise InputError(f"Site '{site}': all data are equal, so that its scale has no maximum-likelihood estimate.")
     theta = kernel.argmax()
     # falling power: θ^q is a variance for q = 2 (scale), 1 (variance); rising: a precision.

@@ -72,8 +72,9 @@ class Separate:
         families = [(use.slot, sufficient.sites[use.site].family) for use in uses]
         inside = [(slot, family) for slot, family in families if family is not None and family.integrates]
         noise = any(family.is_noise(slot) for slot, family in inside)
+        effects = self.problem.continuous is not None and {u.site for u in uses} <= set(self.problem.continuous.names)
         value = combined.argmax(theta)
-        best = check_update(self.problem, self.name, uses, combined, value, spread, bool(inside), noise)
+        best = check_update(self.problem, self.name, uses, combined, value, spread, bool(inside), noise, effects)
         moved = {**params, self.name: best.to(params[self.name].dtype)}
         sufficient.put(moved[self.name], uses)
         return moved, {self.name} if empty else set()

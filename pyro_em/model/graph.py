@@ -266,11 +266,13 @@ def _component(
     for symbol, own in weights.items():
         touched = [name for name in members if symbol in run.sites[name].plate_dims]
         if touched and symbol not in root:
+            outside = next(name for name in members if symbol not in run.sites[name].plate_dims)
             raise Refusal(
                 touched[0],
-                "weights were given for a plate whose elements are coupled by a latent outside of it, so a "
-                "weighted log-evidence is not defined.",
-                "give the weights for the outermost plate of the latent, or repeat rows.",
+                f"weights were given for a plate which '{outside}' stands outside of, though latents couple the two, "
+                "so that no element of the plate has a log-evidence of its own to be weighted.",
+                "give the weights for a plate that all of them stand in (groups of rows as rows of a table, with a "
+                "mask for those that a group has fewer of), or repeat rows.",
             )
         if symbol in root:
             weight = multiply(weight, own)

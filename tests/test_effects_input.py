@@ -1,0 +1,105 @@
+"""What users of mixed models and factor models bring: units far from the start, a response without a single value,
+effects that are not there, weights where they cannot be.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+
+import pyro_em
+
+positive = constraints.positive
+GENERATOR = torch.Generator().manual_seed(4)
+GROUP = torch.arange(48) % 6
+ARM = torch.arange(48) % 2
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=GENERATOR, dtype=torch.float64)
+
+
+def _param(name: str, value: float | list[float], constraint: constraints.Constraint = constraints.real) -> Tensor:
+    return pyro.param(name, torch.tensor(value, dtype=torch.float64), constraint=constraint)
+
+
+X, EFFECTS, NOISE = _normal(48), _normal(6, 2), _normal(48)
+
+
+def slopes(x: Tensor, group: Tensor, y: Tensor) -> None:
+    beta, s = _param("beta", [0.0, 0.0]), _param("s", 1.0, positive)
+    D = pyro.param("D", torch.eye(2).double(), constraint=constraints.positive_definite)
+    with pyro.plate("groups", 6):
+        b = pyro.sample("b", dist.MultivariateNormal(beta, D))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(b[group, 0] + b[group, 1] * x, s), obs=y)
+
+
+def arms(group: Tensor, arm: Tensor, y: Tensor) -> None:
+    """Error scales of their own: the model is interpreted."""
+    mean, tau = _param("mean", 0.0), _param("tau", 1.0, positive)
+    s = _param("s", [1.0, 1.0], positive)
+    with pyro.plate("groups", 6):
+        b = pyro.sample("b", dist.Normal(torch.zeros_like(tau), tau))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(mean + b[group], s[arm]), obs=y)
+
+
+def two_responses(first: Tensor, second: Tensor | None) -> None:
+    loading, s = _param("loading", [1.0, 1.0]), _param("s", [1.0, 1.0], positive)
+    with pyro.plate("rows", len(first)):
+        z = pyro.sample("z", dist.Normal(torch.zeros_like(s[0]), 1.0))
+        pyro.sample("first", dist.Normal(z.unsqueeze(-1) * loading, s).to_event(1), obs=first)
+        if second is not None:
+            pyro.sample("second", dist.Normal(_param("k", 0.5) * z, _param("t", 1.0, positive)), obs=second)
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1e6])
+def test_the_unit_of_the_data_may_be_far_from_that_of_the_start(unit: float) -> None:
+    y = 1.0 + EFFECTS[GROUP, 0] + EFFECTS[GROUP, 1] * X + 0.3 * NOISE
+    plain = pyro_em.fit(slopes, X, GROUP, y, tol=1e-9)
+    pyro.clear_param_store()
+    other = pyro_em.fit(slopes, X, GROUP, unit * y, tol=1e-9 / unit)  # slopes in beta are in the inverse unit
+    assert other.log_likelihood == pytest.approx(plain.log_likelihood - 48 * math.log(unit), rel=1e-9)
+    assert torch.allclose(other.params["D"] / unit**2, plain.params["D"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("there", [0.0, 1.5])
+def test_a_variance_of_zero_is_reported_by_the_interpreted_engine(there: float) -> None:
+    y = 1.0 + there * EFFECTS[GROUP, 0] + torch.tensor([0.5, 1.5]).double()[ARM] * NOISE
+    means = torch.zeros(6).double().index_add(0, GROUP, y - there * EFFECTS[GROUP, 0]) / 8
+    y = y - 0.9 * means[GROUP]  # groups that differ by less than chance
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = pyro_em.fit(arms, GROUP, ARM, y)
+    assert "interpreted" in result.plan.engine
+    told = [str(w.message) for w in caught if w.category is pyro_em.BoundaryEstimate]
+    assert bool(told) == (there == 0.0)
+    assert all("at least as high with 'tau' at 0" in text for text in told)
+
+
+def test_a_response_that_is_wholly_missing_says_nothing() -> None:
+    z = _normal(30)
+    first = z.unsqueeze(-1) * torch.tensor([1.0, 0.5]).double() + 0.3 * _normal(30, 2)
+    alone = pyro_em.fit(two_responses, first, None, max_iter=20, tol=0)
+    pyro.clear_param_store()
+    with pytest.warns(pyro_em.UnidentifiedParameter, match="'t'"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", pyro_em.errors.CollinearDesign)
+        both = pyro_em.fit(two_responses, first, torch.full((30,), torch.nan), missing="nan", max_iter=20, tol=0)
+    assert both.log_likelihood == pytest.approx(alone.log_likelihood, rel=1e-12)
+    assert torch.allclose(both.params["loading"], alone.params["loading"], rtol=1e-10)
+    assert both.params["t"] == 1.0 and both.params["k"] == 0.5
+
+
+def test_weights_of_groups_whose_rows_stand_elsewhere_are_refused() -> None:
+    y = EFFECTS[GROUP, 0] + NOISE
+    with pytest.raises(pyro_em.Refusal, match="'y' stands outside of") as caught:
+        pyro_em.fit(slopes, X, GROUP, y, weights={"groups": torch.arange(6)})
+    assert caught.value.site == "b" and "mask" in caught.value.remedy
