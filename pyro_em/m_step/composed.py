@@ -7,8 +7,9 @@ moments of its site, where it is the site's only such argument and has one, else
 A block is what is connected through arguments and sites. Steps are those of objective.py in free coordinates, with
 derivatives by torch: a block has few parameters.
 
-Not handled: arguments that move with continuous latents, sites with latents inside, priors with a kink or with
-hyperparameters that move, more than `MAX_SIZE` free coordinates; numeric.py maximises these.
+Not handled: arguments that move with continuous latents, sites with latents inside, probabilities (whose zeros are
+events that cannot be, with a logarithm that has no derivative), priors with a kink or with hyperparameters that move,
+more than `MAX_SIZE` free coordinates; numeric.py maximises these.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pyro_em.charts import Chart, chart
 from pyro_em.evidence.discrete import weighted_sum
 from pyro_em.m_step.kinks import Kinks, kink_of
 from pyro_em.m_step.location import full_cells
+from pyro_em.m_step.numeric import no_derivative
 from pyro_em.m_step.objective import EPS, Climb, Value
 from pyro_em.m_step.unit import connected, weight_of
 from pyro_em.model.composed import Composed as Function
@@ -58,7 +60,10 @@ class Composed:
     def slope(self, params: Params, sufficient: Sufficient) -> Tensor:
         """∂Q/∂u, (P,)."""
         q = self._open(params, sufficient)
-        return q.slope(q.free())
+        found = q.slope(q.free())
+        if not bool(found.isfinite().all()):  # a maximum would pass over it
+            raise no_derivative(self.names[0])
+        return found
 
     def update(self, params: Params, sufficient: Sufficient) -> tuple[Params, set[str]]:
         """The argmax of Q."""
@@ -211,7 +216,7 @@ def composed_blocks(
     places = {(u.site, u.slot): n for n in movable for u in uses[n] if u.slot != VALUE}
     for site, slot in list(places):
         family = run.sites[site].family
-        if family is None or family.integrates or family.latent_response or run.sites[site].arguments is None:
+        if family is None or family.integrates or family.latent_response or slot in ("probs", "logits"):
             del places[site, slot]
     if not places or any(r.value.dtype != torch.float64 for r in problem.parameters.values()):
         return []

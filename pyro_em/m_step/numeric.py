@@ -116,13 +116,7 @@ class Block:
         gradient = gradient if kinks is None else kinks.nearest(u, gradient)
         for name, part in zip(self.names, torch.split(gradient, self.sizes), strict=True):
             if bool(part.isnan().any()):
-                raise NonFiniteError(
-                    name,
-                    f"Parameter '{name}': the derivative of the log-density in it is NaN, though the log-density is "
-                    "finite. Some operation of the model has no derivative at these values (a power or root of 0, "
-                    "inf - inf in a branch of torch.where): change the start, or replace the argument before the "
-                    "operation.",
-                )
+                raise no_derivative(name)
         return gradient
 
     def hessian(self, u: Tensor) -> tuple[float, Tensor, Tensor]:
@@ -141,6 +135,16 @@ class Block:
                     parts[self.names.index(name)] = own.reshape(-1).double()
             rows.append(torch.cat(parts))
         return float(q.detach()), gradient.detach(), torch.stack(rows)
+
+
+def no_derivative(name: str) -> NonFiniteError:
+    """The error for a parameter in which the log-density has no derivative."""
+    return NonFiniteError(
+        name,
+        f"Parameter '{name}': the derivative of the log-density in it is NaN, though the log-density is finite. Some "
+        "operation of the model has no derivative at these values (a power or root of 0, inf - inf in a branch of "
+        "torch.where): change the start, or replace the argument before the operation.",
+    )
 
 
 def maximise(block: Block, *, tolerance: float, max_iter: int = 100) -> Params:
