@@ -4,7 +4,7 @@
 
 The functions a(θ) come from a recording of the model (model/composed.py). K is the kernel of the argument on the
 moments of its site, where it is the site's only such argument and has one, else the family's log-density of the rows.
-A block is what is connected through arguments and sites. Steps are those of objective.py in free coordinates, with
+A block is what is connected through arguments and sites. Steps are those of climb.py in free coordinates, with
 derivatives by torch: a block has few parameters.
 
 Not handled: arguments that move with continuous latents, sites with latents inside, probabilities (whose zeros are
@@ -24,10 +24,10 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_em.charts import Chart, chart
 from pyro_em.evidence.discrete import weighted_sum
+from pyro_em.m_step.climb import EPS, Climb, Value
 from pyro_em.m_step.kinks import Kinks, kink_of
 from pyro_em.m_step.location import full_cells
 from pyro_em.m_step.numeric import no_derivative
-from pyro_em.m_step.objective import EPS, Climb, Value
 from pyro_em.m_step.unit import connected, weight_of
 from pyro_em.model.composed import Composed as Function
 from pyro_em.model.composed import Place, composed

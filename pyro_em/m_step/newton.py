@@ -23,9 +23,10 @@ from torch.distributions import constraints
 
 from pyro_em.charts import base_constraint, chart
 from pyro_em.kernels import FlatKernel, Kernel, QuadraticKernel
+from pyro_em.m_step.climb import ascent
 from pyro_em.m_step.kinks import kinked
 from pyro_em.m_step.moving import run_at_atoms
-from pyro_em.m_step.objective import Objective, Prior, ascent
+from pyro_em.m_step.objective import Objective, Prior
 from pyro_em.m_step.predictors import PredictorSite, is_behind_predictor, predictor_site
 from pyro_em.m_step.unit import connected
 from pyro_em.model.trace import Run
