@@ -100,6 +100,6 @@ def test_a_response_that_is_wholly_missing_says_nothing() -> None:
 
 def test_weights_of_groups_whose_rows_stand_elsewhere_are_refused() -> None:
     y = EFFECTS[GROUP, 0] + NOISE
-    with pytest.raises(pyro_em.Refusal, match="'y' stands outside of") as caught:
+    with pytest.raises(pyro_em.Refusal, match="'y', coupled to it by latents, stands outside of") as caught:
         pyro_em.fit(slopes, X, GROUP, y, weights={"groups": torch.arange(6)})
     assert caught.value.site == "b" and "mask" in caught.value.remedy

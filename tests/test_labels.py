@@ -267,5 +267,5 @@ def test_weights_of_plates_side_by_side_and_inside_each_other() -> None:
 
 def test_weights_below_a_latent_are_refused() -> None:
     (passed,) = BY_NAME["nested_classes"].args
-    with pytest.raises(Refusal, match=r"which 'kind' stands outside of.*a plate that all of them stand in"):
+    with pytest.raises(Refusal, match=r"which 'kind', coupled.*outside of.*a plate that all of them stand in"):
         pyro_em.fit(zoo_structured.nested_classes, passed, weights={"pupils": torch.ones(3)})

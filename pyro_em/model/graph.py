@@ -269,10 +269,8 @@ def _component(
             outside = next(name for name in members if symbol not in run.sites[name].plate_dims)
             raise Refusal(
                 touched[0],
-                f"weights were given for a plate which '{outside}' stands outside of, though latents couple the two, "
-                "so that no element of the plate has a log-evidence of its own to be weighted.",
-                "give the weights for a plate that all of them stand in (groups of rows as rows of a table, with a "
-                "mask for those that a group has fewer of), or repeat rows.",
+                f"weights were given for a plate which '{outside}', coupled to it by latents, stands outside of.",
+                "weight a plate that all of them stand in (a group as a row of a table, with a mask), or repeat rows.",
             )
         if symbol in root:
             weight = multiply(weight, own)
