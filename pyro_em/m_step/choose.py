@@ -202,7 +202,7 @@ def _composed(
     left = {name for name in rest if name not in choices}
     if not left:
         return []
-    tolerance = 0.1 * certificate_bound(problem.start) * problem.graph.num_observations
+    tolerance = 0.1 * certificate_bound(problem.start) * num_elements(problem)
     # Only what is moved by no rule: an argument that a closed form moves too is a matter of rounds.
     elsewhere = {u.site for n in choices if n not in closed for u in uses[n] if u.slot != VALUE}
     return composed_blocks(problem, run, uses, left, elsewhere, tolerance)
