@@ -40,6 +40,7 @@ from pyro_em.model.graph import FactorGraph, build_graph
 from pyro_em.model.packing import multiply, onto
 from pyro_em.model.reached import certified_uses
 from pyro_em.model.recognise import VALUE, Use, second_point
+from pyro_em.model.repeatable import repeatable
 from pyro_em.model.resources import check_states, check_tables
 from pyro_em.model.roles import RoleOf
 from pyro_em.model.trace import Run, SiteRecord, quiet_store, run_model, without_gradients
@@ -255,8 +256,8 @@ def bind(
             raise InputError(f"Parameter '{record.name}' has dtype {record.value.dtype}; use a floating point one.")
     priors = frozenset(name for name, role in assigned.items() if role.role == "parameter")
     generator = torch.Generator().manual_seed(0)
-    leaves = {name: _leaf(record.value) for name, record in records.items()}
-    others = {name: _leaf(second_point(record, generator)) for name, record in records.items()}
+    leaves = {n: r.value.detach().clone().requires_grad_() for n, r in records.items()}
+    others = {n: second_point(r, generator).detach().clone().requires_grad_() for n, r in records.items()}
     points, drawn = (leaves, others), latents.draw(seen, latent, 1)
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any], at: int | Mapping[str, Tensor], graph: bool = True) -> Run:
@@ -270,8 +271,9 @@ def bind(
 
         return checked_run(once, validated=at == 0)
 
-    by_rows = None if latent else bound_by_rows(seen, args, kwargs, run, points, records, priors)
-    first = by_rows[0] if by_rows else run(args, kwargs, 0)
+    with repeatable(partial(run, args, kwargs, 0, False)):
+        by_rows = None if latent else bound_by_rows(seen, args, kwargs, run, points, records, priors)
+        first = by_rows[0] if by_rows else run(args, kwargs, 0)
     start = {n: r.value for n, r in records.items()}
     elsewhere = {n: v.detach() for n, v in others.items()}
     continuous, seen_at = None, first
@@ -294,7 +296,3 @@ def bind(
     if (known := without_gradients(seen_at)) is not None:
         vars(problem)["first"] = known
     return problem
-
-
-def _leaf(value: Tensor) -> Tensor:
-    return value.detach().clone().requires_grad_(True)

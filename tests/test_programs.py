@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -229,3 +232,41 @@ def test_a_stochastic_block_model_is_refused_and_svi_is_offered() -> None:
     with pytest.raises(Refusal, match=r"'links'.*It reads 'z'.*stochastic block model.*algorithm='svi' with a guide"):
         pyro_em.fit(model, links)
     assert pyro_em.fit(model, links, algorithm="svi", guide=guide, max_iter=3, seed=0).params["q"].shape == (9, 2)
+
+
+def _hidden(x: Tensor, hide: Callable[[], Any]) -> None:
+    loc = pyro.param("loc", torch.tensor([0.0, 3.0]))
+    with pyro.plate("rows", len(x)):
+        with hide():
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+        pyro.sample("x", dist.Normal(loc[z.long()], 1.0), obs=x)
+
+
+def _noisy(x: Tensor, draw: Callable[[int], Tensor]) -> None:
+    loc = pyro.param("loc", torch.randn(()))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(loc + draw(len(x)), 1.0), obs=x)
+
+
+def _of_numpy(n: int) -> Tensor:
+    return torch.from_numpy(np.random.standard_normal(n))
+
+
+def _of_python(n: int) -> Tensor:
+    return torch.tensor([random.gauss(0.0, 1.0) for _ in range(n)])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_hidden_latents_are_refused(seed: int) -> None:
+    """One coin for all rows, that no handler sees: every fit of it converged, to another maximum each."""
+    torch.manual_seed(seed)
+    with pytest.raises(Refusal, match=r"'x': two runs of the model .* draws random numbers outside of its sites"):
+        pyro_em.fit(_hidden, X, hide=pyro.poutine.block)
+    assert pyro_em.fit(_hidden, X, hide=contextlib.nullcontext).converged
+
+
+@pytest.mark.parametrize("draw", [torch.randn, _of_numpy, _of_python], ids=["torch", "numpy", "python"])
+def test_random_numbers_of_the_model_are_refused(draw: Callable[[int], Tensor]) -> None:
+    with pytest.raises(Refusal, match=r"'x': two runs of the model .* draws random numbers outside of its sites"):
+        pyro_em.fit(_noisy, X, draw=draw)
+    assert pyro_em.fit(_noisy, X, draw=torch.zeros).converged  # a start may be drawn

@@ -259,10 +259,10 @@ def _moving(function: Function, uses: Uses, place: Place) -> list[str]:
 
 
 def _has_prior(problem: Problem, run: Run, uses: Uses, name: str) -> bool:
-    """Its prior, if it counts, has no kink and hyperparameters that stay."""
+    """Its prior, if it counts, has no kink and hyperparameters that stay; no other site's value is made of it."""
     own = [use.site for use in uses[name] if use.slot == VALUE]
     moved = {use.site for others in uses.values() for use in others if use.slot != VALUE}
-    return not any(site in moved or kink_of(run.sites[site]) is not None for site in own)
+    return not any(site != name or site in moved or kink_of(run.sites[site]) is not None for site in own)
 
 
 def _runner(problem: Problem) -> Callable[[Params, int], Run]:

@@ -26,6 +26,7 @@ from pyro_em.model.few_rows import Rows, leading_rows
 from pyro_em.model.first import FirstElements
 from pyro_em.model.graph import FactorGraph
 from pyro_em.model.packing import align
+from pyro_em.model.repeatable import refuse_changing
 from pyro_em.model.slicing import ROWS, first_rows, plate_to_cut
 from pyro_em.model.trace import Run, SiteRecord, quiet_store, run_model
 from pyro_em.shapes import broadcast_shapes
@@ -56,7 +57,7 @@ def certify_factors(
                 run_model(model, args, kwargs, params, max_plate_nesting=capture.max_plate_nesting, loops=capture.loops)
                 for _ in range(RUNS)
             ]
-        _refuse_changing(refusal.site, *runs)
+        refuse_changing(refusal.site, *runs)
         raise
 
 
@@ -150,20 +151,6 @@ def _compare(enumerated: Run, factors: Mapping[str, Tensor], plain: Run, graph: 
                 "its states, or branches on its value.",
                 "use the latent only by indexing (loc[z]) or elementwise arithmetic inside of its own plates.",
             )
-
-
-def _refuse_changing(site: str, *runs: Run) -> None:
-    """Raise `Refusal` if two runs with the same parameters gave a site different densities."""
-    if all(site in run.sites for run in runs):
-        first, *others = (compat.detached(packed_log_density(run.sites[site])) for run in runs)
-        if all(torch.equal(first, other) for other in others):
-            return
-    raise Refusal(
-        site,
-        "two runs of the model with the same parameters gave it different log-densities: the model draws random "
-        "numbers outside of its sites, or changes its data.",
-        "draw what is random before the fit and pass it as an argument, or make it a pyro.sample site.",
-    )
 
 
 def refuse_minibatches(capture: Capture) -> None:
