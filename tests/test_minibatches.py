@@ -15,7 +15,7 @@ from pyro.ops.indexing import Vindex
 from torch import Tensor
 
 import pyro_em
-from pyro_em.m_step import auto, minibatches
+from pyro_em.m_step import auto, composed, minibatches
 from pyro_em.m_step.minibatches import adam, climb, noise, seed_of
 from pyro_em.m_step.numeric import Block
 from pyro_em.m_step.rows import NotSliced, Rows, rows_of
@@ -48,6 +48,7 @@ def _data(count: int = N) -> tuple[Tensor, Tensor]:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every numeric M-step counts as that of a network, and a thousand rows as many."""
     monkeypatch.setattr(auto, "NEWTON_LIMIT", 0)
+    monkeypatch.setattr(composed, "MAX_SIZE", 0)
     monkeypatch.setattr(auto, "CLIMB", 8)
     monkeypatch.setattr(minibatches, "LARGE", 1000)
 
