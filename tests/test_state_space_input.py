@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import pyro_em
+from pyro_em.charts import chart
 from pyro_em.errors import DegenerateLikelihoodError, InputError, NonFiniteError, Refusal
+from pyro_em.problem import bind
 from tests.dense import dense
 from tests.loop_chains import BY_NAME
 from tests.state_space_cases import CASES, trend
@@ -126,6 +128,18 @@ def test_noises_that_become_singular_end_in_a_sentence(accelerate: str | None) -
     result = caught.value.result
     assert np.isfinite(result.log_likelihood)
     assert (np.diff(result.history["objective"]) >= -1e-9).all()
+
+
+def test_a_collapse_is_said_where_the_reference_has_lost_its_digits() -> None:
+    """From this start an extrapolated step lands at noises of which the reference finds another likelihood."""
+    problem, g = BY_NAME["system"], torch.Generator().manual_seed(12)
+    records, init = bind(problem.model, problem.args, {}, with_prior=False).parameters, {}
+    for name, value in problem.start().items():
+        own = chart(records[name].constraint, value)
+        free = own.to_free(value)
+        init[name] = own.from_free(free + torch.randn(free.shape, generator=g))
+    with pytest.raises(DegenerateLikelihoodError, match="noise has become singular"):
+        pyro_em.fit(problem.model, *problem.args, init=init, accelerate="squarem", max_iter=300)
 
 
 def test_a_walk_that_strays_far_keeps_its_noise() -> None:
