@@ -25,6 +25,7 @@ from pyro_em.evidence.discrete import evaluate
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.compat import dims_of, with_dims
 from pyro_em.model.trace import Run
+from pyro_em.model.unusable import check_spaces
 from pyro_em.options import checked_init
 from pyro_em.problem import Problem
 from pyro_em.types import Params
@@ -42,7 +43,8 @@ def initial_starts(
 
     A model whose parameters are sample sites has no starting values of its own; its first start is drawn too.
 
-    :raises InputError: for an unknown strategy, or "kmeans++" where some latent has no data of its own.
+    :raises InputError: for an unknown strategy, "kmeans++" where some latent has no data of its own, or a start at
+        which a site beside continuous latents has no density.
     """
     rng = np.random.default_rng(seed if seed is not None else np.random.randint(2**31 - 1))
     drawing = Drawing(problem, m)
@@ -50,7 +52,10 @@ def initial_starts(
         strategy = init
     elif init is not None:
         strategy = drawing.default if restarts > 1 else "model"
-        yield checked_init(problem.parameters, init)
+        given = checked_init(problem.parameters, init)
+        if problem.continuous is not None:  # whose certificate would say of a scale of 0 that the model is not Gaussian
+            check_spaces(problem.run(given))
+        yield given
     else:
         sampled = any(record.kind == "sample" for record in problem.parameters.values())
         strategy = drawing.default if sampled or restarts > 1 else "model"  # it looks at all data

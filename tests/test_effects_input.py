@@ -103,3 +103,15 @@ def test_weights_of_groups_whose_rows_stand_elsewhere_are_refused() -> None:
     with pytest.raises(pyro_em.Refusal, match="'y', coupled to it by latents, stands outside of") as caught:
         pyro_em.fit(slopes, X, GROUP, y, weights={"groups": torch.arange(6)})
     assert caught.value.site == "b" and "mask" in caught.value.remedy
+
+
+def test_data_that_are_wholly_missing_are_an_error() -> None:
+    nothing = torch.full((30,), torch.nan)
+    with pytest.raises(pyro_em.InputError, match="Every value of 'first', 'second' is missing"):
+        pyro_em.fit(two_responses, nothing.unsqueeze(-1).expand(30, 2), nothing, missing="nan")
+
+
+def test_a_start_without_spread_is_named() -> None:
+    """It was called a model that is not Gaussian, after a whole fit."""
+    with pytest.raises(pyro_em.InputError, match=r"'b': its argument 'scale' is 0, and .* greater than 0"):
+        pyro_em.fit(arms, GROUP, ARM, EFFECTS[GROUP, 0] + NOISE, init={"tau": torch.tensor(0.0)})

@@ -183,7 +183,7 @@ def capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], *, toge
             if isinstance(error, PyroEMError):
                 raise
             raise not_together(shallow.loops, error) from error
-    check_sites([(site.name, site.observed) for site in seen.sites.values()])
+    check_sites([(site.name, site.observed, site.value) for site in seen.sites.values()])
     return seen
 
 

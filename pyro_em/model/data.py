@@ -54,18 +54,29 @@ def plain_support(fn: Any) -> Any:
         return None
 
 
-def check_sites(sites: Sequence[tuple[str, bool]]) -> None:
-    """Raise on a model without sites (name, observed), or without data."""
+def check_sites(sites: Sequence[tuple[str, bool, Tensor]]) -> None:
+    """Raise on a model without sites (name, observed, value), or without data."""
     if not sites:
         raise InputError(
             "The model has no sites: there is nothing to fit. Is a loop over its data empty (a sequence of length 0)?"
         )
-    if not any(observed for _, observed in sites):
-        names = ", ".join(repr(name) for name, _ in sites[:5])
+    values = [value for _, observed, value in sites if observed]
+    if not values:
+        names = ", ".join(repr(name) for name, *_ in sites[:5])
         raise InputError(
             f"The model observes no data: none of its sites ({names}) has obs=. Write pyro.sample(name, fn, obs=data), "
             "and give fit the data (an argument of the model may have stayed at its default None)."
         )
+    if all(_is_missing(value) for value in values):
+        names = ", ".join(repr(name) for name, observed, _ in sites if observed)
+        raise InputError(f"Every value of {names} is missing (NaN): there are no data to fit.")
+
+
+def _is_missing(value: Tensor) -> bool:
+    """Whether a value is NaN throughout; of the most it is seen by the first entry that they are not."""
+    if not value.is_floating_point() or not value.numel():
+        return False
+    return bool(value[(0,) * value.dim()].isnan()) and bool(value.isnan().all())
 
 
 def check_data(name: str, fn: Any, value: Tensor, mask: Any, gaps: bool, plates: Sequence[Any]) -> None:

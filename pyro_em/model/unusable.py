@@ -139,6 +139,14 @@ def checked_run(run: Callable[[], Run], *, validated: bool) -> Run:
         raise
 
 
+def check_spaces(run: Run) -> None:
+    """Raise `InputError` naming the first site with an argument outside of its space."""
+    for name, site in run.sites.items():
+        said = outside_of_space(site.fn, site.arguments or {})
+        if said is not None:
+            raise InputError(f"Site '{name}': {said}")
+
+
 def _not_a_number(
     model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception
 ) -> InputError | None:
