@@ -1,4 +1,7 @@
-"""Models with continuous latents in float32: accepted like those in float64, with the same log-likelihood."""
+"""Models with continuous latents in float32: accepted like those in float64, with the same log-likelihood.
+
+Loops over linear-Gaussian states too, whose locations are affine up to the rounding of float32.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ import pyro_em
 from tests.conjugate_problems import CASES
 from tests.continuous_problems import CONTINUOUS, ContinuousProblem
 from tests.latent_problems import BY_NAME
+from tests.loop_chains import LOOP_PROBLEMS
+from tests.problem import Fitted
 
 NAMES = (*CASES, "factor_analysis", "random_slopes", "crossed", "mixture_of_factors", "eight_schools")
 PROBLEMS = [p for p in CONTINUOUS if p.name in NAMES]
@@ -30,6 +35,23 @@ def _single(x: Any) -> Any:
 @pytest.mark.filterwarnings("ignore::pyro_em.BoundaryEstimate")
 def test_the_fit_in_single_precision(problem: ContinuousProblem, data: str) -> None:
     """All in float32, or parameters and constants in float32 beside data in float64."""
+    _compare(problem, data)
+
+
+@pytest.mark.parametrize(
+    ("problem", "data"),
+    [  # torch itself has no product of controls and coefficients of two dtypes
+        pytest.param(problem, data, id=f"{problem.name}-{data}")
+        for problem in LOOP_PROBLEMS
+        for data in ("single", "double")
+        if (problem.name, data) != ("controlled", "double")
+    ],
+)
+def test_loops_in_single_precision(problem: Fitted, data: str) -> None:
+    _compare(problem, data)
+
+
+def _compare(problem: Fitted, data: str) -> None:
     options = {"algorithm": problem.algorithm, "max_iter": 3, "tol": 0}
     double = pyro_em.fit(problem.model, *problem.args, init=problem.start(), **problem.options, **options)
     torch.set_default_dtype(torch.float32)  # of the models' own constants; every test starts in float64

@@ -41,7 +41,7 @@ from pyro_em.model.timeline import Loop, Template, chosen_steps
 from pyro_em.model.trace import quiet_store, run_model
 from pyro_em.types import Model, Params
 
-AGREE = 1e-9  # relative, in float64
+AGREE, AGREE_SINGLE = 1e-9, 1e-5  # relative; of models in float64, and of others
 
 
 def looked_at(
@@ -87,10 +87,8 @@ def _folds(
             site = seen.sites[name]
             records.append(ParameterRecord(name, site.value.detach().clone(), site.fn.support, "sample"))
     generator = torch.Generator().manual_seed(0)
-    params: tuple[Params, Params] = (
-        {r.name: r.value for r in records},
-        {r.name: second_point(r, generator) for r in records},
-    )
+    elsewhere = {r.name: second_point(r, generator) for r in records}
+    params: tuple[Params, Params] = ({r.name: r.value for r in records}, elsewhere)
     taken = set(seen.sites)
     folds = []
     for names in sets:
@@ -149,8 +147,7 @@ def _site_name(seen: Capture, names: Collection[str], taken: Collection[str]) ->
     observed = [n for n in seen.sites if n in names and seen.sites[n].observed]
     name = observed[-1]
     loop = next((loop for loop in seen.loops if name in loop.names and ":" in name), None)
-    stem = Template.of(name, loop).stem if loop is not None else re.sub(r"[_\W]*\d+$", "", name)
-    stem = stem or name
+    stem = (Template.of(name, loop).stem if loop is not None else re.sub(r"[_\W]*\d+$", "", name)) or name
     others = set(taken) - set(names)
     while stem in others:
         stem += "_chain"
@@ -166,6 +163,11 @@ class _Runs:
     kwargs: dict[str, Any]
     seen: Capture
     fold: Fold
+
+    @property
+    def agree(self) -> float:
+        sites = (site for name, site in self.seen.sites.items() if name in self.fold.names)
+        return AGREE if all(site.value.dtype == torch.float64 for site in sites) else AGREE_SINGLE
 
     def at(self, params: Params, value_of: ValueOf, kind: str = "together") -> Chained:
         folded = FoldedModel(self.model, self.seen.loops, (self.fold,), self.seen.max_plate_nesting)
@@ -213,7 +215,7 @@ def _recognised(runs: _Runs, params: tuple[Params, Params]) -> Fold:
     runs = runs.with_fold(lags=lags, heads=heads, within=within)
     still = [runs.at(p, zeros) for p in params]
     for p, own, seed in zip(params, still, (1, 2), strict=True):
-        if not _equal(own.arguments, runs.at(p, _random(seed)).arguments):
+        if not _equal(own.arguments, runs.at(p, _random(seed)).arguments, runs.agree):
             raise NotFolded("a location is not affine in the states, or a noise depends on them")
     if together:
         _certify_steps(runs, params[0], still[0])
@@ -232,18 +234,17 @@ def _recognised(runs: _Runs, params: tuple[Params, Params]) -> Fold:
     )
 
 
-def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(_close(x, other[n]) for n, x in one.items())
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor], agree: float) -> bool:
+    return one.keys() == other.keys() and all(_close(x, other[n], agree) for n, x in one.items())
 
 
-def _close(x: Tensor, y: Tensor) -> bool:
-    tolerance = AGREE * (1 + float(torch.nan_to_num(x).abs().max())) if x.numel() else 0.0
-    return x.shape == y.shape and torch.allclose(x, y, rtol=AGREE, atol=tolerance, equal_nan=True)
+def _close(x: Tensor, y: Tensor, agree: float) -> bool:
+    tolerance = agree * (1 + float(torch.nan_to_num(x).abs().max())) if x.numel() else 0.0
+    return x.shape == y.shape and torch.allclose(x, y, rtol=agree, atol=tolerance, equal_nan=True)
 
 
 def _differs(x: Tensor, dim: int) -> bool:
-    first = x.narrow(dim, 0, 1)
-    return x.shape[dim] > 1 and not torch.equal(first.expand_as(x), x)
+    return x.shape[dim] > 1 and not torch.equal(x.narrow(dim, 0, 1).expand_as(x), x)
 
 
 def _refuse_fixed(loops: Sequence[Loop], first: Sequence[Chained]) -> None:
@@ -287,10 +288,9 @@ def _certify_steps(runs: _Runs, params: Params, together: Chained) -> None:
             own, other = together.arguments[name], alone.arguments.get(name)
             row = own.narrow(rank, (step - loop.history) if own.shape[rank] > 1 else 0, 1)
             later_row = min(place - loop.history, other.shape[rank] - 1) if other is not None else 0
-            if other is None or not _close(row, other.narrow(rank, later_row, 1)):
+            if other is None or not _close(row, other.narrow(rank, later_row, 1), runs.agree):
                 raise _another(together, step, f"'{name}'")
-        rows = (together.value[..., step + outside, :], alone.value[..., place + outside, :])
-        if not _close(*rows):
+        if not _close(together.value[..., step + outside, :], alone.value[..., place + outside, :], runs.agree):
             raise _another(together, step, "observation")
 
 
