@@ -189,6 +189,8 @@ def test_a_noise_that_vanishes_ends_the_fit_without_complaint(seed: int) -> None
     pyro.clear_param_store()
     result = pyro_em.fit(factors, _rows(seed), *STANDARD, accelerate="anderson", tol=1e-8, progress=False)
     assert result.converged
-    assert float(result.params["sd"].min()) < 1e-3
-    objective = result.history["objective"]
-    assert all(b >= a - 1e-9 for a, b in itertools.pairwise(objective))
+    least = float(result.params["sd"].min())
+    assert least < 1e-3
+    # The square of a residual over its noise loses eps (1/σ)² where data are of size 1, 3e-9 at a σ of 3e-4.
+    rounding = 4 * torch.finfo(torch.float64).eps / least**2
+    assert all(b >= a - rounding for a, b in itertools.pairwise(result.history["objective"]))
