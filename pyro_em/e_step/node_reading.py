@@ -18,6 +18,7 @@ from pyro_em.e_step.base import NotCompiled
 from pyro_em.e_step.node_cumulants import Cumulant, cumulant_of, kernel_of
 from pyro_em.e_step.node_panels import Panels, panels_of
 from pyro_em.e_step.node_rows import NodeRows, begins_of
+from pyro_em.errors import PyroEMError
 from pyro_em.evidence.quadrature import QuadratureRoute
 from pyro_em.kernels import Kernel
 from pyro_em.m_step.location import full_cells
@@ -194,7 +195,7 @@ def _terms(probe: Probe, names: Sequence[str], site: str, slot: str, link: Predi
             argument = (run.sites[site].arguments or {})[slot]
             try:
                 own = terms_at(name, run.leaves[name], argument, link)
-            except Exception as error:
+            except (PyroEMError, RuntimeError) as error:  # too many entries to solve for; no derivative
                 raise NotCompiled(f"'{name}' enters '{site}' in a way that is not affine") from error
             if k == 0:
                 base = own
