@@ -1,4 +1,4 @@
-"""Sequences of states that depend on a latent outside of their loop: filtered, smoothed, forecast, one step at a time.
+"""Sequences of states of any history, or with a latent outside of their loop: filtered, smoothed, forecast, by steps.
 
 The oracle is the same model with the data cut off after each step, and the class summed by hand.
 """
@@ -67,11 +67,79 @@ def test_a_class_for_each_sequence(observed: bool) -> None:
     torch.testing.assert_close(states.forecast(2), ahead, rtol=0, atol=1e-13)
 
 
-def test_a_class_of_all_sequences_is_refused() -> None:
+def test_a_class_of_all_sequences() -> None:
+    """What all sequences have shown so far tells on their class; their one-step density is a joint one."""
     y, age = _data()
-    posterior = pyro_em.fit(kinds, y, age, torch.ones(y.shape, dtype=torch.bool), True, max_iter=0).posterior()
-    with pytest.raises(pyro_em.InputError, match=r"share latents outside of their loop.*ask for the marginal"):
+    everywhere = torch.ones(y.shape, dtype=torch.bool)
+    result = pyro_em.fit(kinds, y, age, everywhere, True, max_iter=0)
+    states = result.posterior().sequence("z")
+    torch.testing.assert_close(states.smooth(), result.posterior().responsibilities("z"), rtol=0, atol=1e-13)
+    before = torch.tensor([0.5, 0.3, 0.2]).log() + dist.Normal(0.5 * torch.arange(3), 1.0).log_prob(age[:, None]).sum(0)
+    for t in range(len(y)):
+        so_far = (torch.arange(len(y)) <= t).unsqueeze(-1).expand(y.shape)
+        cut = pyro_em.fit(kinds, y, age, so_far, True, max_iter=0)
+        torch.testing.assert_close(states.filter()[t], cut.posterior().responsibilities("z")[t], rtol=0, atol=1e-13)
+        evidence = before.logsumexp(-1) + states.one_step()[: t + 1].sum()
+        assert float(evidence) == pytest.approx(cut.log_likelihood, rel=1e-13)
+    blank = torch.cat([y, torch.zeros(2, 4)])
+    more = (torch.arange(7) < 5).unsqueeze(-1).expand(blank.shape)
+    ahead = pyro_em.fit(kinds, blank, age, more, True, max_iter=0).posterior().responsibilities("z")[5:]
+    torch.testing.assert_close(states.forecast(2), ahead, rtol=0, atol=1e-13)
+
+
+def nested(y: Tensor) -> None:
+    """A class of all sequences, and one of each that depends on it."""
+    all_of = pyro.sample("all_of", dist.Categorical(torch.tensor([0.4, 0.6])))
+    mu = pyro.param("mu", torch.tensor([-1.0, 1.5]))
+    with pyro.plate("sequences", y.shape[1]):
+        c = pyro.sample("c", dist.Categorical(torch.tensor([[0.9, 0.1], [0.2, 0.8]])[all_of]))
+        z = torch.zeros_like(c)
+        for t in pyro_em.markov(len(y)):
+            z = pyro.sample(
+                f"z_{t}", dist.Categorical(torch.tensor([[[0.9, 0.1], [0.2, 0.8]], [[0.5, 0.5], [0.4, 0.6]]])[c, z])
+            )
+            pyro.sample(f"y_{t}", dist.Normal(mu[z], 1.0), obs=y[t])
+
+
+def test_classes_of_sequences_in_classes_are_refused() -> None:
+    posterior = pyro_em.fit(nested, _data()[0], max_iter=0).posterior()
+    with pytest.raises(pyro_em.InputError, match=r"in several plates; ask for the marginal"):
         posterior.sequence("z")
+
+
+def lags(y: Tensor, seen: Tensor, history: int, reach: int, classes: bool) -> None:
+    """A chain that reaches `reach` of its `history` steps back, of sequences (T, N) of one of two kinds."""
+    mu = pyro.param("mu", torch.tensor([-1.0, 1.5]))
+    table = torch.rand((2, *[K] * (reach + 1)), generator=torch.Generator().manual_seed(reach)) + 0.2
+    table = table / table.sum(-1, keepdim=True)
+    with pyro.plate("sequences", y.shape[1]):
+        c = pyro.sample("c", dist.Categorical(torch.tensor([0.3, 0.7]))) if classes else torch.tensor(0)
+        z = [torch.tensor(0)] * reach
+        for t in pyro_em.markov(len(y), history=history):
+            with pyro.poutine.mask(mask=seen[t]):  # type: ignore[call-overload]
+                z = [*z[1:], pyro.sample(f"z_{t}", dist.Categorical(Vindex(table)[(c, *z)]))]
+                pyro.sample(f"y_{t}", dist.Normal(mu[z[-1]] + 0.5 * mu[z[0]], 1.0), obs=y[t])
+
+
+@pytest.mark.parametrize("classes", [False, True])
+@pytest.mark.parametrize(("history", "reach"), [(2, 2), (3, 3), (3, 2), (2, 1)])
+def test_longer_histories(history: int, reach: int, classes: bool) -> None:
+    """Filtered, smoothed, one step at a time and forecast: the steps before the first joint state, too."""
+    y, steps = _data(6)[0], torch.arange(6).unsqueeze(-1)
+    ends = torch.tensor([6, 4, 5, 6])
+    rest = (history, reach, classes)
+    result = pyro_em.fit(lags, y, steps < ends, *rest, max_iter=0)
+    states = result.posterior().sequence("z")
+    torch.testing.assert_close(states.smooth(), result.posterior().responsibilities("z"), rtol=0, atol=1e-13)
+    torch.testing.assert_close(states.one_step().sum(0), result.log_prob(), rtol=1e-13, atol=1e-13)
+    for t in range(6):
+        cut = pyro_em.fit(lags, y, (steps < ends) & (steps <= t), *rest, max_iter=0)
+        torch.testing.assert_close(states.filter()[t], cut.posterior().responsibilities("z")[t], rtol=0, atol=1e-13)
+        torch.testing.assert_close(states.one_step()[: t + 1].sum(0), cut.log_prob(), rtol=1e-13, atol=1e-13)
+    blank = torch.cat([y, torch.zeros(2, 4)])
+    more = torch.cat([steps < ends, torch.zeros(2, 4, dtype=torch.bool)])
+    ahead = pyro_em.fit(lags, blank, more, *rest, max_iter=0).posterior().responsibilities("z")[6:]
+    torch.testing.assert_close(states.forecast(2), ahead, rtol=0, atol=1e-13)
 
 
 def test_the_way_to_other_sequences_is_told() -> None:

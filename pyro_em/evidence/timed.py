@@ -101,18 +101,32 @@ def potentials(
     return Potentials(start, unary, pair, batch, tuple(size.get(d, 1) for d in batch), sizes, plates)
 
 
-def outer_evidence(
-    graph: FactorGraph,
-    factors: Mapping[str, Tensor],
-    names: Collection[str],
-    own: Potentials,
-    symbols: frozenset[str],
+def head_potential(
+    graph: FactorGraph, loop: ChainedLoop, factors: Mapping[str, Tensor], last: int, kept: str, own: Potentials
 ) -> Tensor:
-    """log p(c, what is observed outside of the loop) over the dims of the chains, (B,); zeros without such sites."""
+    """log p(z, x_0..x_last | c) of states with the symbols `kept` in the first steps, (B, their sizes).
+
+    What the model says of steps after `last` is left out: 0 <= last < history.
+    """
+    chosen = {n: factors[n] for n in factors if n in loop.heads and loop.loop.head_steps[n] <= last}
+    inside = {d for n in chosen for d in (graph.factors[n].symbol,) if d is not None} - set(kept) - set(own.batch)
+    size = dict(zip(own.batch, own.shape, strict=True))
+    terms = _terms(graph, chosen, chosen, inside, LogDensityRing("sum", names=graph.symbol_sites))
+    for dims, term in terms:
+        size.update({d: n for d, n in zip(dims, term.shape, strict=True) if d in kept})
+    return _total(terms, own.batch + kept, size).reshape(-1, *(size.get(d, 1) for d in kept))
+
+
+def outer_evidence(
+    graph: FactorGraph, factors: Mapping[str, Tensor], names: Collection[str], dims: Mapping[str, int], inner: set[str]
+) -> Tensor:
+    """log p(c, what is observed outside of the loop) over `dims` (plates of c and its symbols, with their sizes).
+
+    :param inner: symbols of the latents that are summed out.
+    """
     chosen = {name: factors[name] for name in factors if name in names}
     ring = LogDensityRing("sum", names=graph.symbol_sites)
-    terms = _terms(graph, chosen, chosen, set(symbols) - set(own.batch), ring) if chosen else []
-    return _total(terms, own.batch, dict(zip(own.batch, own.shape, strict=True))).reshape(-1)
+    return _total(_terms(graph, chosen, chosen, inner, ring) if chosen else [], "".join(dims), dims)
 
 
 def _chain_plates(graph: FactorGraph, loop: ChainedLoop) -> frozenset[str]:

@@ -36,7 +36,8 @@ SHORTEST = 2  # steps in the plate below which the loop is simply run
 class Loop:
     """One `markov` statement of a model, in the order of the run.
 
-    `depth` is the number of plate dims right of time; `names` are its sites, filled in as it is run.
+    `depth` is the number of plate dims right of time; `names` are its sites, and `head_steps` the step of each that
+    is run by itself, filled in as it is run.
     """
 
     ordinal: int
@@ -44,6 +45,7 @@ class Loop:
     history: int
     depth: int = 0
     names: list[str] = field(default_factory=list)
+    head_steps: dict[str, int] = field(default_factory=dict)
 
     @property
     def plate(self) -> str:
@@ -93,6 +95,7 @@ class _Mode:
         self.kind, self.planned = kind, tuple(loops)
         self.seen: list[Loop] = []
         self.open: Loop | None = None
+        self.step = 0  # of the open loop, while steps are run one by one
 
 
 _active: list[_Mode] = []
@@ -209,6 +212,7 @@ def _steps(mode: _Mode, loop: Loop) -> Iterator[Any]:
                 with pyro.plate(loop.plate, T - h, dim=dim), time_in_place(T - h, dim):
                     yield t
             else:
+                mode.step = t
                 yield t
 
 
@@ -230,6 +234,8 @@ class _Names(Messenger):
         if loop is None or pyro.poutine.util.site_is_subsample(msg):
             return
         loop.names.append(msg["name"])
+        if not any(f.name == loop.plate for f in msg["cond_indep_stack"]):
+            loop.head_steps[msg["name"]] = self.mode.step
         if self.mode.kind == "shallow":
             dims = [-f.dim for f in msg["cond_indep_stack"] if f.vectorized]
             loop.depth = max([loop.depth, *dims])
