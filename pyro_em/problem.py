@@ -27,6 +27,7 @@ from pyro_em.evidence.rule import Quadrature
 from pyro_em.families import Family
 from pyro_em.latent_uses import without_latents
 from pyro_em.model.atoms import AtomRuns
+from pyro_em.model.below_zero import check_below_zero
 from pyro_em.model.bind_rows import bound_by_rows
 from pyro_em.model.capture import Capture, ParameterRecord
 from pyro_em.model.certify import certify_factors, refuse_minibatches
@@ -261,7 +262,7 @@ def bind(
     points, drawn = (leaves, others), latents.draw(seen, latent, 1)
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any], at: int | Mapping[str, Tensor], graph: bool = True) -> Run:
-        values, depth = {**(points[at] if isinstance(at, int) else at), **drawn}, seen.max_plate_nesting
+        values, depth = {**drawn, **(points[at] if isinstance(at, int) else at)}, seen.max_plate_nesting
 
         def once() -> Run:
             with torch.set_grad_enabled(graph), quiet_store():
@@ -271,6 +272,7 @@ def bind(
 
         return checked_run(once, validated=at == 0)
 
+    check_below_zero(seen.below_zero, partial(run, args, kwargs), {**others, **drawn})
     with repeatable(partial(run, args, kwargs, 0, False)):
         by_rows = None if latent else bound_by_rows(seen, args, kwargs, run, points, records, priors)
         first = by_rows[0] if by_rows else run(args, kwargs, 0)

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
+from pyro.ops.indexing import Vindex
 from torch import Tensor
 
 import pyro_em
@@ -115,3 +117,62 @@ def test_a_start_without_spread_is_named() -> None:
     """It was called a model that is not Gaussian, after a whole fit."""
     with pytest.raises(pyro_em.InputError, match=r"'b': its argument 'scale' is 0, and .* greater than 0"):
         pyro_em.fit(arms, GROUP, ARM, EFFECTS[GROUP, 0] + NOISE, init={"tau": torch.tensor(0.0)})
+
+
+def grouped(group: Tensor, y: Tensor, reads: str, fixed: bool) -> None:
+    """Effects of groups, as latents or as parameters, and the ways in which a model may read them."""
+    tau, zero = _param("tau", 1.0, positive), torch.zeros(4).double()
+    with pyro.plate("groups", 4):
+        b = None if fixed else pyro.sample("b", dist.Normal(zero, tau))
+    b = _param("b", zero.tolist()) if b is None else b
+    known, loc = group >= 0, Vindex(b)[..., group] if reads == "vindex" else b[group]
+    loc = {"where": torch.where(known, loc, 0.5), "times": loc * known}.get(reads, loc)
+    with pyro.plate("rows", len(y)), pyro.poutine.mask(mask=known | (reads != "masked")):
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("reads", ["vindex", "plain", "masked", "where", "times"])
+def test_a_group_below_zero_is_an_error_where_it_matters(reads: str, fixed: bool) -> None:
+    group, y = torch.arange(12) % 4, EFFECTS[torch.arange(12) % 4, 0] + NOISE[:12]
+    coded = torch.where(torch.isin(torch.arange(12), torch.tensor([3, 7])), -1, group)
+    if reads in ("vindex", "plain"):
+        with pytest.raises(pyro_em.InputError, match=r"'y': row 3 \(and 1 more\) takes its entry of 'b' .* below 0"):
+            pyro_em.fit(grouped, coded, y, reads, fixed)
+        return
+    found = pyro_em.fit(grouped, coded, y, reads, fixed, max_iter=5, tol=0)
+    pyro.clear_param_store()
+    kept = pyro_em.fit(grouped, coded[coded >= 0], y[coded >= 0], reads, fixed, max_iter=5, tol=0)
+    alone = dist.Normal(0.5 if reads == "where" else 0.0, 1.0).log_prob(y[coded < 0]).sum() * (reads != "masked")
+    assert found.log_likelihood == pytest.approx(kept.log_likelihood + float(alone), rel=1e-12)
+    assert all(torch.allclose(found.params[n], kept.params[n], rtol=1e-12) for n in found.params)
+
+
+def written_out(group: Tensor, y: Tensor, prior: Callable[[Tensor, Tensor], dist.Distribution]) -> None:
+    mu, tau = _param("mu", 0.3), _param("tau", 1.0, positive)
+    with pyro.plate("groups", 6):
+        b = pyro.sample("b", prior(mu, tau))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(b[group], 1.0), obs=y)
+
+
+@pytest.mark.parametrize("accelerate", [None, "squarem"])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_prior_may_be_written_out_for_every_group(fixed: bool, accelerate: str | None) -> None:
+    """Zeros or an expanded mean for every group ended in an error of shapes."""
+    y, ones = 1.0 + EFFECTS[GROUP, 0] + NOISE, torch.ones(6).double()
+    found = []
+    for mean, spread in ((None, None), (ones, None), (None, ones), (ones, ones)):
+
+        def prior(mu: Tensor, tau: Tensor, mean: Tensor | None = mean, spread: Tensor | None = spread) -> dist.Normal:
+            mu = torch.zeros_like(mu) if fixed else mu
+            return dist.Normal(mu if mean is None else mu * mean, tau if spread is None else tau * spread)
+
+        pyro.clear_param_store()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pyro_em.UnidentifiedParameter)
+            found.append(pyro_em.fit(written_out, GROUP, y, prior, tol=1e-9, accelerate=accelerate))
+    assert fixed or found[0].params["mu"] == pytest.approx(float(y.mean()), rel=1e-6)
+    for other in found[1:]:
+        assert other.converged and other.log_likelihood == pytest.approx(found[0].log_likelihood, rel=1e-12)
+        assert all(torch.allclose(other.params[n], found[0].params[n], rtol=1e-6) for n in other.params)

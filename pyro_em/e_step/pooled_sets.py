@@ -153,8 +153,18 @@ def pooled_site(problem: Problem, own: SiteRows, pooled: Pooled) -> PooledSite:
 
 
 def moves_otherwise(form: Form, problem: Problem, site: SiteRecord) -> bool:
-    """The location is more than an entry of a parameter, or a number, in each cell."""
-    if any(use.index is None for own in problem.uses.values() for use in own if use.site == site.name):
+    """The location is more than an entry of a parameter, or a number, in each cell of all rows.
+
+    :raises NotCompiled: for entries that are written out for the rows of a latent: its moments are those of all rows.
+    """
+    uses = [use for own in problem.uses.values() for use in own if use.site == site.name]
+    if any(use.index is None for use in uses):
+        return True
+    assert site.arguments is not None
+    loc = site.arguments["loc"]
+    if site.latent and loc.shape[: max(0, loc.dim() - len(site.fn.event_shape))].numel() > 1:
+        if any(use.slot == "loc" for use in uses):
+            raise NotCompiled(f"the location of '{site.name}' is a parameter that is written out for every row")
         return True
     rows = {int(row) for entries in form.entries for row in entries.row}
     rows |= {int(row) for row in (form.base - form.value).abs().sum(-1).nonzero()}

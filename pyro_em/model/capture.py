@@ -29,7 +29,7 @@ from pyro_em.model.data import check_arguments, check_data, check_sites, plain_s
 from pyro_em.model.flat import some_value
 from pyro_em.model.missing import INCOMPLETE, check_unread
 from pyro_em.model.notes import noting
-from pyro_em.model.provenance import traced
+from pyro_em.model.provenance import meeting_below_zero, traced
 from pyro_em.model.starts import check_start
 from pyro_em.model.timeline import Loop, Unplanned, not_together, running
 from pyro_em.model.trace import OBSERVE, Plate, quiet_store
@@ -84,7 +84,8 @@ class Capture:
     """The model as written: parameters and sites in program order, how deep its plates nest, its loops over time.
 
     Of a loop whose steps are run together (timeline.py) there are the first sites, and one for the others.
-    `minibatches` are plates that draw some of their elements anew in every run.
+    `minibatches` are plates that draw some of their elements anew in every run, `below_zero` parameters and sites that
+    data below 0 index.
     """
 
     parameters: dict[str, ParameterRecord]
@@ -92,6 +93,7 @@ class Capture:
     max_plate_nesting: int
     loops: tuple[Loop, ...] = ()
     minibatches: frozenset[str] = frozenset()
+    below_zero: frozenset[str] = frozenset()
 
 
 class _Observe(Messenger):
@@ -193,7 +195,8 @@ def _capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], kind: 
     quiet = pyro.validation_enabled(False)
     labels = compat.masked_observations(OBSERVE)
     with quiet_store(), poutine.block(), compat.recording_arguments(), labels, torch.no_grad(), quiet:
-        with running(kind, loops) as met, checked_indices(), noting(), explained(model, args, kwargs):
+        looking = running(kind, loops), meeting_below_zero()
+        with looking[0] as met, looking[1] as below_zero, checked_indices(), noting(), explained(model, args, kwargs):
             trace: Any = poutine.trace(observe(Unfold()(model))).get_trace(*args, **kwargs)
         declared = pyro.get_param_store().get_state()["constraints"]
     trace = compat.prune_and_symbolize(trace)
@@ -225,4 +228,4 @@ def _capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], kind: 
         name: dataclasses.replace(record, constraint=declared.get(name, constraints.real))
         for name, record in observe.parameters.items()
     }
-    return Capture(parameters, sites, depth, tuple(met), observe.minibatches)
+    return Capture(parameters, sites, depth, tuple(met), observe.minibatches, frozenset(below_zero))

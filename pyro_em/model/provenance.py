@@ -9,6 +9,9 @@ are walked through once, which takes a third less time in a first run.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,14 +19,42 @@ from pyro.ops.provenance import ProvenanceTensor, extract_provenance, track_prov
 from torch import Tensor
 
 PLAIN = frozenset((Tensor, torch.nn.Parameter, int, float, bool, str, type(None), torch.Size, torch.dtype, slice))
+INTEGERS = frozenset({torch.int8, torch.int16, torch.int32, torch.int64})
+
+_met: ContextVar[set[str] | None] = ContextVar("_met", default=None)
+
+
+@contextlib.contextmanager
+def meeting_below_zero() -> Iterator[set[str]]:
+    """Gives the names of what is indexed by data below 0 within the context (see below_zero.py)."""
+    found: set[str] = set()
+    token = _met.set(found)
+    try:
+        yield found
+    finally:
+        _met.reset(token)
 
 
 class _Traced(ProvenanceTensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         names: set[str] = set()
+        met = _met.get() if func is Tensor.__getitem__ else None
+        if met is not None and has_below_zero(args[1]):
+            met.update(extract_provenance(args[0])[1])
         found = func(*_taken_off(args, names), **_taken_off(kwargs or {}, names))
         return _with(found, frozenset(names))
+
+
+def has_below_zero(index: Any) -> bool:
+    """Whether an index holds a tensor of integers, one for each of several rows, some of them below 0."""
+    return any(counts_from_end(part) for part in (index if isinstance(index, tuple) else (index,)))
+
+
+def counts_from_end(part: Any) -> bool:
+    """The same of a part of an index; a latent (its state less 1) is none of the data's."""
+    rows = isinstance(part, Tensor) and part.dtype in INTEGERS and part.dim() > 0
+    return rows and not isinstance(part, ProvenanceTensor) and bool((part < 0).any())
 
 
 def traced(value: Tensor, name: str) -> Tensor:
