@@ -24,7 +24,7 @@ from benchmarks.paired import work
 from benchmarks.workload import Spawn
 from pyro_em.result import FitResult
 
-FIRST = 8  # updates, by which the EM map is recorded (pyro_em/evaluator.py)
+FIRST = 8  # updates, by which the EM map is recorded (pyro_em/evaluator.py) where enough of them follow
 
 
 @dataclass(frozen=True)

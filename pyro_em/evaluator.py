@@ -23,7 +23,9 @@ from pyro_em.m_step.auto import MStep, NotCertified
 from pyro_em.recordings import Around, Evaluated, Mapped, Recording, Request, Whole, generation_of
 from pyro_em.tape import NotRecorded
 
-WARM = 3  # ordinary evaluations before a recording, which costs a few of them; caches are filled by then
+WARM = 3  # ordinary evaluations before a recording; caches are filled by then
+PAYS = 10  # replays that make up for a recording: 9 to 13, whatever the engine; both go with the number of operations
+UNSURE = 4  # times as many must be expected until the pace of a fit is known better
 REFRESH = 100
 FAILURES = 3  # to record, after which it is not tried again: some E-steps do more than others (an error estimate)
 DEVIATIONS = 3  # calls in a row in which no replay held, after which the new way is recorded
@@ -33,11 +35,14 @@ WORTH, PATIENCE = 20, 4  # replays that a recording costs; if it got fewer, the 
 class Evaluator:
     """Made once a fit. The results of a call are in the order of its requests, an exception where one failed.
 
+    :param num_starts: that are evaluated together.
+    :param num_runs: that are to be driven, one after the other or together.
+
     `refusal` says why nothing is recorded, if it was tried.
     """
 
-    def __init__(self, engine: Engine, m_step: MStep, num_starts: int = 1) -> None:
-        self.engine, self.m_step, self.num_starts = engine, m_step, num_starts
+    def __init__(self, engine: Engine, m_step: MStep, num_starts: int = 1, num_runs: int = 1) -> None:
+        self.engine, self.m_step, self.num_starts, self.num_runs = engine, m_step, num_starts, num_runs
         self.refusal = ""
         self._runs_model = not _is_staged(engine)
         self._in_one = True  # what comes before and after the pass over the data, with it, as far as that is known
@@ -120,6 +125,8 @@ class Evaluator:
         if self.refusal or not (_is_staged(engine) or hasattr(engine, "unread")):
             return False
         if (self._count if self._recording is None else self._deviations) < self._patience:
+            return False
+        if request.expected * self.num_runs < PAYS * (UNSURE if self._count < 2 * WARM else 1):
             return False
         if not m_step.closed or len(m_step.free) > len(m_step.closed):
             return False

@@ -164,7 +164,7 @@ def fit(
         if len(starts) == 1:  # one of several may be a saddle; the others are drawn
             at_start(problem, starts[0])
         together = len(starts) > 1 and hasattr(engine, "core")
-        evaluator = Evaluator(engine, m, len(starts) if together else 1)
+        evaluator = Evaluator(engine, m, len(starts) if together else 1, len(starts))
         with progress_bar(progress, algorithm, max_iter) as tick:
             shown = (*callbacks, *tick)
 

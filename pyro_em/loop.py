@@ -10,6 +10,7 @@ together, and their E-steps are one pass over the data (evaluator.py).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -140,12 +141,13 @@ class EMMap:
     num_e_steps: int = 0
     empty: set[str] = field(default_factory=set)
     rough: bool = False  # ask for E-steps with products in float32 (precision.py)
+    expected: float = math.inf  # updates to come, as far as is known
     _magnitude: float = 0.0
 
     def at(self, params: Params, iteration: int) -> Steps[Iterate]:
         """E-step at `params`; counted even if it fails."""
         self.num_e_steps += 1
-        expectation = yield Request(params, self._magnitude, self.rough)
+        expectation = yield Request(params, self._magnitude, self.rough, self.expected)
         self._magnitude = expectation.magnitude
         return at(self.problem, params, expectation, iteration)
 
@@ -210,6 +212,7 @@ def run_from(
             outcome = rule.outcome(current.iteration, score, current.objective, current.rounding)
             if outcome is not None:
                 return Ended(current, outcome, history, tuple(sorted(em.empty)))
+            em.expected = rule.remaining(current.iteration, score)
             current = yield from stepper.step(current)
     except DegenerateLikelihoodError as error:
         error.iteration = current.iteration + 1

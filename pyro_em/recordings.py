@@ -32,11 +32,15 @@ SINGLE = 4 * torch.finfo(torch.float32).eps  # error of a log-likelihood by prod
 
 @dataclass(eq=False)  # not frozen: it is made once an update, and a frozen one takes a microsecond more
 class Request:
-    """Parameters at which an E-step is wanted; `magnitude` is Σ|ll_n| of the E-step before, 0 for the first."""
+    """Parameters at which an E-step is wanted; `magnitude` is Σ|ll_n| of the E-step before, 0 for the first.
+
+    `expected` is how many more may follow.
+    """
 
     params: Params
     magnitude: float
     rough: bool = False  # products in float32 (precision.py); the first E-step of a run is not
+    expected: float = math.inf
 
     def error(self, magnitude: float) -> float:
         """What float32 cannot see of a log-likelihood with this Σ|ll_n|."""

@@ -59,6 +59,7 @@ class StoppingRule:
         self.max_iter, self.tol = max_iter, float(tol)
         self._best, self._lowest = -math.inf, math.inf
         self._idle = 0
+        self._first: tuple[int, float] | None = None
 
     def outcome(self, iteration: int, score: float, objective: float, rounding: float) -> Outcome | None:
         """The outcome if the fit is over after `iteration` updates, else None."""
@@ -73,3 +74,13 @@ class StoppingRule:
         if self.tol > 0 and self._idle >= PATIENCE:
             return Outcome.stalled
         return None
+
+    def remaining(self, iteration: int, score: float) -> float:
+        """Updates that may be expected to follow, at the pace at which the score per observation has fallen so far."""
+        most = float(self.max_iter - iteration)
+        if self._first is None:
+            self._first = iteration, score
+        began, first = self._first
+        if not (self.tol > 0 and 0 < score < first):
+            return most
+        return min(most, math.log(score / self.tol) / math.log(first / score) * (iteration - began))

@@ -109,6 +109,32 @@ def test_closed_forms_are_replayed(name: str) -> None:
     assert all(kinds[-5:]) or name in VARYING
 
 
+@pytest.mark.parametrize(
+    ("options", "recorded"),
+    [
+        ({"max_iter": 12, "tol": 0}, []),  # 9 updates would be left
+        ({"max_iter": 45, "tol": 0}, [3]),
+        ({"max_iter": 30, "tol": 0}, [6]),  # not before the pace of the first updates is surer
+        ({"max_iter": 1000, "tol": 1e-3}, []),  # over soon, as the score says
+        ({"max_iter": 8, "tol": 0, "restarts": 3}, [6]),  # the other starts count
+        ({"max_iter": 12, "tol": 0, "algorithm": "sem"}, []),
+    ],
+)
+def test_what_does_not_pay_is_not_recorded(
+    options: dict[str, Any], recorded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a fit is the same bit for bit."""
+    made, record = [], Evaluator._record
+    monkeypatch.setattr(evaluator, "PAYS", 10)
+    monkeypatch.setattr(Evaluator, "_record", lambda self, request: made.append(self._count) or record(self, request))
+    found = _fit(TABLE["gmm_full"], seed=1, **options)
+    assert made == recorded
+    monkeypatch.setattr(evaluator, "WARM", 10**9)
+    expected = _fit(TABLE["gmm_full"], seed=1, **options)
+    assert found.history["objective"] == expected.history["objective"]
+    assert all(torch.equal(value, expected.params[key]) for key, value in found.params.items())
+
+
 def test_what_keeps_going_other_ways_is_recorded_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
     """Newton's method that takes another number of steps at every update: a recording costs many of them."""
     evaluate, problem = _evaluator("gamma_mixture")
