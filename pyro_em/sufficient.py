@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from pyro_em.problem import Problem
 from pyro_em.statistics import Posteriors, SiteMoments, argument_cells, site_center, site_moments, site_weight
 
 Arguments = dict[str, dict[str, Tensor]]
+T = TypeVar("T")
 MomentsOf = Callable[[str, dict[str, Tensor]], SiteMoments]
 
 
@@ -62,15 +63,24 @@ class Sufficient:
         self.spread_of: Callable[[str, Tensor, Tensor | None], tuple[Tensor, Tensor]] | None = None
         self.posterior: Callable[[], Posteriors] | None = None  # posterior weights of every factor
         self.weights: dict[str, Tensor] = {}  # made of these by the M-step, by site
-        self.kernels: dict[str, Any] = {}  # the M-step's total kernels, with the version they were made for
+        # What the units of the M-step made of these, by the unit's parameters, with the version it was made for.
+        self._made: dict[tuple[str, ...], tuple[tuple[int, ...], Any]] = {}
 
     def uses(self, name: str, own: tuple[Use, ...]) -> tuple[Use, ...]:
         """The uses of a parameter that count, `own` in the model: one for each group of sites."""
         return own if self._grouped is None else self._grouped[name]
 
-    def version(self, uses: tuple[Use, ...]) -> tuple[int, ...]:
-        """Changes whenever an argument or value that these uses read has changed."""
-        return tuple(self._changes[use.site] for use in uses)
+    def once(self, unit: tuple[str, ...], uses: tuple[Use, ...], make: Callable[[], T]) -> T:
+        """What `make` gives for a unit of the M-step, made anew when an argument or value that `uses` read has changed.
+
+        So what was made for the score serves the update.
+        """
+        version = tuple(self._changes[use.site] for use in uses)
+        known = self._made.get(unit)
+        if known is None or known[0] != version:
+            known = self._made[unit] = version, make()
+        made: T = known[1]
+        return made
 
     def moments(self, name: str) -> SiteMoments:
         """Moments of a site at the cells of its arguments."""

@@ -112,18 +112,8 @@ class Coarse(TorchDistribution):
         return result
 
 
-class Censored(Coarse):
-    """`base` clamped to [lower, upper].
-
-    A value at a limit says no more than that Y lies there or beyond. Right-censored durations have
-    `upper=torch.where(failed, math.inf, duration)`, with the duration as the value of every row.
-
-    >>> import pyro.distributions as dist
-    >>> Censored(dist.Normal(0.0, 1.0), lower=0.0).log_prob(torch.tensor([0.0, 1.0]))
-    tensor([-0.6931, -1.4189])
-
-    :raises ValueError: if `base` is not univariate, or a lower limit is not below the upper one (Tobin 1958).
-    """
+class _Between(Coarse):
+    """A number with a lower and an upper limit."""
 
     def __init__(
         self, base: Any, lower: Limit = -math.inf, upper: Limit = math.inf, validate_args: bool | None = None
@@ -133,6 +123,20 @@ class Censored(Coarse):
     @property
     def support(self) -> Any:
         return _Clamped(self.base.support, self.lower, self.upper)
+
+
+class Censored(_Between):
+    """`base` clamped to [lower, upper] (Tobin 1958).
+
+    A value at a limit says no more than that Y lies there or beyond. Right-censored durations have
+    `upper=torch.where(failed, math.inf, duration)`, with the duration as the value of every row.
+
+    >>> import pyro.distributions as dist
+    >>> Censored(dist.Normal(0.0, 1.0), lower=0.0).log_prob(torch.tensor([0.0, 1.0]))
+    tensor([-0.6931, -1.4189])
+
+    :raises ValueError: if `base` is not univariate, or a lower limit is not below the upper one.
+    """
 
     def _log_prob(self, value: Tensor) -> Tensor:
         low, high = value <= self.lower, value >= self.upper
@@ -151,7 +155,7 @@ class Censored(Coarse):
             return torch.minimum(torch.maximum(drawn, self.lower), self.upper)
 
 
-class Truncated(Coarse):
+class Truncated(_Between):
     """`base` given that its value lies in [lower, upper]; a zero-truncated count has `lower=1`.
 
     >>> import pyro.distributions as dist
@@ -160,15 +164,6 @@ class Truncated(Coarse):
 
     :raises ValueError: if `base` is not univariate, or a lower limit is not below the upper one.
     """
-
-    def __init__(
-        self, base: Any, lower: Limit = -math.inf, upper: Limit = math.inf, validate_args: bool | None = None
-    ) -> None:
-        self._set_up(base, lower, upper, (), validate_args)
-
-    @property
-    def support(self) -> Any:
-        return _Clamped(self.base.support, self.lower, self.upper)
 
     def _log_prob(self, value: Tensor) -> Tensor:
         inside = (value >= self.lower) & (value <= self.upper)

@@ -17,11 +17,12 @@ from pyro_em.design import Design
 from pyro_em.e_step.base import NotCompiled
 from pyro_em.e_step.node_cumulants import Cumulant, cumulant_of, kernel_of
 from pyro_em.e_step.node_panels import Panels, panels_of
-from pyro_em.e_step.node_rows import NodeRows, begins_of
+from pyro_em.e_step.node_rows import NodeRows
 from pyro_em.errors import PyroEMError
 from pyro_em.evidence.quadrature import QuadratureRoute
 from pyro_em.kernels import Kernel
 from pyro_em.m_step.location import full_cells
+from pyro_em.m_step.unit import begins_of
 from pyro_em.model.affine import close, terms_at
 from pyro_em.model.density import clean_value
 from pyro_em.model.links import LINKS, PredictorLink

@@ -19,6 +19,7 @@ from torch import Tensor
 from pyro_em.design import Design
 from pyro_em.e_step.node_cumulants import Cumulant
 from pyro_em.e_step.node_panels import Panels
+from pyro_em.m_step.unit import begins_of
 from pyro_em.model.predictor import Term
 from pyro_em.types import Params
 
@@ -127,12 +128,3 @@ class NodeRows:
             for k, change in zip(block.columns, block.change(theta), strict=True):
                 found[k] = found[k] + change
         return tuple(x[:1] if self.alike and k else x for k, x in enumerate(found))
-
-
-def begins_of(names: Sequence[str], params: Params) -> tuple[dict[str, int], int]:
-    """Where each parameter begins in the block of all of them, and its size."""
-    starts, size = {}, 0
-    for name in names:
-        starts[name] = size
-        size += params[name].numel()
-    return starts, size

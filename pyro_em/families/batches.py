@@ -22,7 +22,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from pyro_em.families.base import Arguments, Family
+from pyro_em.families.base import Arguments
+from pyro_em.families.linear_sites import LinearSites
 from pyro_em.shapes import broadcast_shapes
 from pyro_em.state_space.linear_gaussian import LinearMoments
 
@@ -96,7 +97,7 @@ class Cells:
         return LinearMoments(*(of(own) for own in zip(*(vars(p).values() for p in parts), strict=True)))
 
 
-class ChainFamily(Family):
+class ChainFamily(LinearSites):
     """A family whose sites are linear-Gaussian chains."""
 
     integrates = True
@@ -105,10 +106,6 @@ class ChainFamily(Family):
     @abstractmethod
     def lead(self, name: str, argument: Tensor) -> torch.Size:
         """Batch dims of an argument."""
-
-    @abstractmethod
-    def site_of(self, name: str) -> str:
-        """The site of the chain that an argument belongs to."""
 
     @abstractmethod
     def part(self, args: Arguments, value: Tensor) -> Part:
@@ -153,7 +150,7 @@ class ChainFamily(Family):
         leads: dict[str, list[torch.Size]] = {site: [] for site in made[0]}
         for name in self.arguments:
             if isinstance(args.get(name), Tensor):
-                leads[self.site_of(name)].append(self.lead(name, args[name]))
+                leads[self.belongs(name)[0]].append(self.lead(name, args[name]))
         return {site: cells.joined([own[site] for own in made], leads[site]) for site in made[0]}
 
 

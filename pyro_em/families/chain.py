@@ -17,7 +17,6 @@ observed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -25,12 +24,11 @@ import torch
 from torch import Tensor
 
 from pyro_em.distributions.chain import GaussianChain
-from pyro_em.families.base import CHOLESKY, Arguments, Moments
+from pyro_em.families.base import CHOLESKY, Arguments
 from pyro_em.families.batches import ChainFamily, Made
-from pyro_em.families.linear_gaussian import NOISE, PACKED, LinearSite, noise_covariance, pack, unpack
+from pyro_em.families.linear_gaussian import NOISE, noise_covariance, pack
 from pyro_em.families.state_space import reduced, varies
 from pyro_em.families.within_step import flat_directions, given_own_step, solved
-from pyro_em.kernels import Kernel, PowerKernel
 from pyro_em.shapes import broadcast_shapes
 from pyro_em.state_space import kalman
 from pyro_em.state_space.chunked import states
@@ -53,6 +51,8 @@ class GaussianChainFamily(ChainFamily):
     closed = frozenset(arguments)
     diagonal = frozenset(f"{group}.{noise}" for group in GROUPS for noise in NOISE if _EVENTS[noise] == 2)
     by_entries = MATRICES
+    transposed = False
+    first_state = "state_0"
 
     def chain(self, args: Arguments, value: Tensor) -> tuple[Chain, torch.Size]:
         """The chain of states s_t, S = batch in a row."""
@@ -66,54 +66,31 @@ class GaussianChainFamily(ChainFamily):
     def lead(self, name: str, argument: Tensor) -> torch.Size:
         return argument.shape[: argument.dim() - self.arguments[name] - 1]
 
-    def site_of(self, name: str) -> str:
-        return name.partition(".")[0]
+    def belongs(self, argument: str) -> tuple[str, str]:
+        site, _, part = argument.partition(".")
+        return site, part
+
+    def sites(self, args: Arguments) -> list[str]:
+        return [group for group in GROUPS if f"{group}.loc" in args]
+
+    def affine(self, site: str, args: Arguments) -> tuple[Tensor, Tensor]:
+        offset = args[f"{site}.loc"].double()
+        matrix = args.get(f"{site}.matrix")
+        return (offset.new_zeros(*offset.shape, 0) if matrix is None else matrix.double()), offset
 
     def part(self, args: Arguments, value: Tensor) -> _Parts:
         return _Parts(args, value)
 
     def packed(self, args: Arguments, made: Made) -> tuple[Tensor, ...]:
         width, within, parts = int(args["width"]), "state_0.matrix" in args, list[Tensor]()
-        for group in _groups(args):
+        for group in self.sites(args):
             moments = made[group]
             if group.startswith("state"):
                 moments = _first_cells(moments, width)
                 if within:
                     moments = given_own_step(moments, *solved(args, group, width), width)
-            parts += pack(moments, *_location(group, args))
+            parts += pack(moments, *self.affine(group, args))
         return tuple(parts)
-
-    def is_noise(self, argument: str) -> bool:
-        return argument.partition(".")[0] != "state_0"
-
-    def expected_log_density(self, args: Arguments, moments: Moments) -> Tensor:
-        total = [_site(group, args, moments).expected_log_density().sum() for group in _groups(args)]
-        return torch.stack(total).sum()
-
-    def kernel(self, argument: str, moments: Moments, args: Arguments, center: Tensor | None = None) -> Kernel | None:
-        group, _, name = argument.partition(".")
-        site = _site(group, args, moments)
-        if name == "matrix":
-            return site.matrix_kernel(transposed=False)
-        return site.offset_kernel() if name == "loc" else site.noise_kernel(name)
-
-    def couples(self, one: str, other: str) -> bool:
-        (group, _, name), (group_2, _, name_2) = one.partition("."), other.partition(".")
-        return group == group_2 and {name, name_2} <= {"matrix", "loc"}
-
-    def cross_precision(self, one: str, other: str, moments: Moments, args: Arguments) -> Tensor:
-        site = _site(one.partition(".")[0], args, moments)
-        if one == other:
-            kernel = site.offset_kernel() if one.endswith(".loc") else site.matrix_kernel(transposed=False)
-            return kernel.precision
-        cross = site.cross_precision(transposed=False)
-        return cross.mT if one.endswith(".loc") else cross
-
-    def diagonal_kernel(
-        self, argument: str, moments: Moments, args: Arguments, center: Tensor | None = None
-    ) -> PowerKernel | None:
-        group, _, noise = argument.partition(".")
-        return _site(group, args, moments).diagonal_noise_kernel(noise)
 
 
 class _Parts:
@@ -247,10 +224,6 @@ class _Parts:
         return reduced(part, w, *varies(*own), self.batch)
 
 
-def _groups(args: Mapping[str, Any]) -> list[str]:
-    return [group for group in GROUPS if f"{group}.loc" in args]
-
-
 def _first_cells(own: LinearMoments, width: int) -> LinearMoments:
     """Without the rows of the state that only repeat earlier ones."""
     if own.residual.shape[-1] == width:
@@ -263,15 +236,3 @@ def _first_cells(own: LinearMoments, width: int) -> LinearMoments:
         own.parents,
         own.parents_squares,
     )
-
-
-def _location(group: str, args: Arguments) -> tuple[Tensor, Tensor]:
-    offset = args[f"{group}.loc"].double()
-    matrix = args.get(f"{group}.matrix")
-    return (offset.new_zeros(*offset.shape, 0) if matrix is None else matrix.double()), offset
-
-
-def _site(group: str, args: Arguments, moments: Moments) -> LinearSite:
-    place = _groups(args).index(group) * PACKED
-    noise = {n: args[f"{group}.{n}"].double() for n in NOISE if f"{group}.{n}" in args}
-    return unpack(moments[place : place + PACKED], *_location(group, args), noise)

@@ -24,10 +24,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_em.families.base import CHOLESKY, Arguments, Moments
+from pyro_em.families.base import CHOLESKY, Arguments
 from pyro_em.families.batches import ChainFamily, Made
-from pyro_em.families.linear_gaussian import NOISE, PACKED, LinearSite, noise_covariance, pack, unpack
-from pyro_em.kernels import Kernel, PowerKernel
+from pyro_em.families.linear_gaussian import NOISE, noise_covariance, pack
+from pyro_em.families.linear_sites import MATRIX
 from pyro_em.shapes import broadcast_shapes
 from pyro_em.state_space import kalman
 from pyro_em.state_space.chunked import states
@@ -56,6 +56,8 @@ class GaussianHMMFamily(ChainFamily):
     closed = frozenset(arguments)
     diagonal = frozenset(name for name, dims in _NOISES.items() if dims == 2)
     by_entries = frozenset({"transition_matrix", "observation_matrix"})
+    transposed = True
+    first_state = "initial_dist"
 
     def accepts(self, raw: Mapping[str, Any]) -> bool:
         return all(_is_gaussian(raw[name]) and f"{name}.loc" in raw for name in SITES)
@@ -80,8 +82,16 @@ class GaussianHMMFamily(ChainFamily):
     def lead(self, name: str, argument: Tensor) -> torch.Size:
         return lead_of(name, argument)
 
-    def site_of(self, name: str) -> str:
-        return _SITE_OF_MATRIX.get(name) or name.partition(".")[0]
+    def belongs(self, argument: str) -> tuple[str, str]:
+        site, _, part = argument.partition(".")
+        return (_SITE_OF_MATRIX[argument], MATRIX) if argument in _SITE_OF_MATRIX else (site, part)
+
+    def sites(self, args: Arguments) -> list[str]:
+        return list(SITES)
+
+    def affine(self, site: str, args: Arguments) -> tuple[Tensor, Tensor]:
+        offset, matrix = args[f"{site}.loc"].double(), SITES[site]
+        return (offset.new_zeros(*offset.shape, 0) if matrix is None else args[matrix].double().mT), offset
 
     def part(self, args: Arguments, value: Tensor) -> _Part:
         return _Part(*chain_of(args, value))
@@ -92,43 +102,8 @@ class GaussianHMMFamily(ChainFamily):
             moments = made[name]
             if name == "initial_dist":
                 moments = LinearMoments(*(_without_time(x, i) for i, x in enumerate(vars(moments).values())))
-            parts += pack(moments, *_location(name, args))
+            parts += pack(moments, *self.affine(name, args))
         return tuple(parts)
-
-    def is_noise(self, argument: str) -> bool:
-        return argument.partition(".")[0] != "initial_dist"
-
-    def expected_log_density(self, args: Arguments, moments: Moments) -> Tensor:
-        total = [_site(name, args, moments).expected_log_density().sum() for name in SITES]
-        return torch.stack(total).sum()
-
-    def kernel(self, argument: str, moments: Moments, args: Arguments, center: Tensor | None = None) -> Kernel | None:
-        for name, matrix in SITES.items():
-            if argument == matrix:
-                return _site(name, args, moments).matrix_kernel(transposed=True)
-            if argument == f"{name}.loc":
-                return _site(name, args, moments).offset_kernel()
-            if argument.startswith(f"{name}."):
-                return _site(name, args, moments).noise_kernel(argument.removeprefix(f"{name}."))
-        return None
-
-    def couples(self, one: str, other: str) -> bool:
-        return any({one, other} <= {matrix, f"{name}.loc"} for name, matrix in SITES.items())
-
-    def cross_precision(self, one: str, other: str, moments: Moments, args: Arguments) -> Tensor:
-        name = next(name for name, matrix in SITES.items() if one in (matrix, f"{name}.loc"))
-        site = _site(name, args, moments)
-        if one == other:
-            kernel = site.offset_kernel() if one.endswith(".loc") else site.matrix_kernel(transposed=True)
-            return kernel.precision
-        cross = site.cross_precision(transposed=True)
-        return cross.mT if one.endswith(".loc") else cross
-
-    def diagonal_kernel(
-        self, argument: str, moments: Moments, args: Arguments, center: Tensor | None = None
-    ) -> PowerKernel | None:
-        name, _, noise = argument.partition(".")
-        return _site(name, args, moments).diagonal_noise_kernel(noise) if noise else None
 
 
 @dataclass(frozen=True)
@@ -256,16 +231,3 @@ def _without_time(x: Tensor, which: int) -> Tensor:
     """Moments of the initial state without their time dim, which stands before the event dims."""
     events = (0, 1, 2, 2, 1, 2)[which]
     return x.squeeze(-1 - events)
-
-
-def _location(name: str, args: Arguments) -> tuple[Tensor, Tensor]:
-    """M and o of a site in column convention (the initial state has no parents)."""
-    offset = args[f"{name}.loc"].double()
-    matrix = SITES[name]
-    return (offset.new_zeros(*offset.shape, 0) if matrix is None else args[matrix].double().mT), offset
-
-
-def _site(name: str, args: Arguments, moments: Moments) -> LinearSite:
-    place = list(SITES).index(name) * PACKED
-    noise = {n: args[f"{name}.{n}"].double() for n in NOISE if f"{name}.{n}" in args}
-    return unpack(moments[place : place + PACKED], *_location(name, args), noise)

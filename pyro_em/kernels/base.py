@@ -64,14 +64,14 @@ class Kernel(ABC):
         return False
 
     @property
-    @abstractmethod
     def event_dim(self) -> int:
-        """Number of trailing dims of θ that form one block."""
+        """Number of trailing dims of θ that form one block. Here and below: of an elementwise kernel."""
+        return 0
 
     @property
-    @abstractmethod
     def event_dims(self) -> tuple[int, ...]:
         """Number of trailing event dims of each coefficient."""
+        return (0,) * len(self.names)
 
     @property
     @abstractmethod
@@ -116,12 +116,19 @@ class Kernel(ABC):
         """Of a kernel of matrices: the derivative in L of θ = LLᵀ, on and below the diagonal; None if it has none."""
         return None
 
-    @abstractmethod
     def rescale(self, factor: Tensor) -> Self:
         """The kernel as a function of θ when the argument is factor · θ.
 
         `factor` ≥ 0 broadcasts against θ: one number for a matrix block has shape (..., 1, 1).
+
+        :raises IncompatibleKernels: if the form has none. Here: for all factors but 1.
         """
+        if (factor == 1).all():
+            return self
+        raise IncompatibleKernels(
+            f"A kernel of the form {self.form} has no closed-form maximum once its argument is multiplied by a "
+            "factor other than 1. Maximise it numerically instead."
+        )
 
     @property
     def coefficients(self) -> tuple[Tensor, ...]:
@@ -175,14 +182,6 @@ class FlatKernel(Kernel):
     """
 
     names: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def event_dim(self) -> int:
-        return 0
-
-    @property
-    def event_dims(self) -> tuple[int, ...]:
-        return ()
 
     @property
     def form(self) -> str:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from pyro_em.kernels.base import IncompatibleKernels, Kernel, Scatter
+from pyro_em.kernels.base import Kernel, Scatter
 
 STEPS = 6  # of Newton's method, from a start that is right to 2 %
 LARGE = 50.0  # concentrations above: a series, whose next term is below 1e-19
@@ -41,14 +41,6 @@ class DirectionKernel(Kernel):
     origin: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     names: ClassVar[tuple[str, ...]] = ("cosine", "sine")
-
-    @property
-    def event_dim(self) -> int:
-        return 0
-
-    @property
-    def event_dims(self) -> tuple[int, ...]:
-        return (0, 0)
 
     @property
     def form(self) -> str:
@@ -86,10 +78,6 @@ class DirectionKernel(Kernel):
     def collect(self, scatter: Scatter, at: Tensor, onto: Tensor) -> Self:
         return dataclasses.replace(self.map(scatter), origin=onto)
 
-    def rescale(self, factor: Tensor) -> Self:
-        _check_unscaled(self, factor)
-        return self
-
 
 @dataclass(frozen=True, eq=False)
 class ResultantKernel(Kernel):
@@ -104,14 +92,6 @@ class ResultantKernel(Kernel):
     resultant: Tensor
 
     names: ClassVar[tuple[str, ...]] = ("count", "resultant")
-
-    @property
-    def event_dim(self) -> int:
-        return 0
-
-    @property
-    def event_dims(self) -> tuple[int, ...]:
-        return (0, 0)
 
     @property
     def form(self) -> str:
@@ -141,10 +121,6 @@ class ResultantKernel(Kernel):
     def is_empty(self) -> Tensor:
         return self.count <= 0
 
-    def rescale(self, factor: Tensor) -> Self:
-        _check_unscaled(self, factor)
-        return self
-
 
 def _coefficients(number: int) -> list[float]:
     """c_n of 1 - A(κ) = Σ_n c_n κ⁻ⁿ, from A' = 1 - A/κ - A²: the difference itself loses its digits."""
@@ -155,14 +131,6 @@ def _coefficients(number: int) -> list[float]:
 
 
 SERIES = _coefficients(14)
-
-
-def _check_unscaled(kernel: Kernel, factor: Tensor) -> None:
-    if not (factor == 1).all():
-        raise IncompatibleKernels(
-            f"A kernel of the form {kernel.form} has no closed-form maximum once its argument is multiplied by a "
-            "factor other than 1. Maximise it numerically instead."
-        )
 
 
 def _deficit(kappa: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,12 +11,12 @@ There is no finite maximum unless Σ_k exp(L_k / n) < 1 (rows that are all alike
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from pyro_em.kernels.base import IncompatibleKernels, Kernel
+from pyro_em.kernels.base import Kernel
 
 STEPS = 20  # of Newton's method
 
@@ -78,14 +78,6 @@ class DirichletKernel(Kernel):
 
     def is_empty(self) -> Tensor:
         return self.count <= 0
-
-    def rescale(self, factor: Tensor) -> Self:
-        if (factor == 1).all():
-            return self
-        raise IncompatibleKernels(
-            f"A kernel of the form {self.form} has no closed-form maximum once α is multiplied by a factor other than "
-            "1. Maximise it numerically instead."
-        )
 
 
 def _inverse_digamma(y: Tensor) -> Tensor:

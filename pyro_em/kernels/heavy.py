@@ -36,14 +36,6 @@ class HeavyKernel(Kernel):
 
     names: ClassVar[tuple[str, ...]] = ()
 
-    @property
-    def event_dim(self) -> int:
-        return 0
-
-    @property
-    def event_dims(self) -> tuple[int, ...]:
-        return ()
-
     def is_empty(self) -> Tensor:
         return torch.zeros_like(self.center, dtype=torch.bool)
 
@@ -52,9 +44,6 @@ class HeavyKernel(Kernel):
 
     def collect(self, scatter: Scatter, at: Tensor, onto: Tensor) -> Self:
         return dataclasses.replace(self, smooth=self.smooth.collect(scatter, at, onto))
-
-    def rescale(self, factor: Tensor) -> Self:
-        raise IncompatibleKernels(f"A kernel of the form {self.form} is not rescaled. Maximise it numerically instead.")
 
     def __add__(self, other: Kernel) -> Kernel:
         if isinstance(other, FlatKernel):

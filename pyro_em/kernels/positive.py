@@ -29,10 +29,6 @@ STEPS, LONGEST = 30, 2.0  # Newton steps, and the longest in log θ: exponential
 class PositiveKernel(Kernel):
     """Elementwise and concave in log θ."""
 
-    @property
-    def event_dim(self) -> int:
-        return 0
-
     @abstractmethod
     def log_slope(self, log_theta: Tensor) -> tuple[Tensor, Tensor]:
         """First and second derivative in u = log θ."""
@@ -77,10 +73,6 @@ class PositiveSum(PositiveKernel):
     parts: tuple[PositiveKernel, ...]
 
     names: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def event_dims(self) -> tuple[int, ...]:
-        return ()
 
     @property
     def form(self) -> str:
@@ -149,10 +141,6 @@ class LogNormalKernel(PositiveKernel):
     names: ClassVar[tuple[str, ...]] = ("count",)
 
     @property
-    def event_dims(self) -> tuple[int, ...]:
-        return (0,)
-
-    @property
     def form(self) -> str:
         return "-log t - p (log t - m)^2/2"
 
@@ -189,10 +177,6 @@ class HalfCauchyKernel(PositiveKernel):
     scale: Tensor
 
     names: ClassVar[tuple[str, ...]] = ("count",)
-
-    @property
-    def event_dims(self) -> tuple[int, ...]:
-        return (0,)
 
     @property
     def form(self) -> str:

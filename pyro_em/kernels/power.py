@@ -41,10 +41,6 @@ class PowerKernel(PositiveKernel):
     names: ClassVar[tuple[str, ...]] = ("log_coefficient", "rising", "falling")
 
     @property
-    def event_dims(self) -> tuple[int, ...]:
-        return (0, 0, 0)
-
-    @property
     def form(self) -> str:
         # Twelve digits: an exponent that went through two reciprocal powers is still the same.
         return f"A log t - B t^{self.exponent:.12g} - C t^-{self.exponent:.12g}"

@@ -33,14 +33,6 @@ class BetaKernel(Kernel):
     names: ClassVar[tuple[str, ...]] = ("successes", "failures")
 
     @property
-    def event_dim(self) -> int:
-        return 0
-
-    @property
-    def event_dims(self) -> tuple[int, ...]:
-        return (0, 0)
-
-    @property
     def form(self) -> str:
         return "A log p + B log(1 - p)"
 
@@ -56,14 +48,6 @@ class BetaKernel(Kernel):
 
     def is_empty(self) -> Tensor:
         return (self.successes <= 0) & (self.failures <= 0)
-
-    def rescale(self, factor: Tensor) -> Self:
-        if (factor == 1).all():
-            return self
-        raise IncompatibleKernels(
-            f"A kernel of the form {self.form} has no closed-form maximum once p is multiplied by a factor "
-            "other than 1. Maximise it numerically instead."
-        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -88,15 +88,8 @@ class Composed:
         return f"Newton ({', '.join(dict.fromkeys(labels))})" + (f", jointly with {others}" if others else "")
 
     def _open(self, params: Params, sufficient: Sufficient) -> _Q:
-        key = "composed " + " ".join(self.names)
-        version = sufficient.version(tuple(use for uses in self.uses.values() for use in uses))
-        known = sufficient.kernels.get(key)
-        if known is not None and known[0] == version:
-            found: _Q = known[1]
-            return found
-        opened = _Q(self, params, sufficient)
-        sufficient.kernels[key] = (version, opened)
-        return opened
+        uses = tuple(use for uses in self.uses.values() for use in uses)
+        return sufficient.once(self.names, uses, lambda: _Q(self, params, sufficient))
 
 
 class _Q(Climb):

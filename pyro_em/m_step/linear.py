@@ -39,7 +39,7 @@ from pyro_em.m_step.location import (
 from pyro_em.m_step.moving import designs_at, run_at_atoms
 from pyro_em.m_step.parts import cells_of, parts_of
 from pyro_em.m_step.positive import in_logarithms, inside, is_positive_slope
-from pyro_em.m_step.unit import connected, weight_of
+from pyro_em.m_step.unit import begins_of, connected, weight_of
 from pyro_em.model.predictor import at_entry
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.model.use import VALUE, Use
@@ -255,10 +255,7 @@ def linear_blocks(problem: Problem, run: Run, uses: Mapping[str, tuple[Use, ...]
 
 
 def _block(problem: Problem, run: Run, names: tuple[str, ...], uses: Mapping[str, tuple[Use, ...]]) -> Linear | None:
-    starts, size = {}, 0
-    for name in names:
-        starts[name] = size
-        size += problem.parameters[name].value.numel()
+    starts, size = begins_of(names, problem.start)
     if size > MAX_SIZE:
         return None
     at: dict[str, list[Use]] = {}

@@ -28,7 +28,7 @@ from pyro_em.m_step.kinks import kinked
 from pyro_em.m_step.moving import run_at_atoms
 from pyro_em.m_step.objective import Objective, Prior
 from pyro_em.m_step.predictors import PredictorSite, is_behind_predictor, predictor_site
-from pyro_em.m_step.unit import connected
+from pyro_em.m_step.unit import begins_of, connected
 from pyro_em.model.trace import Run
 from pyro_em.model.use import VALUE, Use
 from pyro_em.problem import Problem
@@ -144,15 +144,8 @@ class Newton:
 
     def _open(self, params: Params, sufficient: Sufficient) -> Objective:
         """Q around the current place; that of the score serves the update."""
-        key = "newton " + " ".join(self.names)
-        version = sufficient.version(tuple(use for uses in self.uses.values() for use in uses))
-        known = sufficient.kernels.get(key)
-        if known is not None and known[0] == version:
-            found: Objective = known[1]
-            return found
-        opened = self._opened(params, sufficient)
-        sufficient.kernels[key] = (version, opened)
-        return opened
+        uses = tuple(use for uses in self.uses.values() for use in uses)
+        return sufficient.once(self.names, uses, lambda: self._opened(params, sufficient))
 
     def _opened(self, params: Params, sufficient: Sufficient) -> Objective:
         values = {n: params[n].detach().double() for n in self.names}
@@ -228,10 +221,7 @@ def newton_blocks(problem: Problem, run: Run, uses: Mapping[str, tuple[Use, ...]
 def _block(
     problem: Problem, run: Run, names: tuple[str, ...], uses: Mapping[str, tuple[Use, ...]], tolerance: float
 ) -> Newton | None:
-    starts, size = {}, 0
-    for name in names:
-        starts[name] = size
-        size += problem.parameters[name].value.numel()
+    starts, size = begins_of(names, problem.start)
     if size > MAX_SIZE:
         return None
     at: dict[str, dict[str, list[Use]]] = {}

@@ -35,16 +35,13 @@ class Separate:
         :raises NotClosed: with the reason.
         """
         uses = sufficient.uses(self.name, self.uses)
-        version = sufficient.version(uses)
-        known = sufficient.kernels.get(self.name)
-        if known is not None and known[0] == version:
-            found: Combined = known[1]
-            return found
-        needed = {u.site for u in uses if u.index is not None and u.slot != VALUE}
-        moments = {site: sufficient.moments(site) for site in needed}
-        total = combine(uses, theta, sufficient.sites, moments, sufficient.arguments)
-        sufficient.kernels[self.name] = (version, total)
-        return total
+
+        def total() -> Combined:
+            needed = {u.site for u in uses if u.index is not None and u.slot != VALUE}
+            moments = {site: sufficient.moments(site) for site in needed}
+            return combine(uses, theta, sufficient.sites, moments, sufficient.arguments)
+
+        return sufficient.once((self.name,), uses, total)
 
     def slope(self, params: Params, sufficient: Sufficient) -> Tensor:
         """∂Q/∂u, 0 in entries that are not free; any shape."""

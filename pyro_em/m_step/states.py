@@ -25,6 +25,7 @@ from pyro_em.charts import base_constraint
 from pyro_em.families import LOCATIONS, Family
 from pyro_em.kernels import QuadraticKernel
 from pyro_em.m_step.location import terms_of
+from pyro_em.m_step.unit import begins_of
 from pyro_em.model.trace import SiteRecord
 from pyro_em.model.use import VALUE, Use
 from pyro_em.problem import Problem
@@ -90,13 +91,8 @@ class States:
 
     def _quadratic(self, params: Params, sufficient: Sufficient) -> QuadraticKernel:
         """Q around the current values, over all entries; what was made for the score serves the update."""
-        version = sufficient.version(tuple(use for name in self.names for use in self.uses[name]))
-        known = sufficient.kernels.get(self.names[0])
-        if known is None or known[0] != version:
-            known = version, self._summed(params, sufficient)
-            sufficient.kernels[self.names[0]] = known
-        kernel: QuadraticKernel = known[1]
-        return kernel
+        uses = tuple(use for name in self.names for use in self.uses[name])
+        return sufficient.once(self.names, uses, lambda: self._summed(params, sufficient))
 
     def _summed(self, params: Params, sufficient: Sufficient) -> QuadraticKernel:
         size = self.size + 1  # the last place takes what is fixed
@@ -196,10 +192,7 @@ def _couple(one: Use, other: Use, sites: Mapping[str, SiteRecord]) -> bool:
 
 
 def _block(problem: Problem, sites: Mapping[str, SiteRecord], names: tuple[str, ...], uses: Uses) -> States:
-    starts, size = {}, 0
-    for name in names:
-        starts[name] = size
-        size += problem.parameters[name].value.numel()
+    starts, size = begins_of(names, problem.start)
     found: dict[str, dict[str, tuple[_Entries, ...]]] = {}
     for name in names:
         for use in uses[name]:

@@ -55,6 +55,15 @@ def weight_of(problem: Problem, name: str, sufficient: Sufficient) -> Tensor:
     return sufficient.weights[name]
 
 
+def begins_of(names: Sequence[str], params: Params) -> tuple[dict[str, int], int]:
+    """Where each parameter begins in the block of all of them, flattened in a row, and the size of the block."""
+    starts, size = {}, 0
+    for name in names:
+        starts[name] = size
+        size += params[name].numel()
+    return starts, size
+
+
 def connected(names: Sequence[str], touched: Mapping[str, set[str]]) -> list[tuple[str, ...]]:
     """Groups of names that share something they touch, directly or through others; order is kept."""
     groups: list[tuple[set[str], set[str]]] = []

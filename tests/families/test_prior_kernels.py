@@ -153,5 +153,6 @@ def test_what_has_no_rule_is_refused() -> None:
     ]:
         with pytest.raises(IncompatibleKernels, match="cannot be added"):
             first + second
-    with pytest.raises(IncompatibleKernels, match="not rescaled"):
-        lasso.rescale(torch.ones(CELLS))
+    assert lasso.rescale(torch.ones(CELLS)) is lasso
+    with pytest.raises(IncompatibleKernels, match="multiplied by a factor other than 1"):
+        lasso.rescale(2 * torch.ones(CELLS))
