@@ -234,3 +234,27 @@ def test_a_body_that_tells_steps_apart_is_refused_in_a_sentence() -> None:
 
     with pytest.raises(pyro_em.Refusal, match=r"^The body of a pyro_em.markov loop compares the step with a number"):
         pyro_em.fit(model, torch.zeros(6))
+
+
+def test_steps_in_names() -> None:
+    """Zeros before the step are part of the name; a step that is no single number is refused with the way to write."""
+
+    def model(y: Tensor, name: Callable[[str, Any], str]) -> None:
+        A, mu = pyro.param("A", START["A"], constraint=simplex), pyro.param("mu", torch.tensor([0.0, 1.0]))
+        z = torch.tensor(0)
+        for t in pyro_em.markov(len(y)):
+            z = pyro.sample(name("z", t), dist.Categorical(A[z]))
+            pyro.sample(name("y", t), dist.Normal(mu[z], 1.0), obs=y[t])
+
+    y = torch.linspace(-1.0, 2.0, 12, dtype=torch.float64)
+    plain = pyro_em.fit(model, y, lambda stem, t: f"{stem}_{t}", max_iter=3, tol=0)
+    other = pyro_em.fit(model, y, lambda stem, t: f"{stem}.{t:03d}", max_iter=3, tol=0)
+    assert other.history["objective"] == plain.history["objective"]
+    posterior, expected = other.posterior(), plain.posterior()
+    assert posterior.latents == ("z",)
+    for t in (0, 1, 11):
+        assert torch.equal(posterior.responsibilities(f"z.{t:03d}"), expected.responsibilities(f"z_{t}"))
+    with pytest.raises(pyro_em.InputError, match=r"no latent 'z\.11'"):
+        posterior.marginal("z.11")
+    with pytest.raises(pyro_em.Refusal, match=r'as a Python integer \(in a name, write f"z_\{t\}" for "z_%d" % t\)'):
+        pyro_em.fit(model, y, lambda stem, t: "%s_%d" % (stem, t))  # noqa: UP031

@@ -146,6 +146,24 @@ def state_space(loop: Loop, x: Tensor, y: Tensor, u: Tensor) -> None:
             pyro.sample(f"y_{t}", dist.Normal(0.5 * level, s), obs=y[t])
 
 
+def masked_by_wrapper(loop: Loop, y: Tensor, lengths: Tensor) -> None:
+    """The mask is one of the distribution, which Pyro expands over the states."""
+    A, mu, z = table(), levels("mu"), torch.tensor(0)
+    with pyro.plate("sequences", y.shape[1]):
+        for t in loop(len(y)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+            pyro.sample(f"y_{t}", dist.Normal(mu[z], 1.0).mask(t < lengths), obs=y[t])
+
+
+def masked_by_state(loop: Loop, y: Tensor) -> None:
+    """One of the states shows nothing."""
+    A, mu, z = table(), pyro.param("mu", torch.tensor(0.3)), torch.tensor(0)
+    for t in loop(len(y)):
+        z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+        with poutine.mask(mask=z == 0):
+            pyro.sample(f"y_{t}", dist.Normal(mu, 1.0), obs=y[t])
+
+
 def ragged(loop: Loop, y: Tensor, lengths: Tensor) -> None:
     """Sequences of unequal lengths as in Pyro's own examples, and a level that moves by as much at every step."""
     A, mu, z = table(), levels("mu"), torch.tensor(0)
@@ -172,6 +190,8 @@ CASES: dict[str, tuple[Any, ...]] = {
     "partly known": (partly_known, draws(T), draws(T, M), torch.arange(T) % 2, ~gaps),
     "tied mixture": (tied_mixture, draws(T)),
     "ragged": (ragged, draws(T, N), torch.tensor([6, 2, 3])),
+    "masked by a wrapper": (masked_by_wrapper, draws(T, N), torch.tensor([6, 2, 3])),
+    "masked by the state": (masked_by_state, draws(T)),
     "state space": (state_space, draws(T, 1), draws(T, M), draws(T + 1, 1)[1:]),
 }
 

@@ -18,7 +18,8 @@ from pyro_em.evidence import banded
 from pyro_em.m_step.auto import MStep
 from pyro_em.problem import bind
 from tests.problems import BY_NAME
-from tests.test_timed_rows import _data, gated, rows, second_order
+from tests.test_timed_rows import _data
+from tests.timed_models import gated, rows, second_order
 
 
 @pytest.mark.parametrize("most", [0, 10**6])

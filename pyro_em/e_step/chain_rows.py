@@ -66,7 +66,7 @@ class RowProgram:
         self.sizes = [graph.plate_sizes[d] for d in lead]
         latent = {n for n in component.factors if graph.factors[n].enumerated}
         self.tables = [n for n in component.factors if n in latent and n in loop.rest]
-        self.heads = [n for n in component.factors if n in loop.heads]
+        self.heads = [n for n in component.factors if n not in loop.rest]  # and what stands outside of the loop
         self.observed = [n for n in component.factors if n in loop.rest and n not in latent]
         self.banded = Banded(blocks, states.num) if banded else None
         self.chain_weight = over(component.weight, list(lead), self.sizes)
@@ -207,7 +207,7 @@ class RowProgram:
     def posterior(self, name: str, found: Smoothed) -> Tensor:
         """Posterior weights of an observed site, or of a site of the first steps, packed."""
         dims = self.graph.factors[name].dims
-        if name in self.loop.heads:
+        if name not in self.loop.rest:
             weight, symbols = self.states.of_first(found.first, dims)
             lead, sizes = self.lead, self.sizes
         else:
@@ -246,7 +246,7 @@ def compile_rows(graph: FactorGraph, component: Component, run: Run, factors: Pa
     :raises NotCompiled: with the reason.
     """
     (loop, *more) = component.loops or (None,)
-    if loop is None or more or not set(component.factors) <= {*loop.heads, *loop.rest}:
+    if loop is None or more:
         raise NotCompiled("not one loop over time")
     sizes = {
         d: n for name in component.factors for d, n in zip(dims_of(factors[name]), factors[name].shape, strict=True)

@@ -9,8 +9,9 @@ reads. One table serves all steps and chains.
 The symbols of the loop's first h latents stand for "k steps back" in the factors of the later steps (model/chained.py);
 they also name the slots of the first joint state, s_{h-1}, of lag k - 1, and so those of the state before.
 
-Latents of the first steps alone (the state before the first one, in `DiscreteHMM`) stand left of the first joint state
-and are summed out of it. Not here: tables that vary with time or between chains.
+A latent outside of the loop that its later steps read (the kind of a sequence) is a slot that never changes; its lag
+is `SAME`. Latents of the first steps alone, and those outside that only these read (the state before the first one),
+stand left of the first joint state and are summed out of it. Not here: tables that vary with time or between chains.
 
 Shapes: X states of latents of the first steps alone (often 1), S joint states, S' the same a step before, E states of
 what the observed sites read of s.
@@ -32,6 +33,7 @@ from pyro_em.model.compat import dims_of
 from pyro_em.model.graph import Component, FactorGraph
 
 MAX_STATES = 128  # joint states; their transitions are one table
+SAME = -1
 
 Packed = Mapping[str, Tensor]
 
@@ -67,12 +69,12 @@ class Lagged:
     @cached_property
     def now(self) -> tuple[str, ...]:
         """Symbols of the slots in the factors of a step."""
-        return tuple(v if lag == 0 else self.back[v, lag] for v, lag in self.slots)
+        return tuple(v if lag <= 0 else self.back[v, lag] for v, lag in self.slots)
 
     @cached_property
     def before(self) -> tuple[str | None, ...]:
         """Symbols of the slots of the state a step before, which are those of the first state too."""
-        return tuple(self.back.get((v, lag + 1)) for v, lag in self.slots)
+        return tuple(v if lag == SAME else self.back.get((v, lag + 1)) for v, lag in self.slots)
 
     @cached_property
     def _places(self) -> Tensor:
@@ -85,8 +87,8 @@ class Lagged:
         """1[s is s' shifted], (S', S)."""
         allowed = torch.ones(self.num, self.num, dtype=torch.bool)
         for i, (v, lag) in enumerate(self.slots):
-            if lag > 0:
-                earlier = self.slots.index((v, lag - 1))
+            if lag != 0:
+                earlier = i if lag == SAME else self.slots.index((v, lag - 1))
                 allowed &= self._places[earlier].unsqueeze(1) == self._places[i]
         return allowed.double()
 
@@ -192,10 +194,13 @@ def lagged(
             if head is None:
                 raise NotCompiled(f"a first step without the latent '{name}' of the later ones")
             back[str(symbol[name]), k] = head
-    known = {*back.values(), *(symbol[name] for name in later)}
+    inside = {d for n in component.factors if n in loop.rest for d in dims_of(factors[n])}
+    same = [str(own) for name, own in symbol.items() if name not in loop.heads and name not in later and own in inside]
+    known = {*back.values(), *(symbol[name] for name in later), *same}
     alone = {str(own): sizes[str(own)] for own in symbol.values() if own not in known}
-    slots: list[tuple[str, int]] = []
-    read: list[int] = []
+    emissions = [n for n in component.factors if n in loop.rest and n not in symbol]
+    slots: list[tuple[str, int]] = [(v, SAME) for v in same]
+    read = [i for i, v in enumerate(same) if any(v in dims_of(factors[n]) for n in emissions)]
     for name in later:
         v = str(symbol[name])
 
@@ -203,7 +208,6 @@ def lagged(
             return max((k for k in range(1, h + 1) if any(back[v, k] in dims_of(factors[n]) for n in among)), default=0)
 
         tables = [n for n in later if n in factors]
-        emissions = [n for n in component.factors if n in loop.rest and n not in symbol]
         seen = furthest(emissions)
         for lag in range(max(furthest(tables) - 1, seen, h - 1) + 1):
             named = v if lag == 0 else back[v, lag]

@@ -111,6 +111,8 @@ def whole_site(head: SiteRecord, rest: SiteRecord, loop: ChainedLoop, sizes: Map
 
     def joined(first: Tensor, others: Tensor, trailing: int) -> Tensor:
         def full(x: Tensor, steps: int) -> Tensor:
+            if x.dim() > trailing - dim:
+                raise NotCompiled("a mask that depends on the states")
             x = x.reshape((1,) * (-dim + trailing - x.dim()) + tuple(x.shape))
             return x.expand(steps, *shape[1:], *x.shape[x.dim() - trailing :])
 

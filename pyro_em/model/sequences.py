@@ -41,10 +41,11 @@ class Sequence:
         template = self.loop.rest[self.rest]
         before, after = template.text.split("{}")
         middle = site[len(before) : len(site) - len(after)] if site.startswith(before) and site.endswith(after) else ""
-        if not middle.isdecimal() or str(int(middle)) != middle:
+        if not middle.isdecimal():
             return None
-        step = int(middle) - template.first + self.loop.loop.history
-        return step if 0 <= step < self.loop.loop.steps else None
+        loop = self.loop.loop
+        step = int(middle) - template.first + loop.history
+        return step if 0 <= step < loop.steps and template.number(step, loop) == middle else None
 
 
 def sequences(graph: FactorGraph) -> dict[str, Sequence]:

@@ -49,14 +49,24 @@ class Steps(torch.Tensor):
     __hash__ = torch.Tensor.__hash__
 
     def __format__(self, spec: str) -> str:
-        first, last = int(self[:1]), int(self[-1:])
-        return f"{first}:{last + 1}"
+        first, end = (int(x.as_subclass(Tensor)) for x in (self[:1], self[-1:] + 1))
+        return f"{first:{spec}}:{end:{spec}}"
 
     def __str__(self) -> str:
         return format(self, "")
 
     def __index__(self) -> int:
-        raise _uneven("uses the step as a Python integer")
+        raise _uneven('uses the step as a Python integer (in a name, write f"z_{t}" for "z_%d" % t)')
+
+    def __int__(self) -> int:
+        raise _uneven('uses the step as a Python integer (in a name, write f"z_{t}" for "z_%d" % t)')
+
+    def __float__(self) -> float:
+        raise _uneven("uses the step as a Python number")
+
+    def item(self) -> Any:
+        """Refused: there are several."""
+        raise _uneven("uses the step as a Python number")
 
     def __iter__(self) -> Iterator[Any]:
         raise _uneven("loops over the step")

@@ -64,6 +64,7 @@ class Template:
 
     text: str
     first: int  # the number that the name has at the first step run together
+    width: int = 0  # of numbers with zeros before them, f"z_{t:03d}"
 
     @staticmethod
     def of(name: str, loop: Loop) -> Template:
@@ -76,7 +77,8 @@ class Template:
                 "sites of a pyro_em.markov loop need the step in their name, once.",
                 'write pyro.sample(f"name_{t}", ...) with t the step that the loop gives.',
             )
-        return Template(name.replace(spans[0], "{}"), int(spans[0].split(":")[0]))
+        first = spans[0].split(":")[0]
+        return Template(name.replace(spans[0], "{}"), int(first), len(first) if first.startswith("0") else 0)
 
     @property
     def stem(self) -> str:
@@ -85,7 +87,11 @@ class Template:
 
     def name(self, step: int, loop: Loop) -> str:
         """Name of the site at one step, 0 <= step < steps."""
-        return self.text.format(self.first + step - loop.history)
+        return self.text.format(self.number(step, loop))
+
+    def number(self, step: int, loop: Loop) -> str:
+        """What stands for the step in that name."""
+        return f"{self.first + step - loop.history:0{self.width}d}"
 
 
 class _Mode:

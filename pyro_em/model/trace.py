@@ -158,6 +158,8 @@ def _unexpanded(mask: Tensor | None, plate_dims: set[int | None], element_dims: 
         outside = i - (mask.dim() - element_dims) not in plate_dims
         if outside and mask.shape[i] > 1 and torch.equal(mask, first.expand_as(mask)):
             mask = first
+    while mask.dim() > element_dims and mask.shape[0] == 1:
+        mask = mask.squeeze(0)
     return mask
 
 
