@@ -192,7 +192,7 @@ def fit(
         after_fit(problem, best)
         if isinstance(engine, WithSpreads) and alive and not problem.with_prior:
             at_zero(engine.vanishing(best.last.params))
-        if alive and not errors and m.by_newton:
+        if alive and not errors and m.reads.by_newton:
             last = best.last.expectation
             separated(m.diverging(best.last.params, last if isinstance(last, Expectation) else last.expectation))
             if best.outcome is Outcome.stalled:

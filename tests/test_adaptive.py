@@ -77,6 +77,18 @@ def _slopes(y: Tensor, x: Tensor, g: Tensor) -> None:
         pyro.sample("y", dist.Poisson((b[0] + own[..., 0] + (b[1] + own[..., 1]) * x).exp()), obs=y)
 
 
+def _scaled_slopes(y: Tensor, x: Tensor, g: Tensor) -> None:
+    """The same by standard deviations and a correlation."""
+    b = pyro.param("b", torch.tensor([0.2, 0.4]))
+    tau = pyro.param("tau", torch.tensor([0.8, 0.5]), constraint=positive)
+    L = pyro.param("L", torch.eye(2), constraint=constraints.corr_cholesky)
+    with pyro.plate("groups", int(g.max()) + 1):
+        u = pyro.sample("u", dist.MultivariateNormal(torch.zeros(2), scale_tril=tau.diag() @ L))
+    with pyro.plate("rows", len(y)):
+        own = u[..., g, :]
+        pyro.sample("y", dist.Poisson((b[0] + own[..., 0] + (b[1] + own[..., 1]) * x).exp()), obs=y)
+
+
 def _binomial_slopes(y: Tensor, x: Tensor, g: Tensor) -> None:
     """Several trials in a row, with a free slope of the latent."""
     b, a = pyro.param("b", torch.tensor([0.2, 0.4])), pyro.param("a", torch.tensor(0.7), constraint=positive)
@@ -104,6 +116,7 @@ CASES: list[tuple[str, Any, tuple[Any, ...], str, int, dict[str, Any], type]] = 
     ("waiting times", _waits, _counts(5, 40), "u", 11, {}, Curved),
     ("vectors", zoo.slopes, (_answers(5, 4), LINE), "b", 7, {}, Trials),
     ("vectors in groups", _slopes, _counts(5, 40), "u", 7, {}, Counts),
+    ("vectors by scales and correlation", _scaled_slopes, _counts(5, 40), "u", 7, {}, Counts),
     ("several trials", _binomial_slopes, _counts(5, 40), "u", 11, {}, Trials),
     ("two latents", zoo.two_sites, (_answers(5, 4), LINE), "b c", 7, {}, Trials),
 ]

@@ -56,6 +56,41 @@ def lkj_priors(x: Tensor, group: Tensor, y: Tensor) -> None:
         pyro.sample("y", dist.Normal(own[..., 0] + own[..., 1] * x, 0.5), obs=y)
 
 
+def crossed(x: Tensor, group: Tensor, items: Tensor, y: Tensor) -> None:
+    """Slopes of groups, crossed with items."""
+    beta, s, v = _param("beta", [0, 0]), _param("s", 1, positive), _param("v", 1, positive)
+    tau, L = _param("tau", [1, 1], positive), _param("L", [[1, 0], [0, 1]], constraints.corr_cholesky)
+    with pyro.plate("groups", 6):
+        b = pyro.sample("b", dist.MultivariateNormal(torch.zeros(2).double(), scale_tril=tau.diag() @ L))
+    with pyro.plate("items", 5):
+        c = pyro.sample("c", dist.Normal(torch.zeros_like(v), v))
+    with pyro.plate("rows", len(y)):
+        own = beta + b[group]
+        pyro.sample("y", dist.Normal(own[..., 0] + own[..., 1] * x + c[items], s), obs=y)
+
+
+def factors(y: Tensor) -> None:
+    """A mixture of factor analysers, whose second noise is a share of the first."""
+    w, mean = _param("w", [0.4, 0.6], constraints.simplex), _param("mean", [[-1, -1, -1, -1], [1, 1, 1, 1]])
+    load, s = _param("load", [1, 0.8, 0.5, 0.3]), _param("s", 1, positive)
+    ratio = _param("ratio", 0.5, constraints.unit_interval)
+    with pyro.plate("groups", len(y)):
+        z = pyro.sample("z", dist.Categorical(w))
+        u = pyro.sample("u", dist.Normal(torch.zeros_like(s), 1.0))
+        loc, scale = mean[z] + u.unsqueeze(-1) * load, torch.stack([s, ratio * s])[z].unsqueeze(-1)
+        pyro.sample("y", dist.Normal(loc, scale).to_event(1), obs=y)
+
+
+def regressions(x: Tensor, y: Tensor) -> None:
+    """Two lines, one of which has an error more than the other."""
+    w, a, b = _param("w", [0.5, 0.5], constraints.simplex), _param("a", [-1, 2]), _param("b", [0.2, 0.5])
+    s, more = _param("s", 1, positive), _param("more", 1.5, positive)
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(w))
+        scale = torch.stack([s, (s**2 + more**2).sqrt()])
+        pyro.sample("y", dist.Normal(a[z] + b[z] * x, scale[z]), obs=y)
+
+
 def intraclass(group: Tensor, y: Tensor) -> None:
     """Total variance, and the share of it that is between groups."""
     mean, v = _param("mean", 0), _param("v", 1, positive)
@@ -110,15 +145,17 @@ class Case:
     composed: tuple[str, ...]
     evidence: Callable[[Params], Tensor] | None
     algorithm: str = "em"
+    engine: str = "pooled"
 
 
 def _cases() -> dict[str, Case]:
     rng = np.random.default_rng(5)
-    group = torch.as_tensor(np.arange(40) % 6)
+    group, items = torch.as_tensor(np.arange(40) % 6), torch.as_tensor(np.arange(40) // 3 % 5)
     x, one = _t(rng.normal(size=40)), torch.nn.functional.one_hot(group, 6).double()
     effects = rng.normal(size=(6, 2))
     y = _t(1 + effects[group, 0] + (0.5 + effects[group, 1]) * x.numpy() + 0.5 * rng.normal(size=40))
     series = _t(2 * rng.normal(size=(25, 1)) + rng.multivariate_normal(np.zeros(4), 0.6 ** LAGS.numpy(), 25))
+    lines = _t(np.where(group < 3, -1 + 0.2 * x, 2 + 0.5 * x) + np.where(group < 3, 0.3, 1.5) * rng.normal(size=40))
     wins = _t(rng.binomial(12, rng.beta(4, 3, 40)))
     spread = _t(1 + x.numpy() + 0.7 * np.hypot(0.3, x.numpy()) * rng.normal(size=40))
     both = _t(np.concatenate([rng.normal(size=30) - 2, 3 + 2 * rng.normal(size=30)]))
@@ -154,9 +191,12 @@ def _cases() -> dict[str, Case]:
         "lkj priors": Case(lkj_priors, (x, group, y), ("tau", "L"), None, "map-em"),
         "intraclass": Case(intraclass, (group, y), ("v", "share"), shares),
         "autocorrelated": Case(autocorrelated, (series,), ("s", "rho"), lagged),
-        "proportions": Case(proportions, (x, wins), ("beta", "phi"), binomial),
-        "two errors": Case(two_errors, (x, spread), ("s", "share"), both_errors),
-        "mixture": Case(mixture, (both,), ("s", "more"), None),
+        "proportions": Case(proportions, (x, wins), ("beta", "phi"), binomial, engine="interpreted"),
+        "two errors": Case(two_errors, (x, spread), ("s", "share"), both_errors, engine="interpreted"),
+        "mixture": Case(mixture, (both,), ("s", "more"), None, engine="plated"),
+        "crossed": Case(crossed, (x, group, items, y + _t([-2, -1, 0, 1, 2])[items]), ("tau", "L"), None),
+        "factors": Case(factors, (series,), ("s", "ratio"), None),
+        "regressions": Case(regressions, (x, lines), ("s", "more"), None, engine="predicted"),
     }
 
 
@@ -172,6 +212,7 @@ def test_updates_are_those_of_the_numeric_m_step(name: str, monkeypatch: pytest.
     case = CASES[name]
     options: dict[str, Any] = {"algorithm": case.algorithm, "max_iter": 3, "tol": 0}
     found = pyro_em.fit(case.model, *case.args, **options)
+    assert f"E-steps run {case.engine}" in str(found.plan)
     assert [found.plan.route(n) for n in case.composed] == ["newton"] * len(case.composed)
     monkeypatch.setattr(choose, "composed_blocks", lambda *args: [])
     numeric = pyro_em.fit(case.model, *case.args, **options)

@@ -118,7 +118,7 @@ def test_newton_needs_no_help(problem: Problem, monkeypatch: pytest.MonkeyPatch)
     weights = problem.fit_options(algorithm).get("weights")
     bound = bind(problem.model, problem.args, {}, with_prior=problem.priors, weights=weights)
     m = MStep(bound, "auto", algorithm)
-    assert m.by_newton or m.numeric
+    assert m.reads.by_newton or m.numeric
     if not m.numeric:
         monkeypatch.setattr(auto, "maximise", never)
     engine, params = Interpreted(bound), problem.start()

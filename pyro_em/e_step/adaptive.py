@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.device import seeded_normal
+from pyro_em.e_step.arguments import ArgumentsAt, Functions, check_served, opaque
 from pyro_em.e_step.base import Expectation, NotCompiled, Unread
 from pyro_em.e_step.interpreted import expectation
 from pyro_em.e_step.node_cumulants import Memory
@@ -35,10 +36,9 @@ from pyro_em.model.compat import dims_of, pack, with_dims
 from pyro_em.model.graph import Component
 from pyro_em.model.recognise import second_point
 from pyro_em.model.trace import SiteRecord
-from pyro_em.model.use import VALUE
 from pyro_em.problem import Problem
 from pyro_em.statistics import Posteriors, SiteMoments, argument_cells, expected_moments, site_weight
-from pyro_em.sufficient import Sufficient, raw_arguments
+from pyro_em.sufficient import Sufficient
 from pyro_em.types import Params
 
 RECORDED = 2**17  # rows times nodes: recordings of more would be larger than they may be (tape/replay.py)
@@ -52,16 +52,12 @@ class Adaptive:
 
     name = "adaptive"
 
-    def __init__(self, problem: Problem, sets: tuple[NodeSet, ...]) -> None:
+    def __init__(self, problem: Problem, sets: tuple[NodeSet, ...], functions: Functions) -> None:
         self.problem, self.sets, self.run = problem, sets, problem.first
-        self.start = raw_arguments(self.run.sites)
         self.inside = {site.name for own in sets for site in own.latents}
         self.reading = {rows.name for own in sets for rows in own.rows}
-        elsewhere = [u for uses in problem.uses.values() for u in uses if u.site not in self.reading]
-        for use in elsewhere:
-            if not use.known and use.slot != VALUE:
-                raise NotCompiled(f"the arguments of '{use.site}' are not recognised")
-        self._predictors = {(u.site, u.slot): u.predictor for u in elsewhere if u.predictor is not None}
+        check_served({p: n for p, n in opaque(problem).items() if p[0] not in self.reading}, functions)
+        self._arguments = ArgumentsAt(problem, self.run, functions, lambda use: use.site in self.reading)
         self._outside = Outside(problem, self.run)
         self._count = 0
         self._modes: dict[NodeSet, Tensor] = {}
@@ -126,15 +122,6 @@ class Adaptive:
         size = with_dims(packed.abs(), dims_of(packed))
         return torch.stack([weighted_sum(packed, weight), weighted_sum(size, weight)])
 
-    def _arguments(self, params: Params) -> Sufficient:
-        arguments = {site: dict(own) for site, own in self.start.items()}
-        sufficient = Sufficient(self.problem, self.run.sites, arguments, self._never)
-        for name, theta in params.items():
-            sufficient.put(theta, tuple(u for u in self.problem.uses[name] if u.site not in self.reading))
-        for (site, slot), predictor in self._predictors.items():
-            arguments[site][slot] = predictor.argument({n: v.detach().double() for n, v in params.items()})
-        return sufficient
-
     def _fill(self, sufficient: Sufficient, solved: list[tuple[Coefficients, Nodes]]) -> None:
         """Let the M-step see the latents at their nodes, and the sites that read them through these."""
         values: dict[str, Tensor] = {}
@@ -197,9 +184,6 @@ class Adaptive:
                     found[name] = pack(route.layout.to_rows(weights, index), symbols)
         return found
 
-    def _never(self, name: str, arguments: dict[str, Tensor]) -> SiteMoments:
-        raise AssertionError(f"moments of '{name}' were asked for before the E-step")
-
 
 class AdaptiveRecorded(Adaptive):
     """The engine of small tables, whose E-steps are functions of the parameters alone and can be recorded (tape/)."""
@@ -229,8 +213,9 @@ def compile_adaptive(problem: Problem, m_step: MStep) -> Adaptive:
         raise NotCompiled("latents that quadrature does not integrate")
     if problem.graph.symbol_sites:
         raise NotCompiled("discrete latents beside the others")
-    if m_step.numeric or m_step.gradient:
+    if m_step.is_iterated:
         raise NotCompiled(f"'{(*m_step.numeric, *m_step.gradient)[0]}' has no M-step by Newton's method")
+    functions = m_step.reads.functions
     sets = []
     for route in continuous.routes:
         assert isinstance(route, QuadratureRoute)
@@ -241,10 +226,10 @@ def compile_adaptive(problem: Problem, m_step: MStep) -> Adaptive:
         sets.append(node_set(route, [problem.first.sites[name] for name in route.latents.names], rows))
     small = sum(own.cells for own in sets) <= RECORDED
     if small:
-        return AdaptiveRecorded(problem, tuple(sets))
+        return AdaptiveRecorded(problem, tuple(sets), functions)
     for site in (rows for own in sets for rows in own.rows):
         site.cumulant.memory = Memory()
-    return Adaptive(problem, tuple(sets))
+    return Adaptive(problem, tuple(sets), functions)
 
 
 def _probe(problem: Problem, route: QuadratureRoute) -> Probe:

@@ -62,7 +62,7 @@ def chosen(problem: Problem, option: Any, algorithm: str, optim: Any = None) -> 
     m_step = MStep(problem, option, algorithm, optim, None if pooled is None else pooled[1])
     if algorithm in HARD:
         return problem, m_step, Assigned(problem, "max" if algorithm == "cem" else "sample")
-    engine = pooled[0] if pooled is not None and m_step.all_closed else choose_engine(problem, m_step)
+    engine = pooled[0] if pooled is not None and _serves(pooled[0], m_step) else choose_engine(problem, m_step)
     if isinstance(engine, Interpreted) and has_few_atoms(problem):
         problem = with_all_atoms(problem)
         m_step = MStep(problem, option, algorithm, optim)
@@ -76,10 +76,21 @@ def _pooled(problem: Problem) -> tuple[Pooled, Sufficient] | None:
     if problem.continuous is None or problem.graph.symbol_sites:
         return None
     try:
-        engine = compile_pooled(problem)
+        engine = Pooled(problem)
         return engine, opened(engine.e_step(problem.start))
     except (NotCompiled, NonFiniteError, LinAlgError):
         return None
+
+
+def _serves(engine: Pooled, m_step: MStep) -> bool:
+    """Whether the engine of Gaussian latents gives what these updates read."""
+    if m_step.is_iterated or not m_step.reads.located:
+        return False
+    try:
+        engine.serve(m_step.reads.functions)
+    except NotCompiled:
+        return False
+    return True
 
 
 def choose_engine(problem: Problem, m_step: MStep) -> Engine:
@@ -91,21 +102,27 @@ def choose_engine(problem: Problem, m_step: MStep) -> Engine:
                 return compile_adaptive(problem, m_step)
             except NotCompiled as error:
                 return Interpreted(problem, f"{names}; {error}")
-        if not m_step.all_closed:
-            return Interpreted(problem, f"{names}; not all parameters have a closed form")
+        if m_step.is_iterated or not m_step.reads.located:
+            return Interpreted(problem, f"{names}; not all parameters are updated from moments")
         try:
-            return compile_states(problem) if problem.graph.symbol_sites else compile_pooled(problem)
+            if problem.graph.symbol_sites:
+                return compile_states(problem, m_step.reads.functions)
+            return compile_pooled(problem, m_step.reads.functions)
         except NotCompiled as error:
             return Interpreted(problem, f"{names}; {error}")
     if any(has_states(site.fn) for site in problem.capture.sites.values()):
         with contextlib.suppress(NotCompiled):
             return compile_inside(problem)
     if not m_step.separate:
-        if not (m_step.numeric or m_step.gradient or m_step.composed):
-            either: tuple[Compiler, ...] = (compile_plated, compile_predicted, compile_timed_rows)
-            for compiler in either if m_step.compressed else either[1:]:
+        if not m_step.is_iterated:
+            functions = m_step.reads.functions
+            if m_step.reads.compressed:
                 with contextlib.suppress(NotCompiled):
-                    return compiler(problem)
+                    return compile_plated(problem, functions)
+            with contextlib.suppress(NotCompiled):
+                return compile_predicted(problem, functions)
+            with contextlib.suppress(NotCompiled):
+                return compile_timed_rows(problem, functions)
         mixed = [n for n in m_step.free if any(use.index is None for use in problem.uses[n])]
         reason = f"'{(mixed or m_step.free)[0]}' has no closed form on sufficient statistics"
         return Interpreted(problem, reason + _written_otherwise(problem, m_step))

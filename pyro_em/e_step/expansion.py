@@ -193,4 +193,4 @@ def _known(latent: PooledSite, engine: Pooled) -> tuple[Tensor, Tensor] | None:
     mean = -form.base[form.ones]
     if bool((form.base - form.value).count_nonzero(1).index_fill(0, torch.tensor([form.ones]), 0).any()):
         return None
-    return mean, per_cell(engine.start[latent.site.name]["scale"], latent.site)
+    return mean, per_cell(engine.arguments.start[latent.site.name]["scale"], latent.site)

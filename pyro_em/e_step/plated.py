@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.e_step import direct
+from pyro_em.e_step.arguments import ArgumentsAt, Functions, check_served, never, opaque
 from pyro_em.e_step.base import Expectation, NotCompiled, OtherLayout, Stage, is_possible
 from pyro_em.e_step.interpreted import from_totals
 from pyro_em.e_step.outside import Outside
@@ -30,7 +31,7 @@ from pyro_em.e_step.program import compile_program
 from pyro_em.families.base import AnyStatistic
 from pyro_em.problem import Problem
 from pyro_em.statistics import SiteMoments, site_moments, site_statistics
-from pyro_em.sufficient import Arguments, Sufficient, raw_arguments
+from pyro_em.sufficient import Sufficient, raw_arguments
 from pyro_em.types import Params
 
 
@@ -43,20 +44,17 @@ class Plated:
     name = "plated"
     reason = "latents of the data plate: one matrix product on sufficient statistics per E-step"
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, functions: Functions | None = None) -> None:
         graph = problem.graph
         if not graph.components:
             raise NotCompiled("the model has no latents")
         if graph.loops:
             raise NotCompiled("a pyro_em.markov loop")
-        for name, uses in problem.uses.items():
-            if not all(use.known for use in uses):
-                raise NotCompiled(f"the arguments that '{name}' enters are not recognised")
-        self._predictors = {(u.site, u.slot): u.predictor for own in problem.uses.values() for u in own if u.predictor}
+        check_served(opaque(problem), functions or {})
         self.problem, self.run = problem, (run := problem.first)
-        self.start: Arguments = raw_arguments(run.sites)
+        self._arguments = ArgumentsAt(problem, run, functions or {})
         self.generation = 0
-        predicted = {site for site, _ in self._predictors}
+        predicted = self._arguments.predicted
         self.programs = [
             compile_program(problem, run, component, complement=True, absolute=predicted)
             for component in graph.components
@@ -155,22 +153,6 @@ class Plated:
         ]
         return sum(found for found, _ in pairs), sum(reference for _, reference in pairs)
 
-    def _arguments(self, params: Params) -> Sufficient:
-        """Arguments of all sites at `params`."""
-        arguments = {site: dict(own) for site, own in self.start.items()}
-        sufficient = Sufficient(self.problem, self.run.sites, arguments, self._never)
-        for name, theta in params.items():
-            sufficient.put(theta, self.problem.uses[name])
-        if self._predictors:
-            double = {name: theta.detach().double() for name, theta in params.items()}
-            for (site, slot), predictor in self._predictors.items():
-                arguments[site][slot] = predictor.argument(double)
-        return sufficient
-
-    @staticmethod
-    def _never(name: str, arguments: dict[str, Tensor]) -> SiteMoments:
-        raise AssertionError(f"moments of '{name}' were asked for before the E-step")
-
     def _moments(self, name: str, arguments: dict[str, Tensor], sums: list[Sums]) -> SiteMoments:
         """Moments of a latent (the counts of its states), or of a site that no latent reaches."""
         if name not in self.owner:
@@ -185,9 +167,9 @@ class Plated:
         return site_moments(site, arguments, weight, None, self._statistics[name])
 
 
-def compile_plated(problem: Problem) -> Plated:
+def compile_plated(problem: Problem, functions: Functions | None = None) -> Plated:
     """The engine for a problem, or `NotCompiled` with the reason."""
-    return Plated(problem)
+    return Plated(problem, functions)
 
 
 def log_likelihood(problem: Problem, params: Params) -> float:
@@ -204,5 +186,5 @@ def log_likelihood(problem: Problem, params: Params) -> float:
         total += float(sums.evidence[0])
     if not is_possible(total):
         raise NotCompiled("impossible data")
-    constants, _, _ = Outside(problem, run).log_density(Sufficient(problem, run.sites, arguments, Plated._never))
+    constants, _, _ = Outside(problem, run).log_density(Sufficient(problem, run.sites, arguments, never))
     return total + float(constants)

@@ -22,7 +22,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pyro_em.e_step.base import Expectation, NotCompiled, Stage
+from pyro_em.e_step.arguments import ArgumentsAt, Functions, check_served, opaque
+from pyro_em.e_step.base import Expectation, Stage
 from pyro_em.e_step.coupled_location import CoupledLocation
 from pyro_em.e_step.coupled_posterior import coupled_posterior
 from pyro_em.e_step.coupled_sets import CoupledSet, coupled_set
@@ -35,9 +36,10 @@ from pyro_em.e_step.vanishing import vanishing
 from pyro_em.errors import NonFiniteError
 from pyro_em.m_step.location import Location, total_moments
 from pyro_em.model.trace import Run
+from pyro_em.model.use import Use
 from pyro_em.problem import Problem
 from pyro_em.statistics import SiteMoments
-from pyro_em.sufficient import Arguments, Sufficient, raw_arguments
+from pyro_em.sufficient import Sufficient
 from pyro_em.types import Params
 
 
@@ -51,7 +53,6 @@ class Pooled:
     def __init__(self, problem: Problem) -> None:
         self.sets, self.run = _sets(problem)
         self.problem = problem
-        self.start: Arguments = raw_arguments(self.run.sites)
         self.place: dict[str, tuple[int, PooledSite]] = {}  # where a site's rows or atoms are among those of `core`
         self.coupled = {s.site.name for own in self.sets if isinstance(own, CoupledSet) for s in own.sites}
         begin = 0
@@ -61,14 +62,21 @@ class Pooled:
                 self.place[site.site.name] = (begin, site)
                 begin += 1 if coupled else 0
             begin += 0 if coupled else 1
-        self._outside = Outside(problem, self.run)
-        elsewhere = [use for own in problem.uses.values() for use in own if use.site not in self.place]
-        for use in elsewhere:
-            if not use.known:
-                raise NotCompiled(f"the arguments of '{use.site}' are not recognised")
-        self._predictors = {(use.site, use.slot): use.predictor for use in elsewhere if use.predictor is not None}
+        self._outside, self.arguments = Outside(problem, self.run), ArgumentsAt(problem, self.run, {}, self._reads)
         self._totals = {n: self._total(own) for n, (_, own) in self.place.items() if not own.site.latent}
         self.reason = f"Gaussian latents: {'; '.join(own.text for own in self.sets)}"
+
+    def serve(self, functions: Functions) -> None:
+        """Take the arguments that no rule recognises from functions of the parameters.
+
+        :raises NotCompiled: if one has none.
+        """
+        check_served(opaque(self.problem, self.place), functions)
+        self.arguments = ArgumentsAt(self.problem, self.run, functions, self._reads)
+
+    def _reads(self, use: Use) -> bool:
+        """Locations that vary are read off by their forms."""
+        return use.site in self.place and use.predictor is not None
 
     def _total(self, own: PooledSite) -> SiteMoments:
         return total_moments(self.run.sites[own.site.name], own.vector)
@@ -97,7 +105,7 @@ class Pooled:
 
     def before(self, params: Params, magnitude: Tensor) -> Stage:
         """Coefficients of all residuals, and the noise."""
-        sufficient = self._arguments(params)
+        sufficient = self.arguments(params)
         tensors: list[Tensor] = []
         for own in self.sets:
             for site in own.sites:
@@ -127,7 +135,7 @@ class Pooled:
     def after(self, params: Params, sums: Sequence[Tensor]) -> tuple[Tensor, Sufficient]:
         """log p(x|θ), log p(θ) and its magnitude as a tensor (3,), and the statistics behind them."""
         *found, evidence = sums
-        sufficient = self._arguments(params)
+        sufficient = self.arguments(params)
         made: dict[str, PooledLocation] = {}
 
         def location(name: str) -> PooledLocation:
@@ -155,18 +163,6 @@ class Pooled:
         sufficient._moments_of, sufficient.opens, sufficient.spread_of = moments_of, opens, spread_of
         return self._outside.totals(evidence, sufficient), sufficient
 
-    def _arguments(self, params: Params) -> Sufficient:
-        arguments = {site: dict(own) for site, own in self.start.items()}
-        sufficient = Sufficient(self.problem, self.run.sites, arguments, self._never)
-        for name, theta in params.items():
-            sufficient.put(theta, self.problem.uses[name])
-        for (site, slot), predictor in self._predictors.items():
-            arguments[site][slot] = predictor.argument({n: v.detach().double() for n, v in params.items()})
-        return sufficient
-
-    def _never(self, name: str, arguments: dict[str, Tensor]) -> SiteMoments:
-        raise AssertionError(f"moments of '{name}' were asked for before the E-step")
-
 
 def _sets(problem: Problem) -> tuple[list[PooledSet | CoupledSet], Run]:
     """The sets of a problem, and a run of the model with all latents at 0."""
@@ -181,6 +177,8 @@ def _sets(problem: Problem) -> tuple[list[PooledSet | CoupledSet], Run]:
     return sets, plain
 
 
-def compile_pooled(problem: Problem) -> Pooled:
+def compile_pooled(problem: Problem, functions: Functions) -> Pooled:
     """The engine for a problem, or `NotCompiled` with the reason."""
-    return Pooled(problem)
+    engine = Pooled(problem)
+    engine.serve(functions)
+    return engine

@@ -115,7 +115,7 @@ def read_site(problem: Problem, route: GaussianRoute, name: str, plain: Run, run
     :raises NotCompiled: if it is of another kind, see the module docstring.
     """
     m, site = len(route.geometry.layout), plain.sites[name]
-    check_site(site, problem, m)
+    check_site(site)
     scale = known_scale(site, problem, m)
     form = read_form(site, run, problem.start, reaching(problem, site), columns_of(route), m, scale)
     data, jacobian = form.alone, torch.zeros(1, dtype=torch.float64)
@@ -171,18 +171,14 @@ def moves_otherwise(form: Form, problem: Problem, site: SiteRecord) -> bool:
     return not rows <= {form.ones}
 
 
-def check_site(site: SiteRecord, problem: Problem, m: int) -> None:
-    """:raises NotCompiled: for a site that is not normal with recognised arguments and all of its cells."""
+def check_site(site: SiteRecord) -> None:
+    """:raises NotCompiled: for a site that is not normal with all of its cells."""
     if site.element_mask is not None:
         raise NotCompiled(f"'{site.name}' has missing cells")
     if not isinstance(site.family, LocationScaleFamily | MultivariateNormalFamily):
         raise NotCompiled(f"'{site.name}' hides its arguments")
     if isinstance(site.family, MultivariateNormalFamily) and site.element_dims:
         raise NotCompiled(f"'{site.name}' has several vectors in one event")
-    for name, uses in problem.uses.items():
-        for use in uses:
-            if use.site == site.name and use.slot != "loc" and use.index is None:
-                raise NotCompiled(f"'{name}' enters '{site.name}.{use.slot}' in a way that is not recognised")
 
 
 def reaching(problem: Problem, site: SiteRecord) -> list[str]:

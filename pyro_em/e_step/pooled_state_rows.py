@@ -114,7 +114,7 @@ def _state_row(
     problem: Problem, site: SiteRecord, run: Run, route: GaussianRoute, m: int, weight: Tensor, k: int
 ) -> tuple[PooledSite, Tensor]:
     """One site in one state, and its rows."""
-    check_site(site, problem, m)
+    check_site(site)
     if isinstance(site.family, LogNormalFamily) or known_scale(site, problem, m).numel() > 1:
         raise NotCompiled(f"'{site.name}' is log-normal, or its scale differs from row to row")
     reading = next(r for r in route.readings if r.site == site.name)

@@ -25,6 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pyro_em.e_step.arguments import ArgumentsAt, Functions, check_served, opaque
 from pyro_em.e_step.base import Expectation, NotCompiled, Unread
 from pyro_em.e_step.interpreted import at_atoms, read
 from pyro_em.e_step.pooled_data import Classes
@@ -42,7 +43,7 @@ from pyro_em.model.density import packed_log_density
 from pyro_em.model.packing import align
 from pyro_em.problem import Problem
 from pyro_em.statistics import SiteMoments, expected_moments
-from pyro_em.sufficient import Arguments, Sufficient, raw_arguments
+from pyro_em.sufficient import Sufficient
 from pyro_em.types import Params
 
 TINY = torch.finfo(torch.float64).tiny
@@ -62,16 +63,17 @@ class PooledStates:
 
     name = "pooled"
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, functions: Functions) -> None:
         found: StateRows = state_rows(problem)
         self.problem, self.run, self.found = problem, found.run, found
-        self.start: Arguments = raw_arguments(self.run.sites)
         self.states = tuple(_state(rows) for rows in found.states)
         self.place = {site.site.name: i for i, site in enumerate(self.states[0].sites)}
+        check_served(opaque(problem, self.place), functions)
         for own in problem.uses.values():
             for use in own:
-                if use.site not in self.place and (not use.known or use.predictor is not None):
+                if use.site not in self.place and use.predictor is not None:
                     raise NotCompiled(f"the arguments of '{use.site}' are not plain")
+        self._arguments = ArgumentsAt(problem, self.run, functions, lambda use: use.predictor is not None)
         self._totals = {n: total_moments(self.run.sites[n], self._vector(n)) for n in self.place if self._seen(n)}
         assert problem.continuous is not None
         self.integral, self.size = integral(problem.continuous.sets[0]), found.num_latents
@@ -133,16 +135,6 @@ class PooledStates:
         zero = torch.zeros((), dtype=torch.float64)
         totals = torch.stack([evidence.log_likelihood, evidence.log_prior, magnitude, zero])
         return Unread(totals.detach(), sufficient, at_atoms(self.problem, params, sufficient))
-
-    def _arguments(self, params: Params) -> Sufficient:
-        arguments = {site: dict(own) for site, own in self.start.items()}
-        sufficient = Sufficient(self.problem, self.run.sites, arguments, self._never)
-        for name, theta in params.items():
-            sufficient.put(theta, self.problem.uses[name])
-        return sufficient
-
-    def _never(self, name: str, arguments: dict[str, Tensor]) -> SiteMoments:
-        raise AssertionError(f"moments of '{name}' were asked for before the E-step")
 
     def _noise(self, k: int, params: Params, sufficient: Sufficient) -> list[tuple[Tensor, Whitener]]:
         """Coefficients and noise of every site in state k."""
@@ -211,6 +203,6 @@ def _root(scatter: Tensor) -> Tensor:
     return vectors * values.clamp(min=0).sqrt()
 
 
-def compile_states(problem: Problem) -> PooledStates:
+def compile_states(problem: Problem, functions: Functions) -> PooledStates:
     """The engine for a problem, or `NotCompiled` with the reason."""
-    return PooledStates(problem)
+    return PooledStates(problem, functions)

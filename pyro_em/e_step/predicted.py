@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.design import Design
+from pyro_em.e_step.arguments import Functions, check_served, opaque
 from pyro_em.e_step.base import Expectation, NotCompiled, Unread
 from pyro_em.e_step.interpreted import read
 from pyro_em.e_step.states import joint_states
@@ -83,12 +84,12 @@ class Predicted:
     name = "predicted"
     reason = "linear predictors of all states and rows by one matrix product with the recorded design"
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, functions: Functions | None = None) -> None:
         coarse = any(s.family is not None and s.family.latent_response for s in problem.sites)
         if not problem.graph.components and not coarse:
             raise NotCompiled("the model has no latents")
-        if not problem.recognised:
-            raise NotCompiled("an argument is not recognised")
+        self.functions = functions or {}
+        check_served(opaque(problem), self.functions)
         self.run = problem.first
         if any(s.family is not None and s.family.integrates for s in problem.sites):
             raise NotCompiled("a site has latents inside")
@@ -159,9 +160,11 @@ class Predicted:
         arguments = {site: dict(own) for site, own in self.start.items()}
         for name, theta in params.items():
             for use in self.problem.uses[name]:
-                if use.slot != VALUE and use.predictor is None:
+                if use.slot != VALUE and use.index is not None:
                     old = arguments[use.site][use.slot]
                     arguments[use.site][use.slot] = use.argument(theta.detach().double(), old)
+        for (site, slot), function in self.functions.items():
+            arguments[site][slot] = function({name: theta.detach().double() for name, theta in params.items()})
         etas = {}
         for (site, slot), reader in self.readers.items():
             etas[site, slot] = eta = reader.eta(params)
@@ -250,6 +253,6 @@ def _is_exp(predictor: Predictor) -> bool:
     return predictor.link.name == "exp" and predictor.fixed is None
 
 
-def compile_predicted(problem: Problem) -> Predicted:
+def compile_predicted(problem: Problem, functions: Functions | None = None) -> Predicted:
     """:raises NotCompiled: if an argument is not recognised, or the latents do not live in the plate of their data."""
-    return Predicted(problem)
+    return Predicted(problem, functions)

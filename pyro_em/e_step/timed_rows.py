@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_em.e_step.arguments import Functions
 from pyro_em.e_step.base import Expectation, NotCompiled, Stage, Unread
 from pyro_em.e_step.chain_rows import RowProgram, Smoothed, compile_rows
 from pyro_em.e_step.outside import Outside
@@ -84,10 +85,10 @@ class TimedRows(Predicted):
     generation = 0
     compact = False  # the last E-step was by band solves alone
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, functions: Functions | None = None) -> None:
         if not problem.graph.loops:
             raise NotCompiled("no pyro_em.markov loop")
-        super().__init__(problem)
+        super().__init__(problem, functions)
         self.outside = Outside(problem, self.run)
         with torch.no_grad():
             arguments, etas = self._arguments(problem.start)
@@ -216,6 +217,6 @@ class TimedRows(Predicted):
         return found, reference
 
 
-def compile_timed_rows(problem: Problem) -> TimedRows:
+def compile_timed_rows(problem: Problem, functions: Functions | None = None) -> TimedRows:
     """:raises NotCompiled: if there is no loop over time, or an argument is not recognised."""
-    return TimedRows(problem)
+    return TimedRows(problem, functions)

@@ -22,10 +22,10 @@ from torch import Tensor
 from pyro_em.e_step.base import Expectation
 from pyro_em.families import LOCATIONS
 from pyro_em.m_step.choose import certificate_bound, choose, moments_by_weight, num_elements, opened, options_of
-from pyro_em.m_step.composed import Composed
 from pyro_em.m_step.minibatches import adam, climb, minibatches
 from pyro_em.m_step.newton import Newton
 from pyro_em.m_step.numeric import NEWTON_LIMIT, Block, ascend, ascend_with, maximise
+from pyro_em.m_step.reads import Reads
 from pyro_em.m_step.rows import Rows
 from pyro_em.m_step.separate import Separate
 from pyro_em.model.use import Use
@@ -68,6 +68,7 @@ class MStep:
         found = choose(problem, self.uses, options_of(problem, option, algorithm), statistics)
         self.choices, self.collinear = found.choices, found.collinear
         self.units = sorted(found.units, key=lambda unit: min(map(self._order, unit.names)))
+        self.reads = Reads(self.units)
         names = list(self.choices)
         self.closed = tuple(name for unit in self.units for name in unit.names)
         self.numeric = tuple(n for n in names if self.choices[n].route == "numeric")
@@ -90,30 +91,14 @@ class MStep:
         return (*self.closed, *self.numeric, *self.gradient)
 
     @property
-    def all_closed(self) -> bool:
-        """Every moving parameter has a closed form."""
-        return not (self.numeric or self.gradient or self.by_newton)
-
-    @property
-    def by_newton(self) -> bool:
-        """Some parameters are updated by Newton's method."""
-        return any(isinstance(unit, Newton | Composed) for unit in self.units)
-
-    @property
-    def composed(self) -> tuple[str, ...]:
-        """Parameters that enter their arguments by functions of several of them."""
-        return tuple(name for unit in self.units if isinstance(unit, Composed) for name in unit.names)
+    def is_iterated(self) -> bool:
+        """Some parameters are updated by runs of the model."""
+        return bool(self.numeric or self.gradient)
 
     @property
     def separate(self) -> bool:
         """Every moving parameter has a closed form of its own, on the moments of its sites."""
-        return self.all_closed and all(isinstance(unit, Separate) for unit in self.units)
-
-    @property
-    def compressed(self) -> bool:
-        """The units read the moments of their sites alone, no posterior weights of single rows."""
-        units = [unit for unit in self.units if not isinstance(unit, Separate)]
-        return all(isinstance(unit, Newton) and all(site.compressed for site in unit.sites) for unit in units)
+        return not self.is_iterated and self.reads.separate
 
     def _many(self, names: tuple[str, ...]) -> bool:
         """Too many entries for Newton's method."""

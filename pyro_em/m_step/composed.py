@@ -57,6 +57,12 @@ class Composed:
     functions: Mapping[Place, Function]
     tolerance: float
 
+    @property
+    def compressed(self) -> bool:
+        """It reads the moments of its sites alone."""
+        sites = self.problem.first.sites
+        return all(compressed(sites[site], slots) for site, slots in _by_site(self.functions).items())
+
     def slope(self, params: Params, sufficient: Sufficient) -> Tensor:
         """∂Q/∂u, (P,)."""
         q = self._open(params, sufficient)
