@@ -22,6 +22,7 @@ from pyro_em.e_step.base import Expectation, NotCompiled
 from pyro_em.e_step.grouped import Grouped, compile_grouped
 from pyro_em.e_step.inside import Inside
 from pyro_em.e_step.interpreted import Interpreted
+from pyro_em.e_step.plated import Plated
 from pyro_em.e_step.predicted import Predicted
 from pyro_em.errors import NonFiniteError
 from pyro_em.m_step.auto import MStep
@@ -96,7 +97,7 @@ def test_problems(problem: Any) -> None:
     elif m_step.separate:
         _agree(bound, problem.start())
     else:
-        assert isinstance(choose_engine(bound, m_step), Interpreted | Predicted | Inside)
+        assert isinstance(choose_engine(bound, m_step), Interpreted | Predicted | Inside | Plated)
 
 
 @pytest.mark.parametrize("seed", range(60))
