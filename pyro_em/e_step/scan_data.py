@@ -27,6 +27,7 @@ from pyro_em.e_step.product import Prepared
 from pyro_em.e_step.rows import site_layouts
 from pyro_em.e_step.states import JointStates
 from pyro_em.evidence.blocked import Blocks, Scratch
+from pyro_em.evidence.windows import Windows
 from pyro_em.model.graph import Component, FactorGraph
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.sufficient import Arguments
@@ -38,7 +39,7 @@ NARROW = 64  # features up to which products of short chains cost less than the 
 class Emissions:
     """Likelihoods and moments of the observed sites of one loop. F features, K states, blocks (K, L, M).
 
-    :param short: the chains are as short as scan_short.py wants them.
+    :param narrow: how many features are multiplied rather than looked up.
     """
 
     def __init__(
@@ -47,8 +48,8 @@ class Emissions:
         component: Component,
         graph: FactorGraph,
         states: JointStates,
-        blocks: Blocks,
-        short: bool,
+        blocks: Blocks | Windows,
+        narrow: int,
     ) -> None:
         run = Run({site.name: site for site in sites}, {}, {})
         layouts, parts, base, num_rows = site_layouts(component, run, graph, states, complement=False)
@@ -61,7 +62,7 @@ class Emissions:
         features = 1 + sum(part.num_features for part in parts)
         if 16 * features * num_rows > settings.max_table_bytes:
             raise NotCompiled("the statistics of its data do not fit")
-        distinct = None if short and features <= NARROW else _distinct(parts, num_rows)
+        distinct = None if features <= narrow else _distinct(parts, num_rows)
         self.lookup: Tensor | None = None
         if distinct is not None:
             columns, row_of = distinct

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,17 +13,21 @@ from torch import Tensor
 
 from pyro_em.e_step.base import IMPOSSIBLE, NotCompiled
 from pyro_em.e_step.product import Prepared
-from pyro_em.e_step.scan_data import Emissions
+from pyro_em.e_step.scan_data import NARROW, Emissions
 from pyro_em.e_step.scan_layout import alike, by_dim, over, whole_site
-from pyro_em.e_step.scan_short import Short, Weights
+from pyro_em.e_step.scan_short import ChainSums, Short, Weights
 from pyro_em.e_step.scan_states import StepStates, step_states
+from pyro_em.e_step.scan_windows import Windowed
 from pyro_em.evidence.banded import Banded, blocks_of, is_short
 from pyro_em.evidence.blocked import BlockedPosterior, Blocks, Scratch, smooth_blocked
 from pyro_em.evidence.chain import smooth
+from pyro_em.evidence.windows import Windows, windows_of
 from pyro_em.model.chained import ChainedLoop
 from pyro_em.model.graph import Component, FactorGraph
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.problem import Problem
+
+FEW = 16  # features up to which products take less time in windows than look-ups in blocks
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Found:
     initial: Tensor  # (kinds, K) expected first states
     pairs: Tensor  # (kinds, K, K) expected transitions
     totals: Tensor  # (K, F) sums of posterior weights times features
-    short: bool = False  # by scan_short.py
+    whole: bool = False  # by one operation
 
 
 @dataclass(frozen=True)
@@ -44,21 +49,25 @@ class ScanProgram:
     states: StepStates
     emissions: Emissions
     blocks: Blocks
+    windows: Windows | None  # that the emissions lie in, instead of the blocks
     chain_weight: Tensor | None  # (C,) weights of the chains
     initial_weights: tuple[Tensor | None, ...]  # (C,) each
     pair_weights: tuple[Tensor | None, ...]  # (L, M) each; zero where there is no next step
     kinds: Mapping[str, int]  # which of these multiplicities a latent's counts have
     banded: Banded | None  # for short chains
-    short: Short | None  # for those of them without looked up rows
+    whole: ChainSums | None  # for chains that are short or cut into windows, without looked up rows
+    plain: Callable[[], ScanProgram] | None  # in blocks, for chains cut into windows
     scratch: Scratch = field(default_factory=Scratch)
 
     def smooth(self, initial: Tensor, table: Tensor, prepared: Prepared) -> Found:
         """One E-step, from the initial distribution (K, 1), the transition table (K, K) and W."""
         blocks, emissions = self.blocks, self.emissions
-        if self.short is not None:
-            sums = self.short.smooth(initial, table, prepared.coefficients, emissions.differences(prepared))
+        if self.whole is not None:
+            sums = self.whole.smooth(initial, table, prepared.coefficients, emissions.differences(prepared))
             if sums is not None:
-                return Found(*sums, short=True)
+                return Found(*sums, whole=True)
+        if self.plain is not None:
+            return self.plain().smooth(initial, table, prepared)
         given = emissions.likelihood(prepared, self.scratch)
         if given is None:
             return self._impossible()
@@ -126,9 +135,12 @@ class ScanProgram:
         return rows.reshape(blocks.steps, blocks.chains)[:-1]
 
 
-def compile_scan(problem: Problem, run: Run, component: Component) -> tuple[ScanProgram, set[str]]:
+def compile_scan(
+    problem: Problem, run: Run, component: Component, windowed: bool = True
+) -> tuple[ScanProgram, set[str]]:
     """The program of a component, and the sites of the first step that were joined with others.
 
+    :param windowed: long chains may be cut into windows.
     :raises NotCompiled: with the reason.
     """
     graph = problem.graph
@@ -142,29 +154,38 @@ def compile_scan(problem: Problem, run: Run, component: Component) -> tuple[Scan
     steps, chains = loop.loop.steps, math.prod(graph.plate_sizes[d] for d in order)
     on_cpu = torch.get_default_device().type == "cpu"  # LAPACK's band solver, called through NumPy
     short = on_cpu and is_short(steps, chains, states.num)
+    windows = windows_of(steps, chains, states.num) if windowed and on_cpu and not short else None
     blocks = (blocks_of if short else Blocks.of)(steps, chains, states.num)
-    banded = Banded(blocks, states.num) if short else None
+    layout = windows or blocks
     sites, joined = _observed(problem, run, component, loop, own)
     sizes = {**graph.plate_sizes, loop.plate: steps}
     virtual = Component(tuple(site.name for site in sites), frozenset(own.now), plates | {loop.plate}, None)
     chain_weight = over(component.weight, order, [graph.plate_sizes[d] for d in order])
     widths = [graph.plate_sizes[d] for d in order]
     first = {name: over(graph.factors[name].weight, order, widths) for name in own.first}
-    later = {n: leaving_weight(graph, graph.factors[n].weight, loop.plate, order, blocks) for n in own.later}
+    later = {n: leaving_weight(graph, graph.factors[n].weight, loop.plate, order, layout) for n in own.later}
     kinds: dict[str, int] = {}
     initial: list[Tensor | None] = []
     pairs: list[Tensor | None] = []
     for weights, distinct in ((first, initial), (later, pairs)):
         for name, weight in weights.items():
             kinds[name] = _place(weight, distinct)
-    emissions = Emissions(sites, virtual, dataclasses.replace(graph, plate_sizes=sizes), states, blocks, short)
-    quick = None
-    if banded is not None and emissions.lookup is None:
-        counted = Weights(chain_weight, tuple(initial), tuple(pairs))
-        quick = Short(banded, emissions.phi, emissions.base, states.num, counted, emissions.padding)
-    return ScanProgram(
-        component, own, emissions, blocks, chain_weight, tuple(initial), tuple(pairs), kinds, banded, quick
-    ), joined
+    narrow = NARROW if short else FEW if windows else 0
+    emissions = Emissions(sites, virtual, dataclasses.replace(graph, plate_sizes=sizes), states, layout, narrow)
+    if windows and emissions.lookup is not None:
+        return compile_scan(problem, run, component, windowed=False)
+    counted = Weights(chain_weight, tuple(initial), tuple(pairs))
+    data = (emissions.phi, emissions.base, states.num, counted, emissions.padding)
+    banded = Banded(blocks, states.num) if short else None
+    whole: ChainSums | None = None
+    plain: Callable[[], ScanProgram] | None = None
+    if windows:
+        whole = Windowed(windows, *data)
+        plain = functools.cache(lambda: compile_scan(problem, run, component, windowed=False)[0])
+    elif banded is not None and emissions.lookup is None:
+        whole = Short(banded, *data)
+    places = (blocks, windows, chain_weight, tuple(initial), tuple(pairs), kinds)
+    return ScanProgram(component, own, emissions, *places, banded, whole, plain), joined
 
 
 def _place(weight: Tensor | None, among: list[Tensor | None]) -> int:
@@ -199,13 +220,13 @@ def _observed(
 
 
 def leaving_weight(
-    graph: FactorGraph, weight: Tensor | None, plate: str, order: list[str], blocks: Blocks
+    graph: FactorGraph, weight: Tensor | None, plate: str, order: list[str], blocks: Blocks | Windows
 ) -> Tensor | None:
     """Multiplicity of the transition that leaves each step, (L, M), zero where there is no next step.
 
     :param weight: packed over the plate of all steps but the first, and the chains' plates `order`.
     """
-    if weight is None and blocks.length * blocks.per_chain == blocks.steps:
+    if weight is None and not blocks.padded:
         return None  # what leaves the last step is zero anyway
     sizes = [blocks.steps - 1, *(graph.plate_sizes[d] for d in order)]
     leaving = over(weight, [plate, *order], sizes)

@@ -28,7 +28,7 @@ from pyro_em.evidence.banded import LOG_2, Banded
 from pyro_em.tape.calls import Call, written_by
 
 _LIBRARY = torch.library.Library("pyro_em", "FRAGMENT")
-_ALIVE: WeakValueDictionary[int, Short] = WeakValueDictionary()  # operations take numbers, no objects
+_ALIVE: WeakValueDictionary[int, ChainSums] = WeakValueDictionary()  # operations take numbers, no objects
 _NUMBERS = itertools.count()
 
 
@@ -41,30 +41,18 @@ class Weights:
     pairs: tuple[Tensor | None, ...] = (None,)  # (L, M) each, of the transition that leaves a step
 
 
-class Short:
-    """Φ (F, L·M), zero where there is padding, and its arrays; `base` (C,) are sums of log base measures."""
+class ChainSums:
+    """An E-step of chains as one operation. Φ (F, places), zero where there is padding; `base` (C,) are sums of log
+    base measures. `into` is what a subclass adds."""
 
-    def __init__(
-        self, banded: Banded, phi: Tensor, base: Tensor, states: int, weights: Weights, padding: Tensor | None
-    ) -> None:
-        blocks = banded.blocks
-        self.banded, self.base, self.states = banded, base.numpy(), states
+    def __init__(self, phi: Tensor, base: Tensor, states: int, weights: Weights, padding: Tensor | None) -> None:
+        self.base, self.states = base.numpy(), states
         self.number = next(_NUMBERS)
         _ALIVE[self.number] = self
         self.phi, self.padding = phi.numpy(), padding
-        self._density, self._scale = banded.likelihood.reshape(states, -1), np.empty(phi.shape[1])
-        scales = self._scale.reshape(blocks.length, blocks.chains, blocks.per_chain)
-        one = blocks.chains == 1  # one dim takes less time
-        self._scales: np.ndarray = self._scale[:, None] if one else scales
-        self._axes: int | tuple[int, int] = 0 if one else (0, 2)
-        self._posterior = banded.states.reshape(states, -1).T
-        self._at_first = banded.states[:, 0, :: blocks.per_chain]
-        self._left, self._right = banded.left, banded.right.T
-        self._chains = None if weights.chains is None else weights.chains.double().numpy()
-        self._columns = None if self._chains is None else np.repeat(self._chains, blocks.per_chain)
-        self._first = [None if w is None else w.double().numpy() for w in weights.first]
-        self._pairs = [None if w is None else w.double().reshape(-1).numpy() for w in weights.pairs]
-        self._weighted = np.empty(self._left.shape)
+        self.chain_weights = None if weights.chains is None else weights.chains.double().numpy()
+        self.first_weights = [None if w is None else w.double().numpy() for w in weights.first]
+        self.pair_weights = [None if w is None else w.double().reshape(-1).numpy() for w in weights.pairs]
 
     def smooth(
         self, initial: Tensor, table: Tensor, w: Tensor, differences: Tensor | None = None
@@ -72,7 +60,7 @@ class Short:
         """(Σ ll, Σ |ll|), expected first states (kinds, K) and transitions (kinds, K, K), sums of features (K, F); None
         if the messages leave the range of floats or some row is impossible.
 
-        :param differences: log-densities (K, L·M) of what W leaves out.
+        :param differences: log-densities (K, places) of what W leaves out.
         """
         if differences is not None and self.padding is not None:
             differences = differences.masked_fill(self.padding, 0.0)
@@ -83,7 +71,7 @@ class Short:
     def outputs(self) -> list[Tensor]:
         """Memory for what `into` writes."""
         K = self.states
-        shapes = [(2,), (len(self._first), K), (len(self._pairs), K, K), (len(self.phi), K)]  # by what is read together
+        shapes = [(2,), (len(self.first_weights), K), (len(self.pair_weights), K, K), (len(self.phi), K)]
         return [*(torch.empty(shape, dtype=torch.float64) for shape in shapes), torch.empty((), dtype=torch.bool)]
 
     def into(
@@ -94,7 +82,39 @@ class Short:
         w: np.ndarray,
         differences: np.ndarray | None,
     ) -> None:
-        """`smooth` from and to arrays, the last of which says whether the others hold."""
+        """`smooth` from and to arrays (what is read together side by side), the last of which says whether the others
+        hold."""
+        raise NotImplementedError
+
+
+class Short(ChainSums):
+    """Of chains that are short, all at once; Φ (F, L·M)."""
+
+    def __init__(
+        self, banded: Banded, phi: Tensor, base: Tensor, states: int, weights: Weights, padding: Tensor | None
+    ) -> None:
+        super().__init__(phi, base, states, weights, padding)
+        blocks = banded.blocks
+        self.banded = banded
+        self._density, self._scale = banded.likelihood.reshape(states, -1), np.empty(phi.shape[1])
+        scales = self._scale.reshape(blocks.length, blocks.chains, blocks.per_chain)
+        one = blocks.chains == 1  # one dim takes less time
+        self._scales: np.ndarray = self._scale[:, None] if one else scales
+        self._axes: int | tuple[int, int] = 0 if one else (0, 2)
+        self._posterior = banded.states.reshape(states, -1).T
+        self._at_first = banded.states[:, 0, :: blocks.per_chain]
+        self._left, self._right = banded.left, banded.right.T
+        self._columns = None if self.chain_weights is None else np.repeat(self.chain_weights, blocks.per_chain)
+        self._weighted = np.empty(self._left.shape)
+
+    def into(
+        self,
+        outputs: Sequence[np.ndarray],
+        initial: np.ndarray,
+        A: np.ndarray,
+        w: np.ndarray,
+        differences: np.ndarray | None,
+    ) -> None:
         evidence, first, pairs, totals, held = outputs
         density, scale = self._density, self._scale
         held[...] = False
@@ -110,11 +130,11 @@ class Short:
         if total is None:
             return
         self._read(total, scales, evidence)
-        for weight, out in zip(self._pairs, pairs, strict=True):
+        for weight, out in zip(self.pair_weights, pairs, strict=True):
             left = self._left if weight is None else np.multiply(self._left, weight, self._weighted)
             np.matmul(left, self._right, out)  # `dot` would copy what lies in strides
         pairs *= A
-        for weight, out in zip(self._first, first, strict=True):
+        for weight, out in zip(self.first_weights, first, strict=True):
             own = self._at_first
             np.add.reduce(own, 1, out=out) if weight is None else np.dot(own, weight, out)
         if self._columns is not None:
@@ -126,19 +146,19 @@ class Short:
         """Σ w ll and Σ |w ll|; of one chain without a call of NumPy."""
         banded = self.banded
         C, T = banded.blocks.chains, banded.blocks.steps
-        if C == 1 and self._chains is None:
+        if C == 1 and self.chain_weights is None:
             mantissa, exponent = math.frexp(total[0])
-            log_scale = math.log(mantissa) + (exponent + banded.shift) * LOG_2
+            log_scale = math.log(mantissa) + (exponent + banded.rate.shift) * LOG_2
             banded.set_rate(log_scale / T)
             evidence[0] = own = log_scale + float(scales[0]) + float(self.base[0])
             evidence[1] = abs(own)
             return
         mantissas, exponents = np.frexp(total)
-        log_scales = np.log(mantissas) + (exponents + banded.shift) * LOG_2
+        log_scales = np.log(mantissas) + (exponents + banded.rate.shift) * LOG_2
         banded.set_rate(float(log_scales.mean()) / T)
         log_scales += scales + self.base
-        if self._chains is not None:
-            log_scales *= self._chains
+        if self.chain_weights is not None:
+            log_scales *= self.chain_weights
         evidence[0] = log_scales.sum()
         evidence[1] = np.absolute(log_scales).sum()
 
@@ -149,7 +169,8 @@ def _short_chains(
     own = _ALIVE[number]
     outputs = own.outputs()
     extra = None if differences is None else differences.numpy()
-    own.into([x.numpy() for x in outputs], initial.numpy(), table.numpy(), w.numpy(), extra)
+    with np.errstate(all="ignore"):  # as replays do; what is not a number does not hold
+        own.into([x.numpy() for x in outputs], initial.numpy(), table.numpy(), w.numpy(), extra)
     return tuple(outputs)
 
 

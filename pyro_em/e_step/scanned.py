@@ -40,7 +40,7 @@ class Scanned:
 
     name = "scanned"
     generation = 0
-    compact = False  # the last E-step was by `Short` alone, without certificates of blocks
+    compact = False  # the last E-step was one operation a component
 
     def __init__(self, problem: Problem) -> None:
         graph = problem.graph
@@ -63,8 +63,12 @@ class Scanned:
             name: tuple(u for u in uses if problem.with_prior or u.site not in graph.priors)
             for name, uses in self.uses.items()
         }
-        first = self.programs[0]
-        how = f"in blocks of {first.blocks.length}" + (", joined by band solves" if first.banded else "")
+        first, windows = self.programs[0], self.programs[0].windows
+        how = f"in blocks of {(windows or first.blocks).length}"
+        if first.banded or windows:
+            how += ", joined by band solves"
+        if windows:
+            how = f"in {windows.count} windows, {how}"
         self.reason = (
             f"{first.blocks.chains} chains of {first.blocks.steps} steps, smoothed {how}, "
             "emissions by matrix products on sufficient statistics"
@@ -100,12 +104,12 @@ class Scanned:
 
     def _sums(self, stage: Stage) -> tuple[Tensor, ...]:
         sums: list[Tensor] = []
-        short = True
+        compact = True
         for program, (initial, table, own) in zip(self.programs, self._unpacked(stage), strict=True):
             found = program.smooth(initial, table, own)
-            short = short and found.short
+            compact = compact and found.whole
             sums += [found.evidence, found.initial, found.pairs, found.totals]
-        self.compact = short
+        self.compact = compact
         return tuple(sums)
 
     @staticmethod

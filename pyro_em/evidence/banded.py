@@ -24,7 +24,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -68,11 +69,28 @@ def blocks_of(steps: int, chains: int, states: int) -> Blocks:
     return Blocks(steps, chains, length, -(-steps // length))
 
 
+@dataclass(frozen=True, eq=False)
+class Rate:
+    """What b is divided by, at the first steps of blocks (J,), and the exponents of the products up to where each block
+    begins (J + 1,)."""
+
+    units: int  # log 2 / `grain`, of a step
+    factors: np.ndarray
+    shifts: np.ndarray
+    largest: float
+
+    @cached_property
+    def shift(self) -> int:
+        """Of a whole chain."""
+        return int(self.shifts[-1])
+
+
 class Banded:
     """Messages of C chains of K states; the arrays are kept from one call to the next, and views of them, which take as
-    long to make as to use. `likelihood` (K, L, M) is where b goes before a call of `messages`, which scales it."""
+    long to make as to use. `likelihood` (K, L, M) is where b goes before a call of `messages`, which scales it;
+    `ends` (2, C, J + 1, K) are p, and w backwards in time."""
 
-    _units: int | None = None
+    rate: Rate
 
     def __init__(self, blocks: Blocks, states: int) -> None:
         K, L, C, J = states, blocks.length, blocks.chains, blocks.per_chain
@@ -82,19 +100,19 @@ class Banded:
         self.likelihood = b = np.empty((K, L, C * J))
         self._first = b[:, 0].reshape(K, C, J)
         self._grain = 2 ** max(4, (blocks.steps // STEPS).bit_length() + 4)
-        self.set_rate(0.0)
+        self.rate = self._rate_of(0)
         self._pair, self._negative = np.empty((2, K, K)), np.empty((K, K))
         self._transposed, self._table = self._pair
         self._up = self._products(b.reshape(K, L, C, J))
-        ends = np.empty((2, C, J + 1, K))
-        self._ends, self._both = ends, ends.reshape(2, -1)
+        self.ends = ends = np.empty((2, C, J + 1, K))
+        self._both = ends.reshape(2, -1)
         self._start, self._last = ends[0, :, 0], ends[0, :, -1]
         self._right_sides = np.zeros_like(ends)  # but for the initial distributions
         self._right_sides[1, :, 0] = 1.0
         # By position, as names cost time: incx, offx, lower, trans, diag, overwrite_x.
         solve, width = scipy.linalg.blas.dtbsv, len(self._matrix) - 1
         self._solve = partial(solve, width, self._matrix, ends.reshape(-1), 1, 0, 1, 0, 1, 1)
-        self._log_scale, self._share = np.empty(C), np.empty(C)
+        self._log_scale, self.share = np.empty(C), np.empty(C)  # `share`: w is multiplied by it
         self._across = self._runs(b)
 
     def _products(self, b: np.ndarray) -> list[Call]:
@@ -109,12 +127,9 @@ class Banded:
         shape = (K, K, C, J)
         links = as_strided(band[K:], shape, ahead), as_strided(band[(per + J - 1) * block + K :], shape, behind)
         first = b[:, None, 0]
-        twice = np.empty((K, K, K))  # -A(i, k) A(k, m)
+        self._twice = twice = np.empty((K, K, K))  # -A(i, k) A(k, m)
         own, other = np.empty((2, K, K, C, J))
-        calls: list[Call] = [
-            partial(np.multiply, self._negative[:, None], self._transposed, twice),
-            partial(np.dot, twice.reshape(-1, K), b[:, -1].reshape(K, -1), own.reshape(K * K, -1)),
-        ]
+        calls: list[Call] = [partial(np.dot, twice.reshape(-1, K), b[:, -1].reshape(K, -1), own.reshape(K * K, -1))]
         for l in range(L - 2, 0, -1):
             calls += [
                 partial(np.multiply, own, b[:, None, l], own),
@@ -130,11 +145,12 @@ class Banded:
         row = (L + 1) * M
         both = np.zeros((2, K, L + 1, M))  # α (the last not used), and w up to that of the next block
         alpha, w = both
+        self.alpha = alpha
         before = np.empty((L, 2, K, M))  # predicted states, and A w of the next step, backwards in time
         following = w.reshape(K, L + 1, C, J)[:, -1]
         calls: list[Call] = [
-            partial(np.copyto, before[0, 0].reshape(K, C, J), self._ends[0, :, :-1].transpose(2, 0, 1)),
-            partial(np.multiply, self._ends[1, :, -2::-1].transpose(2, 0, 1), self._share[:, None], following),
+            partial(np.copyto, before[0, 0].reshape(K, C, J), self.ends[0, :, :-1].transpose(2, 0, 1)),
+            partial(np.multiply, self.ends[1, :, -2::-1].transpose(2, 0, 1), self.share[:, None], following),
             partial(np.matmul, self._table, w[:, L], before[0, 1]),
         ]
         for l in range(L):
@@ -179,21 +195,23 @@ class Banded:
         if total is None:
             return
         mantissa, exponent = np.frexp(total)
-        np.add(np.log(mantissa), (exponent + self.shift) * LOG_2, out=self._log_scale)
+        np.add(np.log(mantissa), (exponent + self.rate.shift) * LOG_2, out=self._log_scale)
         self.set_rate(float(self._log_scale.mean()) / self.blocks.steps)
         for out, own in zip(results, (self._log_scale, self.states, self.left, self.right), strict=True):
             np.copyto(out, own)
 
     def set_rate(self, rate: float) -> None:
         """Mean log-likelihood of a step, in units of log 2 / `grain`, so that it often stays what it was."""
+        units = round(self._grain * max(rate / LOG_2, -1000 / self.blocks.length))  # floats end at 2^±1022
+        if self.rate.units != units:
+            self.rate = self._rate_of(units)
+
+    def _rate_of(self, units: int) -> Rate:
         blocks = self.blocks
-        units = round(self._grain * max(rate / LOG_2, -1000 / blocks.length))  # floats end at 2^±1022
-        if self._units != units:
-            self._units = units
-            starts = np.minimum(np.arange(blocks.per_chain + 1) * blocks.length, blocks.steps)
-            shifts = np.rint(starts * (units / self._grain))
-            self._factors, self.shift = np.exp2(-np.diff(shifts)), int(shifts[-1])
-            self._largest = max(1.0, float(self._factors.max()))
+        starts = np.minimum(np.arange(blocks.per_chain + 1) * blocks.length, blocks.steps)
+        shifts = np.rint(starts * (units / self._grain))
+        factors = np.exp2(-np.diff(shifts))
+        return Rate(units, factors, shifts, max(1.0, float(factors.max())))
 
     def messages(self, initial: np.ndarray, table: np.ndarray) -> np.ndarray | None:
         """Posteriors of `states` (K, L, M) under `likelihood`, and the factors of those of pairs: `left` α and `right`
@@ -206,27 +224,43 @@ class Banded:
         :param table: transition probabilities A, (K, K), rows to columns; rows sum to one, as A is applied behind the
             last step too.
         """
+        self.use(table)
+        np.copyto(self.ends, self._right_sides)
+        np.copyto(self._start, initial.T)
+        self.join()
+        total = np.add.reduce(self._last, -1)
+        if not self.holds(min(total.tolist())):
+            return None
+        np.reciprocal(total, self.share)
+        self.run()
+        return total
+
+    def use(self, table: np.ndarray) -> None:
+        """A, for what follows."""
         np.copyto(self._table, table)
         np.copyto(self._transposed, table.T)
         np.negative(table, self._negative)
-        np.multiply(self._first, self._factors, self._first)
+        np.multiply(self._negative[:, None], self._transposed, self._twice)
+
+    def join(self) -> None:
+        """Solve for `ends`, which hold the right-hand sides."""
+        np.multiply(self._first, self.rate.factors, self._first)
         for call in self._up:
             call()
-        np.copyto(self._ends, self._right_sides)
-        np.copyto(self._start, initial.T)
         self._solve()
-        total = np.add.reduce(self._last, -1)
-        least = min(total.tolist())
+
+    def holds(self, least: float) -> bool:
+        """Whether messages that meet in `least` at a chain's end are within the range of floats."""
         if not least > 0:
-            return None
+            return False
         # What is flushed, below e^-708, may meet the largest entries of both messages, and a factor.
         ahead, behind = np.maximum.reduce(self._both, 1).tolist()
-        if not ahead * behind / least * self._largest < HIGHEST:
-            return None
-        np.reciprocal(total, self._share)
+        return bool(ahead * behind / least * self.rate.largest < HIGHEST)
+
+    def run(self) -> None:
+        """Through the blocks from `ends`, w times `share`: `states`, `left` and `right`."""
         for call in self._across:
             call()
-        return total
 
 
 def _band_solves(number: int, initial: Tensor, table: Tensor, likelihood: Tensor) -> tuple[Tensor, ...]:

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,6 +55,11 @@ class Blocks:
     @property
     def columns(self) -> int:
         return self.chains * self.per_chain
+
+    @property
+    def padded(self) -> bool:
+        """Whether there are places behind a chain's end."""
+        return self.length * self.per_chain != self.steps
 
     @staticmethod
     def of(steps: int, chains: int, states: int) -> Blocks:
@@ -109,6 +115,13 @@ def smooth_blocked(
     """
     if not float((table.sum(1) - 1).abs().max()) <= ROW_SUM:
         return None
+    with np.errstate(all="ignore"):  # what is not a number is not certified
+        return _smooth_blocked(initial, table, likelihood, blocks, scratch)
+
+
+def _smooth_blocked(
+    initial: Tensor, table: Tensor, likelihood: Tensor, blocks: Blocks, scratch: Scratch
+) -> BlockedPosterior | None:
     K, _, M = likelihood.shape
     first = initial.expand(K, blocks.chains)
     if blocks.per_chain == 1:
