@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.pool import Pool
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -154,16 +156,45 @@ def _collapse(seed: int) -> pyro_em.FitResult:
     return pyro_em.fit(mixture, X + seed) if seed < 2 else pyro_em.fit(mixture, X.where(X < 2, torch.nan))
 
 
-def test_fits_in_processes_that_are_spawned() -> None:
-    """As joblib and multiprocessing start them: the model comes by name, the result and the error come back."""
+@pytest.fixture(scope="module")
+def another_process() -> Iterator[Pool]:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.map(_collapse, [0, 1])
-        with pytest.raises(pyro_em.InputError, match=r"'x': the observation in row .* is NaN"):
-            pool.apply(_collapse, (2,))
+        yield pool
+
+
+def test_fits_in_processes_that_are_spawned(another_process: Pool) -> None:
+    """As joblib and multiprocessing start them: the model comes by name, the result and the error come back."""
+    found = another_process.map(_collapse, [0, 1])
+    with pytest.raises(pyro_em.InputError, match=r"'x': the observation in row .* is NaN"):
+        another_process.apply(_collapse, (2,))
     for seed, result in enumerate(found):
         expected = pyro_em.fit(mixture, X + seed)
         assert all(torch.equal(result.params[n], value) for n, value in expected.params.items())
         assert torch.equal(result.log_prob(), expected.log_prob())
+
+
+def _resumed(path: Path, model: Callable[[Tensor], None], x: Tensor) -> None:
+    """In a worker: seven more updates of a fit that another process has saved."""
+    torch.set_default_dtype(torch.float64)  # as in the other process
+    saved = pyro_em.load(path)
+    pyro_em.fit(model, x, init=saved.params, max_iter=7, tol=0).save(path)
+
+
+@pytest.mark.parametrize(("model", "x"), [(mixture, X), (chain, X), (level, X), (factor, ROWS)])
+def test_a_fit_goes_on_in_another_process(
+    another_process: Pool, tmp_path: Path, model: Callable[[Tensor], None], x: Tensor
+) -> None:
+    """Where one fit would have gone, which knows the size of its log-likelihood in the seventh update, and has made
+    its recording: a chain takes its emissions by another sum before, which may differ by a rounding."""
+    pyro_em.fit(model, x, max_iter=6, tol=0).save(tmp_path / "fit.em")
+    another_process.apply(_resumed, (tmp_path / "fit.em", model, x))
+    pyro.clear_param_store()
+    whole = pyro_em.fit(model, x, max_iter=13, tol=0)
+    resumed = pyro_em.load(tmp_path / "fit.em", model=model, args=(x,))
+    assert resumed.log_likelihood == whole.log_likelihood
+    assert resumed.history["objective"] == whole.history["objective"][6:]
+    for name, value in whole.params.items():
+        assert (resumed.params[name] - value).abs().max() <= (2e-16 if model is chain else 0.0)
 
 
 def test_a_cell_that_is_run_again_with_other_data() -> None:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 import pyro_em
 from tests.conjugate_problems import CASES
@@ -67,3 +70,21 @@ def _compare(problem: Fitted, data: str) -> None:
 
 def test_the_table_is_complete() -> None:
     assert len(PROBLEMS) == len(NAMES) and "factor_analysis" in BY_NAME
+
+
+def test_a_loop_whose_constants_are_in_single_precision() -> None:
+    """A scalar of the data beside them is computed with in float32, the rows of all steps together in float64."""
+    x = torch.linspace(-3.0, 3.0, 12).double() ** 3 / 9
+
+    def chain(x: Tensor) -> None:
+        A = pyro.param("A", torch.tensor([[0.8, 0.2], [0.3, 0.7]]).double(), constraint=constraints.simplex)
+        z: Any = 0
+        for t in pyro_em.markov(len(x)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+            pyro.sample(f"x_{t}", dist.Normal(2.0 * z - 1.0, 1.0), obs=x[t])
+
+    double = pyro_em.fit(chain, x, max_iter=3, tol=0)
+    torch.set_default_dtype(torch.float32)
+    single = pyro_em.fit(chain, x, max_iter=3, tol=0)
+    assert single.log_likelihood == pytest.approx(double.log_likelihood, rel=1e-7)
+    torch.testing.assert_close(single.params["A"], double.params["A"], rtol=1e-5, atol=1e-6)
