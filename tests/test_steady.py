@@ -85,6 +85,35 @@ def _row(found: ChainMoments) -> Any:
     return np.concatenate([x.reshape(-1).numpy() for own in sites for x in vars(own).values()])
 
 
+@pytest.mark.parametrize("sequences", [2, 40])
+@pytest.mark.parametrize("steps", [3, 13, 50])
+@pytest.mark.parametrize("size", [1.0, 100.0])
+@pytest.mark.parametrize("first_unseen", [False, True])
+def test_blocks_are_the_steps(sequences: int, steps: int, size: float, first_unseen: bool) -> None:
+    """Few sequences and many, short and long, with gains that move over several blocks; weighted, with offsets."""
+    own = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=own, dtype=torch.float64)
+
+    y = 3.0 * normal(sequences, steps, 3)
+    A, C = 0.95 * torch.linalg.qr(normal(2, 2))[0], normal(3, 2)
+    seen = None
+    if first_unseen:
+        seen = torch.ones(1, steps, 3, dtype=torch.bool)
+        seen[:, 0] = False
+    chain = Chain(
+        normal(1, 2), size * EYE[None].double(), A[None, None], normal(1, 1, 2), _correlated(0.3)[None, None],
+        C[None, None], normal(1, 1, 3), torch.eye(3).double()[None, None], y, seen,
+    )  # fmt: skip
+    weight = torch.rand(sequences, generator=own, dtype=torch.float64)
+    found = steady._summed(chain, weight)
+    assert found is not None
+    log_evidence, row = steady._step_by_step(chain, weight)
+    np.testing.assert_allclose(found.log_evidence, log_evidence, rtol=1e-12)
+    np.testing.assert_allclose(steady._row(*found.sites), row, rtol=1e-10, atol=1e-11 * abs(row).max())
+
+
 def test_data_that_change_in_place_are_new_data() -> None:
     """What is made of the data is made once for one tensor, as long as its version stays."""
     y = torch.randn(3, 12, 2, generator=GENERATOR, dtype=torch.float64)

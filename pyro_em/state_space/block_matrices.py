@@ -1,18 +1,15 @@
 """Matrices of blocks of steps of a time-invariant chain: what a block's data and what it inherits make of its steps.
 
-With e_t = y_t - C a_t at the predicted means a_t, z_t = F_t⁻¹ e_t whitened, and K_t, L_t, P_t of riccati.py
+With e_t = y_t - C a_t at the predicted means a_t, z_t = F_t⁻¹ e_t whitened, H_t = F_t⁻¹ C, and K_t, L_t, P_t of
+riccati.py
 
-    a_{t+1} = L_t a_t + K_t y_t,     r_{t-1} = Cᵀ F_t⁻ᵀ z_t + L_tᵀ r_t,     E x_t = a_t + P_t r_{t-1}
+    z_t = F_t⁻¹ y_t - H_t a_t,     a_{t+1} = L_t a_t + K_t y_t = A a_t + K_t F_t z_t
+    r_{t-1} = H_tᵀ z_t + L_tᵀ r_t,     u_t = F_t⁻ᵀ z_t - K_tᵀ r_t,     E x_t = a_t + P_t r_{t-1}
 
-and u_t = F_t⁻ᵀ z_t - K_tᵀ r_t (Koopman 1993). In a block of steps with the same gains these are sums over lags: with
-H = F⁻¹C (so that Cᵀ F⁻ᵀ = Hᵀ), and a moved by innovations, a_{t+1} = A a_t + K F z_t,
+(Koopman 1993), so that all of a block is linear in the a before it, the r behind it, and its data or its z. What it is
+in them follows step by step, of all blocks at once.
 
-    z_i = F⁻¹y_i - H (Lⁱ a + Σ_{j<i} L^{i-1-j} K y_j),      r_i = (Lᵀ)^{n-1-i} r + Σ_{j>i} (Lᵀ)^{j-i-1} Hᵀ z_j
-    a_i = Aⁱ a + Σ_{j<i} A^{i-1-j} K F z_j
-
-Rows of the matrices stand for what goes in, columns for what comes out.
-
-Shapes: n steps of a block, m blocks, D state dims, P cells.
+Shapes: m blocks of n steps, D state dims, P cells. Matrices are (m, out, in).
 """
 
 from __future__ import annotations
@@ -30,78 +27,81 @@ WIDE = 32.0  # times the last variance of a state: P r loses that much of its di
 
 @dataclass(frozen=True)
 class Matrices:
-    """Of m blocks: `to_z` (m, D + n·P, n·P) and `end` (m, D + n·P, D) lead from a before a block's first step and its
-    data to all of its z and to the a behind it; `back` (m, 2D + n·P, n·(2D + P)) from a, r behind its last step and its
-    z to all (x, r_t, u_t), `back_end` (m, D + n·P, D) from the last two to r before it.
+    """Of m blocks: `ahead` (m, n·P + D, D + n·P) leads from a before a block's first step and its data to all of its z
+    and to the a behind it; `back` (m, n·(2D + P), 2D + n·P) from a, r behind its last step and its z to all
+    (x, r_t, u_t), `before` (m, D, D + n·P) from the last two to the r before it.
 
-    `formed`: what cancels in x is so large that products are to be taken of x, not of what it is made of.
+    `wide` (m,): what cancels in x is so large that products are to be taken of x, not of what it is made of.
     """
 
-    to_z: Array
-    end: Array
+    ahead: Array
     back: Array
-    back_end: Array
+    before: Array
     width: int  # 2D + P
-    formed: bool = False
+    wide: Array
+
+    def __getitem__(self, which: slice) -> Matrices:
+        """Those of some of the blocks."""
+        return Matrices(self.ahead[which], self.back[which], self.before[which], self.width, self.wide[which])
+
+    @property
+    def formed(self) -> bool:
+        """Whether products are to be taken of x."""
+        return bool(self.wide.any())
 
 
-def of_steps(own: Gains, C: Array, steps: Array) -> Matrices:
-    """Of blocks that are one step each, with the gains number `steps` (m,)."""
-    (D, P), m = own.gains.shape[1:], len(steps)
+def of_blocks(own: Gains, A: Array, C: Array, steps: Array) -> Matrices:
+    """Of blocks with the gains number `steps` (m, n)."""
+    (m, n), (D, P) = steps.shape, own.gains.shape[1:]
     F, K, L, V = own.whiteners[steps], own.gains[steps], own.closed[steps], own.predicted[steps]
     H = F @ C
-    to_z, end = np.empty((m, D + P, P)), np.empty((m, D + P, D))
-    to_z[:, D:], end[:, :D], end[:, D:] = F.swapaxes(1, 2), L.swapaxes(1, 2), K.swapaxes(1, 2)
-    np.negative(H.swapaxes(1, 2), out=to_z[:, :D])
-    before = np.concatenate([L, H], 1)  # r of the step before, from (r, z)
-    back = np.zeros((m, 2 * D + P, 2 * D + P))
-    back[:, :D, :D] = back[:, D : 2 * D, D : 2 * D] = np.eye(D)
-    back[:, D:, :D] = before @ V
-    back[:, 2 * D :, 2 * D :] = F
-    np.negative(K, out=back[:, D : 2 * D, 2 * D :])
-    wide = bool((V[0].diagonal() > WIDE * own.predicted[-1].diagonal()).any())
-    return Matrices(to_z, end, back, before, 2 * D + P, wide)
+    ahead = _ahead(np.concatenate([-H, L], 2), np.concatenate([F, K], 2))
+    behind = _behind(np.concatenate([L, -K], 3).swapaxes(2, 3), np.concatenate([H, F], 3).swapaxes(2, 3))
+    back = np.empty((m, n, 2 * D + P, 2 * D + n * P))
+    x, r, u = back[:, :, :D], back[:, :, D : 2 * D], back[:, :, 2 * D :]
+    r[..., :D] = u[..., :D] = 0
+    u[..., D:], r[:, :-1, :, D:] = behind[:, :, D:], behind[:, 1:, :D]
+    r[:, -1, :, D:] = np.eye(D, D + n * P)
+    _inherited(A, K @ own.factors[steps], x)
+    x[..., D:] += V @ behind[:, :, :D]
+    sizes = V.diagonal(axis1=2, axis2=3)
+    wide = (sizes > WIDE * own.predicted[-1].diagonal()).any((1, 2))
+    return Matrices(ahead, back.reshape(m, n * (2 * D + P), -1), behind[:, 0, :D], 2 * D + P, wide)
 
 
-def of_block(own: Gains, A: Array, C: Array, n: int) -> Matrices:
-    """Of a block of n steps with the last gains."""
-    F, K, L, V = own.whiteners[-1], own.gains[-1], own.closed[-1], own.predicted[-1]
-    D, P = K.shape
-    width, H = 2 * D + P, F.dot(C)
-    powers = _powers(L, n + 1)
-    moved = powers[:n] @ K  # L^k K
-    to_z = np.empty((D + n * P, n * P))
-    seen = H @ powers[:n]  # H L^k
-    np.negative(seen.reshape(n * P, D).T, out=to_z[:D])
-    lags = np.zeros((2 * n - 1, P, P))  # of y_j at z_i, by i - j; those that are negative come last
-    lags[0] = F.T
-    np.negative((seen[: n - 1] @ K).swapaxes(1, 2), out=lags[1:n])
-    away = np.subtract.outer(range(n), range(n))
-    to_z[D:] = lags[-away].transpose(0, 2, 1, 3).reshape(n * P, n * P)
-    end = np.empty((D + n * P, D))
-    end[:D], end[D:] = powers[n].T, moved[::-1].swapaxes(1, 2).reshape(n * P, D)
-    by_lag = np.zeros((2 * n - 1, P, width))  # of z_j at step i, by j - i; those that are negative come last
-    by_lag[:n, :, :D] = seen @ V
-    by_lag[1:n, :, D : 2 * D] = seen[: n - 1]
-    np.negative(seen[: n - 1] @ K, out=by_lag[1:n, :, 2 * D :])
-    by_lag[0, :, 2 * D :] = F
-    ahead = _powers(A, n)
-    by_lag[: n - 1 : -1, :, :D] = (ahead[: n - 1] @ (K.dot(own.factors[-1]))).swapaxes(1, 2)
-    back = np.zeros((2 * D + n * P, n, width))
-    back[:D, :, :D] = ahead.transpose(2, 0, 1)
-    inherited = powers[n - 1 :: -1]  # of r at r_i
-    back[D : 2 * D, :, :D] = (powers[:0:-1] @ V).swapaxes(0, 1)
-    back[D : 2 * D, :, D : 2 * D] = inherited.swapaxes(0, 1)
-    back[D : 2 * D, :, 2 * D :] = (inherited @ -K).swapaxes(0, 1)
-    back[2 * D :] = by_lag[away].swapaxes(1, 2).reshape(n * P, n, width)
-    before = np.concatenate([powers[n], seen.reshape(n * P, D)])
-    return Matrices(to_z[None], end[None], back.reshape(1, -1, n * width), before[None], width)
-
-
-def _powers(X: Array, n: int) -> Array:
-    """X⁰, ..., X^{n-1}."""
-    found = np.empty((n, *X.shape))
-    found[0] = np.eye(len(X))
-    for k in range(1, n):
-        np.dot(found[k - 1], X, found[k])
+def _ahead(moved: Array, enters: Array) -> Array:
+    """`Matrices.ahead` from what leads from a and from y of every step, (m, n, P + D, ·), to z and to the next a."""
+    (m, n, _, D), P = moved.shape, enters.shape[3]
+    found = np.zeros((m, n * P + D, D + n * P))
+    a: Array = np.eye(D)
+    for i in range(n):
+        end = D + i * P
+        both = found[:, i * P : i * P + P + D]  # z, and a where z of the next step will be
+        np.matmul(moved[:, i], a, out=both[..., :end])
+        both[..., end : end + P] = enters[:, i]
+        a = both[:, P:, : end + P].copy()
     return found
+
+
+def _behind(moved: Array, enters: Array) -> Array:
+    """r before every step and its u, (m, n, D + P, D + n·P), from r behind the block and all of its z.
+
+    :param moved: what leads to them from r of every step; `enters` from its z.
+    """
+    (m, n, _, D), P = moved.shape, enters.shape[3]
+    found = np.empty((m, n, D + P, D + n * P))
+    r: Array = np.eye(D, D + n * P)
+    for i in reversed(range(n)):
+        np.matmul(moved[:, i], r, out=found[:, i])
+        found[:, i, :, D + i * P : D + i * P + P] = enters[:, i]
+        r = found[:, i, :D]
+    return found
+
+
+def _inherited(A: Array, enters: Array, out: Array) -> None:
+    """a of every step from the one before the block, no r, and all z, to `out` (m, n, D, 2D + n·P)."""
+    n, D, P = enters.shape[1:]
+    out[:, 0] = np.eye(D, out.shape[-1])
+    for i in range(1, n):
+        np.matmul(A, out[:, i - 1], out=out[:, i])
+        out[:, i, :, D * 2 + i * P - P : D * 2 + i * P] = enters[:, i - 1]

@@ -3,7 +3,7 @@
     P_{t+1} = Q + A (P_t - P_t Cᵀ S_t⁻¹ C P_t) Aᵀ,      S_t = C P_t Cᵀ + R
 
 The joint covariance of (y_t, x_{t+1}) given the past has this as its Schur complement, so that a step is one Cholesky
-factorisation (of which L_xx L_xxᵀ is P_{t+1}):
+factorisation, of which L_xx is a root of P_{t+1}, L_yy that of S_t, and L_xy L_yy⁻¹ the predictor's gain:
 
     [C; A] P_t [C; A]ᵀ + diag(R, Q) = [L_yy, 0; L_xy, L_xx] [L_yy, 0; L_xy, L_xx]ᵀ
 
@@ -35,53 +35,57 @@ BY_ONE = 48  # steps taken one by one at the beginning
 SHRINKS = 64.0  # from here on the part of a variance that an observation leaves has lost digits
 
 
-def predicted(P: Array, A: Array, Q: Array, C: Array, R: Array, T: int, first_unseen: bool) -> Array:
-    """P_0, P_1, ... up to where they stand still, at most T of them.
+def predicted(
+    P: Array, A: Array, Q: Array, C: Array, R: Array, T: int, first_unseen: bool
+) -> tuple[Array, Array | None]:
+    """P_0, P_1, ... up to where they stand still, at most T of them; and the factors above of every step, if all steps
+    (but one that is not observed, whose factor is the unit matrix) were taken by them.
 
     :raises SingularInnovation: where an observed step has no density given the past.
     """
     regular = not scipy.linalg.lapack.dpotrf(R, lower=1)[1]
     most = min(T, BY_ONE) if regular else T
-    found, still = _one_by_one(P, A, Q, C, R, most, first_unseen, 0)
+    found, factors, still = _one_by_one(P, A, Q, C, R, most, first_unseen, 0)
     careful = _careful(found, A, Q)
     if careful:
-        found, still = _one_by_one(P, A, Q, C, R, most, first_unseen, careful)
-    return found if still or len(found) >= T else _doubled(found, A, Q, C, R, T)
+        found, factors, still = _one_by_one(P, A, Q, C, R, most, first_unseen, careful)
+    return (found, factors) if still or len(found) >= T else (_doubled(found, A, Q, C, R, T), None)
 
 
 def _one_by_one(
     P: Array, A: Array, Q: Array, C: Array, R: Array, most: int, first_unseen: bool, careful: int
-) -> tuple[Array, bool]:
-    """At most `most` covariances, the first `careful` steps in Joseph's form, and whether the last one is the limit."""
+) -> tuple[Array, Array | None, bool]:
+    """At most `most` covariances, the first `careful` steps in Joseph's form, the factors, and whether the last
+    covariance is the limit.
+    """
     D, O = len(A), len(C)
     both = np.concatenate([C, A])
     turned = np.ascontiguousarray(both.T)
     noise = np.zeros((O + D, O + D))
     noise[:O, :O], noise[O:, O:] = R, Q
     factorise = scipy.linalg.lapack.dpotrf
-    steps, t = [P], 0
-    while len(steps) < most:
-        before = P
-        if t == 0 and first_unseen:
-            P = A.dot(P).dot(A.T) + Q
-            P = (P + P.T) / 2
+    steps, factors, complete, still = [P], list[Array](), True, False
+    for t in range(most):
+        before, unseen = P, first_unseen and t == 0
+        failed = unseen or t < careful
+        if not failed:
+            joint = both.dot(P).dot(turned)
+            joint += noise
+            factor, failed = factorise(joint.T, 1, 1)  # lower, zeros above
+        if failed:
+            P, factor = _unseen(P, A, Q) if unseen else _joseph(P, A, Q, C, R, t), np.eye(O + D)
+            complete = complete and unseen
         else:
-            failed = t < careful
-            if not failed:
-                joint = both.dot(P).dot(turned)
-                joint += noise
-                factor, failed = factorise(joint.T, 1, 1)  # lower, zeros above
-            if failed:
-                P = _joseph(P, A, Q, C, R, t)
-            else:
-                root = factor[O:, O:]
-                P = root.dot(root.T)
-        t += 1
+            root = factor[O:, O:]
+            P = root.dot(root.T)
+        factors.append(factor)
         near = abs(P.item(0) - before.item(0)) <= STEADY * before.item(0)  # one entry first, which is cheap
-        if near and t > first_unseen and float(abs(P - before).max()) <= STEADY / 2 * float(abs(before).max()):
-            return np.array(steps), True
-        steps.append(P)
-    return np.array(steps), False
+        if near and t >= first_unseen and float(abs(P - before).max()) <= STEADY / 2 * float(abs(before).max()):
+            still = True
+            break
+        if t + 1 < most:
+            steps.append(P)
+    return np.array(steps), np.array(factors) if complete else None, still
 
 
 def _careful(found: Array, A: Array, Q: Array) -> int:
@@ -89,6 +93,12 @@ def _careful(found: Array, A: Array, Q: Array) -> int:
     reach = (A @ found[:-1] * A).sum(-1) + Q.diagonal()
     lost = (reach > SHRINKS * found[1:].diagonal(axis1=1, axis2=2)).any(1)
     return int(lost.nonzero()[0][-1]) + 1 if lost.any() else 0
+
+
+def _unseen(P: Array, A: Array, Q: Array) -> Array:
+    """One step without data."""
+    P = A.dot(P).dot(A.T) + Q
+    return (P + P.T) / 2
 
 
 def _joseph(P: Array, A: Array, Q: Array, C: Array, R: Array, step: int) -> Array:

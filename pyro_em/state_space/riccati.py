@@ -43,21 +43,32 @@ class Gains:
 
 def filter_gains(P: Array, A: Array, Q: Array, C: Array, R: Array, T: int, first_unseen: bool) -> Gains:
     """:raises SingularInnovation: where an observed step has no density given the past."""
-    found = predicted(P, A, Q, C, R, T, first_unseen)
-    innovation = C @ found @ C.T + R
+    found, joint = predicted(P, A, Q, C, R, T, first_unseen)
+    O = len(C)
+    if joint is None:
+        factors = _innovations(found, C, R, first_unseen)
+        whiteners = np.asarray(np.linalg.inv(factors), np.float64)
+        crossed = A @ found @ C.T @ whiteners.swapaxes(1, 2)
+    else:
+        factors, crossed = joint[:, :O, :O], joint[:, O:, :O]
+        whiteners = np.asarray(np.linalg.inv(factors), np.float64)
+    half = np.log(factors.diagonal(axis1=1, axis2=2)).sum(1)
+    if first_unseen:
+        whiteners[0], half[0] = 0.0, 0.0
+    gains = crossed @ whiteners
+    return Gains(found, gains, A - gains @ C, factors, whiteners, half)
+
+
+def _innovations(P: Array, C: Array, R: Array, first_unseen: bool) -> Array:
+    """Factors of S_t."""
+    innovation = C @ P @ C.T + R
     if first_unseen:
         innovation[0] = np.eye(len(C))
     try:
-        factors = np.asarray(np.linalg.cholesky(innovation), np.float64)
+        return np.asarray(np.linalg.cholesky(innovation), np.float64)
     except np.linalg.LinAlgError:
         step = next(t for t, S in enumerate(innovation) if scipy.linalg.lapack.dpotrf(S, lower=1)[1])
         raise SingularInnovation(step) from None
-    whiteners = np.asarray(np.linalg.inv(factors), np.float64)
-    half = np.log(np.diagonal(factors, axis1=1, axis2=2)).sum(1)
-    if first_unseen:
-        whiteners[0], half[0] = 0.0, 0.0
-    gains = A @ found @ C.T @ whiteners.swapaxes(1, 2) @ whiteners
-    return Gains(found, gains, A - gains @ C, factors, whiteners, half)
 
 
 @dataclass(frozen=True)

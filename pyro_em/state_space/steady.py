@@ -111,11 +111,12 @@ def _moments_of(chain: Chain, weight: Tensor) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class _Summed:
-    """Log-evidence, the moments of the four sites, and the first smoothed state: means (S, D) and covariance."""
+    """Log-evidence, the moments of the four sites, and the first smoothed state: means (S, D), if `parts` were given,
+    and covariance."""
 
     log_evidence: Array
     sites: list[tuple[Any, ...]]
-    mean: Array
+    mean: Array | None
     covariance: Array
 
 
@@ -129,6 +130,7 @@ def _after_head(chain: Chain, weight: Tensor) -> _Summed | None:
         found = _summed(rest, weight, head.end()[:2])
     if found is None:
         return None
+    assert found.mean is not None
     back = head.back(torch.from_numpy(found.mean), torch.from_numpy(found.covariance)[None])
     early = _summed_sites(chain_moments(chain.first_steps(head.last + 1), back), weight)
     sites = [tuple(x.numpy()[0, 0] for x in vars(own).values()) for own in early]
@@ -166,27 +168,25 @@ def _summed(chain: Chain, weight: Tensor, parts: tuple[Tensor, ...] = ()) -> _Su
     w = None if (weights == 1).all() else weights
     squares, found = smoothed(own, data, A, C, w, path, start)
     evidence = -0.5 * squares - half_log_det - 0.5 * LOG_2PI * P * (T - late)
-    sums, W = found.total, found.count
-    first, last = _gram(found.first, w), _gram(found.last[:, :D], w)
+    W, sums, initial = found.first[0, 0], found.total, found.initial
     V = smoothed_sums(own, A, C, Q, R, T)
     x, r, u = slice(1, 1 + D), slice(1 + D, 1 + 2 * D), slice(1 + 2 * D, None)
-    initial = _gram(found.first[:, :D] - mean, w) if mean.any() else first[: 1 + D, : 1 + D]
-    seen, early = sums - first, first * (1 - late)
+    seen, early = sums - found.first, found.first * (1 - late)
     Vs = W * (V.total - V.first)
     sites = [
-        (W, initial[0, 1:], initial[1:, 1:] + W * V.first, *(np.zeros(s) for s in ((D, 0), (0,), (0, 0)))),
+        (W, initial[0, x], initial[x, x] + W * V.first, *(np.zeros(s) for s in ((D, 0), (0,), (0, 0)))),
         (
             W * (T - 1),
             Q.dot(sums[0, r]),
             Q.dot(sums[r, r]).dot(Q) + W * V.noise,
             Q.dot(sums[r, x]) + W * V.noise_states,
-            sums[0, x] - last[0, 1:],
-            sums[x, x] - last[1:, 1:] + W * (V.total - V.last),
+            sums[0, x] - found.last[0, x],
+            sums[x, x] - found.last[x, x] + W * (V.total - V.last),
         ),
         _observed(W * (T - 1), seen, Vs, C, R, x, u),
         _observed(W * (1 - late), early, W * (1 - late) * V.first, C, R, x, u),
     ]
-    return _Summed(evidence, sites, found.first[:, :D], V.first)
+    return _Summed(evidence, sites, found.mean, V.first)
 
 
 def _nearly_singular(noise: Array) -> bool:
@@ -279,9 +279,3 @@ def _deviations(
     lost[0], lost[1:] = mean - path[0], accurate(A, path[:-1], b, -path[1:])
     scan(lost[None], A)  # the path is lost + path, exactly as its recursion says
     return accurate(-C, path, y, -d) - lost @ C.T, path + lost
-
-
-def _gram(rows: Array, w: Array | None) -> Array:
-    """Σ w (1, rows)(1, rows)ᵀ."""
-    both = np.concatenate([np.ones((len(rows), 1)), rows], 1)
-    return (both if w is None else both * w[:, None]).T @ both

@@ -80,6 +80,7 @@ WITH_OUT: dict[Any, Callable[..., Any]] = {
 PICKS = frozenset((  # entries of the first argument at places that the others, constants, say
     aten.index_select.default,
     aten.gather.default,
+    aten.index.Tensor,
     aten.flip.default,
 ))  # fmt: skip
 POWERS: dict[float, tuple[Any, int]] = {  # as torch computes them: a function of x so many times

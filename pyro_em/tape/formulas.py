@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.tape.emit import PICKS
-from pyro_em.tape.listing import Step
+from pyro_em.tape.listing import Step, Variable
 from pyro_em.tape.numbers import Array, Number, Numbers
 from pyro_em.tape.orders import PRODUCTS, Order, dims_of, order_of
 from pyro_em.tape.record import aten
@@ -126,7 +126,7 @@ def _pick(step: Step, values: Sequence[Any], result: Tensor) -> Formula | None:
         return (lambda numbers, args: args[0]) if source.dtype == result.dtype else None
     if step.call is aten.clone.default:
         return lambda numbers, args: args[0]
-    if not all(isinstance(x, int | Tensor) or type(x) is list for x in rest):
+    if any(isinstance(x, Variable) for a in rest for x in (a if type(a) is list else [a])):
         return None  # where to look is not constant
     places = step.call(torch.arange(source.numel()).reshape(source.shape), *rest, **step.kwargs).numpy()
     return lambda numbers, args: np.asarray(args[0].reshape(-1)[places], object)

@@ -127,6 +127,13 @@ class Layout:
         if exactly_copied(step, values[0].dtype, places[0].dtype):
             self.calls.append(bound(np.copyto, [out, self._array(step.args[0])]))
             return True
+        if call is aten.zeros.default:
+            self.calls.append(bound(out.fill, [0]))
+            return True
+        if call is aten.diag_embed.default and len(step.args) == 1 and not step.kwargs:
+            diagonal = places[0].diagonal(dim1=-2, dim2=-1).numpy()
+            self.calls += [bound(out.fill, [0]), bound(np.copyto, [diagonal, self._array(step.args[0])])]
+            return True
         if call in PICKS and self._write_pick(step, places[0]):
             return True
         found = numpy_call(call, step.args, step.kwargs)
@@ -160,7 +167,8 @@ class Layout:
     def _write_pick(self, step: Step, place: Tensor) -> bool:
         """Entries at constant places: where in memory each is, the same operation on the numbers of places says."""
         source = self.tensor(step.args[0])
-        if any(isinstance(x, Variable) for x in step.args[1:]) or not place.is_contiguous():
+        given = [x for a in step.args[1:] for x in (a if isinstance(a, list) else [a])]
+        if any(isinstance(x, Variable) for x in given) or not place.is_contiguous():
             return False
         memory = torch.empty(0, dtype=source.dtype).set_(source.untyped_storage())
         numbers = torch.arange(len(memory)).as_strided(source.shape, source.stride(), source.storage_offset())

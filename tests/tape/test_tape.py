@@ -25,7 +25,9 @@ def in_place(x: Tensor) -> list[Tensor]:
     own = (x * x).sqrt()
     own[1] = 7.0
     own.mul_(2.0).clamp_(max=9.0)
-    return [total, own, own.detach()[0] + total]
+    square = torch.diag_embed(own)
+    square[0] += 1.0
+    return [total, own, own.detach()[0] + total, square]
 
 
 def constants_in_place(x: Tensor) -> list[Tensor]:
@@ -82,7 +84,11 @@ def picks(x: Tensor) -> list[Tensor]:
     """Entries at constant places, of memory in another order too."""
     flipped = (x * 2).mT.flip(0)
     index = torch.tensor([[0, 2, 1], [3, 1, 0]])
-    return [x.index_select(1, index[0]) + 1, flipped, flipped.mT.gather(0, index), (x > 0).to(torch.float64), x**1.0]
+    indexed = [x[index[1]], flipped[:, index[0]], x[index[1], index[0]] - 1]
+    return [
+        x.index_select(1, index[0]) + 1, flipped, flipped.mT.gather(0, index), (x > 0).to(torch.float64), x**1.0,
+        *indexed,
+    ]  # fmt: skip
 
 
 def places(x: Tensor) -> list[Tensor]:
