@@ -10,7 +10,8 @@ where Pyro's own log-einsum clamps it (normalised products below eps).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import pyro
 import torch
@@ -21,10 +22,13 @@ from torch import Tensor
 from pyro_em.device import on_device
 from pyro_em.errors import Refusal
 from pyro_em.evidence.discrete import contract, weighted_sum
+from pyro_em.model.capture import capture
 from pyro_em.model.density import packed_log_density
 from pyro_em.model.graph import build_graph
-from pyro_em.model.trace import run_model
-from pyro_em.types import Model
+from pyro_em.model.indexed import Indexed, run_enumerated
+from pyro_em.model.recognise import second_point
+from pyro_em.model.row_maps import Maps, bind_indexed
+from pyro_em.types import Model, Params
 
 
 class ExactELBO(ELBO):
@@ -43,6 +47,8 @@ class ExactELBO(ELBO):
         >>> losses[0] > losses[-1]
         True
     """
+
+    _plain: ClassVar[WeakKeyDictionary[Any, bool]] = WeakKeyDictionary()
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("ExactELBO runs the model itself.")
@@ -64,10 +70,11 @@ class ExactELBO(ELBO):
             for name, site in guide_trace.nodes.items()
             if site["type"] == "sample" and not site["is_observed"]
         }
-        depth = int(self.max_plate_nesting)
+        indexed, maps = self._indexed(model, args, kwargs, drawn)
+        depth = int(self.max_plate_nesting) + (0 if indexed is None else len(indexed.latents))
         with pyro.validation_enabled(False):
             # Subsample indices of the guide are replayed too, so that both see the same minibatch.
-            run = run_model(model, args, kwargs, drawn, max_plate_nesting=depth, live=True)
+            run = run_enumerated(indexed, model, args, kwargs, drawn, max_plate_nesting=depth, live=True)
         for name, site in run.sites.items():
             if not (site.observed or site.enumerated or name in drawn):
                 raise Refusal(
@@ -76,7 +83,7 @@ class ExactELBO(ELBO):
                     "add it to the guide (AutoDelta, AutoNormal).",
                 )
         factors = {name: packed_log_density(site) for name, site in run.sites.items()}
-        graph = build_graph(run, factors, frozenset(), {})
+        graph = build_graph(run, factors, frozenset(), {}, maps=maps)
         total = torch.zeros((), dtype=torch.float64)
         for component in graph.components:
             total = total + weighted_sum(contract(graph, component, factors), component.weight)
@@ -86,6 +93,20 @@ class ExactELBO(ELBO):
         for name in drawn.keys() & run.sites.keys():
             total = total - guide_trace.nodes[name]["log_prob_sum"]
         return total
+
+    def _indexed(
+        self, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], drawn: Params
+    ) -> tuple[Indexed | None, Maps]:
+        """Latents that are read by an index from outside of their plates; a model that has none is looked at once."""
+        if self._plain.get(model) is True:
+            return None, {}
+        seen = capture(model, args, kwargs)
+        generator = torch.Generator().manual_seed(0)
+        params = {name: second_point(record, generator) for name, record in seen.parameters.items()}
+        own = [name for name in seen.sites if name not in drawn]
+        _, indexed, maps = bind_indexed(seen, own, (), (model, args, kwargs, {**params, **drawn}))
+        self._plain[model] = indexed is None
+        return indexed, maps
 
     def loss(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> float:
         """-ELBO as a number; builds no graph."""

@@ -25,6 +25,7 @@ from pyro_em.distributions.incomplete import completed
 from pyro_em.errors import InputError
 from pyro_em.evidence.integrated import integrates
 from pyro_em.model.compat import base_distribution, unpack
+from pyro_em.model.stacking import distribution_of
 from pyro_em.model.trace import SiteRecord, run_model
 from pyro_em.posterior import Posterior
 from pyro_em.problem import Problem
@@ -109,7 +110,7 @@ def _missing(site: SiteRecord) -> Tensor:
 
 
 def _imputed(name: str, site: SiteRecord, weights: Tensor | None, missing: Tensor, posterior: Posterior) -> Imputation:
-    base, value = base_distribution(site.fn), site.value
+    base, value = distribution_of(site), site.value
     base_event = site.fn.event_dim - site.element_dims
     probabilities = None
 

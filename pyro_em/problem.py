@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_em import latents
-from pyro_em.errors import InputError, Refusal
+from pyro_em.errors import Refusal
 from pyro_em.evidence.discrete import Evidence, evaluate, weighted_sum
 from pyro_em.evidence.elimination import Continuous
 from pyro_em.evidence.finite import check_finite
@@ -29,7 +29,7 @@ from pyro_em.latent_uses import without_latents
 from pyro_em.model.atoms import AtomRuns
 from pyro_em.model.below_zero import check_below_zero
 from pyro_em.model.bind_rows import bound_by_rows
-from pyro_em.model.capture import Capture, ParameterRecord
+from pyro_em.model.capture import Capture, ParameterRecord, parameter_records
 from pyro_em.model.certify import certify_factors, refuse_minibatches
 from pyro_em.model.certify_loops import certify_loops
 from pyro_em.model.compat import dims_of
@@ -38,13 +38,15 @@ from pyro_em.model.density import packed_log_density, shape_in
 from pyro_em.model.fold_recognition import looked_at
 from pyro_em.model.folding import unfolded
 from pyro_em.model.graph import FactorGraph, build_graph
+from pyro_em.model.indexed import Indexed, run_enumerated
 from pyro_em.model.packing import multiply, onto
 from pyro_em.model.reached import certified_uses
 from pyro_em.model.recognise import VALUE, Use, second_point
 from pyro_em.model.repeatable import repeatable
 from pyro_em.model.resources import check_states, check_tables
 from pyro_em.model.roles import RoleOf
-from pyro_em.model.trace import Run, SiteRecord, quiet_store, run_model, without_gradients
+from pyro_em.model.row_maps import bind_indexed
+from pyro_em.model.trace import Run, SiteRecord, quiet_store, without_gradients
 from pyro_em.model.unusable import checked_run
 from pyro_em.types import Model, Params
 
@@ -64,6 +66,7 @@ class Problem:
     with_prior: bool
     continuous: Continuous | None = None
     rules: Mapping[str, Quadrature] = dataclasses.field(default_factory=dict)
+    indexed: Indexed | None = None
 
     @property
     def start(self) -> Params:
@@ -76,7 +79,8 @@ class Problem:
             return self.continuous.runs.several(dict(params), self.continuous.values)
         nesting, loops = self.capture.max_plate_nesting, self.capture.loops
         with quiet_store(), pyro.validation_enabled(False):
-            return run_model(self.model, self.args, self.kwargs, params, max_plate_nesting=nesting, loops=loops)
+            own = self.model, self.args, self.kwargs, params
+            return run_enumerated(self.indexed, *own, max_plate_nesting=nesting, loops=loops)
 
     def at_atoms(self, values: Mapping[str, Tensor]) -> Problem:
         """The same problem with its continuous latents at other atoms."""
@@ -243,50 +247,43 @@ def bind(
     if latent:  # their atoms take one more dim left of the plates
         seen = dataclasses.replace(seen, max_plate_nesting=seen.max_plate_nesting + 1, loops=())
     check_states(seen)
-    records = dict(seen.parameters)
-    for name, role in assigned.items():
-        if role.role == "parameter":
-            site = seen.sites[name]
-            records[name] = ParameterRecord(name, site.value.detach().clone(), site.fn.support, "sample")
-    for name, value in (params or {}).items():
-        if name in records:
-            old = records[name]
-            records[name] = ParameterRecord(name, value.detach().clone(), old.constraint, old.kind)
-    for record in records.values():
-        if not record.value.is_floating_point():
-            raise InputError(f"Parameter '{record.name}' has dtype {record.value.dtype}; use a floating point one.")
     priors = frozenset(name for name, role in assigned.items() if role.role == "parameter")
+    records = parameter_records(seen, [n for n in assigned if n in priors], params or {})
     generator = torch.Generator().manual_seed(0)
     leaves = {n: r.value.detach().clone().requires_grad_() for n, r in records.items()}
     others = {n: second_point(r, generator).detach().clone().requires_grad_() for n, r in records.items()}
     points, drawn = (leaves, others), latents.draw(seen, latent, 1)
+    atoms_dim, elsewhere = -seen.max_plate_nesting, {n: v.detach() for n, v in others.items()}
+    unknown = [n for n in assigned if n not in priors]
+    seen, indexed, maps = bind_indexed(seen, unknown, latent, (model, args, kwargs, {**elsewhere, **drawn}))
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any], at: int | Mapping[str, Tensor], graph: bool = True) -> Run:
-        values, depth = {**drawn, **(points[at] if isinstance(at, int) else at)}, seen.max_plate_nesting
+        values = {**drawn, **(points[at] if isinstance(at, int) else at)}
+        own, depth = (indexed, model, args, kwargs, values), seen.max_plate_nesting
 
         def once() -> Run:
             with torch.set_grad_enabled(graph), quiet_store():
-                return run_model(
-                    model, args, kwargs, values, max_plate_nesting=depth, loops=seen.loops, integrated=latent
-                )
+                return run_enumerated(*own, max_plate_nesting=depth, loops=seen.loops, integrated=latent)
 
         return checked_run(once, validated=at == 0)
 
+    if indexed is not None:
+        indexed = indexed.with_constants(run(args, kwargs, 1, False))
     check_below_zero(seen.below_zero, partial(run, args, kwargs), {**others, **drawn})
     with repeatable(partial(run, args, kwargs, 0, False)):
-        by_rows = None if latent else bound_by_rows(seen, args, kwargs, run, points, records, priors)
+        by_rows = None if latent or indexed else bound_by_rows(seen, args, kwargs, run, points, records, priors)
         first = by_rows[0] if by_rows else run(args, kwargs, 0)
     start = {n: r.value for n, r in records.items()}
-    elsewhere = {n: v.detach() for n, v in others.items()}
     continuous, seen_at = None, first
     if latent:
-        runs = AtomRuns(model, args, kwargs, -seen.max_plate_nesting, {n: seen.sites[n].shapes for n in latent})
+        batches = {n: seen.sites[n].shapes for n in latent}
+        runs = AtomRuns(model, args, kwargs, atoms_dim, batches, indexed=indexed, nesting=seen.max_plate_nesting)
         continuous = latents.bind_continuous(seen, latent, runs, (start, elsewhere), rules)
         with torch.no_grad():
             seen_at = continuous.runs.several(start, continuous.values)
     shapes = {name: shape_in(site, seen) for name, site in seen_at.sites.items()}
     atoms = {} if continuous is None else {s.symbol: s.names[0] for s in continuous.sets}
-    graph = build_graph(seen_at, shapes, priors, weights or {}, atoms)
+    graph = build_graph(seen_at, shapes, priors, weights or {}, atoms, maps)
     if continuous is not None:
         graph = latents.rerooted(graph, continuous)
     certify_factors(seen, first, graph, model, args, kwargs, {**start, **drawn})
@@ -294,7 +291,7 @@ def bind(
     uses = by_rows[1] if by_rows else certified_uses(first, partial(run, args, kwargs), points, records, priors)
     if continuous is not None:
         uses = without_latents(uses, continuous.runs, (start, elsewhere), latents.draw(seen, latent, 2))
-    problem = Problem(model, args, kwargs, seen, assigned, graph, records, uses, with_prior, continuous, rules)
+    problem = Problem(model, args, kwargs, seen, assigned, graph, records, uses, with_prior, continuous, rules, indexed)
     if (known := without_gradients(seen_at)) is not None:
         vars(problem)["first"] = known
     return problem

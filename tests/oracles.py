@@ -4,13 +4,12 @@ For a model p(x, z | theta) with discrete latents z, run the model once for ever
 
     log p(x) = logsumexp_g [ a_g + sum_n w_n logsumexp_l b_(g,l,n) ]
 
-where g runs over the assignments of the latents outside the element plate, l over those of the latents
-inside it (given g, the N elements of that plate are independent, so one run serves them all at once), a is
-the log-density of the sites outside and b of those inside. Without an element plate everything counts as
-outside, which is enumeration pure and simple.
+where g runs over the assignments of the latents outside the element plate, l over those of the latents inside it
+(given g, the N elements of that plate are independent, so one run serves them all at once), a is the log-density of
+the sites outside and b of those inside. Without a plate everything is outside. `rows`: elements of rows in long format.
 
-Densities are exact at structural zeros (torch clamps `probs`); a mask acts on observed sites only, as in
-Pyro. Not handled: continuous latents, subsampling, or more assignments than one cares to wait for.
+Densities are exact at structural zeros (torch clamps `probs`); a mask acts on observed sites only, as in Pyro. Not
+handled: continuous latents, subsampling, or more assignments than one cares to wait for.
 """
 
 from __future__ import annotations
@@ -122,6 +121,7 @@ class Enumeration:
     log_outer: Tensor  # (G,)
     log_joint: Tensor  # (G, L, N)
     weights: Tensor  # (N,)
+    rows: Mapping[str, Tensor]
 
     @property
     def log_evidence(self) -> Tensor:
@@ -170,7 +170,8 @@ class Enumeration:
             dim = _plate_dim(self.latents[name], self.plate)
             assert dim is not None
             axis = dim - self.latents[name]["fn"].event_dim
-            values[name] = torch.cat([self.local[int(l)][name] for l in index[g]], axis)
+            picked = [self.local[int(l)][name] for l in index[g]]
+            values[name] = torch.cat([v.narrow(axis, n % v.shape[axis], 1) for n, v in enumerate(picked)], axis)
         return float(totals[g]), values
 
     def log_density(self, assignment: Assignment) -> float:
@@ -181,7 +182,7 @@ class Enumeration:
 
     def expected_log_joint(self, params: Params) -> Tensor:
         """Q(params) = E_q[log p(x, z | params)] with q this posterior, priors of parameters left out."""
-        log_outer, log_joint = _log_joint(self.model, self.args, params, self.plate, self.outer, self.local)
+        log_outer, log_joint = _log_joint(self.model, self.args, params, self.plate, self.outer, self.local, self.rows)
         weights = self.responsibilities
         zero = log_joint.new_zeros(())
         local = torch.where(weights > 0, log_joint, zero) * weights * self.weights
@@ -206,8 +207,8 @@ def _logsumexp(x: Tensor, dim: int) -> Tensor:
     return torch.where(total > 0, safe, torch.full_like(safe, -torch.inf))
 
 
-def _assignments(sites: dict[str, Site], plate: str | None) -> list[Assignment]:
-    """Every joint value of `sites`; along the element plate a value has size 1."""
+def _assignments(sites: dict[str, Site], plate: str | None, whole: bool = False) -> list[Assignment]:
+    """Every joint value of `sites`; along the element plate a value has size 1, or with `whole` is the same."""
     choices = []
     for site in sites.values():
         support = site["fn"].enumerate_support(expand=False)
@@ -216,9 +217,9 @@ def _assignments(sites: dict[str, Site], plate: str | None) -> list[Assignment]:
         dim = _plate_dim(site, plate)
         if dim is not None:
             batch[dim] = 1
-        size = int(np.prod(batch))
-        values = itertools.product(range(len(states)), repeat=size)
-        choices.append([states[list(v)].reshape((*batch, *site["fn"].event_shape)) for v in values])
+        values = itertools.product(range(len(states)), repeat=int(np.prod(batch)))
+        event, full = site["fn"].event_shape, site["fn"].batch_shape if whole else batch
+        choices.append([states[list(v)].reshape((*batch, *event)).expand((*full, *event)) for v in values])
     return [dict(zip(sites, combination, strict=True)) for combination in itertools.product(*choices)]
 
 
@@ -229,6 +230,7 @@ def _log_joint(
     plate: str | None,
     outer: list[Assignment],
     local: list[Assignment],
+    elements: Mapping[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """(G,) log-density of the sites outside the element plate, (G, L, N) of those inside."""
     all_outer, all_joint = [], []
@@ -242,7 +244,11 @@ def _log_joint(
                     continue
                 log_prob = _site_log_prob(site, latent=name in g or name in l)
                 dim = _plate_dim(site, plate)
-                if dim is None:
+                nested = next((f for f in site["cond_indep_stack"] if f.name in elements), None)
+                if nested is not None:
+                    own = log_prob.movedim(nested.dim, -1).reshape(-1, nested.size).sum(0)
+                    inside = inside + own.new_zeros(len(inside)).index_add(0, elements[nested.name], own)
+                elif dim is None:
                     outside = outside + log_prob.sum()
                 else:
                     size = next(f.size for f in site["cond_indep_stack"] if f.name == plate)
@@ -261,20 +267,21 @@ def enumerate_model(
     plate: str | None = None,
     weights: Tensor | None = None,
     limit: int = 5000,
+    rows: Mapping[str, Tensor] | None = None,
 ) -> Enumeration:
     """Enumerate all latents; the elements of `plate` must be independent given everything outside it."""
     nodes = trace(model, args, params)
     latents = {n: s for n, s in _stochastic(nodes) if not s["is_observed"] and n not in params}
     inside = {n: s for n, s in latents.items() if _plate_dim(s, plate) is not None}
     outside = {n: s for n, s in latents.items() if n not in inside}
-    outer, local = _assignments(outside, None), _assignments(inside, plate)
+    outer, local = _assignments(outside, None), _assignments(inside, plate, whole=rows is not None)
     if len(outer) * len(local) > limit:
         raise ValueError(f"{len(outer)} x {len(local)} assignments are more than {limit}.")
-    log_outer, log_joint = _log_joint(model, args, params, plate, outer, local)
+    log_outer, log_joint = _log_joint(model, args, params, plate, outer, local, rows or {})
     size = log_joint.shape[-1]
     return Enumeration(
         model, args, params, plate, latents, outer, local, log_outer, log_joint,
-        torch.ones(size) if weights is None else weights,
+        torch.ones(size) if weights is None else weights, rows or {},
     )  # fmt: skip
 
 

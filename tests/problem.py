@@ -47,6 +47,7 @@ class Problem(Case):
     options: dict[str, Any] = field(default_factory=dict)  # more arguments of `fit`
     attained: bool = True  # the objective has a maximum inside of the parameter space
     completes: str = ""  # why the complete data of the M-step, and so its Q, are not those of the model as written
+    rows: Mapping[str, Tensor] | None = None  # in long format the element of `plate` that each row of a plate reads
     rounds: str = ""  # why another device does other arithmetic than the CPU, equal to rounding only
 
     def fit_options(self, algorithm: str) -> dict[str, Any]:
@@ -54,7 +55,7 @@ class Problem(Case):
         return {"algorithm": algorithm, **weights, **self.options}
 
     def oracle(self, params: Mapping[str, Tensor]) -> Enumeration:
-        return enumerate_model(self.model, self.args, params, self.plate, self.weights)
+        return enumerate_model(self.model, self.args, params, self.plate, self.weights, rows=self.rows)
 
     def objective(self, params: Mapping[str, Tensor], algorithm: str) -> Tensor:
         """The exact log-likelihood, for map-em plus the log prior."""

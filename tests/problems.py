@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests import classics, mixed_chains, problems_data, zoo, zoo_circular, zoo_regression, zoo_structured, zoo_time
+from tests import classics, mixed_chains, problems_data, zoo, zoo_circular, zoo_long, zoo_regression, zoo_time
+from tests import zoo_structured as s
 from tests.problem import Problem
 from tests.problems_data import chains, two_groups
 
@@ -60,7 +61,7 @@ def _build() -> list[Problem]:
     items = _t([[0.3, 0.25, 0.35, 0.3, 0.2], [0.6, 0.75, 0.7, 0.65, 0.8]])
     means3 = _t([[-1.0, 0.5], [1.0, 0.5], [0.2, -3.0]])
     eye3 = torch.eye(2).repeat(3, 1, 1)
-    c, z, s, time = classics, zoo, zoo_structured, zoo_time
+    c, z, time = classics, zoo, zoo_time
     ends = torch.arange(5).unsqueeze(-1) < torch.tensor([5, 4, 5, 1, 2, 5, 3, 5])
     cube = _t([[[0.7, 0.3], [0.4, 0.6]], [[0.5, 0.5], [0.2, 0.8]]])
     return [
@@ -291,6 +292,7 @@ try:
         *problems_data.build(Problem),
         *zoo_regression.problems(Problem, _t),
         *zoo_circular.problems(Problem, _t),
+        *zoo_long.problems(Problem),
         *mixed_chains.problems(Problem),
     ]
 finally:

@@ -229,7 +229,9 @@ def test_a_stochastic_block_model_is_refused_and_svi_is_offered() -> None:
             pyro.sample("z", dist.Categorical(q))
 
     links = (torch.rand(9, 9, generator=torch.Generator().manual_seed(2)) < 0.4) * 1.0
-    with pytest.raises(Refusal, match=r"'links'.*It reads 'z'.*stochastic block model.*algorithm='svi' with a guide"):
+    with pytest.raises(
+        Refusal, match=r"'links'.*latent 'z'.*2\^9 states.*stochastic block model.*algorithm='svi' with a guide"
+    ):
         pyro_em.fit(model, links)
     assert pyro_em.fit(model, links, algorithm="svi", guide=guide, max_iter=3, seed=0).params["q"].shape == (9, 2)
 

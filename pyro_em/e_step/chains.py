@@ -44,6 +44,8 @@ def find_chain(
     :param sizes: of every plate and enumeration symbol; symbols of size 1 are no dims of any factor.
     :param order: position in the program of the site of every enumeration symbol.
     """
+    if component.nests:
+        return None
     latents = sorted(component.symbols, key=order.__getitem__)
     pairs = set()
     for name in component.factors:

@@ -111,6 +111,8 @@ class Predicted:
 
     def _admit(self, component: Component) -> None:
         """:raises NotCompiled: if the component's latents do not live in the plate of their data."""
+        if component.nests:
+            raise NotCompiled("rows nested by an index")
         joint_states(component, self.run, MAX_STATES)
 
     def e_step(self, params: Params) -> Expectation:

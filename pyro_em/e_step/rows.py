@@ -28,6 +28,8 @@ def site_layouts(
     :param complement: leave out the last of indicators that sum to one.
     :raises NotCompiled: for a family without natural form, or arguments that vary along the rows.
     """
+    if component.nests:
+        raise NotCompiled("rows nested by an index")
     root = root_order(component, run, graph)
     num_rows = math.prod(graph.plate_sizes[d] for d in root)
     layouts, begin = [], 1

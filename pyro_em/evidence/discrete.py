@@ -52,7 +52,13 @@ class Evidence:
 def contract(graph: FactorGraph, component: Component, factors: Packed, elimination: Elimination = "sum") -> Tensor:
     """Eliminate the latents of one component; the result is packed over its root plates."""
     tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-    ring = LogDensityRing(elimination, names=graph.symbol_sites, max_bytes=settings.max_table_bytes)
+    ring = LogDensityRing(
+        elimination,
+        names=graph.symbol_sites,
+        max_bytes=settings.max_table_bytes,
+        nests=component.nests,
+        sizes=graph.plate_sizes,
+    )
     chained: set[str] = set()
     for loop in component.loops:
         chained |= {*loop.heads, *loop.rest}
@@ -60,7 +66,7 @@ def contract(graph: FactorGraph, component: Component, factors: Packed, eliminat
         tree.setdefault(shared, []).append(term)
     for name in component.factors:
         if name not in chained:
-            tree.setdefault(graph.factors[name].plates, []).append(factors[name])
+            tree.setdefault(component.ordinal(graph.factors[name].plates), []).append(factors[name])
     outside = component.symbols - {graph.factors[name].symbol for name in chained}
     try:
         # A component of continuous latents alone has been integrated out already.
@@ -76,10 +82,8 @@ def contract(graph: FactorGraph, component: Component, factors: Packed, eliminat
     total: Tensor | None = None
     for terms in contracted.values():
         for term in terms:
-            dims = dims_of(term)
-            gone = [i for i, d in enumerate(dims) if d not in component.root]
-            kept = "".join(d for d in dims if d in component.root)
-            term = with_dims(term.sum(gone) if gone else term, kept)
+            term = ring.product(term, set(dims_of(term)) - component.root)
+            kept = dims_of(term)
             if total is None:
                 total = term
             else:

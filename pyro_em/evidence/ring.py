@@ -19,7 +19,7 @@ Tables are checked against a memory limit before they are allocated.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from pyro_em.errors import ResourceError
 from pyro_em.model.compat import dims_of, with_dims
+from pyro_em.model.nests import Nests, sum_over
 
 Elimination = Literal["sum", "max", "sample"]
 
@@ -94,15 +95,23 @@ class LogDensityRing(Ring):
 
     :param names: site name of each enumeration symbol, for messages.
     :param max_bytes: largest table that may be allocated.
+    :param nests: plates that are nested in others by an index (model/nests.py), and `sizes` of plates.
     """
 
     def __init__(
-        self, elimination: Elimination, *, names: dict[str, str] | None = None, max_bytes: float = math.inf
+        self,
+        elimination: Elimination,
+        *,
+        names: dict[str, str] | None = None,
+        max_bytes: float = math.inf,
+        nests: Nests | None = None,
+        sizes: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.elimination = elimination
         self.names = names or {}
         self.max_bytes = max_bytes
+        self.nests, self.sizes = nests or {}, sizes or {}
 
     def _eliminate(self, x: Tensor) -> Tensor:
         if self.elimination == "sum":
@@ -162,12 +171,7 @@ class LogDensityRing(Ring):
 
     def product(self, term: Tensor, ordinal: Iterable[str]) -> Tensor:
         """Sum log-factors over the plates in `ordinal` (a product of independent densities)."""
-        dims = dims_of(term)
-        gone = [dims.index(d) for d in ordinal if d in dims]
-        if not gone:
-            return term
-        kept = "".join(d for d in dims if d not in set(ordinal))
-        return with_dims(term.sum(gone), kept)
+        return sum_over(term, ordinal, self.nests, self.sizes)
 
     def inv(self, term: Tensor) -> Tensor:
         raise NotImplementedError("Marginals come from the gradient; no division is needed.")

@@ -19,9 +19,11 @@ from torch import Tensor
 from pyro_em.device import checked_indices
 from pyro_em.errors import Refusal
 from pyro_em.model.compat import detached, dims_of
-from pyro_em.model.density import log_density, packed_log_density
+from pyro_em.model.density import packed_log_density
+from pyro_em.model.indexed import Indexed, run_enumerated
 from pyro_em.model.packing import align
-from pyro_em.model.trace import Run, SiteRecord, quiet_store, run_model
+from pyro_em.model.stacking import stack
+from pyro_em.model.trace import Run, SiteRecord, quiet_store
 from pyro_em.types import Model, Params
 
 Shapes = Mapping[str, tuple[torch.Size, torch.Size]]
@@ -42,6 +44,8 @@ class AtomRuns:
     shapes: Shapes
     symbols: Mapping[str, Mapping[int, str]] = dataclasses.field(default_factory=dict)
     looped: bool = False
+    indexed: Indexed | None = None
+    nesting: int = 0  # dims that enumeration leaves free: plates, atoms, states of `indexed`
 
     def one(self, params: Params, values: Mapping[str, Tensor]) -> Run:
         """The run at one value of each latent, in the latents' own shapes."""
@@ -55,20 +59,49 @@ class AtomRuns:
         for name, value in values.items():
             symbol = self.symbols[name][self.dim]
             counts[symbol] = max(counts.get(symbol, 1), value.shape[self.axis(name, value)])
-        runs = [self._run(params, self.atom(values, s), {}) for s in range(max(counts.values()))]
+        runs = [self._run(params, self._kept(values, s), {}) for s in range(max(counts.values()))]
         return stack(runs, self.dim, self.symbols, counts)
 
     def _run(self, params: Params, values: Mapping[str, Tensor], symbols: Mapping[str, Mapping[int, str]]) -> Run:
         with quiet_store(), pyro.validation_enabled(False):
-            return run_model(
+            return run_enumerated(
+                self.indexed,
                 self.model,
                 self.args,
                 self.kwargs,
-                {**params, **values},
-                max_plate_nesting=-self.dim,
+                params,
+                lambda states: self._in_states(values, states),
+                apart=self._apart(values),
+                max_plate_nesting=self.nesting or -self.dim,
                 integrated=frozenset(self.shapes),
                 symbols=symbols,
             )
+
+    def _kept(self, values: Mapping[str, Tensor], s: int) -> dict[str, Tensor]:
+        """Atom number s of each latent in the states of the indexed latents that it depends on; see `atom`."""
+        if self.indexed is None:
+            return self.atom(values, s)
+        axes = {name: self.axis(name, value) for name, value in values.items()}
+        return {n: v.narrow(axes[n], min(s, v.shape[axes[n]] - 1), 1) for n, v in values.items()}
+
+    def _apart(self, values: Mapping[str, Tensor]) -> bool:
+        """Whether the values are others in other states of an indexed latent."""
+        dims = () if self.indexed is None else (latent.dim for latent in self.indexed.latents)
+        places = [(v, v.dim() - len(self.shapes[n][1]) + d) for d in dims for n, v in values.items()]
+        return any(place >= 0 and v.shape[place] > 1 for v, place in places)
+
+    def _in_states(self, values: Mapping[str, Tensor], states: Mapping[int, int]) -> dict[str, Tensor]:
+        """Values of the latents where indexed discrete latents are in the given states, by their dims."""
+        found = {}
+        for name, value in values.items():
+            (batch, event), own = self.shapes[name], value
+            for dim, k in states.items():
+                axis = own.dim() - len(event) + dim
+                if axis >= 0 and own.shape[axis] > 1:
+                    own = own.narrow(axis, k, 1)
+            lead = own.dim() - len(batch) - len(event)
+            found[name] = own.reshape([*batch, *event]) if states and own.shape[:lead].numel() == 1 else own
+        return found
 
     def axis(self, name: str, value: Tensor) -> int:
         """Where a latent's atoms have their dim."""
@@ -116,59 +149,3 @@ def _equal(a: SiteRecord, b: SiteRecord) -> bool:
     dims = "".join(dict.fromkeys(dims_of(x) + dims_of(y)))
     x, y = align(x, dims), align(y, dims)
     return x.shape == y.shape and torch.allclose(x, y, rtol=1e-6, atol=1e-6, equal_nan=True)
-
-
-def stack(
-    runs: Sequence[Run], dim: int, symbols: Mapping[str, Mapping[int, str]], counts: Mapping[str, int] | None = None
-) -> Run:
-    """One run from several that differ in the latents' values, along `dim` of the sites in `symbols`.
-
-    :param counts: how many of the runs count for the sites of a symbol; all by default.
-    """
-    first = runs[0]
-    sites = {}
-    for name, site in first.sites.items():
-        if name in symbols:
-            count = len(runs) if counts is None else counts[symbols[name][dim]]
-            site = _stacked([run.sites[name] for run in runs[:count]], dim, symbols[name])
-        sites[name] = site
-    return dataclasses.replace(first, sites=sites)
-
-
-def _stacked(sites: Sequence[SiteRecord], dim: int, symbols: Mapping[int, str]) -> SiteRecord:
-    first = sites[0]
-    named = {**first.symbols, **symbols}
-    event = first.fn.event_dim
-    value = joined([s.value for s in sites], dim, event)
-    if first.family is None or first.arguments is None:
-        table = joined([log_density(s, masked=False) for s in sites], dim, 0)
-        return dataclasses.replace(first, symbols=named, fn=_Tabulated(first.fn, table), value=value)
-    arguments = {
-        a: joined([(s.arguments or {})[a] for s in sites], dim, first.family.arguments[a] + first.element_dims)
-        for a in first.arguments
-    }
-    batch = list((1,) * (-dim - len(first.batch_shape)) + first.batch_shape)
-    batch[dim] = len(sites)
-    return dataclasses.replace(first, symbols=named, arguments=arguments, value=value, batch_shape=tuple(batch))
-
-
-def joined(parts: Sequence[Tensor], dim: int, trailing: int) -> Tensor:
-    """The parts along `dim` of their batch (`trailing` dims stand right of it), or the first if all are one."""
-    first = parts[0]
-    if all(p is first or (not p.requires_grad and torch.equal(p, first)) for p in parts):
-        return first
-    rank = trailing - dim
-    padded = [p.reshape((1,) * (rank - p.dim()) + tuple(p.shape)) if p.dim() < rank else p for p in parts]
-    return torch.cat(padded, padded[0].dim() - trailing + dim)
-
-
-class _Tabulated:
-    """A distribution of unknown family at several atoms: its log-density is a table."""
-
-    def __init__(self, fn: Any, table: Tensor) -> None:
-        self.fn, self.table = fn, table
-        self.event_dim, self.event_shape, self.batch_shape = fn.event_dim, fn.event_shape, fn.batch_shape
-        self.support = fn.support
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return self.table

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em.device import checked_indices
-from pyro_em.errors import PyroEMError
+from pyro_em.errors import InputError, PyroEMError
 from pyro_em.model import compat
 from pyro_em.model.data import check_arguments, check_data, check_sites, plain_support
 from pyro_em.model.flat import some_value
@@ -229,3 +229,23 @@ def _capture(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], kind: 
         for name, record in observe.parameters.items()
     }
     return Capture(parameters, sites, depth, tuple(met), observe.minibatches, frozenset(below_zero))
+
+
+def parameter_records(
+    seen: Capture, sites: Collection[str], params: Mapping[str, Tensor]
+) -> dict[str, ParameterRecord]:
+    """All parameters, the sample sites among them, at `params` where these are given, else at the model's own values.
+
+    :raises InputError: for one that is no floating point number.
+    """
+    records = dict(seen.parameters)
+    for name in sites:
+        site = seen.sites[name]
+        records[name] = ParameterRecord(name, site.value.detach().clone(), site.fn.support, "sample")
+    for name, value in params.items():
+        if name in records:
+            records[name] = dataclasses.replace(records[name], value=value.detach().clone())
+    for record in records.values():
+        if not record.value.is_floating_point():
+            raise InputError(f"Parameter '{record.name}' has dtype {record.value.dtype}; use a floating point one.")
+    return records

@@ -25,6 +25,7 @@ from pyro_em.model.density import log_density, packed_log_density
 from pyro_em.model.few_rows import Rows, leading_rows
 from pyro_em.model.first import FirstElements
 from pyro_em.model.graph import FactorGraph
+from pyro_em.model.nests import at_rows
 from pyro_em.model.packing import align
 from pyro_em.model.repeatable import refuse_changing
 from pyro_em.model.slicing import ROWS, first_rows, plate_to_cut
@@ -70,7 +71,8 @@ def _against_drawn(
     kwargs: dict[str, Any],
     params: Mapping[str, Tensor],
 ) -> None:
-    plate = plate_to_cut(enumerated)
+    nested = any(component.nests for component in graph.components)
+    plate = None if nested else plate_to_cut(enumerated)
 
     def drawn(first: FirstElements | None = None, rows: Rows | None = None, values: Values | None = None) -> Run:
         with torch.no_grad(), quiet_store(), pyro.validation_enabled(False):
@@ -138,7 +140,9 @@ def _compare(enumerated: Run, factors: Mapping[str, Tensor], plain: Run, graph: 
             )
         own = plain.sites[name]
         expected = compat.pack(log_density(own, masked=not site.latent).detach(), own.symbols)
-        found = _lookup(factors[name], states, graph)
+        nests = next((c.nests for c in graph.components if name in c.factors), {})
+        here = {n: at_rows(state, site.plate_dims, nests, graph.plate_sizes) for n, state in states.items()}
+        found = _lookup(factors[name], here, graph)
         dims = "".join(dict.fromkeys(compat.dims_of(expected) + compat.dims_of(found)))
         a, b = align(expected, dims), align(found, dims)
         a, b = torch.broadcast_tensors(a, b)

@@ -4,8 +4,8 @@ Built once from one enumerated run. A *component* is a set of factors connected 
 is the set of plates that all of its factors share, so log Z of a component is a tensor over its root plates, and a
 weight w_n of a plate element multiplies log Z_n there.
 
-Refused here: several scales in one component, tensor-valued scales, weights on a plate that a component's factors do
-not all share.
+Refused here and in components.py: several scales in one component, tensor-valued scales, weights on a plate that a
+component's factors do not all share.
 """
 
 from __future__ import annotations
@@ -21,9 +21,14 @@ from torch import Tensor
 from pyro_em.errors import InputError, Refusal
 from pyro_em.model import compat
 from pyro_em.model.chained import ChainedLoop, chained_loops
+from pyro_em.model.components import Component, components_of
+from pyro_em.model.nested import Nesting
+from pyro_em.model.nests import at_rows, closure
 from pyro_em.model.packing import multiply
 from pyro_em.model.relevance import relevance_of
 from pyro_em.model.trace import Run, SiteRecord
+
+__all__ = ["Component", "FactorGraph", "FactorInfo", "build_graph", "independent_plates"]
 
 
 @dataclass(frozen=True)
@@ -40,20 +45,6 @@ class FactorInfo:
     enumerated: bool
     symbol: str | None
     weight: Tensor | None
-
-
-@dataclass(frozen=True)
-class Component:
-    """Factors connected through latents; `root` are the plate symbols that all of them share.
-
-    `loops` are the loops over time whose steps are chained in it (as far as they are in this component).
-    """
-
-    factors: tuple[str, ...]
-    symbols: frozenset[str]
-    root: frozenset[str]
-    weight: Tensor | None
-    loops: tuple[ChainedLoop, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,6 +118,7 @@ def build_graph(
     parameters: frozenset[str],
     weights: Mapping[str, Tensor],
     atoms: Mapping[str, str] | None = None,
+    maps: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> FactorGraph:
     """Factor graph of an enumerated run.
 
@@ -134,6 +126,7 @@ def build_graph(
     :param parameters: names of the parameter-role sample sites (their factors are priors).
     :param weights: plate name -> weights of its elements, shape (N,).
     :param atoms: symbol of the dim of values of each set of continuous latents -> the first of these latents.
+    :param maps: element that every row of a site reads of a latent in other plates, by site and latent (row_maps.py).
     :raises Refusal, InputError: see the module docstring.
     """
     atoms = atoms or {}
@@ -144,7 +137,8 @@ def build_graph(
     chained = {loop.loop.plate for loop in loops}  # steps that depend on each other have no weights
     plates = {plate: symbol for plate, symbol in run.plate_symbols.items() if plate not in chained}
     weight_of = _plate_weights(weights, plates, plate_sizes)
-    relevance = relevance_of(run, packed, symbol_sites, loops)
+    nesting = Nesting(run, plate_sizes, maps or {})
+    relevance = relevance_of(run, packed, symbol_sites, loops, nesting.lifted)
     latents = {**symbol_sites, **atoms}
     enumerated = {name: set(compat.dims_of(packed[name])) & set(latents) for name in run.sites}
     priors = tuple(name for name in run.sites if name in parameters)
@@ -157,12 +151,18 @@ def build_graph(
                 "index it by the latent instead (loc[z]), or give the prior without the latent.",
             )
     names = [name for name in run.sites if name not in parameters]
-    components = _components(run, names, enumerated, weight_of, loops)
-    inside = {name for component in components for name in component.factors}
+    components = components_of(run, names, enumerated, weight_of, loops, nesting)
+    inside = {name: component for component in components for name in component.factors}
     factors: dict[str, FactorInfo] = {}
     for name in run.sites:
         site = run.sites[name]
-        weight = _count_weight(site, relevance.get(name), weight_of, name in parameters)
+        nests = inside[name].nests if name in inside else {}
+        own = {
+            d: at_rows(w, site.plate_dims, nests, plate_sizes)
+            for d, w in weight_of.items()
+            if d in closure(site.plate_dims, nests)
+        }
+        weight = _count_weight(site, relevance.get(name), own, name in parameters)
         factors[name] = FactorInfo(
             name, compat.dims_of(packed[name]), site.plate_dims, site.enumerated, site.symbol, weight
         )
@@ -214,9 +214,8 @@ def _count_weight(
     site: SiteRecord, relevance: Tensor | None, weights: Mapping[str, Tensor], prior: bool
 ) -> Tensor | None:
     weight: Tensor | None = None
-    for symbol, own in weights.items():
-        if symbol in site.plate_dims and not prior:
-            weight = multiply(weight, own)
+    for own in weights.values():
+        weight = weight if prior else multiply(weight, own)
     if isinstance(site.scale, Tensor) and site.scale.numel() > 1:
         weight = multiply(weight, compat.pack(site.scale, site.symbols))
     elif float(site.scale) != 1.0:
@@ -225,76 +224,3 @@ def _count_weight(
         mask = compat.pack(site.mask.to(torch.get_default_dtype()), site.symbols)
         weight = multiply(weight, mask)
     return multiply(weight, relevance)
-
-
-def _components(
-    run: Run,
-    names: list[str],
-    enumerated: Mapping[str, set[str]],
-    weights: Mapping[str, Tensor],
-    loops: tuple[ChainedLoop, ...],
-) -> tuple[Component, ...]:
-    groups: list[tuple[set[str], list[str]]] = []
-    for name in names:
-        if not enumerated[name]:
-            continue
-        symbols, members = set(enumerated[name]), [name]
-        rest = []
-        for group in groups:
-            if group[0] & symbols:
-                symbols |= group[0]
-                members = group[1] + members
-            else:
-                rest.append(group)
-        groups = [*rest, (symbols, members)]
-    order = {name: i for i, name in enumerate(run.sites)}
-    return tuple(
-        _component(run, tuple(sorted(members, key=order.__getitem__)), frozenset(symbols), weights, loops)
-        for symbols, members in sorted(groups, key=lambda group: min(order[m] for m in group[1]))
-    )
-
-
-def _component(
-    run: Run,
-    members: tuple[str, ...],
-    symbols: frozenset[str],
-    weights: Mapping[str, Tensor],
-    loops: tuple[ChainedLoop, ...],
-) -> Component:
-    root = frozenset.intersection(*(run.sites[name].plate_dims for name in members))
-    weight: Tensor | None = None
-    for symbol, own in weights.items():
-        touched = [name for name in members if symbol in run.sites[name].plate_dims]
-        if touched and symbol not in root:
-            outside = next(name for name in members if symbol not in run.sites[name].plate_dims)
-            raise Refusal(
-                touched[0],
-                f"weights were given for a plate which '{outside}', coupled to it by latents, stands outside of.",
-                "weight a plate that all of them stand in (a group as a row of a table, with a mask), or repeat rows.",
-            )
-        if symbol in root:
-            weight = multiply(weight, own)
-    scales = {}
-    for name in members:
-        scale = run.sites[name].scale
-        if isinstance(scale, Tensor) and scale.numel() > 1:
-            raise Refusal(
-                name,
-                "poutine.scale with a tensor does not commute with summing out a discrete latent.",
-                'use fit(..., weights={"plate": w}), which multiplies the log-evidence of each element.',
-            )
-        scales[name] = float(scale)
-    if len(set(scales.values())) > 1:
-        first = next(iter(scales))
-        other = next(name for name in scales if scales[name] != scales[first])
-        raise Refusal(
-            other,
-            f"its scale {scales[other]:g} differs from the scale {scales[first]:g} of '{first}', with which a "
-            "discrete latent is summed out.",
-            "scale the whole component alike (one poutine.scale or one subsampled plate around all of it).",
-        )
-    scale = scales[members[0]]
-    if scale != 1.0:
-        weight = multiply(weight, compat.with_dims(torch.tensor(scale), ""))
-    parts = (loop.part(members, symbols) for loop in loops)
-    return Component(members, symbols, root, weight, tuple(part for part in parts if part is not None))

@@ -18,6 +18,8 @@ import torch
 from pyro.ops.provenance import ProvenanceTensor, extract_provenance, track_provenance
 from torch import Tensor
 
+from pyro_em.model.row_index import check_range
+
 PLAIN = frozenset((Tensor, torch.nn.Parameter, int, float, bool, str, type(None), torch.Size, torch.dtype, slice))
 INTEGERS = frozenset({torch.int8, torch.int16, torch.int32, torch.int64})
 
@@ -42,6 +44,8 @@ class _Traced(ProvenanceTensor):
         met = _met.get() if func is Tensor.__getitem__ else None
         if met is not None and has_below_zero(args[1]):
             met.update(extract_provenance(args[0])[1])
+        if isinstance(args[0] if args else None, ProvenanceTensor):
+            check_range(func, args, kwargs or {})
         found = func(*_taken_off(args, names), **_taken_off(kwargs or {}, names))
         return _with(found, frozenset(names))
 

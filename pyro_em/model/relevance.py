@@ -7,7 +7,7 @@ M-step (it would change the iterates, though not the limit).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,13 +17,20 @@ from pyro_em.model.chained import ChainedLoop, relevant_later, shifted
 from pyro_em.model.packing import align
 from pyro_em.model.trace import Run, SiteRecord
 
+Lifted = Callable[[Tensor | None, str, str], Tensor | None]
+
 
 def relevance_of(
-    run: Run, packed: Mapping[str, Tensor], symbol_sites: Mapping[str, str], loops: Sequence[ChainedLoop] = ()
+    run: Run,
+    packed: Mapping[str, Tensor],
+    symbol_sites: Mapping[str, str],
+    loops: Sequence[ChainedLoop] = (),
+    lifted: Lifted = lambda flag, reader, latent: flag,
 ) -> dict[str, Tensor]:
     """For each latent with barren elements, a packed 0/1 tensor over its plates; absent = all relevant.
 
     In a loop whose steps are run together a latent's children are also the sites of later steps that read it.
+    :param lifted: where a site makes a latent of other plates relevant, given where the site itself is.
     """
     children: dict[str, list[str]] = {name: [] for name in symbol_sites.values()}
     for name in run.sites:
@@ -43,7 +50,7 @@ def relevance_of(
                 relevant[name] = None  # a single state has no dim, so that its children cannot be seen
             else:
                 # A continuous latent may stand before the discrete one that its atoms depend on.
-                own = [relevant.get(child) for child in children[name]]
+                own = [lifted(relevant.get(child), child, name) for child in children[name]]
                 own += [
                     _steps_before(before.get(child, _nowhere()), run.sites[child], *how) for child, how in later[name]
                 ]

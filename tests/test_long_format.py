@@ -1,0 +1,263 @@
+"""Discrete latents read by an index from rows of another plate (`z[group]`), beside the laws over zoo_long.py.
+
+Oracles: the same model in wide form (a padded table with a mask), and enumeration of every assignment in plain Pyro.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.ops.indexing import Vindex
+from torch import Tensor
+
+import pyro_em
+from pyro_em import Refusal
+from tests import zoo_long
+from tests.classics import positive, simplex
+from tests.oracles import enumerate_model
+
+
+def _rows(G: int, longest: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Group, time and value of each row, groups of 1 to `longest` rows in no order."""
+    rng = torch.Generator().manual_seed(seed)
+    group = torch.arange(G).repeat_interleave(torch.randint(1, longest + 1, (G,), generator=rng))
+    group = group[torch.randperm(len(group), generator=rng)]
+    t = torch.randint(0, 4, (len(group),), generator=rng).double()
+    classes = torch.randint(0, 2, (G,), generator=rng)[group]
+    lines = torch.tensor([-1.0, 1.0])[classes] + torch.tensor([0.4, -0.2])[classes] * t
+    return group, t, lines + 0.8 * torch.randn(len(group), generator=rng)
+
+
+def _wide(group: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
+    """Columns as tables (G, longest), and which of their cells are rows."""
+    count = torch.bincount(group)
+    order = torch.argsort(group, stable=True)
+    place = torch.cat([torch.arange(int(n)) for n in count])
+    tables = [torch.zeros(len(count), int(count.max())) for _ in range(len(columns) + 1)]
+    for table, column in zip(tables, (*columns, torch.ones(len(group))), strict=True):
+        table[group[order], place] = column[order]
+    return (*tables[:-1], tables[-1].bool())
+
+
+def growth_wide(t: Tensor, y: Tensor, seen: Tensor, K: int = 2) -> None:
+    w = pyro.param("w", torch.ones(K) / K, constraint=simplex)
+    a, b = pyro.param("a", torch.zeros(K)), pyro.param("b", torch.zeros(K))
+    sd = pyro.param("sd", torch.tensor(1.0), constraint=positive)
+    with pyro.plate("groups", len(y), dim=-2):
+        z = pyro.sample("z", dist.Categorical(w))
+        with pyro.plate("times", y.shape[1], dim=-1):
+            pyro.sample("y", dist.Normal(a[z] + b[z] * t, sd).mask(seen), obs=y)
+
+
+START = {"w": [0.4, 0.6], "a": [-0.5, 0.5], "b": [0.1, 0.0], "sd": 1.0}
+
+
+def _start() -> dict[str, Tensor]:
+    return {name: torch.tensor(value) for name, value in START.items()}
+
+
+def test_long_is_wide() -> None:
+    """Update by update, to rounding, over 60 groups of unequal lengths; also their log-likelihoods and posteriors."""
+    group, t, y = _rows(60, 6)
+    long = pyro_em.fit(zoo_long.growth_classes, group, t, y, 60, init=_start(), max_iter=8, tol=0)
+    table = _wide(group, t, y)
+    wide = pyro_em.fit(growth_wide, *table, init=_start(), max_iter=8, tol=0)
+    for name, value in wide.params.items():
+        torch.testing.assert_close(long.params[name], value, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        torch.tensor(long.history["score"]), torch.tensor(wide.history["score"]), rtol=1e-7, atol=0
+    )
+    torch.testing.assert_close(long.log_prob(), wide.log_prob().reshape(-1), rtol=1e-10, atol=1e-10)
+    own, other = long.posterior(), wide.posterior()
+    assert own.marginal("z").probs.shape == (60, 2)
+    torch.testing.assert_close(own.marginal("z").probs, other.marginal("z").probs.reshape(60, 2), rtol=1e-9, atol=1e-12)
+    assert own.entropy() == pytest.approx(other.entropy(), rel=1e-9)
+    assert torch.equal(own.mode()["z"], other.mode()["z"].reshape(-1))
+    assert (long.bic, long.icl) == (pytest.approx(wide.bic, rel=1e-10), pytest.approx(wide.icl, rel=1e-9))
+    errors, others = long.standard_errors(), wide.standard_errors()
+    for name in errors:
+        torch.testing.assert_close(errors[name], others[name], rtol=1e-6, atol=1e-9)
+
+
+FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "position": lambda z, group: z[group],
+    "last dim": lambda z, group: z[..., group],
+    "index_select": lambda z, group: torch.index_select(z, 0, group),
+    "gather": lambda z, group: z.gather(-1, group),
+    "Vindex": lambda z, group: Vindex(z)[..., group],
+    "one-hot": lambda z, group: (torch.nn.functional.one_hot(group).double() @ z.double()).long(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_any_way_to_index(form: str) -> None:
+    group, _, y = _rows(5, 4, 1)
+
+    def model(group: Tensor, y: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor([-0.5, 0.7]))
+        with pyro.plate("groups", 5):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6])))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(loc[FORMS[form](z, group)], 1.0), obs=y)
+
+    result = pyro_em.fit(model, group, y, max_iter=2, tol=0)
+    truth = enumerate_model(model, (group, y), result.params)
+    assert result.log_likelihood == pytest.approx(float(truth.log_evidence), rel=1e-12)
+    torch.testing.assert_close(result.posterior().marginal("z").probs, truth.marginal("z"), rtol=1e-9, atol=1e-12)
+
+
+def multilevel(school: Tensor, pupil: Tensor, y: Tensor) -> None:
+    """Classes of pupils within classes of schools (Vermunt 2003); rows read the pupil."""
+    pi = pyro.param("pi", torch.tensor([0.4, 0.6]), constraint=simplex)
+    A = pyro.param("A", torch.tensor([[0.7, 0.3], [0.25, 0.75]]), constraint=simplex)
+    loc = pyro.param("loc", torch.tensor([-0.5, 0.7]))
+    with pyro.plate("schools", 3):
+        u = pyro.sample("u", dist.Categorical(pi))
+    with pyro.plate("pupils", len(school)):
+        w = pyro.sample("w", dist.Categorical(A[u[school]]))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(loc[w[pupil]], 1.0), obs=y)
+
+
+def both_levels(school: Tensor, pupil: Tensor, y: Tensor) -> None:
+    """The rows read both; that pupils are nested in schools is known from the rows alone."""
+    table = pyro.param("table", torch.tensor([[-0.9, 0.2], [0.1, 1.3]]))
+    with pyro.plate("schools", 3):
+        u = pyro.sample("u", dist.Categorical(torch.tensor([0.4, 0.6])))
+    with pyro.plate("pupils", len(school)):
+        w = pyro.sample("w", dist.Categorical(torch.tensor([0.3, 0.7])))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(table[u[school[pupil]], w[pupil]], 1.0), obs=y)
+
+
+@pytest.mark.parametrize("model", [multilevel, both_levels], ids=lambda m: m.__name__)
+def test_nested_groups(model: Callable[..., None]) -> None:
+    school, pupil = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 4, 0, 3, 1])
+    y = torch.randn(12, generator=torch.Generator().manual_seed(3)) + torch.tensor([0.0, 2, 0, 3, -2])[pupil]
+    result = pyro_em.fit(model, school, pupil, y, max_iter=3, tol=0)
+    truth, posterior = enumerate_model(model, (school, pupil, y), result.params), result.posterior()
+    assert result.log_likelihood == pytest.approx(float(truth.log_evidence), rel=1e-12)
+    for site in ("u", "w"):
+        torch.testing.assert_close(posterior.marginal(site).probs, truth.marginal(site), rtol=1e-9, atol=1e-12)
+    assert {n: v.tolist() for n, v in posterior.mode().items()} == {n: v.tolist() for n, v in truth.mode()[1].items()}
+    assert posterior.entropy() == pytest.approx(truth.entropy(), rel=1e-9)
+    drawn = posterior.sample(2000)["w"].double().mean(0)
+    torch.testing.assert_close(drawn, truth.marginal("w")[:, 1], rtol=0, atol=0.05)
+    assert result.log_prob().shape == (3,)
+
+
+def test_a_latent_in_two_plates_and_groups_without_rows() -> None:
+    """z[site, month] of a grid of latents; some cells of it have no row, one row of each argument has no effect."""
+    place, month = torch.tensor([0, 0, 1, 2, 2, 0]), torch.tensor([0, 1, 1, 0, 0, 1])
+    x, y = torch.tensor([0.0, 1, 1, 2, 1, 1]), torch.tensor([0.3, 1.2, -0.7, 2.5, 1.1, 0.8])
+
+    def model(place: Tensor, month: Tensor, x: Tensor, y: Tensor) -> None:
+        slope = pyro.param("slope", torch.tensor([-0.5, 0.9]))
+        w = pyro.param("w", torch.tensor([0.4, 0.6]), constraint=simplex)
+        with pyro.plate("places", 3, dim=-2), pyro.plate("months", 2, dim=-1):
+            z = pyro.sample("z", dist.Categorical(w))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(slope[z[..., place, month]] * x, 1.0), obs=y)
+
+    result = pyro_em.fit(model, place, month, x, y, max_iter=1, tol=0)
+    truth = enumerate_model(
+        model, (place, month, x, y), {n: torch.tensor(v) for n, v in {"slope": [-0.5, 0.9], "w": [0.4, 0.6]}.items()}
+    )
+    seen = truth.marginal("z")[place, month].unique(dim=0)  # of the cells with rows: the others do not count
+    assert len(seen) == 4
+    torch.testing.assert_close(result.params["w"], seen.mean(0), rtol=1e-10, atol=1e-12)
+    truth = enumerate_model(model, (place, month, x, y), result.params)
+    assert result.log_likelihood == pytest.approx(float(truth.log_evidence), rel=1e-12)
+    torch.testing.assert_close(result.posterior().marginal("z").probs, truth.marginal("z"), rtol=1e-9, atol=1e-12)
+    own = result.log_prob()  # a row that reads no state counts in its own group
+    assert float(own.sum()) == pytest.approx(result.log_likelihood, rel=1e-12)
+    alone = dist.Normal(0.0, 1.0).log_prob(y[0])
+    assert float(own[0, 0]) == pytest.approx(float(alone), rel=1e-12)
+
+
+def test_results_in_long_format() -> None:
+    group, t, y = _rows(8, 4, 2)
+    y = y.clone()
+    y[3] = torch.nan
+    result = pyro_em.fit(zoo_long.growth_classes, group, t, y, 8, init=_start(), max_iter=5, tol=0, missing="nan")
+    a, b = result.params["a"], result.params["b"]
+    q = result.posterior().marginal("z").probs
+    means = a[:, None] + b[:, None] * t  # (K, N)
+    imputed = result.impute()["y"]
+    assert float(imputed.mean[3]) == pytest.approx(float(q[group[3]] @ means[:, 3]), rel=1e-10)
+    spread = q[group[3]] @ (means[:, 3] - imputed.mean[3]) ** 2 + result.params["sd"] ** 2
+    assert float(imputed.variance[3]) == pytest.approx(float(spread), rel=1e-10)
+    draws = result.predictive(num_samples=3, seed=0)
+    assert draws["z"].shape == (3, 8) and draws["y"].shape == (3, len(y))
+    data: Any = result.to_inference_data(num_draws=20, latent_draws=7)
+    assert dict(data["latent_posterior"].sizes).get("groups") == 8, data["latent_posterior"]
+    assert dict(data["log_likelihood"].sizes).get("groups") == 8
+
+
+def test_rows_that_couple_elements_are_refused() -> None:
+    y, i, j = torch.randn(9), torch.arange(9) % 3, torch.arange(9) % 4
+
+    def pairs(y: Tensor, i: Tensor, j: Tensor) -> None:
+        table = pyro.param("table", torch.tensor([[0.1, 0.5], [0.7, -0.3]]))
+        with pyro.plate("nodes", 4):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(table[z[i], z[j]], 1.0), obs=y)
+
+    def crossing(y: Tensor, i: Tensor, j: Tensor) -> None:
+        table = pyro.param("table", torch.tensor([[0.1, 0.5], [0.7, -0.3]]))
+        with pyro.plate("rows_of", 3):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+        with pyro.plate("columns_of", 4):
+            w = pyro.sample("w", dist.Categorical(torch.ones(2) / 2))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(table[z[i], w[j]], 1.0), obs=y)
+
+    def alone(y: Tensor, i: Tensor, j: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor([0.1, 0.5]))
+        with pyro.plate("groups", 3):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+        pyro.sample("y", dist.Normal(loc[z[2]], 1.0), obs=y[0])
+
+    with pytest.raises(Refusal, match=r"'y'.*several elements of the discrete latent 'z'.*2\^4 states.*'svi'"):
+        pyro_em.fit(pairs, y, i, j)
+    with pytest.raises(Refusal, match=r"'y'.*'z' \(3 elements\) and 'w' \(4 elements\).*exponential.*'svi'"):
+        pyro_em.fit(crossing, y, i, j)
+    with pytest.raises(Refusal, match=r"'y'.*one element of the latent 'z'.*a plate \(of size 1"):
+        pyro_em.fit(alone, y, i, j)
+
+
+@pytest.mark.parametrize("latent", ["z", "b"])
+@pytest.mark.parametrize("select", [False, True])
+def test_an_index_out_of_range(latent: str, select: bool) -> None:
+    """Of a discrete and of a continuous latent: Python takes -1 for the last group."""
+
+    def model(group: Tensor, y: Tensor, seen: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor([0.1, 0.5] if latent == "z" else 0.1))
+        with pyro.plate("groups", 3):
+            if latent == "z":
+                value = loc[pyro.sample("z", dist.Categorical(torch.ones(2) / 2))]
+            else:
+                value = pyro.sample("b", dist.Normal(loc, 1.0))
+        with pyro.plate("rows", len(y)), pyro.poutine.mask(mask=seen):
+            own = torch.index_select(value, 0, group) if select else value[group]
+            pyro.sample("y", dist.Normal(own, 1.0), obs=y)
+
+    y, seen = torch.tensor([0.1, 0.7, -0.4, 1.3]), torch.ones(4, dtype=torch.bool)
+    with pytest.raises(pyro_em.InputError, match=rf"'{latent}'.*0 to 2.*by 3 in row 2 of the index"):
+        pyro_em.fit(model, torch.tensor([0, 1, 3, 2]), y, seen)
+    group = torch.tensor([0, -1, 2, -1])
+    said = r"by -1 in row 1 \(and 1 more\)" if select else r"row 1 \(and 1 more\).*below 0"
+    with pytest.raises(
+        pyro_em.InputError, match=f"(?s)'{latent}'.*{said}|{said}.*'{latent}'|row 1.*'{latent}'.*below 0"
+    ):
+        pyro_em.fit(model, group, y, seen)
+    if not select:  # rows behind a mask may have any index
+        masked = pyro_em.fit(model, group, y, group >= 0, max_iter=2, tol=0)
+        alone = pyro_em.fit(model, group[group >= 0], y[group >= 0], seen[:2], max_iter=2, tol=0)
+        assert masked.log_likelihood == pytest.approx(alone.log_likelihood, rel=1e-12)
