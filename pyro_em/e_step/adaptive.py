@@ -23,10 +23,11 @@ from pyro_em.device import seeded_normal
 from pyro_em.e_step.arguments import ArgumentsAt, Functions, check_served, opaque
 from pyro_em.e_step.base import Expectation, NotCompiled, Unread
 from pyro_em.e_step.interpreted import expectation
-from pyro_em.e_step.node_cumulants import Memory
 from pyro_em.e_step.node_location import NodeLocation, Place
+from pyro_em.e_step.node_placed import Placed
 from pyro_em.e_step.node_reading import Probe, read_rows
-from pyro_em.e_step.node_sets import Coefficients, Nodes, NodeSet, node_set
+from pyro_em.e_step.node_sets import Nodes, NodeSet, Predictors, node_set
+from pyro_em.e_step.node_tables import Memory
 from pyro_em.e_step.outside import Outside
 from pyro_em.evidence.discrete import weighted_sum
 from pyro_em.evidence.quadrature import QuadratureRoute
@@ -88,11 +89,11 @@ class Adaptive:
             self._fill(sufficient, solved)
         return Unread(torch.cat([totals, error]), sufficient, lambda: self._weights(solved))
 
-    def _solved(self, own: NodeSet, params: Params, sufficient: Sufficient) -> tuple[Coefficients, Nodes]:
-        b = {rows.name: rows.coefficients(params) for rows in own.rows}
-        nodes = own.solved(b, own.prior(sufficient.arguments), self._modes.get(own))
+    def _solved(self, own: NodeSet, params: Params, sufficient: Sufficient) -> tuple[Predictors, Nodes]:
+        at = {rows.name: Placed(rows, rows.coefficients(params)) for rows in own.rows}
+        nodes = own.solved(at, own.prior(sufficient.arguments), self._modes.get(own))
         self._keep(own, nodes.mode)
-        return b, nodes
+        return at, nodes
 
     def _keep(self, own: NodeSet, mode: Tensor) -> None:
         if own.concave:
@@ -106,10 +107,10 @@ class Adaptive:
         with torch.no_grad():
             sufficient = self._arguments(params)
             for own in self.sets:
-                b, nodes = self._solved(own, params, sufficient)
+                placed, nodes = self._solved(own, params, sufficient)
                 prior = own.prior(sufficient.arguments)
-                _, finer, _, _ = own.integrated(own.route.rule.doubled(), nodes.mode, nodes.spread, b, prior)
-                own.route.judge(*(x.reshape(own.route.layout.sizes) for x in (finer, nodes.log_z)))
+                _, joint, _ = own.integrated(own.route.rule.doubled(), nodes.mode, nodes.spread, placed, prior)
+                own.route.judge(*(x.reshape(own.route.layout.sizes) for x in (joint.logsumexp(0), nodes.log_z)))
 
     def _component(self, own: NodeSet) -> Component:
         symbol = own.route.latents.symbol
@@ -122,27 +123,28 @@ class Adaptive:
         size = with_dims(packed.abs(), dims_of(packed))
         return torch.stack([weighted_sum(packed, weight), weighted_sum(size, weight)])
 
-    def _fill(self, sufficient: Sufficient, solved: list[tuple[Coefficients, Nodes]]) -> None:
+    def _fill(self, sufficient: Sufficient, solved: list[tuple[Predictors, Nodes]]) -> None:
         """Let the M-step see the latents at their nodes, and the sites that read them through these."""
         values: dict[str, Tensor] = {}
         at: dict[str, tuple[NodeSet, Nodes]] = {}
         places: dict[str, Place] = {}
-        for own, (b, nodes) in zip(self.sets, solved, strict=True):
+        for own, (placed, nodes) in zip(self.sets, solved, strict=True):
             layout = own.route.layout
             z = nodes.z.permute(1, 2, 0).reshape(-1, *layout.sizes[1:], layout.num_columns)
             values |= layout.values(z, own.route.dtypes)
             at |= {site.name: (own, nodes) for site in own.latents}
             for rows in own.rows:
-                places[rows.name] = Place(rows, nodes, b[rows.name], nodes.tables.get(rows.name))
+                places[rows.name] = Place(nodes, placed[rows.name], nodes.tables[rows.name])
         for name, value in values.items():
             sufficient.sites[name] = dataclasses.replace(sufficient.sites[name], value=value)
         sufficient.problem = self.problem.at_atoms(values)
+        sites = sufficient.sites  # what follows does not hold the statistics, which hold it
 
         def moments_of(name: str, arguments: dict[str, Tensor]) -> SiteMoments:
             if name not in at:
                 return self._outside.moments(name, arguments)
             own, nodes = at[name]
-            site, info = sufficient.sites[name], self.problem.graph.factors[name]
+            site, info = sites[name], self.problem.graph.factors[name]
             plain = type(site.family) is NormalFamily and not site.element_dims
             if plain and argument_cells(site, arguments).numel() == 1:
                 return self._pooled_moments(site, nodes, arguments)
@@ -168,7 +170,7 @@ class Adaptive:
         moments = (w.sum(), first.sum(), (first * away).sum())
         return SiteMoments(tuple(m.reshape(cells) for m in moments), cells, center.reshape((1,) * len(cells)))
 
-    def _weights(self, solved: list[tuple[Coefficients, Nodes]]) -> Posteriors:
+    def _weights(self, solved: list[tuple[Predictors, Nodes]]) -> Posteriors:
         """Weights of the nodes at all factors, packed."""
         found: dict[str, Tensor] = {}
         for own, (_, nodes) in zip(self.sets, solved, strict=True):

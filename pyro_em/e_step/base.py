@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -40,7 +40,10 @@ class Expectation:
     climbed: float | None = None
     error: float = 0.0
 
-    @cached_property
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "posterior", cache(self.posterior))
+
+    @property
     def weights(self) -> Posteriors:
         """Posterior weights of every factor, packed like the factor (or the posterior of what is inside of a site)."""
         return self.posterior()

@@ -16,26 +16,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_em.e_step.node_rows import NodeRows
-from pyro_em.e_step.node_sets import Nodes, Table, cumulated, moments_of, table_of
+from pyro_em.e_step.node_placed import Placed, Tables, cumulated, first_of, second_of
+from pyro_em.e_step.node_sets import Nodes
 from pyro_em.sufficient import Sufficient
 
 
 @dataclass
 class Place:
-    """A site at the nodes of one E-step; the coefficients `b` move with the M-step, `table` belongs to the first."""
+    """A site at the nodes of one E-step; `placed` moves with the M-step, `tables` belong to it."""
 
-    rows: NodeRows
     nodes: Nodes
-    b: tuple[Tensor, ...]
-    table: Table | None
+    placed: Placed
+    tables: Tables
 
 
 class NodeLocation:
     """Q of one site as a function of a move δ of a block from a place."""
 
     def __init__(self, place: Place, starts: Mapping[str, int], size: int) -> None:
-        rows, nodes = place.rows, place.nodes
+        rows, nodes = place.placed.rows, place.nodes
         self.name, self.place, self.rows, self.nodes, self.block = (
             rows.name,
             place,
@@ -49,9 +48,10 @@ class NodeLocation:
         self.means = [ones, *((weights * z).sum(0, keepdim=True) for z in nodes.z)]  # of ζ_k, (1, G)
         self.reach = tuple(self._at_rows(self.means[k]) for k in self.block.columns)
         self._delta: Tensor | None = None
-        self._b, self._start = place.b, place.b
-        self._table: Table = ()
-        self._found: tuple[list[Tensor], dict[tuple[int, int], Tensor]] | None = None
+        self._start = place.placed
+        self._placed, self._tables = place.placed, place.tables
+        self._firsts: dict[tuple[int, ...], Tensor] = {}
+        self._seconds: dict[tuple[int, ...], Tensor] = {}
         self._gradient: Tensor | None = None
 
     def _at_rows(self, x: Tensor) -> Tensor:
@@ -64,28 +64,27 @@ class NodeLocation:
     def _moved(self, delta: Tensor) -> None:
         if self._delta is not None and torch.equal(self._delta, delta):
             return
-        self._delta, self._found, self._gradient = delta.clone(), None, None
+        self._delta, self._firsts, self._seconds, self._gradient = delta.clone(), {}, {}, None
         if not bool((delta != 0).any()):
-            kept = self.place.table if self.place.b is self._start else None
-            self._b = self._start
-            self._table = table_of(self.rows, self._b, self.nodes.z) if kept is None else kept
-            return
-        changed = list(self._start)
-        for k, change in zip(self.block.columns, self.block.change(delta), strict=True):
-            changed[k] = changed[k] + (change[:1] if self.rows.alike and k else change)
-        self._b = tuple(changed)
-        self._table = table_of(self.rows, self._b, self.nodes.z)
+            self._placed = self._start
+        else:
+            changed = list(self._start.b)
+            for k, change in zip(self.block.columns, self.block.change(delta), strict=True):
+                changed[k] = changed[k] + (change[:1] if self.rows.alike and k else change)
+            self._placed = Placed(self.rows, tuple(changed))
+        kept = self.place.placed is self._placed
+        self._tables = self.place.tables if kept else self._placed.tables(self.nodes.z)
 
     def value(self, delta: Tensor) -> Tensor:
         """Q up to a constant, as terms of one sign."""
         self._moved(delta)
         rows, a = self.rows, self.rows.cumulant.linear
         if rows.alike:
-            lines = [rows.events * own * mean for own, mean in zip(self._b[1:], self.means[1:], strict=True)]
+            lines = [rows.events * own * mean for own, mean in zip(self._placed.b[1:], self.means[1:], strict=True)]
         else:
-            lines = [a * own * reach for own, reach in zip(self._b[1:], self._reach_of_all[1:], strict=True)]
-        level = a * self._b[0] if rows.weight is None else a * self._b[0] * self._reach_of_all[0]
-        spread = -(self.weights * cumulated(rows, self._table))
+            lines = [a * own * reach for own, reach in zip(self._placed.b[1:], self._reach_of_all[1:], strict=True)]
+        level = a * self._placed.b[0] if rows.weight is None else a * self._placed.b[0] * self._reach_of_all[0]
+        spread = -(self.weights * cumulated(rows, self._tables))
         return torch.cat([x.reshape(-1) for x in (level, *lines, spread)])
 
     @property
@@ -93,42 +92,40 @@ class NodeLocation:
         known = dict(zip(self.block.columns, self.reach, strict=True))
         return [known[k] if k in known else self._at_rows(x) for k, x in enumerate(self.means)]
 
-    def _derivatives(self, delta: Tensor) -> tuple[list[Tensor], dict[tuple[int, int], Tensor]]:
-        self._moved(delta)
-        if self._found is not None:
-            return self._found
-        slopes: dict[int, Tensor] = {}
-        curvatures: dict[tuple[int, int], Tensor] = {}
-        columns, z = self.block.columns, self.nodes.z
-        known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+    def _first(self, *columns: int) -> Tensor:
+        """Σ_q w m A' (R,), weighted with the ζ of these columns (0 for 1)."""
+        key = tuple(k for k in columns if k)
+        if key not in self._firsts:
+            self._firsts[key] = first_of(self.rows, self._tables, self._weighted(key))
+        return self._firsts[key]
 
-        def moments(*ks: int) -> tuple[Tensor, Tensor]:
-            """Weighted with the ζ of those columns, of which the first is 1."""
-            key = tuple(k for k in ks if k)
-            if key not in known:
-                v = self.weights
-                for k in key:
-                    v = v * z[k - 1]
-                known[key] = moments_of(self.rows, self._table, v)
-            return known[key]
+    def _second(self, *columns: int) -> Tensor:
+        """The same of A''."""
+        key, first = tuple(k for k in columns if k), self._first(*columns)
+        if key not in self._seconds:
+            self._seconds[key] = second_of(self.rows, self._tables, self._weighted(key), first)
+        return self._seconds[key]
 
-        for i, k in enumerate(columns):
-            slopes[i] = self.rows.cumulant.linear * self.reach[i] - moments(k)[0]
-            for j in range(i, len(columns)):
-                curvatures[i, j] = moments(k, columns[j])[1]
-        self._found = [slopes[i] for i in range(len(columns))], curvatures
-        return self._found
+    def _weighted(self, key: tuple[int, ...]) -> Tensor:
+        v = self.weights
+        for k in key:
+            v = v * self.nodes.z[k - 1]
+        return v
 
     def gradient(self, delta: Tensor) -> Tensor:
         """∂Q/∂θ (P,)."""
-        slopes, _ = self._derivatives(delta)
+        self._moved(delta)
         if self._gradient is None:
-            self._gradient = self.block.pull(slopes)
+            a, pairs = self.rows.cumulant.linear, zip(self.block.columns, self.reach, strict=True)
+            self._gradient = self.block.pull([a * reach - self._first(k) for k, reach in pairs])
         return self._gradient
 
     def hessian(self, delta: Tensor) -> Tensor:
         """-∂²Q/∂θ² (P, P)."""
-        return self.block.gram(self._derivatives(delta)[1])
+        self._moved(delta)
+        columns = self.block.columns
+        pairs = ((i, j) for i in range(len(columns)) for j in range(i, len(columns)))
+        return self.block.gram({(i, j): self._second(columns[i], columns[j]) for i, j in pairs})
 
     def changes(self, delta: Tensor) -> dict[str, Tensor]:
         """Change of η at the posterior's mean, (R,)."""
@@ -138,5 +135,5 @@ class NodeLocation:
     def write(self, sufficient: Sufficient, delta: Tensor) -> None:
         """Move the place itself."""
         self._moved(delta)
-        self.place.b, self.place.table = self._b, self._table
+        self.place.placed, self.place.tables = self._placed, self._tables
         sufficient.touch(self.rows.name)

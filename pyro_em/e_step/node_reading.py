@@ -15,9 +15,10 @@ from torch import Tensor
 
 from pyro_em.design import Design
 from pyro_em.e_step.base import NotCompiled
-from pyro_em.e_step.node_cumulants import Cumulant, cumulant_of, kernel_of
+from pyro_em.e_step.node_cumulants import cumulant_of, kernel_of
 from pyro_em.e_step.node_panels import Panels, panels_of
 from pyro_em.e_step.node_rows import NodeRows
+from pyro_em.e_step.node_tables import Cumulant
 from pyro_em.errors import PyroEMError
 from pyro_em.evidence.quadrature import QuadratureRoute
 from pyro_em.kernels import Kernel
@@ -237,8 +238,8 @@ def _constant(
     zero = torch.zeros(1, panels.size, dtype=torch.float64)
     for panel in panels.panels:
         b = panel.of_rows(at)
-        table = cumulant.table(panel, b, panel.of_nodes(zero))
-        own = panel.over_rows(panel.of_rows(cumulant.linear) * b) - cumulant.sums(panel, table)
+        table = cumulant.table(panel, cumulant.base(panel, b), panel.of_nodes(zero))
+        own = panel.over_rows(panel.of_rows(cumulant.linear) * b) - table.sums
         linear = panel.into(linear, own, panels.size)
     return (total if linear is None else total - linear).squeeze(0)
 

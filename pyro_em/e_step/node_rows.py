@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pyro_em.design import Design
-from pyro_em.e_step.node_cumulants import Cumulant
 from pyro_em.e_step.node_panels import Panels
+from pyro_em.e_step.node_tables import Cumulant
 from pyro_em.m_step.unit import begins_of
 from pyro_em.model.predictor import Term
 from pyro_em.types import Params

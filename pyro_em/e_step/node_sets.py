@@ -10,6 +10,7 @@ Letters: G elements, K columns, Q nodes; R places of rows. Latents are (K, Q, G)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,18 +19,19 @@ from torch import Tensor
 
 from pyro_em.e_step.base import NotCompiled
 from pyro_em.e_step.node_cumulants import Curved
+from pyro_em.e_step.node_placed import Placed, Tables, cumulated, first_of, in_groups, over_rows, second_of
 from pyro_em.e_step.node_rows import NodeRows
 from pyro_em.e_step.node_steps import newton, root
 from pyro_em.evidence.quadrature import CLOSE, MAX_ITER, QuadratureRoute, no_mode
 from pyro_em.evidence.rule import Quadrature
 from pyro_em.families.multivariate_normal import MultivariateNormalFamily
 from pyro_em.families.normal import NormalFamily
-from pyro_em.families.numerics import precision_matrix
+from pyro_em.families.numerics import half_log_det, precision_matrix
 from pyro_em.model.trace import SiteRecord
+from pyro_em.softmax import softmax
 
-Coefficients = Mapping[str, tuple[Tensor, ...]]
-Lines = Mapping[str, list[Tensor]]
-Table = tuple[tuple[Tensor, ...], ...]  # of every panel
+LOG_2PI = math.log(2 * math.pi)
+Predictors = Mapping[str, Placed]
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Nodes:
     log_z: Tensor
     mode: Tensor
     spread: Tensor
-    tables: Mapping[str, Table]
+    tables: Mapping[str, Tables]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,26 +111,28 @@ class NodeSet:
         loc = by_element(arguments["loc"], event)
         if isinstance(site.family, MultivariateNormalFamily):
             precision = by_element(precision_matrix(dict(arguments)), torch.Size((k, k))).reshape(k, k, -1)
+            half = by_element(half_log_det(dict(arguments)), torch.Size(())).squeeze(0)
         else:
-            precision = torch.diag_embed(by_element(arguments["scale"], event).mT ** -2).movedim(0, -1)
-        norm = site.family.log_prob({**site.constants, **arguments}, arguments["loc"])  # type: ignore[union-attr]
-        entries = event[: site.element_dims]
-        norm = by_element(norm, entries).sum(0)
-        return Prior(loc, precision, norm)
+            scale = by_element(arguments["scale"], event)
+            precision, half = (scale**-2).unsqueeze(0), scale.log().sum(0)
+            if k > 1:
+                precision = torch.diag_embed(precision.squeeze(0).mT).movedim(0, -1)
+        return Prior(loc, precision, -(half + 0.5 * k * LOG_2PI))
 
-    def solved(self, b: Coefficients, prior: Prior, start: Tensor | None = None) -> Nodes:
+    def solved(self, at: Predictors, prior: Prior, start: Tensor | None = None) -> Nodes:
         """Modes, nodes and weights at the predictors' coefficients; the search starts at `start` (K, G) or 0.
 
         :raises NonFiniteError: if a posterior has no mode.
         """
-        mode, spread = self._modes(b, prior, start)
-        z, log_z, joint, tables = self.integrated(self.route.rule, mode, spread, b, prior)
-        return Nodes(z, (joint - log_z).exp(), log_z, mode, spread, tables)
+        mode, spread = self._modes(at, prior, start)
+        z, joint, tables = self.integrated(self.route.rule, mode, spread, at, prior)
+        weights, log_z = softmax(joint)
+        return Nodes(z, weights[: len(joint)], log_z.squeeze(0), mode, spread, tables)
 
     def integrated(
-        self, rule: Quadrature, mode: Tensor, spread: Tensor, b: Coefficients, prior: Prior
-    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Table]]:
-        """z (K, Q, G), log Z (G,), the terms of its sum (Q, G), and tables at the nodes."""
+        self, rule: Quadrature, mode: Tensor, spread: Tensor, at: Predictors, prior: Prior
+    ) -> tuple[Tensor, Tensor, dict[str, Tables]]:
+        """z (K, Q, G), the logarithms of the terms of Z (Q, G), and tables at the nodes."""
         if rule not in self._products:
             self._products[rule] = rule.product(len(mode))
         x, v = self._products[rule]
@@ -138,11 +142,10 @@ class NodeSet:
         else:
             z = mode[:, None] + torch.einsum("klg,ql->kqg", spread, x)
             volume = torch.linalg.slogdet(spread.movedim(-1, 0))[1]
-        f, tables = self._density(z, b, prior, self._lines(b))
-        joint = f + v.unsqueeze(-1) + volume
-        return z, joint.logsumexp(0), joint, tables
+        f, tables = self._density(z, at, prior)
+        return z, f.add_(v.unsqueeze(-1)).add_(volume), tables
 
-    def _density(self, z: Tensor, b: Coefficients, prior: Prior, lines: Lines) -> tuple[Tensor, dict[str, Table]]:
+    def _density(self, z: Tensor, at: Predictors, prior: Prior) -> tuple[Tensor, dict[str, Tables]]:
         """f (Q, G), and the tables behind it."""
         away = z - prior.loc.unsqueeze(1)
         if len(z) == 1:
@@ -153,28 +156,19 @@ class NodeSet:
             )
         tables = {}
         for site in self.rows:
-            tables[site.name] = table = table_of(site, b[site.name], z)
-            level, *slopes = lines[site.name]
-            f = f + level - cumulated(site, table)
-            for own, slope in zip(z, slopes, strict=True):
-                f = f + slope * own
+            placed = at[site.name]
+            tables[site.name] = own = placed.tables(z)
+            level, slopes = placed.line
+            f = f.add_(level).sub_(cumulated(site, own))
+            for along, slope in zip(z, slopes, strict=True):
+                f.addcmul_(slope, along)
         return f, tables
 
-    def _lines(self, b: Coefficients) -> Lines:
-        """Σ a η over the rows of each element is a line in z: its value at 0 and its slopes, (1, G) each."""
-        found = {}
-        for site in self.rows:
-            own, a = b[site.name], site.cumulant.linear
-            slopes = [k * site.events if site.alike else _over(site, a * k) for k in own[1:]]
-            found[site.name] = [_over(site, a * own[0]) + site.constant, *slopes]
-        return found
-
-    def _modes(self, b: Coefficients, prior: Prior, start: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _modes(self, at: Predictors, prior: Prior, start: Tensor | None) -> tuple[Tensor, Tensor]:
         """Modes (K, G) and L (K, K, G), by Newton's method as evidence/quadrature.py has it."""
         num = self.route.layout.num_columns
         z = torch.zeros(num, self.size, dtype=torch.float64) if start is None else start
-        lines = self._lines(b)
-        f, g, h = self._derivatives(z, b, prior, lines)
+        f, g, h = self._derivatives(z, at, prior)
         for _ in range(MAX_ITER):
             step, decrement = newton(g, h)
             if not bool(decrement.isfinite().all()):
@@ -184,18 +178,18 @@ class NodeSet:
                 if spread is None:
                     break
                 return z, spread
-            z, f, g, h = self._climbed(z, step, f, b, prior, lines)
+            z, f, g, h = self._climbed(z, step, f, at, prior)
         raise no_mode(self.route.latents.names[0])
 
     def _climbed(
-        self, z: Tensor, step: Tensor, f: Tensor, b: Coefficients, prior: Prior, lines: Lines
+        self, z: Tensor, step: Tensor, f: Tensor, at: Predictors, prior: Prior
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A Newton step, halved for the elements where f would fall."""
         slack = f - 1e-12 * (1 + f.abs())
         length: Tensor | None = None
         for _ in range(40):
             moved = z + step if length is None else z + length * step
-            found, g, h = self._derivatives(moved, b, prior, lines)
+            found, g, h = self._derivatives(moved, at, prior)
             worse = ~(found >= slack)
             if not bool(worse.any()):
                 break
@@ -203,81 +197,28 @@ class NodeSet:
             length = torch.where(worse, length / 2, length)
         return moved, found, g, h
 
-    def _derivatives(self, z: Tensor, b: Coefficients, prior: Prior, lines: Lines) -> tuple[Tensor, Tensor, Tensor]:
+    def _derivatives(self, z: Tensor, at: Predictors, prior: Prior) -> tuple[Tensor, Tensor, Tensor]:
         """f (G,), its gradient (K, G) and minus its Hessian (K, K, G) at one z (K, G) of each element."""
         away = z - prior.loc
         pulled = prior.precision[0] * away if len(z) == 1 else (prior.precision * away).sum(1)
-        f, tables = self._density(z.unsqueeze(1), b, prior, lines)
+        f, tables = self._density(z.unsqueeze(1), at, prior)
         gradient, hessian = -pulled, prior.precision
         one = torch.ones(1, self.size, dtype=torch.float64)
         for site in self.rows:
-            own = b[site.name]
+            own = at[site.name].b
             if site.alike:
-                first, second = _in_groups(site, tables[site.name])
+                first, second = in_groups(site, tables[site.name])
                 k = torch.stack(own[1:])
                 gradient = gradient + k * (site.events - first)
                 hessian = hessian + k.unsqueeze(1) * k * second
             else:
-                first, second = moments_of(site, tables[site.name], one)
+                first = first_of(site, tables[site.name], one)
+                second = second_of(site, tables[site.name], one, first)
                 slope, by = site.cumulant.linear - first, own[1:]
-                gradient = gradient + torch.cat([_over(site, x * slope) for x in by])
-                products = [torch.cat([_over(site, x * y * second) for y in by]) for x in by]
+                gradient = gradient + torch.cat([over_rows(site, x * slope) for x in by])
+                products = [torch.cat([over_rows(site, x * y * second) for y in by]) for x in by]
                 hessian = hessian + torch.stack(products)
         return f.squeeze(0), gradient, hessian
-
-
-def table_of(site: NodeRows, b: Sequence[Tensor], z: Tensor) -> Table:
-    """What the densities of all rows are at z (K, Q, G)."""
-    found = []
-    common = sum((own * z[k] for k, own in enumerate(b[2:], 1)), b[1] * z[0]) if site.alike else None
-    for panel in site.panels.panels:
-        if common is not None:
-            t = panel.of_nodes(common)
-        else:
-            t = panel.of_rows(b[1]) * panel.of_nodes(z[0])
-            for k, own in enumerate(b[2:], 1):
-                t.addcmul_(panel.of_rows(own), panel.of_nodes(z[k]))
-        found.append(site.cumulant.table(panel, panel.of_rows(b[0]), t))
-    return tuple(found)
-
-
-def cumulated(site: NodeRows, table: Table) -> Tensor:
-    """Σ m A over the rows of each element, (Q, G)."""
-    total: Tensor | None = None
-    for panel, own in zip(site.panels.panels, table, strict=True):
-        total = panel.into(total, site.cumulant.sums(panel, own), site.panels.size)
-    return torch.zeros(1, site.panels.size, dtype=torch.float64) if total is None else total
-
-
-def moments_of(site: NodeRows, table: Table, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ_q v m A' and Σ_q v m A'' at the places (R,); v (Q, G)."""
-    found = [
-        site.cumulant.moments(panel, own, panel.of_nodes(v))
-        for panel, own in zip(site.panels.panels, table, strict=True)
-    ]
-    if len(found) == 1:
-        return found[0][0].reshape(-1), found[0][1].reshape(-1)
-    return torch.cat([x.reshape(-1) for x, _ in found]), torch.cat([x.reshape(-1) for _, x in found])
-
-
-def _in_groups(site: NodeRows, table: Table) -> tuple[Tensor, Tensor]:
-    """Σ m A' and Σ m A'' over the rows of each element at one z, (1, G)."""
-    first: Tensor | None = None
-    second: Tensor | None = None
-    for panel, own in zip(site.panels.panels, table, strict=True):
-        one, two = site.cumulant.in_groups(panel, own)
-        first = panel.into(first, one, site.panels.size)
-        second = first if two is one and len(site.panels.panels) == 1 else panel.into(second, two, site.panels.size)
-    zero = torch.zeros(1, site.panels.size, dtype=torch.float64)
-    return zero if first is None else first, zero if second is None else second
-
-
-def _over(site: NodeRows, x: Tensor) -> Tensor:
-    """What belongs to the places (R,), summed over the rows of each element: (1, G)."""
-    total: Tensor | None = None
-    for panel in site.panels.panels:
-        total = panel.into(total, panel.over_rows(panel.of_rows(x)), site.panels.size)
-    return torch.zeros(1, site.panels.size, dtype=torch.float64) if total is None else total
 
 
 def node_set(route: QuadratureRoute, latents: Sequence[SiteRecord], rows: Sequence[NodeRows]) -> NodeSet:

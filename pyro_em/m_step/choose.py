@@ -209,8 +209,11 @@ def _composed(
 
 
 def opened(expectation: Expectation) -> Sufficient:
-    """The statistics of an E-step, with the way to its posterior weights for the units that need them."""
-    expectation.sufficient.posterior = lambda: expectation.weights
+    """The statistics of an E-step, with the way to its posterior weights for the units that need them.
+
+    No cycle of references: what the E-step has made is gone with it, not when the next cycles are looked for.
+    """
+    expectation.sufficient.posterior = expectation.posterior
     return expectation.sufficient
 
 
