@@ -228,6 +228,8 @@ def _plain(site: SiteRecord, size: int) -> bool:
     """A normal site without masks, whose arguments are the same in all rows."""
     if not isinstance(site.family, NormalFamily | MultivariateNormalFamily) or site.arguments is None:
         return False
+    if site.family.latent_response:  # vectors with missing cells: moments of their rows are no statistics
+        return False
     if site.mask is not None or site.element_mask is not None or float(torch.as_tensor(site.scale).sum()) != 1.0:
         return False
     if site.plates[0].dim != -1 or site.plates[0].size != size or site.value.dtype != torch.float64:

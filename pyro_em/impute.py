@@ -19,13 +19,14 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_em.all_atoms import with_all_atoms
 from pyro_em.chain_posterior import ChainPosterior
-from pyro_em.distributions import IncompleteNormal
+from pyro_em.distributions import IncompleteLowRankNormal, IncompleteNormal
 from pyro_em.distributions.incomplete import completed
 from pyro_em.errors import InputError
 from pyro_em.evidence.integrated import integrates
-from pyro_em.model.compat import base_distribution, unpack
-from pyro_em.model.stacking import distribution_of
+from pyro_em.expected import Expectations, Expected
+from pyro_em.model.compat import base_distribution
 from pyro_em.model.trace import SiteRecord, run_model
 from pyro_em.posterior import Posterior
 from pyro_em.problem import Problem
@@ -63,17 +64,16 @@ class Imputation:
 
 def impute(problem: Problem, params: Params) -> dict[str, Imputation]:
     """An `Imputation` for every site that has missing cells, by name."""
-    posterior = Posterior(problem, params)
+    posterior = Posterior(with_all_atoms(problem), params)
     evidence, run = posterior._e_step
     found: dict[str, Imputation] = {}
     with torch.no_grad():
+        expectations = Expectations(posterior.problem, params, evidence, run)
         for name, site in run.sites.items():
             missing = _missing(site) if site.observed else None
             if missing is None or not bool(missing.any()) or 0 in missing.shape:
                 continue
-            weights = evidence.weights.get(name)
-            own = None if weights is None else unpack(weights, site.symbols)
-            imputed = _imputed(name, site, own, missing, posterior)
+            imputed = _imputed(name, missing, site.value, expectations.of(name, missing.dim()), posterior)
             chain = next((chain for chain in posterior.chains if chain.fold.site == name), None)
             found |= {name: imputed} if chain is None else _as_written(imputed, chain)
     return found
@@ -109,61 +109,16 @@ def _missing(site: SiteRecord) -> Tensor:
     return gone.reshape(-1, *gone.shape[gone.dim() - len(shape) :]).any(0)  # masks may keep dims of latents
 
 
-def _imputed(name: str, site: SiteRecord, weights: Tensor | None, missing: Tensor, posterior: Posterior) -> Imputation:
-    base, value = distribution_of(site), site.value
-    base_event = site.fn.event_dim - site.element_dims
-    probabilities = None
-
-    def averaged(x: Tensor, event_dim: int) -> Tensor:
-        """Σ over the latents' states; the dims left of the site's own are theirs."""
-        if weights is not None:
-            x = weights.reshape(weights.shape + (1,) * (site.element_dims + event_dim)).to(x) * x
-        lead = x.dim() - event_dim - (missing.dim() - base_event)
-        return x.sum(tuple(range(lead))) if lead > 0 else x
-
-    if integrates(site):
-        mean, variance = StatePosterior(site).observations()
-    elif isinstance(base, IncompleteNormal):
-        whole = completed(site.value, base.loc, base._unbroadcasted_covariance)
-        mean, variance = whole.mean, _variances(whole.covariance, whole.pattern)
-    elif base.has_enumerate_support and base_event == 0:
-        support = base.enumerate_support(expand=False)
-        log_mass = base.log_prob(support.reshape(-1, *(1,) * len(base.batch_shape)))
-        probabilities = averaged(log_mass.exp().movedim(0, -1), 1)
-        states = support.reshape(-1).to(probabilities)
-        first = (probabilities * states).sum(-1)
-        second = (probabilities * states * states).sum(-1)
-        probabilities = probabilities.expand(*missing.shape, len(states))
-        mean, variance = first, second - first * first
-        return _assembled(name, missing, value, mean, variance, probabilities, posterior)
-    else:
-        mean, variance = base.mean, base.variance
-    first, second = averaged(mean, base_event), averaged(variance + mean * mean, base_event)
-    return _assembled(name, missing, value, first, second - first * first, probabilities, posterior)
-
-
-def _variances(covariance: Tensor, pattern: Tensor) -> Tensor:
-    diagonal = covariance.diagonal(dim1=-2, dim2=-1)  # batch' + (G, D)
-    cells = torch.broadcast_shapes(diagonal.shape[:-2], pattern.shape)
-    index = pattern.expand(cells)[..., None, None].expand(*cells, 1, diagonal.shape[-1])
-    return diagonal.expand(*cells, *diagonal.shape[-2:]).gather(len(cells), index).squeeze(len(cells))
-
-
-def _assembled(
-    name: str,
-    missing: Tensor,
-    value: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    probabilities: Tensor | None,
-    posterior: Posterior,
-) -> Imputation:
-    value = value.to(mean)
-    zero = torch.zeros((), dtype=mean.dtype)
+def _imputed(name: str, missing: Tensor, value: Tensor, expected: Expected, posterior: Posterior) -> Imputation:
+    mean, probabilities = expected.first, expected.probabilities
+    if probabilities is not None:
+        probabilities = probabilities.expand(*missing.shape, probabilities.shape[-1])
+    # Where the mean is infinite the difference would be ∞ − ∞.
+    variance = torch.where(mean.isfinite(), expected.second - mean * mean, torch.inf)
     return Imputation(
         missing=missing,
-        mean=torch.where(missing, mean, value),
-        variance=torch.where(missing, variance.clamp(min=0), zero),
+        mean=torch.where(missing, mean, value.to(mean)),
+        variance=torch.where(missing, variance.clamp(min=0), torch.zeros((), dtype=mean.dtype)),
         probabilities=probabilities,
         _draw=lambda num, seed: _draws(name, missing, posterior, num, seed),
     )
@@ -200,7 +155,7 @@ def _drawn(site: SiteRecord, missing: Tensor, num: int) -> Tensor:
     if integrates(site):
         return torch.where(missing, StatePosterior(site).sample_observations(num), site.value)
     draw: Tensor = base.sample((num,))
-    if isinstance(base, IncompleteNormal):
+    if isinstance(base, IncompleteNormal | IncompleteLowRankNormal):
         # The error of predicting a complete draw from its own observed cells is what a draw given them deviates by.
         covariance = base._unbroadcasted_covariance
         seen = torch.where(site.value.isnan(), torch.nan, draw)

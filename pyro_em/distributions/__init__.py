@@ -6,7 +6,15 @@ tensor([-1.1759, -1.6121])
 """
 
 from pyro_em.distributions.coarse import Censored, Coarse, IntervalCensored, Truncated
-from pyro_em.distributions.incomplete import IncompleteNormal
+from pyro_em.distributions.incomplete import IncompleteLowRankNormal, IncompleteNormal
 from pyro_em.distributions.inverse_wishart import InverseWishart
 
-__all__ = ["Censored", "Coarse", "IncompleteNormal", "IntervalCensored", "InverseWishart", "Truncated"]
+__all__ = [
+    "Censored",
+    "Coarse",
+    "IncompleteLowRankNormal",
+    "IncompleteNormal",
+    "IntervalCensored",
+    "InverseWishart",
+    "Truncated",
+]

@@ -18,7 +18,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-from pyro_em.distributions.patterns import Conditional, Patterns, conditional, log_density
+from pyro_em.distributions.patterns import Conditional, Patterns, conditional, log_density, whitened
 
 
 class _RealOrMissing(constraints.Constraint):
@@ -58,6 +58,31 @@ class IncompleteNormal(dist.MultivariateNormal):
         """Σ as it was given, without the batch dims that it does not vary along."""
         lower = self._unbroadcasted_scale_tril
         return lower @ lower.mT
+
+
+class IncompleteLowRankNormal(dist.LowRankMultivariateNormal):
+    """`pyro.distributions.LowRankMultivariateNormal`, whose values may have missing cells, marked NaN.
+
+    In a fit its factors become a latent, and its cells sites of their own (model/unfold.py).
+
+    >>> x = torch.tensor([0.0, torch.nan])
+    >>> IncompleteLowRankNormal(torch.zeros(2), torch.zeros(2, 1), torch.ones(2)).log_prob(x)
+    tensor(-0.9189)
+    """
+
+    support = _RealOrMissing()  # type: ignore[assignment]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        result = marginal_log_density(value, self.loc, self._unbroadcasted_covariance)
+        return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
+
+    @property
+    def _unbroadcasted_covariance(self) -> Tensor:
+        """W Wᵀ + D."""
+        factor = self._unbroadcasted_cov_factor
+        return factor @ factor.mT + torch.diag_embed(self._unbroadcasted_cov_diag)
 
 
 @dataclass(frozen=True)
@@ -119,6 +144,16 @@ def marginal_log_density(value: Tensor, loc: Tensor, covariance: Tensor) -> Tens
     """
     layout, listed = _listed(value, loc, covariance)
     return layout.unpack(log_density(*listed), 0)
+
+
+def whitened_residuals(value: Tensor, loc: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """w, batch + (D,), and c, batch, with log N(x_o; μ_o, Σ_oo) = c − ½|w|²; w is affine in loc, 0 in missing cells.
+
+    Arguments as in `marginal_log_density`.
+    """
+    layout, listed = _listed(value, loc, covariance)
+    white, log_norm = whitened(*listed)
+    return layout.unpack(white, 1), layout.unpack(log_norm, 0)
 
 
 @dataclass(frozen=True, eq=False)

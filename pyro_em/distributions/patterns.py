@@ -80,8 +80,8 @@ def _factors(covariance: Tensor, observed: Tensor) -> Tensor:
     return torch.linalg.cholesky(torch.where(both, covariance, eye))
 
 
-def log_density(x: Tensor, loc: Tensor, covariance: Tensor, patterns: Patterns) -> Tensor:
-    """log p(x_o) of every row, (O, N); 0 for a row without an observed cell.
+def whitened(x: Tensor, loc: Tensor, covariance: Tensor, patterns: Patterns) -> tuple[Tensor, Tensor]:
+    """Residuals w = L⁻¹d (O, N, D), 0 in missing cells, and c (O, N) with log p(x_o) = c − ½|w|².
 
     :param x: (N, D), NaN where missing.
     :param loc: (O, N or 1, D).
@@ -92,7 +92,13 @@ def log_density(x: Tensor, loc: Tensor, covariance: Tensor, patterns: Patterns) 
     eye = torch.eye(observed.shape[-1], dtype=covariance.dtype).expand_as(lower)
     white = patterns.apply(torch.linalg.solve_triangular(lower, eye, upper=False), _deviation(x, loc))
     constant = lower.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * LOG_2PI * observed.sum(-1)
-    return -0.5 * (white * white).sum(-1) - patterns.rows(constant, 0)
+    return white, -patterns.rows(constant, 0)
+
+
+def log_density(x: Tensor, loc: Tensor, covariance: Tensor, patterns: Patterns) -> Tensor:
+    """log p(x_o) of every row, (O, N); 0 for a row without an observed cell. Arguments as in `whitened`."""
+    white, log_norm = whitened(x, loc, covariance, patterns)
+    return log_norm - 0.5 * (white * white).sum(-1)
 
 
 def conditional(x: Tensor, loc: Tensor, covariance: Tensor, patterns: Patterns) -> Conditional:

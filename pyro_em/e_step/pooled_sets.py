@@ -173,7 +173,7 @@ def moves_otherwise(form: Form, problem: Problem, site: SiteRecord) -> bool:
 
 def check_site(site: SiteRecord) -> None:
     """:raises NotCompiled: for a site that is not normal with all of its cells."""
-    if site.element_mask is not None:
+    if site.element_mask is not None or (site.family is not None and site.family.latent_response):
         raise NotCompiled(f"'{site.name}' has missing cells")
     if not isinstance(site.family, LocationScaleFamily | MultivariateNormalFamily):
         raise NotCompiled(f"'{site.name}' hides its arguments")

@@ -1,8 +1,9 @@
 """Normal sites as whitened residuals: log p = c - ½ Σ_p w_p², with w linear in value and location.
 
 For Normal(loc, scale) w = (value - loc) / scale per element (of log value for LogNormal); for MultivariateNormal
-w = L⁻¹ (value - loc) with Σ = L Lᵀ. The residual is all that a Gaussian E-step has to see: where w is affine in the
-latents, with a constant scale, the log-density is quadratic in them, and its Hessian is -TᵀT for the tangents T of w.
+w = L⁻¹ (value - loc) with Σ = L Lᵀ, of the observed cells where some are missing. The residual is all that a Gaussian
+E-step has to see: where w is affine in the latents, with a constant scale, the log-density is quadratic in them, and
+its Hessian is -TᵀT for the tangents T of w.
 
 Letters: P cells of one element of the batch (all event dims, flattened).
 """
@@ -14,8 +15,11 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_em.distributions.incomplete import whitened_residuals
+from pyro_em.families.incomplete_normal import IncompleteNormalFamily
 from pyro_em.families.multivariate_normal import MultivariateNormalFamily
 from pyro_em.families.normal import LocationScaleFamily, LogNormalFamily
+from pyro_em.families.numerics import covariance_matrix
 from pyro_em.model.density import clean_value
 from pyro_em.model.trace import SiteRecord
 
@@ -37,6 +41,9 @@ def whitened(site: SiteRecord) -> tuple[Tensor, Tensor]:
         if isinstance(site.family, LogNormalFamily):
             log_norm = log_norm - value.log()
         elements, event = site.element_dims, 0
+    elif isinstance(site.family, IncompleteNormalFamily):
+        w, log_norm = whitened_residuals(value, loc, covariance_matrix(arguments))
+        elements, event = site.element_dims, 1
     else:
         w, log_norm = _vector(arguments, value - loc)
         elements, event = site.element_dims, 1

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em.charts import base_constraint
-from pyro_em.distributions import Coarse, IncompleteNormal
+from pyro_em.distributions import Coarse, IncompleteLowRankNormal, IncompleteNormal
 from pyro_em.errors import InputError
 from pyro_em.families.spaces import beyond, bounded_arguments, bounds_of, some
 from pyro_em.model import compat
@@ -111,7 +111,7 @@ def check_data(name: str, fn: Any, value: Tensor, mask: Any, gaps: bool, plates:
     base = compat.base_distribution(fn)
     infinite_values = isinstance(base, Coarse) and base.infinite_values
     finite = ~rows.isnan() if infinite_values or not rows.is_floating_point() else rows.isfinite()
-    if isinstance(base, IncompleteNormal) or (gaps and isinstance(base, SERIES)):
+    if isinstance(base, IncompleteNormal | IncompleteLowRankNormal) or (gaps and isinstance(base, SERIES)):
         finite = finite | rows.isnan()
         rows = rows.nan_to_num(0.0) if isinstance(base, SERIES) else rows
     bad = (~finite & keep).reshape(*batch, -1).any(-1)

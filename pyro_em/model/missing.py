@@ -5,7 +5,7 @@ them, so that one mechanism serves EM, posteriors, standard errors and SVI:
 
     univariate cells            a mask, over the batch or (inside of `.to_event`) over the elements of the event
     whole events                the same
-    some cells of a normal      distributions.IncompleteNormal, which integrates them out
+    some cells of a normal      distributions.IncompleteNormal, IncompleteLowRankNormal: these integrate them out
     some cells of other events  refused
 
 Missing at random (Rubin 1976): that a cell is missing says nothing beyond what was observed. A missing value is NaN
@@ -24,7 +24,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_em.distributions import IncompleteNormal
+from pyro_em.distributions import IncompleteLowRankNormal, IncompleteNormal
 from pyro_em.distributions.chain import GaussianChain
 from pyro_em.errors import InputError, Refusal
 from pyro_em.model import compat, wrappers
@@ -94,6 +94,8 @@ def _incomplete(name: str, fn: Any, gone: Tensor, whole: Tensor) -> Any:
     base = compat.base_distribution(fn)
     if isinstance(base, dist.MultivariateNormal):
         return wrappers.replace_base(fn, IncompleteNormal)
+    if isinstance(base, dist.LowRankMultivariateNormal):
+        return wrappers.replace_base(fn, IncompleteLowRankNormal)
     row = (gone.any(-1) & ~whole).nonzero()[0].tolist()
     where = row[0] if len(row) == 1 else tuple(row)
     raise Refusal(

@@ -40,8 +40,10 @@ from pyro.ops.indexing import Vindex
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_em.distributions import IncompleteLowRankNormal
 from pyro_em.families import family_of
 from pyro_em.model import compat
+from pyro_em.model.equivalents import plain_form
 from pyro_em.model.timeline import is_active, markov, open_loop
 
 
@@ -49,6 +51,7 @@ class Unfold(Messenger):
     """Replace observed sites of these distributions; must be the innermost handler of a run."""
 
     def _pyro_sample(self, msg: Any) -> None:
+        msg["fn"] = plain_form(msg["fn"], msg["is_observed"])
         kind = type(msg["fn"])
         unfold = UNFOLDED.get(kind) if msg["is_observed"] else None
         if kind in OUTSIDE_OF_LOOPS and (open_loop() is not None or compat.markov_depth(msg) is not None):
@@ -164,7 +167,10 @@ def _of_state(x: Any, state: Tensor, trailing: int) -> Any:
 UNFOLDED: dict[Any, Callable[[str, compat.RawArguments, Tensor], bool]] = {
     dist.DiscreteHMM: _hidden_markov,
     dist.LowRankMultivariateNormal: _low_rank,
+    IncompleteLowRankNormal: _low_rank,
     dist.MixtureSameFamily: _mixture,
     dist.ZeroInflatedPoisson: _zero_inflated,
 }
-OUTSIDE_OF_LOOPS = frozenset({dist.LowRankMultivariateNormal})  # those whose latents are continuous
+OUTSIDE_OF_LOOPS = frozenset(
+    {dist.LowRankMultivariateNormal, IncompleteLowRankNormal}
+)  # those whose latents are continuous
