@@ -153,9 +153,12 @@ def _check_normal(site: SiteRecord, candidate: Candidate) -> None:
     family = type(site.fn).__name__ if site.family is None else type(site.family).distribution.__name__
     latents = ", ".join(repr(name) for name in candidate.latents.names)
     if site.name in candidate.latents.names:
+        others = ", ".join(repr(name) for name in candidate.latents.names if name != site.name)
+        met = f" (it meets {others} in one density)" if others else ""
         raise Refusal(
             site.name,
-            f"the latent is {family}, but is connected with the Gaussian latents {latents}.",
+            f"the latent is {family}, whose density is not Gaussian, so that its posterior is not{met}.",
+            "give it a normal prior, use e_step=pyro_em.Quadrature if it is of low dimension and its density smooth, "
             "make it a parameter by roles=, or use algorithm='svi' with a guide for it.",
         )
     raise Refusal(

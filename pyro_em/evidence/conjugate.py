@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -219,9 +220,14 @@ def _support(run: Run, name: str) -> str:
         return "unit"
     if support is constraints.simplex:
         return "simplex"
-    lower = getattr(support, "lower_bound", None)
-    unbounded = getattr(support, "upper_bound", None) is None
-    return "positive" if unbounded and lower is not None and float(lower) == 0.0 else ""
+    low, high = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
+    if not _everywhere(low, 0.0):
+        return ""
+    return "positive" if high is None else "unit" if _everywhere(high, 1.0) else ""
+
+
+def _everywhere(bound: Any, value: float) -> bool:
+    return bound is not None and bool((torch.as_tensor(bound) == value).all())
 
 
 def _padded(x: Tensor, m: int) -> Tensor:

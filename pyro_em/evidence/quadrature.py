@@ -201,5 +201,6 @@ def no_mode(name: str) -> NonFiniteError:
     return NonFiniteError(
         name,
         f"Site '{name}': the posterior of some element has no mode with finite curvature at these parameters (a "
-        "parameter has left its space, or its prior is flat), so that quadrature has no centre.",
+        "parameter has left its space, its prior is flat, or a density has a kink there), so that quadrature has no "
+        "centre.",
     )

@@ -24,7 +24,13 @@ from pyro_em.families.chain import GROUPS, GaussianChainFamily
 from pyro_em.families.circular import VonMisesFamily
 from pyro_em.families.dirichlet import BetaFamily, DirichletFamily
 from pyro_em.families.grid import GridNormalFamily
-from pyro_em.families.heavy import CauchyFamily, HalfCauchyFamily, LaplaceFamily, StudentTFamily
+from pyro_em.families.heavy import (
+    CauchyFamily,
+    HalfCauchyFamily,
+    LaplaceFamily,
+    MultivariateStudentTFamily,
+    StudentTFamily,
+)
 from pyro_em.families.incomplete_normal import IncompleteNormalFamily
 from pyro_em.families.moments import EXPECTED
 from pyro_em.families.multivariate_normal import MultivariateNormalFamily
@@ -42,6 +48,7 @@ _FAMILIES: tuple[Family, ...] = (
     HalfCauchyFamily(),
     LaplaceFamily(),
     StudentTFamily(),
+    MultivariateStudentTFamily(),
     CauchyFamily(),
     BernoulliFamily(),
     BinomialFamily(),

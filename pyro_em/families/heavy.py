@@ -1,5 +1,7 @@
-"""Families that are mostly priors here: half-Cauchy, Laplace, Student, Cauchy. Of their own arguments the scale of
-a Laplace has a closed form at its location, which is a weighted median (m_step/median.py).
+"""Families that are mostly priors here: half-Cauchy, Laplace, Student (a number or a vector), Cauchy.
+
+Of their own arguments the scale of a Laplace has a closed form at its location, which is a weighted median
+(m_step/median.py).
 
 HalfCauchy    −log(1 + x²/s²)                            x > 0
 Laplace       −|x − m| / b
@@ -15,8 +17,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_em.factors import inverse
 from pyro_em.families.base import Arguments, Family, Moments, Statistic
-from pyro_em.families.numerics import floats, log_gamma_half
+from pyro_em.families.numerics import floats, log_gamma_half, log_rising
 from pyro_em.kernels import HalfCauchyKernel, LassoKernel, PowerKernel, QuadraticKernel, StudentKernel
 
 
@@ -74,6 +77,23 @@ class StudentTFamily(Family):
         df, loc, scale = torch.broadcast_tensors(*floats(args["df"], args.get("loc", 0.0), args.get("scale", 1.0)))
         zero = torch.zeros_like(loc)
         return StudentKernel(QuadraticKernel(zero, zero), loc, (df + 1) / 2, df * scale**2)
+
+
+class MultivariateStudentTFamily(Family):
+    """Student vectors: with u = L⁻¹(x − m), −½(ν + D) log(1 + |u|²/ν) − Σ log L_ii + constants of ν."""
+
+    distribution = dist.MultivariateStudentT
+    event_dim = 1
+    arguments: ClassVar = {"df": 0, "loc": 1, "scale_tril": 2}
+
+    def log_prob(self, args: Arguments, value: Tensor) -> Tensor:
+        """As `StudentTFamily.log_prob`."""
+        df, loc, lower, x = floats(args["df"], args["loc"], args["scale_tril"], value)
+        size = lower.shape[-1]
+        square = (inverse(lower) @ (x - loc).unsqueeze(-1)).squeeze(-1).square().sum(-1) / df
+        half = torch.as_tensor(size / 2, dtype=df.dtype)
+        constant = log_rising(df / 2, half) - half * (math.pi * df).log()
+        return constant - lower.diagonal(dim1=-2, dim2=-1).log().sum(-1) - (df + size) / 2 * square.log1p()
 
 
 class CauchyFamily(Family):
