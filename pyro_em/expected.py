@@ -20,7 +20,7 @@ from torch import Tensor
 from pyro_em.distributions import IncompleteLowRankNormal, IncompleteNormal
 from pyro_em.distributions.incomplete import completed
 from pyro_em.errors import Refusal
-from pyro_em.evidence.conjugate_nodes import by_quantiles, nodes_for, probes
+from pyro_em.evidence.conjugate_nodes import NoNodes, nodes_for, probes
 from pyro_em.evidence.conjugate_posterior import ConjugatePosterior
 from pyro_em.evidence.discrete import Evidence
 from pyro_em.evidence.integrated import integrates
@@ -61,8 +61,8 @@ class Expectations:
         if isinstance(site.fn, Tabulated):
             raise Refusal(
                 name,
-                f"its {type(base).__name__} density is known as a table over the latents only, so that the moments of its "
-                "missing cells are not.",
+                f"its {type(base).__name__} density is known as a table over the latents only, so that the moments of "
+                "its missing cells are not.",
                 "index the last dim of the latent, whatever stands left of it (b[..., group]).",
             )
         lead = rank - site.fn.event_dim
@@ -111,13 +111,14 @@ class Expectations:
         (latent,) = posterior.latents.names
         at = probes(posterior)
         axis = continuous.runs.dim - event - self.run.sites[name].element_dims
-        if quantity is _masses:
-            looked = self._at(name, {latent: at.values}, quantity)
-            rule = nodes_for(posterior, looked, at, axis)
-            # A probability is a polynomial of the degree of its total count: of one, it has the node of its mean.
-            nodes = rule if len(rule.weights) == 1 else by_quantiles(posterior)
-        else:
+        try:
             nodes = nodes_for(posterior, self._at(name, {latent: at.values}, quantity), at, axis)
+        except NoNodes as error:
+            raise Refusal(
+                name,
+                f"the moments of its missing cells are no polynomials of degree two in the probabilities '{latent}'.",
+                f"mask those cells, and draw them given draws of '{latent}' (result.posterior().sample).",
+            ) from error
         found = self._at(name, {latent: nodes.values}, quantity)
         if found.dim() < -axis or found.shape[axis] != len(nodes.weights):
             return found  # it does not depend on the latent

@@ -128,3 +128,21 @@ def test_categories_beside_their_probabilities() -> None:
     total = alpha[1].sum()
     variance = 4 * mean[1] * (1 - mean[1]) * (4 + total) / (1 + total)
     torch.testing.assert_close(found["table"].variance[1], variance, rtol=1e-10, atol=0)
+
+
+def test_moments_that_are_not_known_are_refused() -> None:
+    """Nobody's count of five trials was seen; its probabilities have degree five in a Dirichlet latent."""
+    x, label = torch.full((3,), NAN), torch.tensor([0, 2, 1])
+
+    def model(x: Tensor) -> None:
+        alpha = pyro.param("alpha", torch.tensor([0.8, 1.5, 2.0]), constraint=positive)
+        with pyro.plate("rows", 3):
+            theta = pyro.sample("theta", dist.Dirichlet(alpha))
+            pyro.sample("label", dist.Categorical(theta), obs=label)
+            pyro.sample("x", dist.Binomial(5, theta[..., 0]), obs=x)
+
+    result = pyro_em.fit(model, x, missing="nan", max_iter=0)
+    share = result.params["alpha"] / result.params["alpha"].sum()
+    assert result.log_likelihood == pytest.approx(float(share.log().sum()), rel=1e-12)
+    with pytest.raises(pyro_em.Refusal, match=r"'x'.*no polynomials.*'theta'.*draw them"):
+        result.impute()

@@ -43,6 +43,10 @@ class Nodes:
     weights: Tensor
 
 
+class NoNodes(Exception):
+    """A function of a row of probabilities that is no polynomial of degree two."""
+
+
 @dataclass(frozen=True)
 class Coordinate:
     """t(z) with its inverse; `moment(k)` is E tᵏ of every element."""
@@ -158,6 +162,8 @@ def _row(posterior: ConjugatePosterior, kind: DirichletKind, degree: int) -> Nod
     mean = alpha / total
     if degree <= 1:
         return _placed(posterior, [mean.flatten(-2)], [1.0])
+    if degree > 2:
+        raise NoNodes
     covariance = (torch.diag_embed(mean) - mean.unsqueeze(-1) * mean.unsqueeze(-2)) / (total.unsqueeze(-1) + 1)
     values, vectors = torch.linalg.eigh(covariance)
     root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)  # its columns are steps on the simplex
