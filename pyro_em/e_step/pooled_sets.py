@@ -26,6 +26,8 @@ from pyro_em.model.graph import Component
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.problem import Problem
 
+MAX_REGRESSORS = 512  # of a site: their products are formed in every update
+
 
 @dataclass(frozen=True)
 class PooledSet:
@@ -138,6 +140,8 @@ def pooled_set(problem: Problem, route: GaussianRoute, component: Component, pla
     found, rows, constant = [], [], 0.0
     for reading in route.readings:
         own = read_site(problem, route, reading.site, plain, run)
+        if own.form.num_regressors > MAX_REGRESSORS:  # rows of one element that take its latents one by one
+            raise NotCompiled(f"'{own.site.name}' multiplies the latents of an element by too many covariates")
         element, kept = elements_read(problem, own.site, reading, route, weight)
         constant -= float((weight[element] * kept * own.jacobian).sum())
         rows.append(Rows(element[kept], own.form.shared[kept], own.data[kept]))

@@ -58,6 +58,15 @@ class Factored:
             return own, own.new_zeros(())
         return own, 2 * self.lower_b.diagonal().log().sum()
 
+    def rounding(self, precision: Tensor) -> Tensor:
+        """In units of machine precision, what rounding of J_AA may do to its log-determinants: Σ |J⁻¹| ∘ |J|.
+
+        It is the number of unknowns where they are told apart well, and large where J is nearly singular.
+        """
+        if precision.shape[-1] == 1:
+            return torch.ones_like(precision[..., 0, 0])
+        return (torch.cholesky_inverse(self.lower).abs() * precision.abs()).sum((-2, -1))
+
     def covariance(self) -> tuple[Tensor, Tensor | None]:
         """Marginal covariances: of z_A in each element (k, k), and of z_B (n_B, n_B)."""
         own = torch.cholesky_inverse(self.lower)

@@ -81,7 +81,8 @@ class GaussianRoute:
         gain = 0.5 * (h * d_a).sum(-1)
         own, _ = factored.log_det()
         two_pi = 0.5 * len(geometry.columns_a) * LOG_2PI
-        energy, size = gain - 0.5 * own + two_pi, gain.abs() + 0.5 * own.abs() + two_pi
+        unsure = 0.5 * factored.rounding(system.precision)
+        energy, size = gain - 0.5 * own + two_pi, gain.abs() + 0.5 * own.abs() + two_pi + unsure
         squares = [0.5 * (w * w).sum(-1) for w in residuals]
         terms = [r.log_norm - square for r, square in zip(rows, squares, strict=True)]
         sizes = [r.log_norm.abs() + square for r, square in zip(rows, squares, strict=True)]

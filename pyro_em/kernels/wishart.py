@@ -3,7 +3,8 @@
     covariance  −A log|Σ| − ½ tr(B Σ⁻¹)      Σ* = B / 2A
     precision    A log|P| − ½ tr(B P)        P* = 2A B⁻¹
 
-It does not enforce structure (diagonal, low rank): a diagonal matrix has a `PowerKernel` per entry.
+It does not enforce structure (diagonal, low rank): a diagonal matrix has a `PowerKernel` per entry, and so has the
+factor of a known matrix, Σ = c·C:  −A D log c − ½ tr(B C⁻¹) / c.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from pyro_em import factors
 from pyro_em.kernels.base import Kernel
+from pyro_em.kernels.power import PowerKernel
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +107,20 @@ class WishartKernel(Kernel):
     def rescale(self, factor: Tensor) -> Self:
         scale = factor if self.inverse else factor.reciprocal()
         return dataclasses.replace(self, matrix=self.matrix * scale)
+
+    def along(self, matrix: Tensor) -> PowerKernel:
+        """The kernel in c > 0 when the argument is c · matrix, up to a constant; `matrix` is U + (D, D).
+
+        >>> sums = WishartKernel(torch.tensor(5.0), torch.tensor([[20.0, 0.0], [0.0, 40.0]]))
+        >>> sums.along(torch.tensor([[1.0, 0.0], [0.0, 2.0]])).argmax()
+        tensor(2.)
+        """
+        count = matrix.shape[-1] * self.log_coefficient
+        if self.inverse:
+            spread = (self.matrix * matrix).sum((-2, -1)) / 2
+            return PowerKernel(count, spread, torch.zeros_like(spread))
+        spread = torch.cholesky_solve(self.matrix, factors.cholesky(matrix)).diagonal(dim1=-2, dim2=-1).sum(-1) / 2
+        return PowerKernel(-count, torch.zeros_like(spread), spread)
 
     def inverted(self) -> Self:
         """The same function of the inverse matrix: of P = Σ⁻¹ if this is one of Σ, and back."""

@@ -202,6 +202,11 @@ def _piece(use: Use, site: SiteRecord, moments: Mapping[str, SiteMoments], argum
         raise NotClosed(f"{where} has no closed form")
     if use.link is not None:
         return _Piece(kernel, IDENTITY, index)
+    if isinstance(kernel, WishartKernel) and _is_multiple(index, arguments[use.slot]) and use.coefficient is not None:
+        known, turns = torch.where(index < 0, 0.0, use.coefficient.double()), 1
+        if family.link(use.slot) is CHOLESKY:  # the kernel is one of L Lᵀ
+            known, turns = known @ known.mT, 2
+        return _Piece(kernel.along(known).power(turns * use.power), IDENTITY, index.amax((-2, -1)))
     link = family.link(use.slot)
     if not use.gather and link is not IDENTITY:
         raise NotClosed(f"{where}: a transformed entry in the {link.name} coordinate")
@@ -213,6 +218,12 @@ def _is_diagonal(index: Tensor, argument: Tensor) -> bool:
     size = index.shape[-1]
     off = ~torch.eye(size, dtype=torch.bool)
     return size > 1 and bool((index[..., off] < 0).all()) and bool((argument[..., off] == 0).all())
+
+
+def _is_multiple(index: Tensor, argument: Tensor) -> bool:
+    """All entries of a matrix are multiples of one and the same entry of the parameter (0 where they are of none)."""
+    one = index == index.amax((-2, -1), keepdim=True)
+    return index.shape[-1] > 1 and bool((one | ((index < 0) & (argument == 0))).all()) and bool((index >= 0).any())
 
 
 def _diagonal(x: Any) -> Any:
