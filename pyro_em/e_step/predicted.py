@@ -32,6 +32,7 @@ from pyro_em.families.positive import PoissonFamily
 from pyro_em.model.compat import dims_of, pack, with_dims
 from pyro_em.model.density import clean_value, packed_log_density
 from pyro_em.model.graph import Component
+from pyro_em.model.nests import at_rows, sum_over
 from pyro_em.model.packing import align
 from pyro_em.model.predictor import Predictor, at_entry
 from pyro_em.model.trace import SiteRecord
@@ -111,8 +112,6 @@ class Predicted:
 
     def _admit(self, component: Component) -> None:
         """:raises NotCompiled: if the component's latents do not live in the plate of their data."""
-        if component.nests:
-            raise NotCompiled("rows nested by an index")
         joint_states(component, self.run, MAX_STATES)
 
     def e_step(self, params: Params) -> Expectation:
@@ -207,10 +206,9 @@ class Predicted:
         total: Tensor | None = None
         whose = False  # whether the total's memory is ours
         for name in component.factors:
-            factor = factors[name]
-            inner = [i for i, d in enumerate(dims_of(factor)) if d not in dims]
-            kept = "".join(d for d in dims_of(factor) if d in dims)
-            summand = align(with_dims(factor.sum(inner) if inner else factor, kept), dims)
+            inner = set(dims_of(factors[name])) - set(dims)
+            factor = sum_over(factors[name], inner, component.nests, graph.plate_sizes) if inner else factors[name]
+            summand = align(factor, dims)
             if total is None:
                 total, whose = summand, name in ours
             elif _holds(total, summand, whose):
@@ -238,9 +236,10 @@ class Predicted:
         for name in component.factors:
             own_dims = [d for d in dims if d in graph.factors[name].dims]
             gone = [i for i, d in enumerate(dims) if d not in own_dims and i < len(symbols)]
-            weights[name] = with_dims(
+            own = with_dims(
                 joint.sum(gone) if gone else joint, "".join(d for i, d in enumerate(dims) if i not in gone)
             )
+            weights[name] = at_rows(own, graph.factors[name].plates, component.nests, graph.plate_sizes)
         return _Posterior(likelihood, magnitude, weights)
 
 
