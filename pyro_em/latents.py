@@ -25,6 +25,7 @@ from pyro_em.model.capture import Capture
 from pyro_em.model.compat import dims_of
 from pyro_em.model.density import log_density
 from pyro_em.model.graph import FactorGraph, FactorInfo
+from pyro_em.model.nests import at_rows
 from pyro_em.model.packing import multiply, onto
 from pyro_em.model.switching import refuse_switching
 from pyro_em.model.trace import Run
@@ -87,11 +88,12 @@ def bind_continuous(
     runs: AtomRuns,
     params: tuple[Params, Params],
     rules: Mapping[str, Quadrature],
+    maps: Mapping[str, Mapping[str, Tensor]],
 ) -> Continuous:
     """Sets and routes of the continuous latents `names`.
 
     :param params: the parameters' start and another feasible point: what holds at both is taken to hold.
-    :param rules: of the latents that are to be integrated by quadrature.
+    :param rules: of the latents that are to be integrated by quadrature; `maps`: see `Candidate`.
     :raises Refusal: if a set is not exactly tractable, naming site, reason and remedy.
     """
     leaves, (first, second) = _first_runs(runs, capture, names, params)
@@ -113,7 +115,7 @@ def bind_continuous(
         rest = {n: v for n, v in plain[0].items() if n not in latents.names}
         own = tuple({n: leaf for n, leaf in point.items() if n in latents.names} for point in leaves)
         at = tuple(_run_at(runs, p, rest) for p in params)
-        candidate = Candidate(latents, first, second, (own[0], own[1]), (at[0], at[1]), runs.dim, enumeration)
+        candidate = Candidate(latents, first, second, (own[0], own[1]), (at[0], at[1]), runs.dim, enumeration, maps)
         route = _checked(choose_route(candidate, rules), latents, runs, first)
         routes.append(route)
         # Atoms of the shape that every E-step will give, whose run shows what the M-step will see.
@@ -133,7 +135,8 @@ def _run_at(runs: AtomRuns, params: Params, rest: Values) -> Callable[[Mapping[s
 
 
 def _checked(route: Route, latents: LatentSet, runs: AtomRuns, run: Run) -> Route:
-    states = [name for name in latents.factors if any(d < runs.dim for d in run.sites[name].symbols)]
+    known = {d for latent in (runs.indexed.latents if runs.indexed else ()) for d in (latent.dim,)}
+    states = [n for n in latents.factors if any(d < runs.dim and d not in known for d in run.sites[n].symbols)]
     if runs.looped and states:
         raise Refusal(
             states[0],
@@ -220,27 +223,6 @@ def reduced_graph(graph: FactorGraph, continuous: Continuous) -> FactorGraph:
     return dataclasses.replace(graph, factors=factors, components=tuple(components))
 
 
-def rerooted(graph: FactorGraph, continuous: Continuous) -> FactorGraph:
-    """A component that is one set of latents has a term for every element over which its evidence is a sum.
-
-    (The rows of `b[subject]` lie in a plate of their own, yet the groups are independent.)
-    """
-    components = []
-    for component in graph.components:
-        for latents, route in zip(continuous.sets, continuous.routes, strict=True):
-            if component.symbols == {latents.symbol}:
-                if component.weight is not None and not set(dims_of(component.weight)) <= route.plates:
-                    raise Refusal(
-                        latents.names[0],
-                        "weights were given for a plate whose elements it couples, so that a weighted log-evidence is "
-                        "not defined.",
-                        "give the weights for a plate of which all sites read their own elements only.",
-                    )
-                component = dataclasses.replace(component, root=component.root | route.plates)
-        components.append(component)
-    return dataclasses.replace(graph, components=tuple(components))
-
-
 def reduced_factors(
     continuous: Continuous, factors: Mapping[str, Tensor], parts: Sequence[Eliminated]
 ) -> dict[str, Tensor]:
@@ -271,9 +253,11 @@ def integrate(
     states = tuple(weights.pop(integral(latents)) for latents in continuous.sets)
     for latents, part, own in zip(continuous.sets, parts, states, strict=True):
         mixed = bool(set(dims_of(own)) & graph.symbol_sites.keys())
+        nests = next(c.nests for c in graph.components if latents.symbol in c.symbols)
         for name in latents.factors:
             inside = part.by_factor.get(name, part.weights)
-            joint = multiply(onto(own, dims_of(factors[name])), inside) if mixed else inside
+            here = at_rows(own, graph.factors[name].plates, nests, graph.plate_sizes) if nests else own
+            joint = multiply(onto(here, dims_of(factors[name])), inside) if mixed else inside
             assert joint is not None
             weights[name] = joint
     size = evidence.magnitude + _cancelled(continuous, reduced, parts, states)

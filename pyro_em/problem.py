@@ -23,6 +23,7 @@ from pyro_em.evidence.elimination import Continuous
 from pyro_em.evidence.finite import check_finite
 from pyro_em.evidence.grids import on_grids
 from pyro_em.evidence.integrated import Integrated
+from pyro_em.evidence.roots import rerooted
 from pyro_em.evidence.rule import Quadrature
 from pyro_em.families import Family
 from pyro_em.latent_uses import without_latents
@@ -278,14 +279,14 @@ def bind(
     if latent:
         batches = {n: seen.sites[n].shapes for n in latent}
         runs = AtomRuns(model, args, kwargs, atoms_dim, batches, indexed=indexed, nesting=seen.max_plate_nesting)
-        continuous = latents.bind_continuous(seen, latent, runs, (start, elsewhere), rules)
+        continuous = latents.bind_continuous(seen, latent, runs, (start, elsewhere), rules, maps)
         with torch.no_grad():
             seen_at = continuous.runs.several(start, continuous.values)
     shapes = {name: shape_in(site, seen) for name, site in seen_at.sites.items()}
     atoms = {} if continuous is None else {s.symbol: s.names[0] for s in continuous.sets}
     graph = build_graph(seen_at, shapes, priors, weights or {}, atoms, maps)
     if continuous is not None:
-        graph = latents.rerooted(graph, continuous)
+        graph = rerooted(graph, continuous, seen_at)
     certify_factors(seen, first, graph, model, args, kwargs, {**start, **drawn})
     certify_loops(first, graph, model, args, kwargs, start, seen.max_plate_nesting)
     uses = by_rows[1] if by_rows else certified_uses(first, partial(run, args, kwargs), points, records, priors)

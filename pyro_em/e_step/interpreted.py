@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_em.e_step.base import Expectation, Unread, is_possible
 from pyro_em.e_step.vanishing import vanishing
@@ -40,7 +41,10 @@ class Interpreted:
             return ()
 
         def evidence(at: Params) -> tuple[float, float]:
-            found, _ = self.problem.evidence(at)
+            try:
+                found, _ = self.problem.evidence(at)
+            except LinAlgError:  # a covariance so close to singular that the model's own distribution refuses it
+                return -math.inf, 0.0
             return float(found.log_likelihood), float(found.magnitude)
 
         return vanishing(self.problem, params, evidence, NEXT_TO_NOTHING)

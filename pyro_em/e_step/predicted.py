@@ -236,9 +236,7 @@ class Predicted:
         for name in component.factors:
             own_dims = [d for d in dims if d in graph.factors[name].dims]
             gone = [i for i, d in enumerate(dims) if d not in own_dims and i < len(symbols)]
-            own = with_dims(
-                joint.sum(gone) if gone else joint, "".join(d for i, d in enumerate(dims) if i not in gone)
-            )
+            own = with_dims(joint.sum(gone) if gone else joint, "".join(d for i, d in enumerate(dims) if i not in gone))
             weights[name] = at_rows(own, graph.factors[name].plates, component.nests, graph.plate_sizes)
         return _Posterior(likelihood, magnitude, weights)
 

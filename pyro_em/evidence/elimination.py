@@ -125,7 +125,8 @@ class Candidate:
     """What routes look at: two runs at different parameters and values, with gradients to the latents' `leaves`.
 
     `run_at` runs the model anew at either parameters; `dim` is the atoms' dim (all plates stand right of it);
-    `symbols` names the enumeration dims left of it.
+    `symbols` names the enumeration dims left of it; `maps` are the elements of discrete latents in other plates that
+    rows read (model/row_maps.py).
     """
 
     latents: LatentSet
@@ -135,6 +136,7 @@ class Candidate:
     run_at: tuple[RunAt, RunAt]
     dim: int
     symbols: Mapping[int, str]
+    maps: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

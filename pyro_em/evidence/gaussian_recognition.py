@@ -16,6 +16,7 @@ from torch.distributions import constraints
 from pyro_em.errors import Refusal
 from pyro_em.evidence.assembly import Geometry, Reading
 from pyro_em.evidence.columns import Column, Index, readings
+from pyro_em.evidence.element_states import state_of_element
 from pyro_em.evidence.elimination import Candidate, NotMine
 from pyro_em.evidence.gaussian import GaussianRoute, check_memory
 from pyro_em.evidence.shared_plates import shared_dims
@@ -170,7 +171,8 @@ def plate_symbols(
     owners = [s for s in candidate.first.sites.values() if s.symbol in meets]
     own = {p.name for p in site.plates}
     elsewhere = any(p.size > 1 and p.name not in own for owner in owners for p in owner.plates)
-    if read and (elsewhere or (geometry.elements > 1 and (geometry.num_b or sibling or not apart))):
+    met = elsewhere or (geometry.elements > 1 and (geometry.num_b or sibling or not apart))
+    if read and met and not (apart and all(state_of_element(candidate, geometry, made, own) for own in owners)):
         states = ", ".join(sorted(s.name for s in sites if any(d < candidate.dim for d in s.symbols)))
         raise Refusal(
             candidate.latents.names[0],

@@ -20,6 +20,7 @@ from pyro_em.evidence.discrete import Evidence
 from pyro_em.evidence.elimination import Continuous, SetPosterior
 from pyro_em.model.compat import dims_of, unpack, with_dims
 from pyro_em.model.graph import FactorGraph
+from pyro_em.model.nests import at_rows
 from pyro_em.model.packing import align
 from pyro_em.model.trace import Run, SiteRecord
 
@@ -45,7 +46,7 @@ class Mixed:
         """Names of the dims of the set's evidence."""
         latents = self.continuous.sets[self.number]
         found: dict[int, str] = {}
-        for name in latents.factors:
+        for name in (*latents.factors, *latents.names):  # rows of another plate may stand in the same dim
             found.update(self.run.sites[name].symbols)
         return {d: s for d, s in found.items() if s != latents.symbol}
 
@@ -136,6 +137,9 @@ class Mixed:
         """State numbers over the plates of the continuous latent, size 1 where the discrete one has none."""
         own = "".join(record.symbols[plate.dim] for plate in record.plates)
         packed = with_dims(index, (DRAWS if draws else "") + own)
+        nests = next(c.nests for c in self.graph.components if record.symbol in c.symbols)
+        if nests:
+            packed = at_rows(packed, [s for s in order if s], nests, self.graph.plate_sizes)
         aligned = align(packed, (DRAWS if draws else "") + "".join(s for s in order if s))
         shape, sizes = list(aligned.shape[: int(draws)]), iter(aligned.shape[int(draws) :])
         return aligned.reshape(shape + [next(sizes) if s else 1 for s in order])

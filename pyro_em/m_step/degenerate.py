@@ -155,11 +155,11 @@ def _check_matrices(site: str, combined: Combined, spread: Tensor | None) -> Non
         return
     spread = torch.nan_to_num(spread).clamp(min=torch.finfo(torch.float64).tiny)
     if not kernel.is_informed:
-        unit = torch.diag_embed(spread.expand(covariance.shape[-1])).to(covariance)
+        unit = torch.diag_embed(spread.expand(covariance.shape[:-1])).to(covariance)
         covariance = torch.where(kernel.is_empty()[..., None, None], unit, covariance)
     # In units of the spread the smallest eigenvalue is above c where Σ - c·spread can be factorised; it takes a third
     # of the time.
-    _, failed = torch.linalg.cholesky_ex(covariance - COLLAPSED * spread.expand(covariance.shape[-1]).diag_embed())
+    _, failed = torch.linalg.cholesky_ex(covariance - COLLAPSED * spread.expand(covariance.shape[:-1]).diag_embed())
     if bool(failed.any()):
         root = spread.sqrt()
         smallest = torch.linalg.eigvalsh(torch.nan_to_num(covariance / (root.unsqueeze(-1) * root)))

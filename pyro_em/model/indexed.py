@@ -27,7 +27,7 @@ from torch import Tensor
 from pyro_em.errors import Refusal
 from pyro_em.model.capture import Capture, PlainSite
 from pyro_em.model.density import log_density
-from pyro_em.model.stacking import Tabulated, behind, joined
+from pyro_em.model.stacking import Tabulated, behind
 from pyro_em.model.trace import Run, SiteRecord, run_model
 from pyro_em.types import Model
 
@@ -122,7 +122,8 @@ class Indexed:
                     f"its mask depends on the discrete latent '{latent.name}', which it reads by an index.",
                     "let the states choose its arguments instead, and the mask depend on data alone.",
                 )
-        value = joined([s.value for s in parts], dim, first.fn.event_dim)
+        same = all(torch.equal(first.value, s.value) for s in parts[1:])  # data, or a latent's one value in all states
+        value = first.value if same else behind([s.value for s in parts], dim, first.fn.event_dim)
         site = dataclasses.replace(first, value=value, symbols={**first.symbols, dim: latent.symbol})
         if first.family is None or first.arguments is None:
             table = behind([log_density(s, masked=False) for s in parts], dim, 0)

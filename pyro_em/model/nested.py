@@ -32,7 +32,7 @@ class Nesting:
         self.links: dict[tuple[str, str], dict[str, dict[str, Tensor]]] = {}
         for site, own in maps.items():
             for latent, element in own.items():
-                self.links[site, latent] = _links(run.sites[site], run.sites[latent], element)
+                self.links[site, latent] = nests_of(run.sites[site], run.sites[latent], element)
 
     def of(self, members: Sequence[str], symbols: frozenset[str]) -> Nests:
         """The nests among the sites of a component.
@@ -114,7 +114,7 @@ class Nesting:
         return compat.with_dims(count > 0, compat.dims_of(count))
 
 
-def _links(site: SiteRecord, latent: SiteRecord, element: Tensor) -> dict[str, dict[str, Tensor]]:
+def nests_of(site: SiteRecord, latent: SiteRecord, element: Tensor) -> dict[str, dict[str, Tensor]]:
     """Index of each plate of the latent that the site does not stand in, along one plate of the site."""
     found: dict[str, dict[str, Tensor]] = {}
     stride = 1
@@ -156,6 +156,11 @@ def _along_one(site: SiteRecord, latent: SiteRecord, own: Tensor) -> tuple[str, 
     raise Refusal(
         site.name, f"the element of '{latent.name}' that it reads depends on several plates, {names}.", SAME_ROWS
     )
+
+
+def merged(nests: Nests, more: Nests) -> dict[str, Mapping[str, Tensor]]:
+    """Both together; what is known of a plate in both is the same."""
+    return {child: {**more.get(child, {}), **nests.get(child, {})} for child in {**nests, **more}}
 
 
 def _function(a: Tensor, b: Tensor, size: int) -> Tensor | None:

@@ -61,7 +61,7 @@ def joined(parts: Sequence[Tensor], dim: int, trailing: int) -> Tensor:
 
 def behind(parts: Sequence[Tensor], dim: int, trailing: int) -> Tensor:
     """The parts one behind the other along `dim` of their batch."""
-    rank = trailing - dim
+    rank = max(trailing - dim, *(p.dim() for p in parts))
     padded = [p.reshape((1,) * (rank - p.dim()) + tuple(p.shape)) if p.dim() < rank else p for p in parts]
     return torch.cat(padded, padded[0].dim() - trailing + dim)
 

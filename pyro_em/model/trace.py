@@ -15,6 +15,7 @@ import dataclasses
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyro
@@ -114,8 +115,10 @@ def without_gradients(run: Run) -> Run | None:
     return dataclasses.replace(run, sites=sites, leaves={n: v.detach() for n, v in run.leaves.items()})
 
 
-def _enumerate_discrete(site: Any) -> Any:
-    """Enumerate in parallel what the user left open or marked "sequential" (exact either way)."""
+def _enumerate_discrete(site: Any, given: Collection[str] = ()) -> Any:
+    """Enumerate in parallel what the user left open or marked "sequential" (exact either way), if it has no value."""
+    if site["name"] in given:
+        return {"enumerate": None}
     if site["is_observed"] or not getattr(site["fn"], "has_enumerate_support", False):
         return {}
     if site["infer"].get("enumerate") == "sequential":
@@ -277,7 +280,8 @@ def run_model(
         model = Unfold()(model)
         if enumerated:
             stack.enter_context(compat.enumeration(max_plate_nesting))
-            model = poutine.infer_config(config_enumerate(model, default="parallel"), config_fn=_enumerate_discrete)
+            configured = partial(_enumerate_discrete, given=integrated)
+            model = poutine.infer_config(config_enumerate(model, default="parallel"), config_fn=configured)
         met = stack.enter_context(running("chosen" if chosen else "together", loops)) if loops else []
         try:
             trace: Any = compat.prune_and_symbolize(poutine.trace(model).get_trace(*args, **kwargs))
