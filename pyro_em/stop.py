@@ -23,7 +23,7 @@ class Outcome(Enum):
     converged = "Converged: the score per observation is below tol."
     max_iter = (
         "The maximum number of iterations was reached before the score fell below tol. Raise max_iter, try "
-        "accelerate='squarem', or accept a larger tol."
+        "accelerate='squarem' or 'anderson', or accept a larger tol."
     )
     stalled = (
         "Stalled: the objective no longer rises beyond rounding, but the score is above tol. The likelihood is "

@@ -214,7 +214,7 @@ print("".join("#" if state == busy else "." for state in path.tolist()), " 1900 
 #
 # The exact algorithms never approximate in silence. Where a posterior cannot be summed exactly, `plan` and `fit` stop
 # with the site, the reason and a remedy. Continuous latents are integrated exactly where their posterior is known to
-# be Gaussian, Gamma, InverseGamma or Beta; that of a log-intensity is none of these:
+# be Gaussian, Gamma, InverseGamma, Beta or Dirichlet; that of a log-intensity is none of these:
 
 
 # %%

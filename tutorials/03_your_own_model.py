@@ -2,9 +2,9 @@
 """
 # Your own model
 
-Nobody can write rules for every model. This tutorial fits two that have none: a mixture of a distribution that we
-write ourselves, and a mixture of experts, in which a small network decides. Then it uses them: standard errors,
-predictions for new data, and a file to keep.
+Nobody can write rules for every model. This tutorial fits a mixture of a distribution that we write ourselves, for
+which there are none, and a mixture of experts, in which a small module decides and Newton's method helps. Then it uses
+them: standard errors, predictions for new data, and a file to keep.
 """
 
 # %%
@@ -120,7 +120,7 @@ for warning in caught:
 # ## A model that learns: a mixture of experts
 #
 # Next, the wait is to be predicted from the duration before it. Two experts each draw a line; a gate, which sees the
-# duration, says which expert to trust. The gate's softmax has no formula. As a `PyroModule`:
+# duration, says which expert to trust. As a `PyroModule`:
 
 
 # %%
@@ -149,8 +149,9 @@ for row in pyro_em.plan(experts, duration, wait).m_step:
     print(f"{row.name:12} {row.role:8} {row.route:8} {row.reason}")
 
 # %% [markdown]
-# `gate.weight` and the lines are behind a product or a softmax, hence `numeric`; `scale` is picked by the class alone
-# and keeps its formula. We fit on the first part of the record and keep the rest.
+# The gate's softmax has no formula, but its logits are linear in `gate.weight` and `gate.bias`: Newton's method finds
+# their maximum (`newton`). The lines are one weighted least squares problem, solved at once; `scale` is picked by the
+# class alone and keeps its formula. We fit on the first part of the record and keep the rest.
 
 # %%
 train, test = slice(0, 200), slice(200, None)
