@@ -268,7 +268,7 @@ def _result(
     known = best.last.expectation
     log_likelihood, log_prior = known.log_likelihood, known.log_prior
     if best.error is None:  # which says more than a comparison where digits are gone
-        log_likelihood, log_prior = verified(problem, engine, dataclasses.replace(best.last, params=params))
+        log_likelihood, log_prior = verified(problem, engine, dataclasses.replace(best.last, at=params))
     return FitResult(
         algorithm=algorithm,
         params=params,

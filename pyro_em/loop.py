@@ -24,7 +24,7 @@ from pyro_em.errors import DegenerateLikelihoodError, MonotonicityError, NonFini
 from pyro_em.evaluator import Evaluator
 from pyro_em.m_step.auto import MStep
 from pyro_em.problem import Problem
-from pyro_em.recordings import Evaluated, Mapped, Request
+from pyro_em.recordings import Evaluated, Mapped, Point, Request, params_of
 from pyro_em.stop import Outcome, StoppingRule
 from pyro_em.types import Params
 
@@ -34,12 +34,17 @@ MONOTONE = 16.0  # eps·Σ|ll_n|: the largest drop that rounding explains (worst
 
 @dataclass(eq=False)  # not frozen, as all that is made once an update: that costs a microsecond each time
 class Iterate:
-    """Carried from one iteration to the next: parameters and the E-step at them."""
+    """Carried from one iteration to the next: where it is, and the E-step there."""
 
-    params: Params
+    at: Params | Point
     expectation: Evaluated
     objective: float
     iteration: int
+
+    @property
+    def params(self) -> Params:
+        """By name."""
+        return params_of(self.at)
 
     @cached_property
     def rounding(self) -> float:
@@ -108,13 +113,13 @@ class Ended:
     error: BaseException | None = None
 
 
-def at(problem: Problem, params: Params, expectation: Evaluated, iteration: int) -> Iterate:
+def at(problem: Problem, where: Params | Point, expectation: Evaluated, iteration: int) -> Iterate:
     """The iterate at which an E-step was made."""
     climbed = expectation.log_likelihood
     if isinstance(expectation, Expectation) and expectation.climbed is not None:
         climbed = expectation.climbed
     objective = climbed + (expectation.log_prior if problem.with_prior else 0.0)
-    return Iterate(params, expectation, objective, iteration)
+    return Iterate(where, expectation, objective, iteration)
 
 
 T = TypeVar("T")
@@ -144,12 +149,12 @@ class EMMap:
     expected: float = math.inf  # updates to come, as far as is known
     _magnitude: float = 0.0
 
-    def at(self, params: Params, iteration: int) -> Steps[Iterate]:
-        """E-step at `params`; counted even if it fails."""
+    def at(self, where: Params | Point, iteration: int) -> Steps[Iterate]:
+        """E-step there; counted even if it fails."""
         self.num_e_steps += 1
-        expectation = yield Request(params, self._magnitude, self.rough, self.expected)
+        expectation = yield Request(where, self._magnitude, self.rough, self.expected)
         self._magnitude = expectation.magnitude
-        return at(self.problem, params, expectation, iteration)
+        return at(self.problem, where, expectation, iteration)
 
     def score(self, current: Iterate) -> float:
         """max|∂ objective/∂u| over the parameters that move, not divided by N."""
@@ -158,24 +163,27 @@ class EMMap:
 
     def update(self, current: Iterate) -> Params:
         """M(θ), not evaluated. Spends the statistics of `current`: read its score before."""
+        return params_of(self._following(current))
+
+    def _following(self, current: Iterate) -> Params | Point:
         known = current.expectation
         if isinstance(known, Mapped):
             self.empty |= known.empty
-            return known.updated
+            return known.following
         params, info = self.m_step.update(current.params, known)
         self.empty |= set(info.empty)
         return params
 
     def step(self, current: Iterate) -> Steps[Iterate]:
         """The plain EM step."""
-        return (yield from self.reached(self.update(current), current))
+        return (yield from self.reached(self._following(current), current))
 
-    def reached(self, params: Params, current: Iterate) -> Steps[Iterate]:
-        """E-step at `params` = M(θ), one update after `current`.
+    def reached(self, where: Params | Point, current: Iterate) -> Steps[Iterate]:
+        """E-step at M(θ), one update after `current`.
 
         :raises MonotonicityError: if the objective fell.
         """
-        following = yield from self.at(params, current.iteration + 1)
+        following = yield from self.at(where, current.iteration + 1)
         if following.objective < current.objective - MONOTONE * current.rounding:
             raise MonotonicityError(following.iteration, current.objective, following.objective)
         return following

@@ -23,24 +23,47 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from pyro_em.e_step.base import Expectation, Recordable, Stage, Staged, is_possible
 from pyro_em.m_step.auto import MStep
 from pyro_em.sufficient import Sufficient
-from pyro_em.tape import Deviation, Tape
+from pyro_em.tape import Deviation, Entries, Tape
 from pyro_em.types import Params
 
 MOST_WAYS = 4  # of one function
 SINGLE = 4 * torch.finfo(torch.float32).eps  # error of a log-likelihood by products in float32, per Σ|ll_n|
 
 
-@dataclass(eq=False)  # not frozen: it is made once an update, and a frozen one takes a microsecond more
+class Point:
+    """M(θ) as a replay gave it: tensors are made if somebody asks for them."""
+
+    __slots__ = ("_tensors", "names", "tape", "values")
+
+    def __init__(self, names: tuple[str, ...], values: list[Tensor | Entries], tape: Tape) -> None:
+        self.names, self.values, self.tape = names, values, tape  # the first output is none of them
+        self._tensors: Params | None = None
+
+    @property
+    def params(self) -> Params:
+        """By name."""
+        if self._tensors is None:
+            tensors = (self.tape.tensor(i + 1, x) for i, x in enumerate(self.values))
+            self._tensors = dict(zip(self.names, tensors, strict=True))
+        return self._tensors
+
+
 class Request:
     """Parameters at which an E-step is wanted; `magnitude` is Σ|ll_n| of the E-step before, 0 for the first.
 
-    `expected` is how many more may follow.
+    `rough` asks for products in float32 (precision.py), but for the first E-step of a run. `expected` is how many more
+    may follow.
     """
 
-    params: Params
-    magnitude: float
-    rough: bool = False  # products in float32 (precision.py); the first E-step of a run is not
-    expected: float = math.inf
+    __slots__ = ("at", "expected", "magnitude", "rough")
+
+    def __init__(self, at: Params | Point, magnitude: float, rough: bool = False, expected: float = math.inf) -> None:
+        self.at, self.magnitude, self.rough, self.expected = at, magnitude, rough, expected
+
+    @property
+    def params(self) -> Params:
+        """By name."""
+        return params_of(self.at)
 
     def error(self, magnitude: float) -> float:
         """What float32 cannot see of a log-likelihood with this Σ|ll_n|."""
@@ -56,10 +79,15 @@ class Mapped:
     magnitude: float
     error: float
     score: float  # not divided by N
-    updated: Params
+    following: Point
     empty: frozenset[str]
     engine: Recordable | Staged
     request: Request
+
+    @property
+    def updated(self) -> Params:
+        """M(θ)."""
+        return self.following.params
 
     @cached_property
     def expectation(self) -> Expectation:
@@ -69,6 +97,7 @@ class Mapped:
 
 Evaluated = Expectation | Mapped
 Outputs = list[Tensor]  # totals and score as one tensor, then M(θ) by parameter
+Found = tuple[list[Tensor | Entries], Tape, frozenset[str]]  # the same from a tape, which says how tensors are made
 
 
 class Recording(Protocol):
@@ -95,26 +124,26 @@ class Ways:
     def __init__(self) -> None:
         self._known: list[tuple[Tape, frozenset[str]]] = []
 
-    def add(
-        self, function: Callable[[set[str], Sequence[Tensor], bool], Outputs], inputs: Sequence[Tensor]
-    ) -> tuple[Outputs, frozenset[str]]:
+    def add(self, function: Callable[[set[str], Sequence[Tensor], bool], Outputs], inputs: Sequence[Tensor]) -> Found:
         """Record the way that it goes at these inputs, and give what it gives there.
 
         When a tape compares its first replay with the function, this is asked to certify its results.
         """
         empty: set[str] = set()
         calls = itertools.count()
-        tape = Tape(lambda *own: function(empty, own, next(calls) > 0), inputs)
+        tape = Tape(lambda *own: function(empty, own, next(calls) > 0), inputs, entries=True)
         self._known = [(tape, frozenset(empty)), *self._known[: MOST_WAYS - 1]]
-        return tape.recorded, frozenset(empty)
+        return list(tape.recorded), tape, frozenset(empty)
 
-    def __call__(self, inputs: Sequence[Tensor | float]) -> tuple[Outputs, frozenset[str]] | None:
+    def __call__(self, inputs: Sequence[Tensor | Entries | float]) -> Found | None:
         for i, (tape, empty) in enumerate(self._known):
-            output = _replay(tape, inputs)
-            if output is not None:
-                if i:
-                    self._known.insert(0, self._known.pop(i))
-                return output, empty
+            try:
+                found = tape.run(inputs)
+            except (Deviation, LinAlgError):
+                continue
+            if i:
+                self._known.insert(0, self._known.pop(i))
+            return found, tape, empty
         return None
 
 
@@ -135,7 +164,7 @@ class Whole:
         return mapped(self.engine, self.names, request, found)
 
     def __call__(self, requests: Sequence[Request]) -> list[Mapped | None]:
-        found = [self._ways([*values_of(request, self.names), request.magnitude]) for request in requests]
+        found = [self._ways([*entries_of(request, self.names), request.magnitude]) for request in requests]
         return [mapped(self.engine, self.names, *pair) for pair in zip(requests, found, strict=True)]
 
 
@@ -170,19 +199,30 @@ class Around:
         assert self._before is not None
         stages: list[Stage | None] = []
         for request in requests:
-            made = _replay(self._before, [*values_of(request, self.names), request.magnitude])
+            made = _replay(self._before, [*entries_of(request, self.names), request.magnitude])
             stages.append(None if made is None else Stage(tuple(made), self._kind, request.rough))
         going = [i for i, stage in enumerate(stages) if stage is not None]
         sums = self.engine.core([stage for stage in stages if stage is not None]) if going else []
-        found: list[tuple[Outputs, frozenset[str]] | None] = [None for _ in requests]
+        found: list[Found | None] = [None for _ in requests]
         for i, own in zip(going, sums, strict=True):
-            found[i] = self._after([*values_of(requests[i], self.names), *own])
+            found[i] = self._after([*entries_of(requests[i], self.names), *own])
         return [mapped(self.engine, self.names, *pair) for pair in zip(requests, found, strict=True)]
 
 
 def values_of(request: Request, names: tuple[str, ...]) -> list[Tensor]:
     """The parameters in order."""
     return [request.params[name] for name in names]
+
+
+def entries_of(request: Request, names: tuple[str, ...]) -> Sequence[Tensor | Entries]:
+    """The same as a replay takes them."""
+    at = request.at
+    return at.values if type(at) is Point and at.names == names else values_of(request, names)
+
+
+def params_of(at: Params | Point) -> Params:
+    """By name."""
+    return at.params if isinstance(at, Point) else at
 
 
 def magnitude_of(request: Request) -> Tensor:
@@ -223,21 +263,21 @@ def mapped(
     engine: Recordable | Staged,
     names: tuple[str, ...],
     request: Request,
-    found: tuple[Outputs, frozenset[str]] | None,
+    found: Found | None,
 ) -> Mapped | None:
     """What a replay gave, or None if the log-likelihood is not finite: the ordinary way says why."""
     if found is None:
         return None
-    (totals, *values), empty = found
-    likelihood, prior, magnitude, *errors, score = totals.tolist()
+    (totals, *values), tape, empty = found
+    likelihood, prior, magnitude, *errors, score = totals if isinstance(totals, tuple) else totals.tolist()
     if not (is_possible(likelihood) and math.isfinite(prior)):
         return None
     error = sum(errors, request.error(magnitude))
-    updated = dict(zip(names, values, strict=True))
-    return Mapped(likelihood, prior, magnitude, error, score, updated, empty, engine, request)
+    following = Point(names, values, tape)
+    return Mapped(likelihood, prior, magnitude, error, score, following, empty, engine, request)
 
 
-def _replay(tape: Tape, inputs: Sequence[Tensor | float]) -> list[Tensor] | None:
+def _replay(tape: Tape, inputs: Sequence[Tensor | Entries | float]) -> list[Tensor] | None:
     try:
         return tape(inputs)
     except (Deviation, LinAlgError):

@@ -1,6 +1,8 @@
 """One E-step of short chains in few calls: as long as nothing is looked up.
 
-    b = exp(W Φ - max),   α, β by band solves (evidence/banded.py),   Σ_t u_t α_{t-1} (b_t ∘ β_t)ᵀ ∘ A,   Σ_t w γ_t Φ_tᵀ
+    b = exp(W Φ),   α, β by band solves (evidence/banded.py),   Σ_t u_t α_{t-1} (b_t ∘ β_t)ᵀ ∘ A,   Σ_t w γ_t Φ_tᵀ
+
+Where the messages would leave the range of floats, b is divided by its largest entry at every step.
 
 Of a chain of 200 steps the arithmetic takes ten microseconds, and every call one: NumPy throughout, over arrays that
 are kept. It is one operation of torch, so that a recording (tape/) holds the whole E-step. What this does not do
@@ -24,12 +26,15 @@ import torch
 from torch import Tensor
 
 from pyro_em.e_step.base import IMPOSSIBLE
-from pyro_em.evidence.banded import LOG_2, Banded
+from pyro_em.evidence.banded import LOG_2, Banded, Rate
+from pyro_em.evidence.blocked import Scratch, smooth_blocked
 from pyro_em.tape.calls import Call, written_by
 
 _LIBRARY = torch.library.Library("pyro_em", "FRAGMENT")
 _ALIVE: WeakValueDictionary[int, ChainSums] = WeakValueDictionary()  # operations take numbers, no objects
 _NUMBERS = itertools.count()
+BARE, SCALED = 0, 1  # b as it is, and divided by the largest of every step
+STRIKES = 3  # failures of bare b, after which it is not tried again
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,8 @@ class Short(ChainSums):
         self._left, self._right = banded.left, banded.right.T
         self._columns = None if self.chain_weights is None else np.repeat(self.chain_weights, blocks.per_chain)
         self._weighted = np.empty(self._left.shape)
+        self._rates: list[Rate | None] = [None, banded.rate]
+        self._strikes, self._nothing = 0, np.zeros(blocks.chains)
 
     def into(
         self,
@@ -116,20 +123,9 @@ class Short(ChainSums):
         differences: np.ndarray | None,
     ) -> None:
         evidence, first, pairs, totals, held = outputs
-        density, scale = self._density, self._scale
         held[...] = False
-        np.dot(w, self.phi, density)  # results by position, as names cost time
-        if differences is not None:
-            np.add(density, differences, density)
-        np.maximum.reduce(density, 0, out=scale)
-        np.subtract(density, scale, density)
-        np.exp(density, density)
-        scales = np.add.reduce(self._scales, self._axes)
-        banded = self.banded
-        total = banded.messages(initial, A) if min(scales.tolist()) > 0.1 * IMPOSSIBLE else None
-        if total is None:
+        if not self._smoothed(initial, A, w, differences, evidence):
             return
-        self._read(total, scales, evidence)
         for weight, out in zip(self.pair_weights, pairs, strict=True):
             left = self._left if weight is None else np.multiply(self._left, weight, self._weighted)
             np.matmul(left, self._right, out)  # `dot` would copy what lies in strides
@@ -138,25 +134,93 @@ class Short(ChainSums):
             own = self._at_first
             np.add.reduce(own, 1, out=out) if weight is None else np.dot(own, weight, out)
         if self._columns is not None:
-            banded.states *= self._columns
+            self.banded.states *= self._columns
         np.dot(self.phi, self._posterior, totals)
         held[...] = True
 
+    def _smoothed(self, *given: Any) -> bool:
+        """Posteriors by bare b if that holds, which one call does not find out for the next."""
+        if self._rates[BARE] is not None:
+            if self._run(BARE, *given):
+                return True
+            self._rates[BARE], self._strikes = None, self._strikes + 1
+        if not self._run(SCALED, *given) and not (self._measured(*given) and self._run(SCALED, *given)):
+            return False
+        if self._strikes < STRIKES:
+            self.banded.set_rate(self._level)
+            self._rates[BARE] = self.banded.rate
+            if not self._run(BARE, *given):
+                self._rates[BARE], self._strikes = None, STRIKES
+                return self._run(SCALED, *given)
+        return True
+
+    def _measured(
+        self, initial: np.ndarray, A: np.ndarray, w: np.ndarray, differences: np.ndarray | None, evidence: np.ndarray
+    ) -> bool:
+        """Find the rate at which scaled b may hold, if there is another one than that known."""
+        banded, before = self.banded, self._rates[SCALED]
+        if self._likelihood(SCALED, w, differences) is None:
+            return False
+        start, table, b = (torch.from_numpy(np.ascontiguousarray(x)) for x in (initial, A, banded.likelihood))
+        found = smooth_blocked(start, table, b, banded.blocks, Scratch())
+        if found is None:
+            return False
+        banded.set_rate(float(found.log_scale.mean()) / banded.blocks.steps)
+        self._rates[SCALED] = banded.rate
+        return before is None or banded.rate.units != before.units
+
+    def _run(
+        self,
+        kind: int,
+        initial: np.ndarray,
+        A: np.ndarray,
+        w: np.ndarray,
+        differences: np.ndarray | None,
+        evidence: np.ndarray,
+    ) -> bool:
+        scales, banded = self._likelihood(kind, w, differences), self.banded
+        banded.rate = self._rates[kind]  # type: ignore[assignment]
+        total = None if scales is None else banded.messages(initial, A)
+        if total is None or scales is None:
+            return False
+        self._read(total, scales, evidence)
+        self._rates[kind] = banded.rate
+        return True
+
+    def _likelihood(self, kind: int, w: np.ndarray, differences: np.ndarray | None) -> np.ndarray | None:
+        """b, and sums of the logs of its scales by chain; None if no state of some row is possible."""
+        density, scales = self._density, self._nothing
+        np.dot(w, self.phi, density)  # results by position, as names cost time
+        if differences is not None:
+            np.add(density, differences, density)
+        if kind == SCALED:
+            np.maximum.reduce(density, 0, out=self._scale)
+            np.subtract(density, self._scale, density)
+            scales = np.add.reduce(self._scales, self._axes)
+            if not min(scales.tolist()) > 0.1 * IMPOSSIBLE:
+                return None
+        np.exp(density, density)
+        return scales
+
     def _read(self, total: np.ndarray, scales: np.ndarray, evidence: np.ndarray) -> None:
-        """Σ w ll and Σ |w ll|; of one chain without a call of NumPy."""
+        """Σ w ll and Σ |w ll|, and the level of a step; of one chain without a call of NumPy."""
         banded = self.banded
         C, T = banded.blocks.chains, banded.blocks.steps
         if C == 1 and self.chain_weights is None:
             mantissa, exponent = math.frexp(total[0])
             log_scale = math.log(mantissa) + (exponent + banded.rate.shift) * LOG_2
             banded.set_rate(log_scale / T)
-            evidence[0] = own = log_scale + float(scales[0]) + float(self.base[0])
+            own = log_scale + float(scales[0])
+            self._level = own / T
+            evidence[0] = own = own + float(self.base[0])
             evidence[1] = abs(own)
             return
         mantissas, exponents = np.frexp(total)
         log_scales = np.log(mantissas) + (exponents + banded.rate.shift) * LOG_2
         banded.set_rate(float(log_scales.mean()) / T)
-        log_scales += scales + self.base
+        log_scales += scales
+        self._level = float(log_scales.mean()) / T
+        log_scales += self.base
         if self.chain_weights is not None:
             log_scales *= self.chain_weights
         evidence[0] = log_scales.sum()

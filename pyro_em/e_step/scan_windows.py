@@ -1,6 +1,6 @@
 """One E-step of long chains, window by window: emissions, messages and sums of a window stay in cache.
 
-    window i:  b = exp(W Φ_i - max),   p, w by a band solve (evidence/banded.py),   sums over the steps that are its own
+    window i:  b = exp(W Φ_i),   p, w by a band solve (evidence/banded.py),   sums over the steps that are its own
 
 A window begins from a uniform vector before its own steps, and ends with ones after them. That this was early and late
 enough is certified at every border: the window before has to end where the next one begins, and the next one's w has
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.e_step.base import IMPOSSIBLE
-from pyro_em.e_step.scan_short import ChainSums, Weights
+from pyro_em.e_step.scan_short import BARE, SCALED, ChainSums, Weights
 from pyro_em.evidence.banded import LOG_2, Banded
 from pyro_em.evidence.blocked import AGREE, Scratch, smooth_blocked
 from pyro_em.evidence.windows import Windows
@@ -59,7 +59,8 @@ class Windowed(ChainSums):
     ) -> None:
         super().__init__(phi, base, states, weights, padding)
         self.windows, self.banded = windows, Banded(windows.blocks, states)
-        self._rates = [self.banded.rate] * (windows.chains * windows.count)
+        self._kind = BARE
+        self._rates = [[self.banded.rate] * (windows.chains * windows.count) for _ in (BARE, SCALED)]
         self._size = windows.length * windows.blocks.per_chain
         self._density = self.banded.likelihood.reshape(states, -1)
         self._scale = np.empty(self._size)
@@ -80,8 +81,15 @@ class Windowed(ChainSums):
         *sums, held = outputs
         given = Given(np.broadcast_to(initial.T, (self.windows.chains, len(A))), A, w, differences)
         self.banded.use(A)
-        held[...] = self._summed(sums, given, self._forgetful) or self._summed(sums, given, self._carried)
+        found = self._joined_somehow(sums, given)
+        if not found and self._kind == BARE:
+            self._kind = SCALED
+            found = self._joined_somehow(sums, given)
+        held[...] = found
         sums[2] *= A
+
+    def _joined_somehow(self, sums: Sequence[np.ndarray], given: Given) -> bool:
+        return self._summed(sums, given, self._forgetful) or self._summed(sums, given, self._carried)
 
     def _summed(self, sums: Sequence[np.ndarray], given: Given, one_chain: OneChain) -> bool:
         """Sums over all chains, each by this way of joining its windows; whether it could."""
@@ -136,9 +144,9 @@ class Windowed(ChainSums):
         banded, i = self.banded, c * self.windows.count + place
         begin, until = self.windows.inner(place)
         for attempt in range(2):
-            if not self._likelihood(i, given):
+            if not self._likelihood(i, given, self._kind):
                 return None
-            banded.rate = self._rates[i]
+            banded.rate = self._rates[self._kind][i]
             banded.ends.fill(0.0)
             ahead, behind = banded.ends[0, 0], banded.ends[1, 0, ::-1]
             ahead[start[0]], behind[end[0]] = start[1], end[1]
@@ -151,13 +159,16 @@ class Windowed(ChainSums):
                 return None
         return None
 
-    def _likelihood(self, i: int, given: Given) -> bool:
-        """b of a window and its logs of scales; whether all rows are possible."""
+    def _likelihood(self, i: int, given: Given, kind: int) -> bool:
+        """b of a window, and logs of scales if it is scaled; whether all rows are then possible."""
         at = slice(i * self._size, (i + 1) * self._size)
         density, scale = self._density, self._scale
         np.matmul(given.w, self.phi[:, at], density)
         if given.differences is not None:
             np.add(density, given.differences[:, at], density)
+        if kind == BARE:
+            np.exp(density, density)
+            return True
         np.maximum.reduce(density, 0, out=scale)
         np.subtract(density, scale, density)
         np.exp(density, density)
@@ -166,13 +177,15 @@ class Windowed(ChainSums):
     def _measured(self, i: int, given: Given) -> bool:
         """Find the rate of a window whose messages leave the range of floats at the one it has."""
         banded = self.banded
-        self._likelihood(i, given)
+        if not self._likelihood(i, given, SCALED):
+            return False
         initial, table = (torch.from_numpy(x) for x in (self._uniform[:, None], given.table))
         found = smooth_blocked(initial, table, torch.from_numpy(banded.likelihood), banded.blocks, Scratch())
         if found is None:
             return False
-        banded.set_rate(float(found.log_scale) / self.windows.blocks.steps)
-        self._rates[i] = banded.rate
+        total = float(found.log_scale) + (float(self._scale.sum()) if self._kind == BARE else 0.0)
+        banded.set_rate(total / self.windows.blocks.steps)
+        self._rates[self._kind][i] = banded.rate
         return True
 
     def _count(self, c: int, place: int, border: Border, sums: Sequence[np.ndarray], normalise: bool) -> float:
@@ -185,10 +198,12 @@ class Windowed(ChainSums):
         begin, until = windows.inner(place)
         shifts = banded.rate.shifts
         (start, end), exponent = border.p, float(shifts[until] - shifts[begin])
-        scales = self._scale.reshape(windows.length, -1)[:, begin:until]
+        scales = 0.0
+        if self._kind == SCALED:
+            scales = float(self._scale.reshape(windows.length, -1)[:, begin:until].sum())
         log_scale = math.log(float(end.sum()) / (float(start.sum()) if normalise else 1.0)) + exponent * LOG_2
         banded.set_rate(log_scale / ((until - begin) * windows.length))
-        self._rates[i] = banded.rate
+        self._rates[self._kind][i] = banded.rate
         banded.run()
         for x in (banded.alpha, banded.states):
             x[:, :, :begin] = 0.0
@@ -203,7 +218,7 @@ class Windowed(ChainSums):
             for own, out in zip(self.first_weights, first, strict=True):
                 out += banded.states[:, 0, 0] * (1.0 if own is None else float(own[c]))
         totals += weight * (self.phi[:, at] @ banded.states.reshape(self.states, -1).T)
-        return log_scale + float(scales.sum())
+        return log_scale + scales
 
 
 def _agree(before: Border, after: Border) -> bool:

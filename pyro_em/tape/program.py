@@ -1,7 +1,7 @@
 """The text of a replay, which belongs to the structure of a list of operations and serves every list that has it.
 
 Fits of one model to other data of the same size differ in the contents of constants alone. What a text calls and reads
-is therefore bound by name: `get_3` reads the memory number 3, `put_3` writes it, `set_0` takes an argument there,
+is therefore bound by name: `get_3` reads the memory number 3, `put_3` writes it, `set_0` takes a tensor there,
 `call_7` is the call of step 7, `k2_1` the entry 1 of constant 2, `out_0` the memory of an output. What a text was
 written for by its contents (masks, integers, and floats that are 0, 1 or not finite) is part of the structure.
 """
@@ -27,25 +27,27 @@ from pyro_em.tape.numbers import NAMES
 MANY = 64  # entries of memory that is worth reading
 FORMATS = {torch.float64: "d", torch.bool: "?", torch.int64: "q"}
 MOST_KEPT = 256  # programs
+Entries = tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Program:
     """`source` defines `replay(*inputs)`; `names` are those it uses, but for NAMES. `expressed` counts steps that
-    are expressions."""
+    are expressions, `few` says which inputs it takes as tuples of their entries."""
 
     source: str
     code: CodeType
     names: Sequence[str]
     expressed: int
+    few: Sequence[bool]
 
-    def bound(self, layout: Layout) -> Callable[..., list[Tensor]]:
+    def bound(self, layout: Layout) -> Callable[..., list[Entries | Tensor]]:
         """The function, for a list of operations that has the structure it was written for."""
         parts = Parts(layout)
         known = {**NAMES, "Deviation": Deviation, "of_array": torch.from_numpy}
         known |= {name: parts.named(name) for name in self.names}
         exec(self.code, known)
-        found: Callable[..., list[Tensor]] = known["replay"]
+        found: Callable[..., list[Entries | Tensor]] = known["replay"]
         return found
 
 
@@ -74,8 +76,7 @@ class Parts:
         if kind == "out":
             return self.layout.outputs[number].numpy()
         if kind == "set":
-            x = self.layout.inputs[number]
-            return x.copy_ if x.ndim else x.fill_  # which takes floats too
+            return self.layout.inputs[number].copy_
         x = self._places[number]
         flat = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).numpy()
         if kind == "get":

@@ -5,12 +5,12 @@ Python's floats takes 10 ns an entry, is IEEE's too, and skips what a condition 
 entries is therefore written as expressions (formulas.py) where it has a formula. What a call reads is put into memory
 before it, and what expressions need of its results is read after it:
 
-    a0_0, a0_1, = a0.tolist()
+    a0_0, a0_1, = a0
     x3_0 = a0_0 * a0_1
     put_5(x3_0, a0_0 if a0_1 > 0.0 else 0.0)
     call_6()
     x6_0, = get_8()
-    return [of_array(out_0.copy())]
+    return [(x6_0,), of_array(out_1.copy())]
 
 Not handled: values that are not on the CPU, and expressions of types other than float64, bool and int64.
 """
@@ -33,7 +33,7 @@ from pyro_em.tape.numbers import Array, Number, Numbers, count, write
 from pyro_em.tape.program import FORMATS, MANY, MOST_KEPT, Parts, Program, address, ordinary, tensors
 from pyro_em.tape.record import READ
 
-FEW = 16  # entries of a result, up to which expressions take less time than a call
+FEW = 25  # entries of a result, up to which expressions take less time than calls and the way to their memory
 PLACES = np.arange(MANY)
 BOUND = re.compile(r"(get|put|set|call|out|k\d+)_\d+(_\d+)?")  # names that have their meaning from program.py
 
@@ -76,9 +76,12 @@ class _Action:
 
 
 class Scalars:
-    """Writes the program of a list of operations."""
+    """Writes the program of a list of operations.
 
-    def __init__(self, layout: Layout, parts: Parts) -> None:
+    :param entries: outputs of few entries are given as tuples of them.
+    """
+
+    def __init__(self, layout: Layout, parts: Parts, entries: bool) -> None:
         self.layout, self.numbers, self.parts = layout, Numbers(), parts
         self.actions: list[_Action] = []
         sizes = {at: (i, x.untyped_storage().nbytes() // x.element_size()) for at, (i, x) in parts.memories.items()}
@@ -86,8 +89,7 @@ class Scalars:
         in_place = [w.step.args for w in layout.written if w.look is None and None in w.step.targets]
         self.changed = {address(layout.tensor(x)) for x in tensors(in_place)}
         self.values: dict[Any, _Value] = {}  # by variable, or id of a constant
-        for i, argument in enumerate(layout.listing.inputs):
-            self._receive(argument, i)
+        self.few = [self._receive(argument, i) for i, argument in enumerate(layout.listing.inputs)]
         self.expressed = 0
         for i, written in enumerate(layout.written):
             self.numbers.prefix = f"x{i}"
@@ -95,8 +97,7 @@ class Scalars:
                 self.expressed += 1
             else:
                 self._call(written, i)
-        for output in layout.listing.outputs:
-            self._fill(output)
+        self.given = [self._give(x, i, entries) for i, x in enumerate(layout.listing.outputs)]
 
     def program(self) -> Program:
         """What has been written."""
@@ -106,13 +107,13 @@ class Scalars:
             if not action.makes or any(x.uses for x in action.makes):
                 write(action.needs, lines)
                 lines.append(action.line())
-        given = ", ".join(f"of_array(out_{i}.copy())" for i in range(len(self.layout.outputs)))
+        given = ", ".join(self.given)
         received = ", ".join(f"a{i}" for i in range(len(self.layout.inputs)))
         source = "\n    ".join([f"def replay({received}):", *lines, f"return [{given}]\n"])
         code = compile(source, "<replay>", "exec")
         inner = next(x for x in code.co_consts if isinstance(x, CodeType))
         names = [x for x in inner.co_names if BOUND.fullmatch(x)]
-        return Program(source, code, names, self.expressed)
+        return Program(source, code, names, self.expressed, tuple(self.few))
 
     def _value(self, x: Variable | Tensor) -> _Value:
         key = x if isinstance(x, Variable) else id(x)
@@ -124,18 +125,27 @@ class Scalars:
             found = self.values[key] = _Value(tensor, self.memories.get(at), constant, at in self.changed)
         return found
 
-    def _receive(self, x: Variable, index: int) -> None:
-        """An argument: its entries become variables if they are few; to memory it goes when a call reads it."""
+    def _receive(self, x: Variable, index: int) -> bool:
+        """An argument: if its entries are few they become variables, and go to memory when a call reads it. Whether."""
         value, self.numbers.prefix = self._value(x), f"a{index}"
-        place, memory = value.tensor, value.memory
+        memory = value.memory
         assert memory is not None
-        memory.filling = f"set_{index}(a{index})", ()
-        if value.few and place.is_contiguous():
-            memory.cells = np.array([self.numbers.given() for _ in range(place.numel())], object)
-            template = f"{_pattern(place.shape)} = a{index}.tolist()" if place.ndim else f"{{}} = float(a{index})"
-            self.actions.append(_Action(template, (), list(memory.cells)))
-        else:
-            self._fill(x)
+        if not (value.few and value.tensor.is_contiguous()):
+            self.actions.append(_Action(f"set_{index}(a{index})", ()))
+            return False
+        memory.cells = np.array([self.numbers.given() for _ in range(memory.size)], object)
+        self.actions.append(_Action(f"{'{}, ' * memory.size}= a{index}", (), list(memory.cells)))
+        memory.filling = f"put_{memory.index}({{}})", list(memory.cells)
+        return True
+
+    def _give(self, x: Variable | Tensor, index: int, entries: bool) -> str:
+        """What an output is returned as."""
+        value = self._value(x)
+        if entries and value.few:
+            self.actions.append(_Action(f"y{index} = ({{}},)", list(self._read(value).reshape(-1))))
+            return f"y{index}"
+        self._fill(x)
+        return f"of_array(out_{index}.copy())"
 
     def _express(self, written: Written) -> bool:
         """Write a step as expressions, if it has a formula and is small."""
@@ -229,23 +239,18 @@ def _each(function: Callable[[_Value], Any], x: Any) -> Any:
     return function(x) if isinstance(x, _Value) else x
 
 
-def _pattern(shape: Sequence[int]) -> str:
-    """Targets of nested lists of this shape, one {} for each entry."""
-    return "(" + (_pattern(shape[1:]) + ", ") * shape[0] + ")" if shape else "{}"
-
-
 PROGRAMS: dict[Hashable, Program] = {}  # by structure
 
 
-def known(layout: Layout) -> Program | None:
+def known(layout: Layout, entries: bool) -> Program | None:
     """The program of this structure, if one has been written."""
-    return PROGRAMS.get(Parts(layout).key()) if PROGRAMS else None
+    return PROGRAMS.get((Parts(layout).key(), entries)) if PROGRAMS else None
 
 
-def written(layout: Layout) -> Program:
+def written(layout: Layout, entries: bool) -> Program:
     """The program of this structure."""
     parts = Parts(layout)
     if len(PROGRAMS) >= MOST_KEPT:
         PROGRAMS.clear()
-    found = PROGRAMS[parts.key()] = Scalars(layout, parts).program()
+    found = PROGRAMS[parts.key(), entries] = Scalars(layout, parts, entries).program()
     return found

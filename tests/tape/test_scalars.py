@@ -232,3 +232,24 @@ def test_division_by_zero_is_that_of_ieee(a: float, b: float) -> None:
 def test_the_first_largest() -> None:
     for values in ([1.0, 3.0, 3.0], [math.inf, -math.inf, math.nan], [-math.inf, math.inf, 2.0], [math.nan, 5.0, 6.0]):
         assert first_largest(*values) == torch.tensor(values).argmax()
+
+
+def test_entries_go_round_without_tensors() -> None:
+    """What is small comes out as its entries and goes in as such, to the last bit; what is large stays a tensor, and so
+    does everything before the function is written and where tensors are asked for."""
+
+    def function(x: Tensor, y: Tensor, scale: Tensor) -> Sequence[Tensor]:
+        return [x * scale + y.sum(), y / scale, x.sum()]
+
+    draws = torch.Generator().manual_seed(0)
+    x, y = torch.randn(3, 2, generator=draws), torch.randn(9, 9, generator=draws)
+    tape, plain = Tape(function, [x, y, torch.tensor(1.5)], entries=True), _written(function, [x, y, torch.tensor(1.5)])
+    tape([x, y, 1.5]), tape([tuple(x.flatten().tolist()), y, 1.5])
+    small, large, total = tape.run([x, y, 1.5])
+    assert isinstance(small, tuple) and len(small) == 6 and isinstance(total, tuple) and isinstance(large, Tensor)
+    again = tape.run([small, large, 0.5])
+    expected = function(*function(x, y, torch.tensor(1.5))[:2], torch.tensor(0.5))
+    for i, (own, value) in enumerate(zip(again, expected, strict=True)):
+        assert _same_bits(tape.tensor(i, own), value) and tape.tensor(i, own).shape == value.shape
+    given = plain.run([small, large, 0.5])
+    assert all(isinstance(own, Tensor) and _same_bits(own, x) for own, x in zip(given, expected, strict=True))
