@@ -58,7 +58,7 @@ class Sufficient:
         # How an engine that reads no rows makes them: (site, where each parameter begins in a block, its size).
         self.opens: Callable[[str, Mapping[str, int], int], Any] | None = None
         # The same of predictors behind links, for the sites of which such an engine makes them itself.
-        self.predictors: Callable[[str, Mapping[str, int], int], Any] | None = None
+        self.predictors: Callable[[Any, Mapping[str, int], Tensor], Any] | None = None
         # Mean and covariance of cells of a latent, around the mean or another center: (site, cells, center).
         self.spread_of: Callable[[str, Tensor, Tensor | None], tuple[Tensor, Tensor]] | None = None
         self.posterior: Callable[[], Posteriors] | None = None  # posterior weights of every factor

@@ -20,6 +20,7 @@ from pyro_em.e_step.adaptive import Adaptive, AdaptiveRecorded, compile_adaptive
 from pyro_em.e_step.base import NotCompiled
 from pyro_em.e_step.interpreted import Interpreted
 from pyro_em.e_step.node_cumulants import Counts, Curved, Trials
+from pyro_em.e_step.node_several import Several
 from pyro_em.m_step.auto import MStep
 from pyro_em.m_step.choose import opened
 from pyro_em.model.missing import complete_cases
@@ -99,6 +100,43 @@ def _binomial_slopes(y: Tensor, x: Tensor, g: Tensor) -> None:
         pyro.sample("y", dist.Binomial(total, logits=b[0] + b[1] * x + a * u[..., g]), obs=y)
 
 
+def _overdispersed(y: Tensor, x: Tensor, g: Tensor) -> None:
+    """Negative binomial counts by their mean: the size enters both arguments, one by its logarithm."""
+    b, s = pyro.param("b", torch.tensor([0.2, 0.4])), pyro.param("s", torch.tensor(0.6), constraint=positive)
+    size = pyro.param("size", torch.tensor(2.0), constraint=positive)
+    with pyro.plate("groups", int(g.max()) + 1):
+        u = pyro.sample("u", dist.Normal(0.0, s))
+    with pyro.plate("rows", len(y)):
+        eta = b[0] + b[1] * x + u[..., g]
+        pyro.sample("y", dist.NegativeBinomial(size, logits=eta - size.log()), obs=y)
+
+
+def _shapes(y: Tensor, x: Tensor, g: Tensor) -> None:
+    """Gamma times with a mean, and a shape for each of two kinds of rows; correlated slopes."""
+    b, shape = (
+        pyro.param("b", torch.tensor([0.2, 0.4])),
+        pyro.param("shape", torch.tensor([2.0, 3.0]), constraint=positive),
+    )
+    L = pyro.param("L", torch.tensor([[0.6, 0.0], [0.2, 0.4]]), constraint=constraints.lower_cholesky)
+    with pyro.plate("groups", int(g.max()) + 1):
+        u = pyro.sample("u", dist.MultivariateNormal(torch.zeros(2), scale_tril=L))
+    with pyro.plate("rows", len(y)):
+        own, shapes = u[..., g, :], shape[torch.arange(len(y)) % 2]
+        eta = b[0] + own[..., 0] + (b[1] + own[..., 1]) * x
+        pyro.sample("y", dist.Gamma(shapes, shapes * (-eta).exp()), obs=y + 0.5)
+
+
+def _noisy(y: Tensor, x: Tensor, g: Tensor) -> None:
+    """A mean behind an exponential, with a noise that grows with the covariate."""
+    b, s = pyro.param("b", torch.tensor([0.2, 0.4])), pyro.param("s", torch.tensor(0.6), constraint=positive)
+    c = pyro.param("c", torch.tensor([0.1, 0.2]))
+    with pyro.plate("groups", int(g.max()) + 1):
+        u = pyro.sample("u", dist.Normal(0.0, s))
+    with pyro.plate("rows", len(y)):
+        mean = (0.5 * (b[0] + b[1] * x + u[..., g])).exp()
+        pyro.sample("y", dist.Normal(mean, (c[0] + c[1] * x).exp()), obs=y)
+
+
 GAPS = _answers(30, 4)
 GAPS[torch.rand(30, 4, generator=torch.Generator().manual_seed(0)) < 0.3] = float("nan")
 WEIGHTS = {"people": torch.arange(1, 31).double()}
@@ -118,6 +156,9 @@ CASES: list[tuple[str, Any, tuple[Any, ...], str, int, dict[str, Any], type]] = 
     ("vectors in groups", _slopes, _counts(5, 40), "u", 7, {}, Counts),
     ("vectors by scales and correlation", _scaled_slopes, _counts(5, 40), "u", 7, {}, Counts),
     ("several trials", _binomial_slopes, _counts(5, 40), "u", 11, {}, Trials),
+    ("a dispersion", _overdispersed, _counts(5, 40), "u", 9, {}, Several),
+    ("shapes of two kinds", _shapes, _counts(5, 40), "u", 5, {}, Several),
+    ("a noise behind a predictor", _noisy, _counts(5, 40), "u", 9, {}, Several),
     ("two latents", zoo.two_sites, (_answers(5, 4), LINE), "b c", 7, {}, Trials),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case[0].replace(" ", "-"))
@@ -163,12 +204,13 @@ def test_both_engines_say_the_same(case: Any) -> None:
 
 
 @pytest.mark.parametrize("most", [40, 300])
-@pytest.mark.parametrize("number", [1, 6, 8, 9, 11])
+@pytest.mark.parametrize("number", [1, 6, 8, 9, 11, 14])
 def test_panels_of_any_size(number: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut along groups and along rows, and with the rows of a group in the last dim; modes from the last E-step."""
     _, model, args, sites, nodes, weights, _ = CASES[number]
     monkeypatch.setattr(node_panels, "MAX_CELLS", most)
     monkeypatch.setattr(adaptive, "RECORDED", 0)
+    monkeypatch.setattr(adaptive, "RECORDED_SEVERAL", 0)
     engine = _agree(_bound(model, args, sites, nodes, weights), 3)
     panels = [panel for own in engine.sets for rows in own.rows for panel in rows.panels.panels]
     assert len(panels) > 2 and not isinstance(engine, AdaptiveRecorded)

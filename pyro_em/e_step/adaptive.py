@@ -6,8 +6,8 @@ every element (node_sets.py); Newton's method of the M-step reads its sums over 
 
 The error of the rule is estimated at the E-steps number 1, 2, 4, 8, ..., as evidence/quadrature.py does.
 
-Not handled: discrete latents beside the others, priors of latents that depend on latents, densities of which more than
-one argument moves.
+Not handled: discrete latents beside the others, priors of latents that depend on latents, densities of which latents
+move more than one argument (a Beta by mean and precision).
 """
 
 from __future__ import annotations
@@ -23,18 +23,22 @@ from pyro_em.device import seeded_normal
 from pyro_em.e_step.arguments import ArgumentsAt, Functions, check_served, opaque
 from pyro_em.e_step.base import Expectation, NotCompiled, Unread
 from pyro_em.e_step.interpreted import expectation
+from pyro_em.e_step.node_dispersion import NodeDispersion
 from pyro_em.e_step.node_location import NodeLocation, Place
 from pyro_em.e_step.node_placed import Placed
 from pyro_em.e_step.node_reading import Probe, read_rows
+from pyro_em.e_step.node_rows import NodeRows
 from pyro_em.e_step.node_sets import Nodes, NodeSet, Predictors, node_set
+from pyro_em.e_step.node_several import Several
 from pyro_em.e_step.node_tables import Memory
 from pyro_em.e_step.outside import Outside
 from pyro_em.evidence.discrete import weighted_sum
 from pyro_em.evidence.quadrature import QuadratureRoute
 from pyro_em.families.normal import NormalFamily
 from pyro_em.m_step.auto import MStep
+from pyro_em.m_step.newton import Newton
+from pyro_em.m_step.predictors import PredictorSite
 from pyro_em.model.compat import dims_of, pack, with_dims
-from pyro_em.model.graph import Component
 from pyro_em.model.recognise import second_point
 from pyro_em.model.trace import SiteRecord
 from pyro_em.problem import Problem
@@ -42,7 +46,8 @@ from pyro_em.statistics import Posteriors, SiteMoments, argument_cells, expected
 from pyro_em.sufficient import Sufficient
 from pyro_em.types import Params
 
-RECORDED = 2**17  # rows times nodes: recordings of more would be larger than they may be (tape/replay.py)
+# Rows times nodes: recordings of more would be larger than they may be (tape/replay.py).
+RECORDED, RECORDED_SEVERAL = 2**17, 2**14
 
 
 class Adaptive:
@@ -56,9 +61,9 @@ class Adaptive:
     def __init__(self, problem: Problem, sets: tuple[NodeSet, ...], functions: Functions) -> None:
         self.problem, self.sets, self.run = problem, sets, problem.first
         self.inside = {site.name for own in sets for site in own.latents}
-        self.reading = {rows.name for own in sets for rows in own.rows}
-        check_served({p: n for p, n in opaque(problem).items() if p[0] not in self.reading}, functions)
-        self._arguments = ArgumentsAt(problem, self.run, functions, lambda use: use.site in self.reading)
+        self.reading = {rows.name: rows.slot for own in sets for rows in own.rows}
+        check_served({p: n for p, n in opaque(problem).items() if p not in self.reading.items()}, functions)
+        self._arguments = ArgumentsAt(problem, self.run, functions, lambda u: self.reading.get(u.site) == u.slot)
         self._outside = Outside(problem, self.run)
         self._count = 0
         self._modes: dict[NodeSet, Tensor] = {}
@@ -90,10 +95,17 @@ class Adaptive:
         return Unread(torch.cat([totals, error]), sufficient, lambda: self._weights(solved))
 
     def _solved(self, own: NodeSet, params: Params, sufficient: Sufficient) -> tuple[Predictors, Nodes]:
-        at = {rows.name: Placed(rows, rows.coefficients(params)) for rows in own.rows}
+        at = {rows.name: self._placed(rows, params, sufficient.arguments[rows.name]) for rows in own.rows}
         nodes = own.solved(at, own.prior(sufficient.arguments), self._modes.get(own))
         self._keep(own, nodes.mode)
         return at, nodes
+
+    @staticmethod
+    def _placed(rows: NodeRows, params: Params, arguments: Mapping[str, Tensor]) -> Placed:
+        b, cumulant = rows.coefficients(params), rows.cumulant
+        if not isinstance(cumulant, Several):
+            return Placed(rows, b)
+        return Placed(rows, b, {slot: cumulant.placed(arguments[slot]) for slot in cumulant.others})
 
     def _keep(self, own: NodeSet, mode: Tensor) -> None:
         if own.concave:
@@ -112,14 +124,10 @@ class Adaptive:
                 _, joint, _ = own.integrated(own.route.rule.doubled(), nodes.mode, nodes.spread, placed, prior)
                 own.route.judge(*(x.reshape(own.route.layout.sizes) for x in (joint.logsumexp(0), nodes.log_z)))
 
-    def _component(self, own: NodeSet) -> Component:
-        symbol = own.route.latents.symbol
-        return next(c for c in self.problem.graph.components if symbol in c.symbols)
-
     def _evidence(self, own: NodeSet, nodes: Nodes) -> Tensor:
         """Σ log Z and Σ|log Z|, (2,)."""
-        packed = own.route.packed(nodes.log_z.reshape(own.route.layout.sizes))
-        weight = self._component(own).weight
+        packed, symbol = own.route.packed(nodes.log_z.reshape(own.route.layout.sizes)), own.route.latents.symbol
+        weight = next(c.weight for c in self.problem.graph.components if symbol in c.symbols)
         size = with_dims(packed.abs(), dims_of(packed))
         return torch.stack([weighted_sum(packed, weight), weighted_sum(size, weight)])
 
@@ -150,8 +158,16 @@ class Adaptive:
                 return self._pooled_moments(site, nodes, arguments)
             return expected_moments(site, info, _packed_weights(own, nodes), arguments)
 
-        def predictors(name: str, starts: Mapping[str, int], size: int) -> NodeLocation | None:
-            return NodeLocation(places[name], starts, size) if name in places else None
+        arguments = sufficient.arguments
+
+        def predictors(own: PredictorSite, starts: Mapping[str, int], theta: Tensor) -> NodeLocation | None:
+            if own.name not in places:
+                return None
+            place, size = places[own.name], len(theta)
+            if not isinstance(place.placed.rows.cumulant, Several):
+                return NodeLocation(place, starts, size)
+            slots = [slot for slot in own.slots if slot.name != place.placed.rows.slot]
+            return NodeDispersion(place, starts, size, slots, theta, arguments[own.name])
 
         sufficient._moments_of, sufficient.predictors = moments_of, predictors
 
@@ -218,6 +234,7 @@ def compile_adaptive(problem: Problem, m_step: MStep) -> Adaptive:
     if m_step.is_iterated:
         raise NotCompiled(f"'{(*m_step.numeric, *m_step.gradient)[0]}' has no M-step by Newton's method")
     functions = m_step.reads.functions
+    by_newton = {site.name for unit in m_step.units if isinstance(unit, Newton) for site in unit.sites}
     sets = []
     for route in continuous.routes:
         assert isinstance(route, QuadratureRoute)
@@ -225,8 +242,13 @@ def compile_adaptive(problem: Problem, m_step: MStep) -> Adaptive:
         for name in route.latents.names:
             _check_prior(probe, name)
         rows = [read_rows(problem, route, n, probe) for n in route.latents.factors if n not in route.latents.names]
+        for own in rows:
+            if isinstance(own.cumulant, Several) and own.name not in by_newton:
+                slots = ", ".join(sorted((own.slot, *own.cumulant.others)))
+                raise NotCompiled(f"several arguments of '{own.name}' move, not by Newton's method: {slots}")
         sets.append(node_set(route, [problem.first.sites[name] for name in route.latents.names], rows))
-    small = sum(own.cells for own in sets) <= RECORDED
+    several = any(isinstance(rows.cumulant, Several) for own in sets for rows in own.rows)
+    small = sum(own.cells for own in sets) <= (RECORDED_SEVERAL if several else RECORDED)
     if small:
         return AdaptiveRecorded(problem, tuple(sets), functions)
     for site in (rows for own in sets for rows in own.rows):

@@ -9,7 +9,7 @@ Shapes: as in node_panels.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import torch
@@ -30,7 +30,9 @@ from pyro_em.statistics import site_moments
 class Counts(Cumulant):
     """Poisson and exponential data behind an exponential; `t` of one row only where all rows move alike."""
 
-    def base(self, panel: Panel, b: Tensor) -> Tensor:
+    concave = True
+
+    def base(self, panel: Panel, b: Tensor, arguments: Mapping[str, Tensor] | None = None) -> Tensor:
         return b
 
     def table(self, panel: Panel, base: Tensor, t: Tensor) -> Table:
@@ -79,7 +81,7 @@ class Curved(Cumulant):
             for panel in panels.panels
         }
 
-    def base(self, panel: Panel, b: Tensor) -> Tensor:
+    def base(self, panel: Panel, b: Tensor, arguments: Mapping[str, Tensor] | None = None) -> Tensor:
         return b
 
     def table(self, panel: Panel, base: Tensor, t: Tensor) -> Table:

@@ -71,9 +71,13 @@ class NodeLocation:
             changed = list(self._start.b)
             for k, change in zip(self.block.columns, self.block.change(delta), strict=True):
                 changed[k] = changed[k] + (change[:1] if self.rows.alike and k else change)
-            self._placed = Placed(self.rows, tuple(changed))
+            self._placed = self._replaced(tuple(changed), delta)
         kept = self.place.placed is self._placed
         self._tables = self.place.tables if kept else self._placed.tables(self.nodes.z)
+
+    def _replaced(self, b: tuple[Tensor, ...], delta: Tensor) -> Placed:
+        """The site at other coefficients."""
+        return Placed(self.rows, b)
 
     def value(self, delta: Tensor) -> Tensor:
         """Q up to a constant, as terms of one sign."""
@@ -115,6 +119,8 @@ class NodeLocation:
     def gradient(self, delta: Tensor) -> Tensor:
         """∂Q/∂θ (P,)."""
         self._moved(delta)
+        if not self.block.columns:
+            return torch.zeros_like(delta)
         if self._gradient is None:
             a, pairs = self.rows.cumulant.linear, zip(self.block.columns, self.reach, strict=True)
             self._gradient = self.block.pull([a * reach - self._first(k) for k, reach in pairs])
@@ -124,13 +130,15 @@ class NodeLocation:
         """-∂²Q/∂θ² (P, P)."""
         self._moved(delta)
         columns = self.block.columns
+        if not columns:
+            return torch.zeros(len(delta), len(delta), dtype=torch.float64)
         pairs = ((i, j) for i in range(len(columns)) for j in range(i, len(columns)))
         return self.block.gram({(i, j): self._second(columns[i], columns[j]) for i, j in pairs})
 
     def changes(self, delta: Tensor) -> dict[str, Tensor]:
         """Change of η at the posterior's mean, (R,)."""
         parts = [x * r for x, r in zip(self.block.change(delta), self.reach, strict=True)]
-        return {self.rows.slot: sum(parts[1:], parts[0])}
+        return {self.rows.slot: sum(parts[1:], parts[0])} if parts else {}
 
     def write(self, sufficient: Sufficient, delta: Tensor) -> None:
         """Move the place itself."""

@@ -7,6 +7,7 @@ Shapes: z (K, Q, G), sums over the rows of each element (Q, G), what belongs to 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -20,16 +21,16 @@ Tables = tuple[Table, ...]  # of every panel
 
 
 class Placed:
-    """A site at the coefficients `b` of its predictor."""
+    """A site at the coefficients `b` of its predictor, and `others` of its arguments (node_several.py)."""
 
-    def __init__(self, rows: NodeRows, b: tuple[Tensor, ...]) -> None:
-        self.rows, self.b = rows, b
+    def __init__(self, rows: NodeRows, b: tuple[Tensor, ...], others: Mapping[str, Tensor] | None = None) -> None:
+        self.rows, self.b, self.others = rows, b, others
 
     @cached_property
     def _bases(self) -> list[Any]:
         """What its tables have in common, by panel."""
         cumulant = self.rows.cumulant
-        return [cumulant.base(panel, panel.of_rows(self.b[0])) for panel in self.rows.panels.panels]
+        return [cumulant.base(panel, panel.of_rows(self.b[0]), self.others) for panel in self.rows.panels.panels]
 
     def tables(self, z: Tensor) -> Tables:
         """What the densities of all rows are at z (K, Q, G)."""

@@ -8,7 +8,7 @@ parameters. Letters: as in node_rows.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from pyro_em.design import Design
 from pyro_em.e_step.base import NotCompiled
 from pyro_em.e_step.node_cumulants import cumulant_of, kernel_of
 from pyro_em.e_step.node_panels import Panels, panels_of
-from pyro_em.e_step.node_rows import NodeRows
+from pyro_em.e_step.node_rows import NodeRows, coordinates
+from pyro_em.e_step.node_several import Several
 from pyro_em.e_step.node_tables import Cumulant
 from pyro_em.errors import PyroEMError
 from pyro_em.evidence.quadrature import QuadratureRoute
@@ -29,6 +30,7 @@ from pyro_em.model.density import clean_value
 from pyro_em.model.links import LINKS, PredictorLink
 from pyro_em.model.predictor import Term
 from pyro_em.model.trace import Run, SiteRecord
+from pyro_em.model.use import Use
 from pyro_em.problem import Problem
 from pyro_em.statistics import site_weight
 from pyro_em.types import Params
@@ -56,23 +58,30 @@ def read_rows(problem: Problem, route: QuadratureRoute, name: str, probe: Probe)
     family = site.family
     if family is None or site.arguments is None or family.integrates or family.latent_response or family.event_dim:
         raise NotCompiled(f"'{name}' has no predictor of its own")
-    slot = _slot(problem, probe, name)
-    if slot not in family.closed or family.arguments[slot] or slot in family.by_row:
+    slot, others = _slots(problem, probe, name)
+    if family.arguments[slot] or ((slot not in family.closed or slot in family.by_row) and not others):
         raise NotCompiled(f"the {slot} of '{name}' has no kernel")
     cells = full_cells(site)
-    kernel = kernel_of(site, slot, cells)
+    kernel = None if others else kernel_of(site, slot, cells)
     group, seen = _groups(route, site, cells)
-    present = seen & _informed(kernel, cells)
+    present = seen if kernel is None else seen & _informed(kernel, cells)
     panels = panels_of(torch.where(present, group, -1), _elements(route), route.rule.num_nodes)
-    link = _link(problem, probe, site, slot, cells, group, present)
-    names = tuple(n for n, uses in problem.uses.items() if any(u.site == name for u in uses))
-    terms = _terms(probe, names, name, slot, link)
-    cumulant = cumulant_of(site, slot, link, kernel, panels)
+    names = tuple(n for n, uses in problem.uses.items() if any((u.site, u.slot) == (name, slot) for u in uses))
+    uses = [u for n in names for u in problem.uses[n] if (u.site, u.slot) == (name, slot)]
+    logs = frozenset(n for u in uses if u.predictor is not None for n in u.predictor.logarithmic)
+    link = _link(problem, probe, site, slot, uses, logs, cells, group, present)
+    terms = _terms(probe, names, name, slot, link, logs)
+    if kernel is None:
+        if link.name == "identity" and family.bounded(slot):
+            raise NotCompiled(f"the {slot} of '{name}' may leave its space")
+        cumulant: Cumulant = Several(site, slot, link.forward, others, panels, cells)
+    else:
+        cumulant = cumulant_of(site, slot, link, kernel, panels)
     at = [_eta(run, name, slot, link, cells) for run in probe.units]
     etas = [at[0], *(x - at[0] for x in at[1:])]
     offsets = []
     starts, size = begins_of(names, problem.start)
-    theta = torch.cat([problem.start[n].detach().double().reshape(-1) for n in names]) if names else torch.zeros(0)
+    theta = coordinates(problem.start, names, logs)
     for k, eta in enumerate(etas):
         known = Design(terms[k], starts, size, cells).predict(theta).expand(cells) if terms[k] else 0.0
         left = (eta - known).reshape(-1)
@@ -82,10 +91,12 @@ def read_rows(problem: Problem, route: QuadratureRoute, name: str, probe: Probe)
     alike = all(_one_number(terms[k], left, panels, rounding) for k, left in enumerate(offsets) if k)
     if alike:  # of empty places too
         offsets = [offsets[0], *(left[panels.rows >= 0].mean().expand(left.shape) for left in offsets[1:])]
-    constant = _constant(site, cumulant, panels, group, seen, at[0], cells)
+    constant = torch.zeros(panels.size, dtype=torch.float64)
+    if kernel is not None:
+        constant = _constant(site, cumulant, panels, group, seen, at[0], cells)
     return NodeRows(
         name, slot, cells, panels, cumulant, tuple(map(tuple, terms)), tuple(offsets), alike, constant,
-        _weight(problem, site, group, present, cells, _elements(route)), names,
+        _weight(problem, site, group, present, cells, _elements(route)), names, logs,
     )  # fmt: skip
 
 
@@ -93,19 +104,21 @@ def _elements(route: QuadratureRoute) -> int:
     return torch.Size(route.layout.sizes).numel()
 
 
-def _slot(problem: Problem, probe: Probe, name: str) -> str:
-    """The one argument that depends on latents or parameters.
+def _slots(problem: Problem, probe: Probe, name: str) -> tuple[str, tuple[str, ...]]:
+    """The one argument that depends on latents (or on parameters, if none does), and others that parameters reach.
 
-    :raises NotCompiled: if several do.
+    :raises NotCompiled: if there are several of the first kind.
     """
-    found = {use.slot for uses in problem.uses.values() for use in uses if use.site == name}
+    moved = {use.slot for uses in problem.uses.values() for use in uses if use.site == name}
     first = probe.units[0].sites[name].arguments or {}
-    for run in (*probe.units[1:], *(own[0] for own in probe.random)):
+    found: set[str] = set()
+    for run in probe.units[1:]:
         other = run.sites[name].arguments or {}
         found |= {s for s, x in first.items() if not torch.equal(x.detach(), other[s].detach())}
+    found = found or moved
     if len(found) != 1:
         raise NotCompiled(f"several arguments of '{name}' move: {', '.join(sorted(found))}")
-    return found.pop()
+    return next(iter(found)), tuple(slot for slot in first if slot in moved - found)
 
 
 def _eta(run: Run, name: str, slot: str, link: PredictorLink, cells: torch.Size) -> Tensor:
@@ -142,11 +155,11 @@ def _informed(kernel: Kernel, cells: torch.Size) -> Tensor:
 
 
 def _link(
-    problem: Problem, probe: Probe, site: SiteRecord, slot: str, cells: torch.Size, group: Tensor, present: Tensor
-) -> PredictorLink:
+    problem: Problem, probe: Probe, site: SiteRecord, slot: str, uses: Sequence[Use], logs: frozenset[str],
+    cells: torch.Size, group: Tensor, present: Tensor,
+) -> PredictorLink:  # fmt: skip
     """The link behind which the argument is affine in the latents, and in the parameters for given latents."""
-    names = [n for n, uses in problem.uses.items() if any(u.site == site.name for u in uses)]
-    uses = [u for n in names for u in problem.uses[n] if u.site == site.name]
+    names = tuple(dict.fromkeys(use.parameter for use in uses))
     known = {id(u.predictor.link): u.predictor.link for u in uses if u.predictor is not None}
     if len(known) > 1 or any(u.predictor is not None and u.predictor.fixed is not None for u in uses):
         raise NotCompiled(f"the {slot} of '{site.name}' is fixed in part")
@@ -156,36 +169,38 @@ def _link(
         if link.vector or not all(link.reaches(v, 0) for v in values):
             continue
         try:
-            terms = _terms(probe, names, site.name, slot, link)
+            terms = _terms(probe, names, site.name, slot, link, logs)
         except NotCompiled:
             continue
         at = [_eta(run, site.name, slot, link, cells) for run in probe.units]
-        if all(_predicted(own, terms, at, problem.start, site.name, slot, link, cells, group, present)
+        if all(_predicted(own, terms, logs, at, problem.start, site.name, slot, link, cells, group, present)
                for own in probe.random):  # fmt: skip
             return link
     raise NotCompiled(f"the {slot} of '{site.name}' is no link of something linear in latents and in parameters")
 
 
 def _predicted(
-    random: tuple[Run, Tensor, Params], terms: Sequence[Sequence[Term]], at: Sequence[Tensor], start: Params,
-    name: str, slot: str, link: PredictorLink, cells: torch.Size, group: Tensor, present: Tensor,
+    random: tuple[Run, Tensor, Params], terms: Sequence[Sequence[Term]], logs: frozenset[str], at: Sequence[Tensor],
+    start: Params, name: str, slot: str, link: PredictorLink, cells: torch.Size, group: Tensor, present: Tensor,
 ) -> bool:  # fmt: skip
     """Whether the runs at units say what the predictor is at other latents and parameters."""
     run, z, params = random
     used = tuple(dict.fromkeys(term.parameter for own in terms for term in own))
     starts, size = begins_of(used, params)
-    step = torch.cat([torch.zeros(0), *((params[n] - start[n]).detach().double().reshape(-1) for n in used)])
+    step = coordinates(params, used, logs) - coordinates(start, used, logs)
     expected = torch.zeros(cells.numel(), dtype=torch.float64)
     for k, own in enumerate(terms):
         b = at[0] if k == 0 else at[k] - at[0]
         if own:
-            b = b + Design(own, starts, size, cells).predict(step.double())
+            b = b + Design(own, starts, size, cells).predict(step)
         expected = expected + b.expand(cells).reshape(-1) * (1.0 if k == 0 else z[group, k - 1])
     found = _eta(run, name, slot, link, cells).reshape(-1)
     return close(found[present], expected[present], RIGHT)
 
 
-def _terms(probe: Probe, names: Sequence[str], site: str, slot: str, link: PredictorLink) -> list[list[Term]]:
+def _terms(
+    probe: Probe, names: Sequence[str], site: str, slot: str, link: PredictorLink, logs: frozenset[str]
+) -> list[list[Term]]:
     """Terms of B_k for every k.
 
     :raises NotCompiled: if the argument is not affine in a parameter.
@@ -199,12 +214,20 @@ def _terms(probe: Probe, names: Sequence[str], site: str, slot: str, link: Predi
                 own = terms_at(name, run.leaves[name], argument, link)
             except (PyroEMError, RuntimeError) as error:  # too many entries to solve for; no derivative
                 raise NotCompiled(f"'{name}' enters '{site}' in a way that is not affine") from error
+            if name in logs:
+                own = [_by_logarithm(term, run.leaves[name]) for term in own]
             if k == 0:
                 base = own
                 found[0] += own
             elif not _same(own, base):
-                found[k] += [*own, *(Term(t.parameter, t.index, -t.coefficient) for t in base)]
+                found[k] += [*own, *(replace(t, coefficient=-t.coefficient) for t in base)]
     return found
+
+
+def _by_logarithm(term: Term, leaf: Tensor) -> Term:
+    """∂η/∂log θ = θ ∂η/∂θ."""
+    theta = leaf.detach().double().reshape(-1)[term.index.clamp(min=0)]
+    return replace(term, coefficient=term.coefficient * theta, logarithmic=True)
 
 
 def _same(one: Sequence[Term], other: Sequence[Term]) -> bool:

@@ -31,6 +31,7 @@ class Block:
     """B_k as functions of one block of parameters: a matrix (R, P) over the places, or a design over the rows."""
 
     columns: tuple[int, ...]  # k of those that the block enters
+    designs: tuple[Design, ...]
     matrices: tuple[Tensor | Design, ...]
     panels: Panels
     num_rows: int
@@ -76,7 +77,7 @@ class NodeRows:
     """A site as it is read; `terms` and `offsets` (R,) by k. `alike`: B_k for k > 0 is one number for all rows.
 
     `constant` (G,) is what does not depend on η in log p(y), summed over the rows of each element; `weight` (G,)
-    how often the rows of an element count in Q, None for once.
+    how often the rows of an element count in Q, None for once. Terms are linear in the logarithms of `logs`.
     """
 
     name: str
@@ -90,6 +91,7 @@ class NodeRows:
     constant: Tensor
     weight: Tensor | None
     names: tuple[str, ...]
+    logs: frozenset[str]
     _blocks: dict[tuple[tuple[str, int], ...], Block] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -115,7 +117,7 @@ class NodeRows:
             found: list[Tensor | Design] = list(matrices)
             if size * len(self.panels.rows) <= MATRIX:
                 found = [self.panels.placed(design.matrix()) for design in matrices]
-            self._blocks[key] = Block(tuple(columns), tuple(found), self.panels, num)
+            self._blocks[key] = Block(tuple(columns), tuple(matrices), tuple(found), self.panels, num)
         return self._blocks[key]
 
     def coefficients(self, params: Params) -> tuple[Tensor, ...]:
@@ -124,7 +126,14 @@ class NodeRows:
         found = list(self.offsets)
         if self.names:
             block = self.block(starts, size)
-            theta = torch.cat([params[name].detach().double().reshape(-1) for name in self.names])
+            theta = coordinates(params, self.names, self.logs)
             for k, change in zip(block.columns, block.change(theta), strict=True):
                 found[k] = found[k] + change
         return tuple(x[:1] if self.alike and k else x for k, x in enumerate(found))
+
+
+def coordinates(params: Params, names: Sequence[str], logs: frozenset[str]) -> Tensor:
+    """What terms are linear in: the parameters in a row, or their logarithms."""
+    values = [params[n].detach().double().reshape(-1) for n in names]
+    parts = [value.log() if name in logs else value for name, value in zip(names, values, strict=True)]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from pyro_em.e_step.base import NotCompiled
-from pyro_em.e_step.node_cumulants import Curved
 from pyro_em.e_step.node_placed import Placed, Tables, cumulated, first_of, in_groups, over_rows, second_of
 from pyro_em.e_step.node_rows import NodeRows
 from pyro_em.e_step.node_steps import newton, root
@@ -67,7 +66,7 @@ class NodeSet:
     @property
     def concave(self) -> bool:
         """log-densities are concave in η, so that every element has one mode wherever the search starts."""
-        return all(not isinstance(rows.cumulant, Curved) for rows in self.rows)
+        return all(rows.cumulant.concave for rows in self.rows)
 
     @property
     def cells(self) -> int:

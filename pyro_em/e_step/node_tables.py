@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -75,13 +76,14 @@ class Cumulant(ABC):
     """
 
     empty: float = NEVER
+    concave = False  # log p(y | η), so that every element has one mode wherever the search starts
     memory: Memory | None = None
 
     def __init__(self, linear: Tensor, count: Tensor) -> None:
         self.linear, self.count = linear, count
 
     @abstractmethod
-    def base(self, panel: Panel, b: Tensor) -> Any:
+    def base(self, panel: Panel, b: Tensor, arguments: Mapping[str, Tensor] | None = None) -> Any:
         """What tables of one panel with the same b have in common."""
 
     @abstractmethod

@@ -11,6 +11,7 @@ Shapes: as in node_panels.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
@@ -26,11 +27,13 @@ LARGE = 1e290  # products that are larger, or smaller than its inverse, may have
 class Trials(Cumulant):
     """Bernoulli and binomial data behind a logit."""
 
+    concave = True
+
     def __init__(self, linear: Tensor, count: Tensor, empty: Tensor) -> None:
         super().__init__(linear, count)
         self.single = bool(((count == 1) | empty).all())  # empty places have q = 1
 
-    def base(self, panel: Panel, b: Tensor) -> tuple[Tensor, Tensor]:
+    def base(self, panel: Panel, b: Tensor, arguments: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         return b, b.exp()
 
     def table(self, panel: Panel, base: tuple[Tensor, Tensor], t: Tensor) -> Table:

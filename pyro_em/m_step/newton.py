@@ -153,7 +153,7 @@ class Newton:
         start = torch.cat([value.reshape(-1) for value in values.values()])
         made = {}
         if sufficient.predictors is not None:
-            made = {own.name: sufficient.predictors(own.name, self.starts, self.size) for own in self.sites}
+            made = {own.name: sufficient.predictors(own, self.starts, start) for own in self.sites}
         own = tuple(site for site in self.sites if made.get(site.name) is None)
         if any(site.moving for site in own):
             run = run_at_atoms(self.names, params, sufficient)
