@@ -11,6 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_em.errors import InputError
+from pyro_em.model.flat import is_flat
 from pyro_em.model.folding import unfolded
 from pyro_em.model.trace import run_model
 from pyro_em.problem import Problem
@@ -22,10 +23,16 @@ def predictive(problem: Problem, params: Params, num_samples: int, seed: int | N
     """Draws of every non-parameter site and `pyro.deterministic` value, shape (num_samples,) + the site's shape.
 
     The data given to the model fix the sizes of its plates; their values are not used.
-    :raises InputError: if `num_samples` is not positive.
+    :raises InputError: if `num_samples` is not positive, or a latent's prior is flat.
     """
     if num_samples < 1:
         raise InputError(f"predictive: num_samples must be at least 1, not {num_samples}.")
+    for name in () if problem.continuous is None else problem.continuous.names:
+        if is_flat(problem.capture.sites[name].fn):
+            raise InputError(
+                f"predictive: nothing can be drawn from the flat (improper) prior of '{name}'. Its posterior can: "
+                "result.posterior().sample(num)."
+            )
     draws: dict[str, list[Tensor]] = {}
     model = poutine.uncondition(unfolded(problem.model))
     with isolated_rng(seed), torch.no_grad(), pyro.validation_enabled(False):

@@ -6,7 +6,10 @@ import csv
 import math
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from torch import Tensor
 
 from models import eight_schools, factor_analysis, linear_mixed, overdispersed, student_t
@@ -67,7 +70,25 @@ def cfa_hs1939() -> Found:
         "loadings (std.lv)": loading * sd[factor],
         "residual var": result.params["scale"] ** 2,
         "factor corr (12,13,23)": torch.stack([R[0, 1], R[0, 2], R[1, 2]]),
+        "SE loadings": _expected_errors(loading * sd[factor], R, result.params["scale"] ** 2, factor, len(x)),
     }
+
+
+def _expected_errors(loading: Tensor, R: Tensor, noise: Tensor, factor: Tensor, n: int) -> Tensor:
+    """Of the loadings, from the expected information (lavaan's; `standard_errors` are those of the observed one):
+    n/2 tr(Σ⁻¹ ∂Σ Σ⁻¹ ∂Σ)."""
+    rows, columns = torch.triu_indices(3, 3, 1)
+
+    def covariance(u: Tensor) -> Tensor:
+        upper = torch.zeros(3, 3).to(u).index_put((rows, columns), u[18:])
+        weights = torch.zeros(9, 3).to(u).index_put((torch.arange(9), factor), u[:9])
+        return weights @ (upper + upper.T + torch.eye(3).to(u)) @ weights.T + u[9:18].diag()
+
+    at = torch.cat([loading, noise, R[rows, columns]])
+    slopes = torch.autograd.functional.jacobian(covariance, at).movedim(-1, 0)
+    scaled = torch.linalg.solve(covariance(at), slopes)
+    information = n / 2 * torch.einsum("iab,jba->ij", scaled, scaled)
+    return torch.linalg.inv(information).diagonal().sqrt()[:9]
 
 
 def ppca_iris() -> Found:
@@ -92,25 +113,60 @@ def lmm_sleepstudy() -> Found:
     y, (subject,), rows = _groups("sleepstudy", "Reaction", "Subject")
     days = torch.tensor([float(row["Days"]) for row in rows])
     result = _slopes(days, subject, y)
+    apart, intercepts = (fit(_effects, days, subject, y, how, **FAST) for how in ("apart", "intercepts"))
+    reml = fit(_effects, days, subject, y, "restricted", roles={"beta": "latent"}, **FAST)
     return {
         "loglik ML": result.log_likelihood,
         "beta": result.params["beta"],
         "SE beta": result.standard_errors()["beta"],
         "var intercept, var slope, cov, resid var": _components(result),
+        "loglik uncorrelated (Days||Subject)": apart.log_likelihood,
+        "loglik random intercept only": intercepts.log_likelihood,
+        "REML loglik": reml.log_likelihood,
     }
 
 
+def _effects(x: Tensor, group: Tensor, y: Tensor, how: str) -> None:
+    """Uncorrelated effects, intercepts alone, or any effects with coefficients under a flat prior (Harville's REML)."""
+    design = torch.stack([torch.ones_like(x), x], -1)
+    size = 1 if how == "intercepts" else 2
+    within = pyro.param("within", torch.tensor(25.0), constraint=constraints.positive)
+    if how == "restricted":
+        D = pyro.param("D", torch.diag(torch.tensor([600.0, 30.0])), constraint=constraints.positive_definite)
+        beta = pyro.sample("beta", dist.ImproperUniform(constraints.real_vector, (), (2,)))
+    else:
+        beta = pyro.param("beta", torch.linalg.lstsq(design, y).solution)
+        D = torch.diag(pyro.param("variance", torch.tensor([600.0, 30.0])[:size], constraint=constraints.positive))
+    with pyro.plate("subjects", int(group.max()) + 1):
+        b = pyro.sample("b", dist.MultivariateNormal(torch.zeros(size), D))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal((design * beta).sum(-1) + (design[:, :size] * b[group]).sum(-1), within), obs=y)
+
+
+def _two_lines(x: Tensor, treated: Tensor, group: Tensor, y: Tensor) -> None:
+    """A line for each of two kinds of subjects, whose effects have one covariance."""
+    design = torch.stack([torch.ones_like(x), x, treated, treated * x], -1)
+    beta = pyro.param("beta", torch.linalg.lstsq(design, y).solution)
+    D = pyro.param("D", torch.diag(torch.tensor([100.0, 0.3])), constraint=constraints.positive_definite)
+    within = pyro.param("within", torch.tensor(6.0), constraint=constraints.positive)
+    with pyro.plate("subjects", int(group.max()) + 1):
+        b = pyro.sample("b", dist.MultivariateNormal(torch.zeros(2), D))
+    with pyro.plate("rows", len(y)):
+        own = b[group]
+        pyro.sample("y", dist.Normal(design @ beta + own[..., 0] + own[..., 1] * x, within), obs=y)
+
+
 def lmm_rats30() -> Found:
-    _, _, rows = _groups("rats60", "Weight")
-    rows = [row for row in rows if row["Group"] == "0"]
-    names = sorted({row["Subject"] for row in rows})
-    subject = torch.tensor([names.index(row["Subject"]) for row in rows])
-    age, weight = (torch.tensor([float(row[c]) for row in rows]) for c in ("Age", "Weight"))
-    result = _slopes(age, subject, weight)
+    weight, (subject,), rows = _groups("rats60", "Weight", "Subject")
+    age, treated = (torch.tensor([float(row[c]) for row in rows]) for c in ("Age", "Group"))
+    first = treated == 0
+    _, own = subject[first].unique(return_inverse=True)
+    result = _slopes(age[first], own, weight[first])
     return {
         "loglik ML": result.log_likelihood,
         "beta": result.params["beta"],
         "var int, var slope, cov, resid": _components(result),
+        "both groups loglik": fit(_two_lines, age, treated, subject, weight, **FAST).log_likelihood,
     }
 
 

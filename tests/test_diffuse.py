@@ -145,9 +145,10 @@ def test_what_no_observation_determines_is_refused() -> None:
         pyro_em.fit(trend, walk(1))
 
     def constant(y: Tensor) -> None:
+        """Two levels a row, of which only the sum is seen."""
         with pyro.plate("rows", len(y)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
-            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+            z, u = (pyro.sample(n, dist.Normal(0.0, 1.0).mask(False)) for n in "zu")
+            pyro.sample("y", dist.Normal(z + u, 1.0), obs=y)
 
     with pytest.raises(pyro_em.Refusal, match="prior is flat"):
         pyro_em.fit(constant, walk(4))

@@ -36,9 +36,6 @@ ELSEWHERE = {
     "lgssm_nile": ("StructTS loglik",),  # counts another constant
     "ms_fedfunds_const": ("EM llf with free/short EM",),
     "ms_hamilton_gnp": ("short EM (statsmodels 5-iteration) stalls at",),
-    "lmm_sleepstudy": ("loglik uncorrelated (Days||Subject)", "loglik random intercept only", "REML loglik"),
-    "lmm_rats30": ("both groups loglik",),
-    "cfa_hs1939": ("SE loadings",),  # of another parametrisation: factors of unit variance
 }
 
 
@@ -77,7 +74,7 @@ def test_reference(name: str, quantity: str) -> None:
     if "at least" in quantity:
         assert float(found) >= float(value) - entry["tol"]
     else:
-        torch.testing.assert_close(found, value, atol=entry["tol"], rtol=0.0)
+        torch.testing.assert_close(found, value, atol=entry.get("tol", 1e-3), rtol=0.0)  # one has no tolerance
 
 
 @pytest.mark.filterwarnings("ignore::pyro_em.BoundaryEstimate")

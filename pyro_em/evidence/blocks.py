@@ -93,6 +93,15 @@ class Factored:
         return own - product, common
 
 
+def least_pivot(system: System, factored: Factored) -> float:
+    """The smallest squared pivot as a share of its diagonal entry: what the others leave of an unknown's precision."""
+    pairs = [(factored.lower, system.precision)]
+    if factored.lower_b is not None and system.common is not None:
+        pairs.append((factored.lower_b, system.common))
+    shares = [lower.diagonal(dim1=-2, dim2=-1) ** 2 / J.diagonal(dim1=-2, dim2=-1) for lower, J in pairs]
+    return min(float(share.detach().min()) for share in shares)
+
+
 def factor(system: System) -> Factored | None:
     """Cholesky factors, or None if the system is not positive definite."""
     lower, failed = torch.linalg.cholesky_ex(system.precision)

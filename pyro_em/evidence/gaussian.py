@@ -24,9 +24,9 @@ from torch import Tensor
 
 from pyro_em import settings
 from pyro_em.device import seeded_normal
-from pyro_em.errors import NonFiniteError, ResourceError
+from pyro_em.errors import NonFiniteError, Refusal, ResourceError
 from pyro_em.evidence.assembly import Geometry, Reading, Rows, assemble, gradient, to_elements
-from pyro_em.evidence.blocks import factor, simplex
+from pyro_em.evidence.blocks import factor, least_pivot, simplex
 from pyro_em.evidence.columns import AFFINE, Column, Index, direction, not_affine, push
 from pyro_em.evidence.elimination import Eliminated, LatentSet, RunAt, Values
 from pyro_em.evidence.gaussian_posterior import GaussianPosterior
@@ -35,6 +35,7 @@ from pyro_em.evidence.shared_plates import entries_over, over
 from pyro_em.model.compat import detached, pack, with_dims
 
 LOG_2PI = math.log(2 * math.pi)
+UNDETERMINED = 1e-12  # least share of a precision that is told from rounding
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class GaussianRoute:
     cost: str
     dtypes: Mapping[str, torch.dtype]
     few: bool = False
+    flat: tuple[str, ...] = ()  # latents with a flat prior, which the data have to determine
     shared: tuple[int, ...] = ()  # with effects of several plates, dims of those that all sites share
     name: str = "Gaussian"
 
@@ -68,6 +70,8 @@ class GaussianRoute:
         geometry = self.geometry
         system = assemble(rows, geometry)
         factored = factor(system)
+        if self.flat and (factored is None or least_pivot(system, factored) < UNDETERMINED):
+            raise undetermined(self.flat[0])
         if factored is None:
             raise NonFiniteError(
                 self.latents.names[0],
@@ -204,6 +208,16 @@ class GaussianRoute:
         values = GaussianPosterior.place(self.latents, self.geometry, a, b)
         return {n: v.reshape((*self.latents.shapes[n][0], *self.latents.shapes[n][1])).to(self.dtypes[n])
                 for n, v in values.items()}  # fmt: skip
+
+
+def undetermined(site: str) -> Refusal:
+    """The refusal of a flat latent that the data say nothing of."""
+    return Refusal(
+        site,
+        "its prior is flat (improper), and the data do not determine it given the other latents: there is no "
+        "likelihood.",
+        "give it a proper prior, or leave out what the data do not tell apart.",
+    )
 
 
 def _total(rows: Sequence[Rows], terms: Sequence[Tensor], per_element: Tensor, geometry: Geometry) -> Tensor:

@@ -18,8 +18,9 @@ from pyro_em.evidence.assembly import Geometry, Reading
 from pyro_em.evidence.columns import Column, Index, readings
 from pyro_em.evidence.element_states import state_of_element
 from pyro_em.evidence.elimination import Candidate, NotMine
-from pyro_em.evidence.gaussian import GaussianRoute, check_memory
+from pyro_em.evidence.gaussian import GaussianRoute, check_memory, undetermined
 from pyro_em.evidence.shared_plates import shared_dims
+from pyro_em.model.flat import is_flat
 
 FEW = 2**26  # bytes of a site at all atoms, above which a route gives two
 Reads = Mapping[str, Mapping[Column, Index]]
@@ -39,6 +40,7 @@ def recognise_gaussian(candidate: Candidate) -> GaussianRoute:
         if support is not constraints.real and support is not constraints.real_vector:
             raise NotMine(f"'{name}' is not real-valued")
     columns, reads = readings(candidate)
+    _check_read(candidate, columns, reads)
     families = _families(candidate, columns)
     chosen = next((key for key in families if _single(families[key], reads)), None)
     if chosen is None:
@@ -60,9 +62,18 @@ def recognise_gaussian(candidate: Candidate) -> GaussianRoute:
         plates = frozenset(symbols[dim] for dim in shared)
     reason, cost = _words(candidate, geometry, in_a, in_b, needed)
     dtypes = {n: candidate.leaves[0][n].dtype for n in candidate.latents.names}
-    route = GaussianRoute(candidate.latents, geometry, made, symbols, plates, reason, cost, dtypes, few, shared)
+    flat = tuple(n for n in candidate.latents.names if is_flat(candidate.first.sites[n].fn))
+    route = GaussianRoute(candidate.latents, geometry, made, symbols, plates, reason, cost, dtypes, few, flat, shared)
     route.certify(candidate.run_at[1])  # at the start it is certified where its first atoms are made
     return route
+
+
+def _check_read(candidate: Candidate, columns: Sequence[Column], reads: Reads) -> None:
+    """:raises Refusal: for a flat latent of which no density reads some entry."""
+    for column in columns:
+        flat = is_flat(candidate.first.sites[column.site].fn)
+        if flat and not any(column in own for own in reads.values()):
+            raise undetermined(column.site)
 
 
 def _cells(candidate: Candidate) -> int:

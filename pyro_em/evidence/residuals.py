@@ -21,6 +21,7 @@ from pyro_em.families.multivariate_normal import MultivariateNormalFamily
 from pyro_em.families.normal import LocationScaleFamily, LogNormalFamily
 from pyro_em.families.numerics import covariance_matrix
 from pyro_em.model.density import clean_value
+from pyro_em.model.flat import is_flat
 from pyro_em.model.trace import SiteRecord
 
 LOG_2PI = math.log(2 * math.pi)
@@ -28,11 +29,19 @@ LOG_2PI = math.log(2 * math.pi)
 
 def is_normal(site: SiteRecord) -> bool:
     """The site has residuals: a Normal, LogNormal or MultivariateNormal whose arguments are known."""
+    if site.latent and is_flat(site.fn):
+        return True
     return site.arguments is not None and isinstance(site.family, LocationScaleFamily | MultivariateNormalFamily)
 
 
 def whitened(site: SiteRecord) -> tuple[Tensor, Tensor]:
-    """Residuals w, shape batch + (P,), and the log-normaliser c, shape batch; float64, masked cells are 0."""
+    """Residuals w, shape batch + (P,), and the log-normaliser c, shape batch; float64, masked cells are 0.
+
+    A flat prior of a latent has a density of one everywhere: w = 0 and c = 0.
+    """
+    if site.latent and is_flat(site.fn):
+        flat = torch.zeros(*site.batch_shape, torch.Size(site.fn.event_shape).numel(), dtype=torch.float64)
+        return flat, flat[..., 0]
     arguments = {n: v.double() for n, v in (site.arguments or {}).items()}
     value, loc = clean_value(site).double(), arguments["loc"]
     if isinstance(site.family, LocationScaleFamily):

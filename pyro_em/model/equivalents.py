@@ -3,6 +3,7 @@
     TransformedDistribution(Normal(a, b), [AffineTransform(m, s), ...])       Normal(m + s a, |s| b)
     ... followed by ExpTransform()                                            LogNormal
     LowRankMultivariateNormal(loc, W, D) as a latent                          MultivariateNormal(loc, W Wᵀ + D)
+    any distribution that is masked as a whole, as a latent                   ImproperUniform
 
 The density is the same at every value, so that closed forms, Gaussian elimination and kernels serve both. (Observed
 low-rank vectors are unfolded instead, unfold.py.) Wrappers (`.to_event`, `.mask`, `.expand`) stay around them.
@@ -19,17 +20,20 @@ import torch
 from pyro.distributions import transforms
 
 from pyro_em.model import compat
+from pyro_em.model.flat import is_flat
 from pyro_em.model.wrappers import rewrapped
 
 
-def plain_form(fn: Any, observed: bool) -> Any:
-    """The same distribution as its family writes it, or `fn` itself.
+def plain_form(fn: Any, observed: bool, in_loop: bool = False) -> Any:
+    """The same distribution as its family writes it, or `fn` itself (a flat one in a loop may start a chain).
 
     >>> fn = dist.TransformedDistribution(dist.Normal(0.0, 1.0), [transforms.AffineTransform(2.0, -3.0)])
     >>> plain_form(fn, True)
     Normal(loc: 2.0, scale: 3.0)
     """
     kind = type(compat.base_distribution(fn))
+    if kind is not dist.ImproperUniform and not observed and not in_loop and is_flat(fn):
+        return dist.ImproperUniform(fn.support, fn.batch_shape, fn.event_shape)
     if kind is dist.TransformedDistribution or (kind is dist.LowRankMultivariateNormal and not observed):
         return rewrapped(fn, _of_transforms if kind is dist.TransformedDistribution else _dense)
     return fn

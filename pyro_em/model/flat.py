@@ -1,7 +1,8 @@
 """Flat (improper) priors: `ImproperUniform`, and distributions that are masked as a whole, `Normal(0, 1).mask(False)`.
 
 Their log-density is 0 at every value, ∫ · dx has no normalising constant. As the start of a linear-Gaussian chain this
-is the exact diffuse start (state_space/head.py); elsewhere the integral over a flat latent is refused.
+is the exact diffuse start (state_space/head.py). Coefficients with a flat prior beside random effects are integrated
+out as Gaussian latents that the data alone inform: the evidence is the restricted likelihood then (Harville 1974).
 """
 
 from __future__ import annotations
@@ -28,13 +29,6 @@ def is_flat(fn: Any) -> bool:
     return False
 
 
-class Looked(Protocol):
-    """A first look at a model: sites by name."""
-
-    @property
-    def sites(self) -> Mapping[str, Any]: ...
-
-
 def some_value(fn: Any) -> Tensor | None:
     """A value of the support of a distribution that cannot be drawn from; None for all others."""
     if not isinstance(compat.base_distribution(fn), dist.ImproperUniform):
@@ -42,13 +36,21 @@ def some_value(fn: Any) -> Tensor | None:
     return torch.distributions.transform_to(fn.support)(torch.zeros(fn.batch_shape + fn.event_shape))
 
 
+class Looked(Protocol):
+    """A first look at a model: sites by name."""
+
+    @property
+    def sites(self) -> Mapping[str, Any]: ...
+
+
 def check_flat(seen: Looked, latents: Collection[str]) -> None:
-    """:raises Refusal: for a flat latent; those that start a chain are latents no more."""
+    """:raises Refusal: for a flat latent inside of a loop; those that start a chain are latents no more."""
     for name in latents:
-        if is_flat(seen.sites[name].fn):
+        if seen.sites[name].markov and is_flat(seen.sites[name].fn):
             raise Refusal(
                 name,
-                "its prior is flat (improper), and only flat starts of linear-Gaussian chains are integrated out.",
-                "Sample it at the first step of a pyro.markov or pyro_em.markov loop whose states are normal, give it "
-                f'a proper prior, or estimate it: roles={{"{name}": "parameter"}}.',
+                "its prior is flat (improper), and in a loop only flat starts of linear-Gaussian chains are integrated "
+                "out.",
+                "sample it before the loop, or at the first step of one whose states are normal, or give it a proper "
+                f'prior; roles={{"{name}": "parameter"}} makes it a point estimate.',
             )

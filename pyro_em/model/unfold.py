@@ -51,10 +51,11 @@ class Unfold(Messenger):
     """Replace observed sites of these distributions; must be the innermost handler of a run."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        msg["fn"] = plain_form(msg["fn"], msg["is_observed"])
+        in_loop = open_loop() is not None or compat.markov_depth(msg) is not None
+        msg["fn"] = plain_form(msg["fn"], msg["is_observed"], in_loop)
         kind = type(msg["fn"])
         unfold = UNFOLDED.get(kind) if msg["is_observed"] else None
-        if kind in OUTSIDE_OF_LOOPS and (open_loop() is not None or compat.markov_depth(msg) is not None):
+        if kind in OUTSIDE_OF_LOOPS and in_loop:
             return
         raw = None if unfold is None else compat.raw_arguments(msg["fn"])
         if unfold is None or raw is None:

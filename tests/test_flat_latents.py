@@ -1,0 +1,111 @@
+"""Coefficients with a flat prior beside random effects: the restricted likelihood (REML), by integrating them out.
+
+With y ~ N(X β, V) and p(β) = 1 (Harville 1974)
+
+    ∫ p(y|β) dβ = (2π)^(-(n-p)/2) |V|^(-1/2) |Xᵀ V⁻¹ X|^(-1/2) exp(-½ rᵀ V⁻¹ r),     r = y - X β̂
+
+and β | y ~ N(β̂, (Xᵀ V⁻¹ X)⁻¹) with β̂ by generalised least squares. lme4's fit of sleepstudy is in published_latent.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+
+import pyro_em
+
+RNG = np.random.default_rng(4)
+GROUP = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 4])
+X = torch.stack([torch.ones(14).double(), torch.tensor(RNG.normal(size=14))], -1)
+Y = torch.tensor(RNG.normal(size=5)[GROUP.numpy()] + X.numpy() @ [2.0, -1.0] + 0.5 * RNG.normal(size=14))
+FLAT: dict[str, Callable[[], Any]] = {
+    "improper": lambda: dist.ImproperUniform(constraints.real_vector, (), (2,)),
+    "independent": lambda: dist.ImproperUniform(constraints.independent(constraints.real, 1), (), (2,)),
+    "masked": lambda: dist.Normal(torch.tensor([3.0, -5.0]), 0.1).to_event(1).mask(False),
+}
+
+
+def mixed(x: Tensor, y: Tensor, flat: Callable[[], Any]) -> None:
+    t, s = (pyro.param(n, torch.tensor(v), constraint=constraints.positive) for n, v in (("t", 1.0), ("s", 0.7)))
+    beta = pyro.sample("beta", flat())
+    with pyro.plate("groups", 5):
+        b = pyro.sample("b", dist.Normal(0.0, t))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(x @ beta + b[GROUP], s), obs=y)
+
+
+def _restricted(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    V = t**2 * (GROUP.unsqueeze(-1) == GROUP).double() + s**2 * torch.eye(14)
+    information = X.T @ torch.linalg.solve(V, X)
+    beta = torch.linalg.solve(information, X.T @ torch.linalg.solve(V, Y))
+    r = Y - X @ beta
+    value = -0.5 * (12 * math.log(2 * math.pi) + torch.logdet(V) + torch.logdet(information))
+    return value - 0.5 * r @ torch.linalg.solve(V, r), beta, torch.linalg.inv(information)
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_the_restricted_likelihood(name: str) -> None:
+    """Evidence along the fit, its maximum, and the posterior of the coefficients."""
+    result = pyro_em.fit(mixed, X, Y, FLAT[name], roles={"beta": "latent"}, tol=1e-9, max_iter=3000)
+    assert result.converged and (np.diff(result.history["log_likelihood"]) > -1e-11).all()
+    assert {row.route for row in result.plan.m_step} == {"closed"} and result.plan.route("beta") == "Gaussian"
+    t, s = (result.params[n].clone().requires_grad_() for n in ("t", "s"))
+    value, beta, covariance = _restricted(t, s)
+    assert result.log_likelihood == pytest.approx(float(value.detach()), rel=1e-12)
+    for gradient in torch.autograd.grad(value, (t, s)):
+        assert float(gradient.abs()) < 1e-6
+    posterior = result.posterior()
+    torch.testing.assert_close(posterior.mean("beta"), beta.detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(posterior.variance("beta"), covariance.detach().diagonal(), rtol=1e-9, atol=0)
+    assert result.num_parameters == 2
+    with pytest.raises(pyro_em.InputError, match=r"flat \(improper\) prior of 'beta'"):
+        result.predictive(num_samples=2)
+
+
+def test_flat_latents_are_the_limit_of_wide_ones() -> None:
+    def wide() -> Any:
+        return dist.Normal(torch.zeros(2), 1e5).to_event(1)
+
+    options: dict[str, Any] = {"roles": {"beta": "latent"}, "max_iter": 3, "tol": 0}
+    flat, other = (pyro_em.fit(mixed, X, Y, prior, **options) for prior in (FLAT["masked"], wide))
+    expected = [value + 2 * math.log(1e5 * math.sqrt(2 * math.pi)) for value in other.history["log_likelihood"]]
+    assert flat.history["log_likelihood"] == pytest.approx(expected, abs=1e-8)
+    assert torch.equal(pyro_em.fit(mixed, X, Y, FLAT["masked"], **options).params["t"], flat.params["t"])
+
+
+def test_as_parameters_they_are_estimated() -> None:
+    """Without a role they stay what a fixed prior is: parameters, by maximum likelihood."""
+    result = pyro_em.fit(mixed, X, Y, FLAT["masked"], tol=1e-9, max_iter=3000)
+    t, s = (result.params[n] for n in ("t", "s"))
+    V = t**2 * (GROUP.unsqueeze(-1) == GROUP).double() + s**2 * torch.eye(14)
+    beta = torch.linalg.solve(X.T @ torch.linalg.solve(V, X), X.T @ torch.linalg.solve(V, Y))
+    torch.testing.assert_close(result.params["beta"], beta, rtol=1e-7, atol=1e-8)
+
+
+def test_what_the_data_do_not_determine_is_refused() -> None:
+    """Covariates that repeat each other; an entry that nothing reads; a flat effect beside a flat mean."""
+    twice = torch.stack([X[:, 1], 2 * X[:, 1]], -1)
+    unread = torch.stack([X[:, 0], 0 * X[:, 1]], -1)
+    for x in (twice, unread):
+        with pytest.raises(pyro_em.Refusal, match=r"'beta'.*flat \(improper\), and the data do not determine it"):
+            pyro_em.fit(mixed, x, Y, FLAT["masked"], roles={"beta": "latent"})
+
+    def effects(y: Tensor) -> None:
+        s = pyro.param("s", torch.tensor(0.7), constraint=constraints.positive)
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0).mask(False))
+        with pyro.plate("groups", 5):
+            b = pyro.sample("b", dist.Normal(0.0, 1.0).mask(False))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mean + b[GROUP], s), obs=y)
+
+    with pytest.raises(pyro_em.Refusal, match="do not determine it given the other latents"):
+        pyro_em.fit(effects, Y, roles={"mean": "latent", "b": "latent"})
