@@ -47,7 +47,7 @@ def explain(
             e_rows.append(Row(name, "latent", own.name, f"{reason}; {role.reason}"))
         elif role.role == "latent":
             elements = math.prod(plate.size for plate in site.plates)
-            reason = f"{family}, {site.num_states} states x {elements} elements; {role.reason}"
+            reason = f"{family}, {site.num_states} states x {elements} elements{_read_by(problem, name)}; {role.reason}"
             e_rows.append(Row(name, "latent", "enumerate", reason))
         for fold in folds_of(problem.model):
             if fold.site == name:
@@ -85,3 +85,14 @@ def explain(
         engine=f"{engine.name} ({engine.reason})" if engine.reason else engine.name,
         notes=tuple(notes),
     )
+
+
+def _read_by(problem: Problem, latent: str) -> str:
+    """Sites of other plates that read the latent by an index, in words."""
+    plates = {plate.name for plate in problem.capture.sites[latent].plates}
+    for indexed in problem.indexed.latents if problem.indexed is not None else ():
+        if indexed.name == latent:
+            sites = [n for n in problem.capture.sites if n in indexed.readers | indexed.through]
+            outside = [n for n in sites if not plates <= {p.name for p in problem.capture.sites[n].plates}]
+            return f", read by an index from the rows of {', '.join(map(repr, outside))} (long format)"
+    return ""

@@ -17,9 +17,13 @@ from torch import Tensor
 
 import pyro_em
 from pyro_em import Refusal
+from pyro_em.e_step.plated import compile_plated
+from pyro_em.e_step.product import Prepared
+from pyro_em.problem import bind
 from tests import zoo_long
 from tests.classics import positive, simplex
 from tests.oracles import enumerate_model
+from tests.problems import BY_NAME
 
 
 def _rows(G: int, longest: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,6 +86,30 @@ def test_long_is_wide() -> None:
     errors, others = long.standard_errors(), wide.standard_errors()
     for name in errors:
         torch.testing.assert_close(errors[name], others[name], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["counts_in_rows", "levels_weighted", "vectors_in_rows", "levels_map"])
+def test_statistics_are_summed_to_groups(name: str) -> None:
+    """Log-densities from the sums are those of the rows, by the product and around the means of groups alike."""
+    problem = BY_NAME[name]
+    weights = {} if problem.weights is None else {"groups": problem.weights}
+    bound = bind(problem.model, problem.args, {}, with_prior=problem.priors, weights=weights)
+    engine, start = compile_plated(bound), problem.start()
+    found, rows = engine.spot_check(start)
+    assert found == pytest.approx(rows, rel=1e-13)
+    (program,) = engine.programs
+    arguments = engine._arguments(start).arguments
+    by_product = program.product.log_joint([Prepared(program._coefficients(arguments, ()))])
+    around = program.product.log_joint([program.prepared(arguments, torch.ones(()))])
+    torch.testing.assert_close(by_product, around, rtol=1e-12, atol=1e-12)
+    assert "summed to their groups" in engine.reason
+
+
+def test_the_plan_says_so() -> None:
+    group, t, y = _rows(9, 4)
+    plan = str(pyro_em.plan(zoo_long.growth_classes, group, t, y, 9))
+    assert "2 states x 9 elements, read by an index from the rows of 'y' (long format)" in plan
+    assert "E-steps run predicted" in plan
 
 
 FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -57,6 +57,10 @@ SERVED = [
         "label_as_site",
         "heavy_prior_map",
         "angle_mixture",
+        "counts_in_rows",
+        "levels_weighted",
+        "vectors_in_rows",
+        "levels_map",
     }
 ]
 

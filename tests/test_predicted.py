@@ -40,6 +40,8 @@ SERVED = [
         "censored_mixture",
         "censored_regressions",
         "weibull_lifetimes",
+        "growth_classes",
+        "answers_in_rows",
     )
 ]
 

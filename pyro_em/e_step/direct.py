@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyro_em.e_step.base import IMPOSSIBLE
 from pyro_em.e_step.layout import SiteLayout
+from pyro_em.e_step.nested_rows import group_log_density
 from pyro_em.e_step.states import JointStates
 from pyro_em.families.circular import VonMisesFamily
 from pyro_em.families.numerics import half_log_det, precision_factor
@@ -76,6 +77,10 @@ def prepare(layout: SiteLayout, arguments: dict[str, Tensor], states: JointState
 def centered_log_density(layout: SiteLayout, prepared: tuple[Tensor, Tensor, Tensor], begin: int, end: int) -> Tensor:
     """Σ over positions of log N(x_n; args_j) for rows begin..end, shape (J, end - begin)."""
     block, (loc, factor, normalizer) = layout.block, prepared
+    if block.within is not None:
+        event = layout.site.family is not None and layout.site.family.event_dim > 0
+        mean, root = (loc, factor) if event else (loc.unsqueeze(-1), factor.unsqueeze(-1))
+        return group_log_density(block, mean, root, normalizer, begin, end).sum(1)
     raw = block.parts[0].raw
     assert raw is not None and layout.site.family is not None
     x = raw[:, begin:end].double()

@@ -24,7 +24,7 @@ CHUNK_BYTES = 4_600_000  # of Φ; the caches that matter hold about this much
 class Part:
     """One sufficient statistic of a site: "raw" rows, or "square" / "outer" products of the part before it.
 
-    `raw` is (positions · width, N) for "raw", else None; "outer" has x_i x_j for i <= j.
+    `raw` is (positions · width, N) for "raw"; "outer" has x_i x_j for i <= j. Products are None, if they are not sums.
     """
 
     kind: str
@@ -40,13 +40,15 @@ class Part:
 class Block:
     """All features of one site. `flags` (positions, N), if given, are 0/1 rows of masked data: every statistic
     was multiplied by them, and they count the data in place of the ones. With `complement` the last entry of a
-    position's statistics is left out, as they sum to one (indicators of categories, x and 1 - x of a trial)."""
+    position's statistics is left out, as they sum to one (indicators of categories, x and 1 - x of a trial). Where rows
+    are groups of data (nested_rows.py) `flags` count these, and `within` is the scatter around the mean of each."""
 
     positions: int
     parts: tuple[Part, ...]
     flags: Tensor | None
     codes: Tensor | None  # (q, N) integers that determine the column, for discrete data
     complement: bool = False
+    within: Tensor | None = None
 
     @property
     def num_features(self) -> int:

@@ -7,6 +7,7 @@ then elements) and rows (root plates). Both keep the dims in Pyro's order, so th
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,11 +17,13 @@ from torch import Tensor
 from pyro_em.e_step.base import NotCompiled, OtherLayout
 from pyro_em.e_step.features import Block
 from pyro_em.e_step.natural import Coefficients, log_base_measure
+from pyro_em.e_step.nested_rows import Groups
 from pyro_em.e_step.states import JointStates
 from pyro_em.families.circular import VonMisesFamily
 from pyro_em.families.normal import LogNormalFamily, NormalFamily
 from pyro_em.families.trials import GeometricFamily
 from pyro_em.model import compat
+from pyro_em.model.density import clean_value, log_density
 from pyro_em.model.graph import Component, FactorGraph
 from pyro_em.model.packing import align
 from pyro_em.model.trace import Run, SiteRecord
@@ -41,6 +44,7 @@ class SiteLayout:
     block: Block
     center: Tensor | None
     absolute: bool = False  # only Newton's method reads the moments: no entry needs digits of its own
+    groups: Groups | None = None  # of which the rows of Φ are sums
 
     @staticmethod
     def over_root(packed: Tensor, component: Component, run: Run, graph: FactorGraph) -> Tensor:
@@ -67,6 +71,8 @@ class SiteLayout:
 
     def log_density(self, arguments: dict[str, Tensor], states: JointStates, end: int) -> Tensor:
         """The family's own log-density of the first rows without the base measure, (J, end): the engine's oracle."""
+        if self.groups is not None:
+            return self._of_groups(arguments, states, end)
         family, block = self.site.family, self.block
         assert family is not None
         args = {a: self.spread(v, states, family.arguments[a]).unsqueeze(2) for a, v in arguments.items()}
@@ -84,6 +90,26 @@ class SiteLayout:
         if block.flags is not None:
             density = torch.where(block.flags[:, :end].bool(), density, density.new_zeros(()))
         return density.sum(1)
+
+    def _of_groups(self, arguments: dict[str, Tensor], states: JointStates, end: int) -> Tensor:
+        """The same where these are groups: that of the rows, added up."""
+        assert self.groups is not None and self.site.family is not None
+        density = log_density(dataclasses.replace(self.site, arguments=arguments))
+        base = log_base_measure(self.site.family, clean_value(self.site), {**self.site.constants, **arguments})
+        if base is not None:
+            base = base.sum(tuple(range(-len(self.elements), 0))) if self.elements else base
+            keep = torch.ones((), dtype=torch.bool) if self.site.mask is None else self.site.mask
+            density = density - torch.where(keep, base, base.new_zeros(()))
+        rank = max(density.dim(), *(-d for d in states.dims))
+        density = density.reshape((1,) * (rank - density.dim()) + tuple(density.shape))
+        wide = [1] * rank
+        for dim, size in zip(states.dims, states.sizes, strict=True):
+            wide[dim] = size
+        inner = [rank + d for d, _ in self.inner]
+        total = density.sum(inner, keepdim=True) if inner else density
+        rows = total.movedim(self.groups.dim, -1)
+        wide = [*wide[: rank + self.groups.dim], *wide[rank + self.groups.dim + 1 :], len(self.groups.element)]
+        return self.groups.sum(rows.expand(wide).reshape(states.num, -1).double())[:, :end]
 
     def moments(self, totals: Tensor, states: JointStates) -> SiteMoments:
         """Moments of the site in Pyro's dims from the sums (J, F).

@@ -59,6 +59,8 @@ class Plated:
             compile_program(problem, run, component, complement=True, absolute=predicted)
             for component in graph.components
         ]
+        if any(layout.groups is not None for program in self.programs for layout in program.layouts):
+            self.reason += ", of rows in long format summed to their groups once"
         self.owner = {n: i for i, p in enumerate(self.programs) for n in p.component.factors}
         self._outside = Outside(problem, run)
         self._statistics: dict[str, tuple[AnyStatistic, ...]] = {}

@@ -12,6 +12,7 @@ from pyro_em.e_step.base import NotCompiled
 from pyro_em.e_step.features import Block, Part
 from pyro_em.e_step.layout import SiteLayout, root_order
 from pyro_em.e_step.natural import NATURAL, log_base_measure
+from pyro_em.e_step.nested_rows import Groups, groups_of, summed
 from pyro_em.e_step.states import JointStates
 from pyro_em.families.base import OneHotStatistic, Statistic
 from pyro_em.families.trials import BernoulliFamily
@@ -28,8 +29,6 @@ def site_layouts(
     :param complement: leave out the last of indicators that sum to one.
     :raises NotCompiled: for a family without natural form, or arguments that vary along the rows.
     """
-    if component.nests:
-        raise NotCompiled("rows nested by an index")
     root = root_order(component, run, graph)
     num_rows = math.prod(graph.plate_sizes[d] for d in root)
     layouts, begin = [], 1
@@ -41,8 +40,9 @@ def site_layouts(
             continue
         if type(site.family) not in NATURAL:
             raise NotCompiled(f"the family of site '{name}' has no natural form here")
-        _check_arguments(site, component)
-        layout, own_base = _layout(site, begin, component, graph, root, num_rows, complement)
+        groups = groups_of(site, component, graph, root)
+        _check_arguments(site, component, groups)
+        layout, own_base = _layout(site, begin, component, root, num_rows, complement, groups)
         layouts.append(layout)
         begin += layout.block.num_features
         if own_base is not None:
@@ -50,14 +50,15 @@ def site_layouts(
     return layouts, [layout.block for layout in layouts], base, num_rows
 
 
-def _check_arguments(site: SiteRecord, component: Component) -> None:
+def _check_arguments(site: SiteRecord, component: Component, groups: Groups | None = None) -> None:
     if site.family is None or site.arguments is None:
         raise NotCompiled(f"site '{site.name}' hides its arguments")
     for argument, value in site.arguments.items():
         batch = value.shape[: value.dim() - site.family.arguments[argument]]
         for plate in site.plates:
             position = len(batch) - site.element_dims + plate.dim
-            if site.symbols[plate.dim] in component.root and position >= 0 and batch[position] > 1:
+            rows = site.symbols[plate.dim] in component.root or (groups is not None and plate.dim == groups.dim)
+            if rows and position >= 0 and batch[position] > 1:
                 raise NotCompiled(f"argument '{argument}' of site '{site.name}' varies along plate '{plate.name}'")
 
 
@@ -65,17 +66,19 @@ def _layout(
     site: SiteRecord,
     begin: int,
     component: Component,
-    graph: FactorGraph,
     root: list[str],
     num_rows: int,
     complement: bool,
+    groups: Groups | None,
 ) -> tuple[SiteLayout, Tensor | None]:
     family = site.family
     assert family is not None and site.arguments is not None
-    inner = tuple((p.dim, p.size) for p in site.plates if site.symbols[p.dim] not in component.root)
+    at_root = [next(p.dim for p in site.plates if site.symbols[p.dim] == d) for d in root] if groups is None else []
+    if groups is not None:
+        at_root, num_rows, complement = [groups.dim], len(groups.element), False
+    inner = tuple((p.dim, p.size) for p in site.plates if p.dim not in at_root)
     elements = tuple(site.fn.event_shape[: site.element_dims])
     positions = math.prod(size for _, size in inner) * math.prod(elements)
-    at_root = [next(p.dim for p in site.plates if site.symbols[p.dim] == d) for d in root]
     value = clean_value(site)
 
     def rows(x: Tensor, event_dim: int) -> Tensor:
@@ -143,7 +146,10 @@ def _layout(
         base = rows(base, 0)
         base = (base if mask is None else torch.where(mask, base, base.new_zeros(()))).sum(0)
     block = Block(positions, tuple(parts), flags, code, complement)
-    return SiteLayout(site, begin, inner, elements, block, center), base
+    if groups is not None:
+        block = summed(block, mask, groups, family.centered)
+        base = None if base is None else groups.sum(base.double())
+    return SiteLayout(site, begin, inner, elements, block, center, groups=groups), base
 
 
 def _masked(raw: Tensor, mask: Tensor | None, width: int) -> Tensor:
