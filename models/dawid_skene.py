@@ -3,10 +3,10 @@
     z_i ~ Categorical(prevalence),    rating_is | z_i = k ~ Categorical(confusion[rater_s, k])
     prevalence (K,), confusion (R, K, K): row k of a rater's table is how that rater calls class k
 
-Ratings are laid out as items x slots (I, S): a slot is one rater's first, second, ... judgement of an item,
-and `raters` (S,) says whose. Empty slots hold -1 and are masked. (In long format, one row a rating, the
-class of the row's item would have to be gathered from one plate into another, which enumeration in Pyro
-does not allow.)
+`rows` has them in long format, one row a rating: item, rater and rating are vectors (N,), and the row reads the
+class of its item by an index, `z[item]`. (Pyro's own enumeration does not allow that.) For `model` ratings are laid
+out as items x slots (I, S): a slot is one rater's first, second, ... judgement of an item, and `raters` (S,) says
+whose. Empty slots hold -1 and are masked. Both are the same model, from the same start.
 
 A. P. Dawid and A. M. Skene, Maximum likelihood estimation of observer error-rates using the EM algorithm,
 Applied Statistics 28 (1979). Data: 45 patients, fitness for anaesthesia in four grades by five observers,
@@ -44,6 +44,13 @@ def load() -> tuple[Tensor, Tensor]:
     return torch.tensor(ratings), torch.tensor([rater for rater, _ in slots])
 
 
+def load_rows() -> tuple[Tensor, Tensor, Tensor]:
+    """Item 0..44, rater 0..4 and rating 0..3 of 315 judgements, (315,) each."""
+    rows = np.loadtxt(DATA / "anesthesia_long.csv", delimiter=",", skiprows=1, dtype=np.int64) - 1
+    item, rater, rating = torch.as_tensor(rows).unbind(-1)
+    return item.contiguous(), rater.contiguous(), rating.contiguous()
+
+
 def simulate(
     num_items: int = 200, num_raters: int = 4, num_classes: int = 4, *, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -55,6 +62,15 @@ def simulate(
     ratings = torch.where(right, truth, (truth + other) % num_classes)
     empty = torch.rand(truth.shape, generator=generator) < 0.1
     return ratings.masked_fill(empty, -1), torch.arange(num_raters)
+
+
+def simulate_rows(
+    num_items: int = 200, num_raters: int = 4, num_classes: int = 4, *, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same ratings in long format, without the empty slots."""
+    ratings, _ = simulate(num_items, num_raters, num_classes, seed=seed)
+    item, rater = (ratings >= 0).nonzero(as_tuple=True)
+    return item, rater, ratings[item, rater]
 
 
 def _from_votes(ratings: Tensor, raters: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -83,3 +99,28 @@ def model(ratings: Tensor, raters: Tensor, num_classes: int = 4) -> None:
         with pyro.plate("slots", num_slots, dim=-1), pyro.poutine.mask(mask=ratings >= 0):
             # Masked slots are never scored, but the value must lie in the support.
             pyro.sample("rating", dist.Categorical(Vindex(confusion)[raters, z]), obs=ratings.clamp(min=0))
+
+
+def _from_rows(item: Tensor, rater: Tensor, rating: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """`_from_votes` of ratings in long format."""
+    vote = one_hot(rating, num_classes).double()  # (N, K)
+    votes = torch.zeros(int(item.max()) + 1, num_classes, dtype=torch.float64).index_add_(0, item, vote)
+    share = votes / votes.sum(-1, keepdim=True).clamp(min=1)
+    confusion = torch.full((int(rater.max()) + 1, num_classes, num_classes), 0.01, dtype=torch.float64)
+    confusion.index_add_(0, rater, share[item].unsqueeze(-1) * vote.unsqueeze(-2))
+    prevalence = share.sum(0) + 0.01
+    return prevalence / prevalence.sum(), confusion / confusion.sum(-1, keepdim=True)
+
+
+def rows(item: Tensor, rater: Tensor, rating: Tensor, num_classes: int = 4) -> None:
+    """Ratings in long format, in any order, as many of an item as there are."""
+    prevalence = pyro.param(
+        "prevalence", lambda: _from_rows(item, rater, rating, num_classes)[0], constraint=constraints.simplex
+    )
+    confusion = pyro.param(
+        "confusion", lambda: _from_rows(item, rater, rating, num_classes)[1], constraint=constraints.simplex
+    )
+    with pyro.plate("items", int(item.max()) + 1):
+        z = pyro.sample("z", dist.Categorical(prevalence))
+    with pyro.plate("ratings", len(rating)):
+        pyro.sample("rating", dist.Categorical(confusion[rater, z[item]]), obs=rating)

@@ -16,6 +16,7 @@ from pyro.ops.indexing import Vindex
 from torch import Tensor
 
 import pyro_em
+from models import dawid_skene
 from pyro_em import Refusal
 from pyro_em.e_step.plated import compile_plated
 from pyro_em.e_step.product import Prepared
@@ -103,6 +104,22 @@ def test_statistics_are_summed_to_groups(name: str) -> None:
     around = program.product.log_joint([program.prepared(arguments, torch.ones(()))])
     torch.testing.assert_close(by_product, around, rtol=1e-12, atol=1e-12)
     assert "summed to their groups" in engine.reason
+
+
+@pytest.mark.filterwarnings("ignore::pyro_em.BoundaryEstimate")
+def test_the_published_raters_in_long_format() -> None:
+    """Dawid and Skene (1979), rows as in the file: the table's fit update by update, and the published solution."""
+    long = pyro_em.fit(dawid_skene.rows, *dawid_skene.load_rows())
+    table = pyro_em.fit(dawid_skene.model, *dawid_skene.load())
+    assert long.converged and long.num_iterations == table.num_iterations
+    assert long.log_likelihood == pytest.approx(table.log_likelihood, rel=1e-12)
+    assert long.log_likelihood == pytest.approx(-190.730997, abs=1e-3)
+    for name, value in table.params.items():
+        torch.testing.assert_close(long.params[name], value, rtol=1e-7, atol=1e-9)
+    own, other = (result.posterior().marginal("z").probs for result in (long, table))
+    torch.testing.assert_close(own, other.reshape(own.shape), rtol=1e-7, atol=1e-9)
+    published = torch.tensor([0.40, 0.42, 0.11, 0.07])  # their table 2, class marginals to two digits
+    torch.testing.assert_close(long.params["prevalence"], published, rtol=0, atol=0.005)
 
 
 def test_the_plan_says_so() -> None:

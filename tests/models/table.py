@@ -99,6 +99,8 @@ TABLE: list[tuple[str, str, Callable[[], tuple[Tensor, ...]]]] = [
     ("movement", "model", simulated("movement", num_steps=10)),
     ("dawid_skene", "model", simulated("dawid_skene")),
     ("dawid_skene", "model", loaded("dawid_skene")),
+    ("dawid_skene", "rows", lambda: arguments(module("dawid_skene").simulate_rows())),
+    ("dawid_skene", "rows", loaded("dawid_skene", "load_rows")),
     ("genetics", "abo", categories(simulated("genetics"))),
     ("genetics", "abo", categories(loaded("genetics"))),
     ("genetics", "linkage", categories(simulated("genetics", problem="linkage"))),
@@ -191,6 +193,7 @@ CONTINUOUS = (  # files whose latents are not all enumerated
     "student_t",
     "overdispersed",
 )
+BY_INDEX = {("dawid_skene", "rows")}  # latents that rows read by an index, which Pyro's own enumeration does not allow
 each_case = pytest.mark.parametrize(
     ("file", "function", "data"),
     TABLE,
