@@ -137,6 +137,62 @@ def autoregression(y: Tensor, seen: Tensor) -> None:
             pyro.sample(f"y_{t}", dist.Normal(mu + x, 0.5), obs=y[t])
 
 
+def intercepts(y: Tensor, loop: Callable[[int], Any] = markov) -> None:
+    """Sequences with intercepts of their own, which every step of the loop reads: y (T, N)."""
+    a, m = pyro.param("a", torch.tensor(0.5)), pyro.param("m", torch.tensor(0.0))
+    q, r, tau = (pyro.param(n, torch.tensor(1.0), constraint=positive) for n in ("q", "r", "tau"))
+    with pyro.plate("sequences", y.shape[1]):
+        w, x = pyro.sample("w", dist.Normal(m, tau)), torch.tensor(0.0)
+        for t in loop(len(y)):
+            x = pyro.sample(f"x_{t}", dist.Normal(a * x, q))
+            pyro.sample(f"y_{t}", dist.Normal(x + w, r), obs=y[t])
+
+
+def intercepts_by_step(y: Tensor) -> None:
+    """The same, traced step by step."""
+    intercepts(y, lambda T: pyro.markov(range(T)))
+
+
+def pulled(y: Tensor) -> None:
+    """States that drift to a level of their own, one of several from before the loop: y (T, N)."""
+    a = pyro.param("a", torch.tensor(0.5))
+    q, r = (pyro.param(n, torch.tensor(1.0), constraint=positive) for n in ("q", "r"))
+    S = pyro.param("S", torch.eye(2), constraint=definite)
+    with pyro.plate("sequences", y.shape[1]):
+        common = pyro.sample("common", dist.Normal(0.0, 1.0))
+        w = pyro.sample("w", dist.MultivariateNormal(common.unsqueeze(-1) * torch.ones(2), S))
+        x = pyro.sample("x_start", dist.Normal(w[..., 0], 1.0))
+        for t in markov(len(y)):
+            x = pyro.sample(f"x_{t}", dist.Normal(a * x + 0.4 * w[..., 0], q))
+            pyro.sample(f"y_{t}", dist.Normal(x + w[..., 1], r), obs=y[t])
+
+
+def growth(y: Tensor) -> None:
+    """Intercepts and slopes of sequences, their covariance diagonal at first, beside it the noise q of x_0."""
+    a, b = pyro.param("a", torch.tensor(0.5)), pyro.param("b", torch.zeros(2))
+    q, r = (pyro.param(n, torch.tensor(1.0), constraint=positive) for n in ("q", "r"))
+    S = pyro.param("S", torch.eye(2), constraint=definite)
+    times = 0.3 * torch.arange(float(len(y))).unsqueeze(-1)
+    with pyro.plate("sequences", y.shape[1]):
+        w, x = pyro.sample("w", dist.MultivariateNormal(b, S)), torch.tensor(0.0)
+        for t in markov(len(y)):
+            x = pyro.sample(f"x_{t}", dist.Normal(a * x, q))
+            pyro.sample(f"y_{t}", dist.Normal(x + w[..., 0] + times[t] * w[..., 1], r), obs=y[t])
+
+
+def coefficients(y: Tensor, u: Tensor) -> None:
+    """A regression with random coefficients and autoregressive errors (two lags), some steps not seen: u (T, 2)."""
+    phi = pyro.param("phi", torch.tensor([0.5, 0.1]))
+    tau = pyro.param("tau", torch.ones(2), constraint=positive)
+    q, r = (pyro.param(n, torch.tensor(1.0), constraint=positive) for n in ("q", "r"))
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), tau).to_event(1))
+    before = x = torch.tensor(0.0)
+    for t in markov(len(y), history=2):
+        before, x = x, pyro.sample(f"x_{t}", dist.Normal(phi[0] * x + phi[1] * before, q))
+        with poutine.mask(mask=~y[t].isnan()):
+            pyro.sample(f"y_{t}", dist.Normal(x + (u[t] * w).sum(-1), r), obs=y[t].nan_to_num())
+
+
 def _t(values: Any) -> Tensor:
     return torch.as_tensor(np.asarray(values, dtype=float))
 
@@ -155,6 +211,8 @@ def _build() -> list[LoopProblem]:
     pieces = _t(np.cumsum(rng.normal(size=(5, 3)), 0))
     seen = torch.as_tensor([True, True, False, True, False, False, True])
     one, two = _t(1.0), _t([0.7, 0.7])
+    apart = _t(rng.normal(size=(6, 3)) + rng.normal(size=3) * 1.5)
+    gappy = pushed.masked_fill(torch.arange(7) == 2, torch.nan)
     spread = {"q": _t(0.8), "r": _t(0.9)}
     P = LoopProblem
     return [
@@ -174,6 +232,13 @@ def _build() -> list[LoopProblem]:
           options={"weights": {"sequences": _t([2.0, 0.5, 1.0])}}, completes=ENDS),
         P("wandering", wandering, (walk, u), {"q": two, "r": one}, "map-em"),
         P("autoregression", autoregression, (walk, seen), {"phi": _t(0.6), "mu": _t(0.3), "s": one}),
+        P("intercepts", intercepts, (apart,), {**spread, "a": _t(0.6), "m": _t(0.2), "tau": _t(1.2)}),
+        P("intercepts_by_step", intercepts_by_step, (apart,), {**spread, "a": _t(0.6), "m": _t(0.2), "tau": _t(1.2)}),
+        P("intercepts_weighted", intercepts, (apart,), {**spread, "a": _t(0.6), "m": _t(0.2), "tau": _t(1.2)},
+          options={"weights": {"sequences": _t([2.0, 0.5, 1.0])}}),
+        P("pulled", pulled, (apart,), {**spread, "a": _t(0.6), "S": _t([[1.0, 0.2], [0.2, 0.8]])}),
+        P("growth", growth, (apart,), {**spread, "a": _t(0.6), "b": _t([0.1, 0.0]), "S": torch.eye(2)}),
+        P("coefficients", coefficients, (gappy, u), {**spread, "phi": _t([0.5, 0.2]), "tau": two}),
     ]  # fmt: skip
 
 

@@ -259,19 +259,17 @@ class Family(ABC):
     ) -> tuple[AnyStatistic, ...]:
         """Sufficient statistics T_j(value) for the kernels, in the order of the moments.
 
-        `args` supplies what a statistic itself depends on (the number of categories, a total count)
-        at the level of the values. `center` broadcasts against the first statistic of a `centered`
-        family and is subtracted from it: Σx² − (Σx)²/n keeps its digits only for a center within a
-        few standard deviations of the data.
+        `args` supplies what a statistic itself depends on (the number of categories, a total count) at the level of the
+        values. `center` broadcasts against the first statistic of a `centered` family and is subtracted from it:
+        Σx² − (Σx)²/n keeps its digits only for a center within a few standard deviations of the data.
         """
         return ()
 
     def kernel(self, argument: str, moments: Moments, args: Arguments, center: Tensor | None = None) -> Kernel | None:
         """Σ w log p(x | args) as a function of one argument, up to a constant, or None.
 
-        `moments` is (S₀, S₁, ...): S₀ of shape U, then one weighted sum per statistic, of shape U +
-        event. `args` holds the current other arguments, `center` what `statistics` was given; both
-        broadcast against U. The kernel is in the argument's canonical coordinate (`link`).
+        `moments` is (S₀, S₁, ...): S₀ of shape U, then one weighted sum per statistic, U + event. `args` are the other
+        arguments, `center` what `statistics` was given (against U). The kernel is in the canonical coordinate (`link`).
         """
         return None
 
@@ -283,11 +281,14 @@ class Family(ABC):
         """-∂²Q between the entries (matrices: in a row) of two arguments that couple, shape U + (entries, entries)."""
         raise NotImplementedError
 
+    def block_kernel(self, argument: str, block: Tensor, moments: Moments, args: Arguments) -> Kernel | None:
+        """Kernel of the rows and columns `block` of a matrix argument with zeros between them and the others."""
+        return None
+
     def diagonal_kernel(
         self, argument: str, moments: Moments, args: Arguments, center: Tensor | None = None
     ) -> PowerKernel | None:
-        """Like `kernel`, for a matrix argument known to be diagonal: one kernel, shape U + (D,), for
-        the diagonal entries of the argument itself."""
+        """Like `kernel`, for a matrix argument known to be diagonal: one kernel, U + (D,), for its diagonal entries."""
         return None
 
     def value_kernel(self, args: Arguments) -> Kernel | None:

@@ -95,9 +95,13 @@ class LinearSite:
             return (s[..., :, None, None] * W[..., None, :, :]).flatten(-3, -2)
         return (W[..., :, None, :] * s[..., None, :, None]).flatten(-3, -2)
 
-    def noise_kernel(self, argument: str) -> Kernel:
-        """Of a covariance, a precision (or the square of a Cholesky factor), or of a vector of scales."""
+    def noise_kernel(self, argument: str, block: Tensor | None = None) -> Kernel:
+        """Of a covariance, a precision (or the square of a Cholesky factor), or of a vector of scales.
+
+        :param block: rows of a matrix that zeros separate from its others, if it is not of the whole.
+        """
         _, square, _ = self.moved()
+        square = square if block is None else square[..., block[:, None], block]
         count = self.moments.count
         if argument == "scale":
             half = square.diagonal(dim1=-2, dim2=-1).clamp(min=0) / 2

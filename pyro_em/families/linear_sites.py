@@ -82,3 +82,7 @@ class LinearSites(Family):
     ) -> PowerKernel | None:
         name, part = self.belongs(argument)
         return self.site(name, args, moments).diagonal_noise_kernel(part) if part in NOISE else None
+
+    def block_kernel(self, argument: str, block: Tensor, moments: Moments, args: Arguments) -> Kernel | None:
+        name, part = self.belongs(argument)
+        return self.site(name, args, moments).noise_kernel(part, block) if part in NOISE else None

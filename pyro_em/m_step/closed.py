@@ -197,7 +197,12 @@ def _piece(use: Use, site: SiteRecord, moments: Mapping[str, SiteMoments], argum
         if kernel is None:
             raise NotClosed(f"{where}: no kernel for a diagonal matrix")
         return _Piece(_transform(kernel, use, _diagonal(use.coefficient)), IDENTITY, _diagonal(index))
-    kernel = family.kernel(use.slot, own.moments, everything, own.center) if use.slot in family.closed else None
+    block = _block(index, arguments[use.slot]) if family.arguments[use.slot] == 2 else None
+    if block is not None:
+        kernel = family.block_kernel(use.slot, block, own.moments, everything)
+        index = index[..., block[:, None], block]
+    else:
+        kernel = family.kernel(use.slot, own.moments, everything, own.center) if use.slot in family.closed else None
     if kernel is None:
         raise NotClosed(f"{where} has no closed form")
     if use.link is not None:
@@ -214,10 +219,28 @@ def _piece(use: Use, site: SiteRecord, moments: Mapping[str, SiteMoments], argum
 
 
 def _is_diagonal(index: Tensor, argument: Tensor) -> bool:
-    """The matrix has free entries on its diagonal only, and zeros elsewhere (1 x 1 counts as full)."""
+    """The matrix has free entries on its diagonal only, with zeros in their rows and columns (1 x 1 counts as full).
+
+    Nothing is asked of its other rows, which may have blocks of other parameters.
+    """
     size = index.shape[-1]
     off = ~torch.eye(size, dtype=torch.bool)
-    return size > 1 and bool((index[..., off] < 0).all()) and bool((argument[..., off] == 0).all())
+    if size == 1 or bool((index[..., off] >= 0).any()):
+        return False
+    free = (_diagonal(index) >= 0).reshape(-1, size).any(0)
+    beside = off & (free | free.unsqueeze(-1))
+    return bool((argument[..., beside] == 0).all())
+
+
+def _block(index: Tensor, argument: Tensor) -> Tensor | None:
+    """Rows (and columns) of the free entries, if that is not all of the matrix and zeros separate it from the rest."""
+    free = (index >= 0).reshape(-1, *index.shape[-2:]).any(0)
+    mine = free.any(0) | free.any(1)
+    block, rest = mine.nonzero().squeeze(-1), (~mine).nonzero().squeeze(-1)
+    if not len(block) or not len(rest):
+        return None
+    between = argument[..., block[:, None], rest], argument[..., rest[:, None], block]
+    return None if any(bool((x != 0).any()) for x in between) else block
 
 
 def _is_multiple(index: Tensor, argument: Tensor) -> bool:

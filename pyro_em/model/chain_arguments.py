@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.families.linear_gaussian import noise_covariance
-from pyro_em.model.statements import OUTSIDE, NotFolded, Statement
+from pyro_em.model.statements import NotFolded, Statement
 
 Arguments = dict[str, Tensor]
 Moves = Mapping[str, Mapping[int, Tensor]]  # by statement and lag, B + (time, cells, D)
@@ -60,38 +60,59 @@ def tangents(
     steps: Sequence[Sequence[Statement]], lags: int, width: int, differentiable: bool
 ) -> dict[str, dict[int, Tensor]]:
     """How each location moves with the states 0, ..., `lags` steps back: B + (time, cells, D) by statement and lag."""
-    leaves, at = [], []
+    leaves, at, outputs, copies = [], [], [], []
     for t, step in enumerate(steps):
         offset = 0
         for own in step:
-            if own.latent:
+            if own.latent and not own.copy_of:
                 leaves.append(own.value)
-                at.append((t, offset))
-                offset += own.layout.cells
-    outputs = [(t, own) for t, step in enumerate(steps) for own in step if own.location.requires_grad]
+                at.append((t, offset, own.name))
+            if own.copy_of:
+                copies.append((own, offset))
+            elif own.location.requires_grad:
+                outputs.append((t, own))
+            offset += own.layout.cells if own.latent else 0
     found: dict[str, dict[int, list[Tensor]]] = {own.name: {} for _, own in outputs}
     cotangents = [torch.zeros_like(own.location, requires_grad=True) for _, own in outputs]
     total = sum(((own.location * c).sum() for (_, own), c in zip(outputs, cotangents, strict=True)), torch.zeros(()))
     pulled: Sequence[Tensor | None] = [None] * len(leaves)
     if outputs:
         pulled = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
+
+    def pushed(places: Sequence[tuple[int, Tensor | None]]) -> Sequence[Tensor | None]:
+        """How locations move with entries of leaves together, by what was pulled to each."""
+        terms = [back[..., i].sum() for i, back in places if back is not None and back.requires_grad]
+        if not terms:
+            return [None] * len(outputs)
+        return torch.autograd.grad(
+            torch.stack(terms).sum(), cotangents, retain_graph=True, create_graph=differentiable, allow_unused=True
+        )
+
+    still = {own.copy_of for own, _ in copies}
+    by_copy: dict[int, Sequence[Tensor | None]] = {}  # by cell: what every step reads of its own copy
+    for (_, offset, name), leaf, back in zip(at, leaves, pulled, strict=True):
+        if name in still:
+            by_copy |= {offset + i: pushed([(i, back)]) for i in range(leaf.shape[-1])}
     for k in range(lags + 1):
         for c in range(width):
-            terms = []
-            for (t, offset), leaf, back in zip(at, leaves, pulled, strict=True):
-                here = t % (lags + 1) == k and offset <= c < offset + leaf.shape[-1]
-                if here and back is not None and back.requires_grad:
-                    terms.append(back[..., c - offset].sum())
-            pushed: Sequence[Tensor | None] = [None] * len(outputs)
-            if terms:
-                pushed = torch.autograd.grad(
-                    torch.stack(terms).sum(), cotangents, retain_graph=True, create_graph=differentiable,
-                    allow_unused=True,
-                )  # fmt: skip
-            for (t, own), p in zip(outputs, pushed, strict=True):
-                moved = torch.zeros_like(own.location, requires_grad=False) if p is None else p
-                found[own.name].setdefault((t - k) % (lags + 1), []).append(moved)
-    return {name: {lag: torch.stack(xs, -1) for lag, xs in own.items()} for name, own in found.items()}
+            here = [
+                (c - offset, back)
+                for (t, offset, name), leaf, back in zip(at, leaves, pulled, strict=True)
+                if name not in still and t % (lags + 1) == k and offset <= c < offset + leaf.shape[-1]
+            ]
+            for (t, own), p in zip(outputs, by_copy[c] if c in by_copy else pushed(here), strict=True):
+                lag = (t - k) % (lags + 1)
+                if p is None or (c in by_copy and lag > 0):
+                    p = torch.zeros_like(own.location, requires_grad=False)
+                found[own.name].setdefault(lag, []).append(p)
+    moves = {name: {lag: torch.stack(xs, -1) for lag, xs in own.items()} for name, own in found.items()}
+    for own, offset in copies:
+        none = (
+            torch.zeros_like(own.location, requires_grad=False).unsqueeze(-1).repeat(*(1,) * own.location.dim(), width)
+        )
+        moves[own.name] = dict.fromkeys(range(lags + 1), none)
+        moves[own.name][1] = none + torch.eye(width, dtype=none.dtype)[offset : offset + own.layout.cells]
+    return moves
 
 
 def step_arguments(
@@ -170,19 +191,3 @@ def reads_own_step(statements: Sequence[Statement], moves: Moves) -> bool:
     """Whether a state reads others of its own step."""
     latent = {s.name for s in statements if s.latent}
     return any(bool((moves[n][0] != 0).any()) for n in latent & moves.keys() if 0 in moves[n])
-
-
-def read_from_before(statements: Sequence[Statement], moves: Moves, history: int) -> tuple[str, str] | None:
-    """A latent from before the loop and a site of its later steps, run together, that reads it further back than they
-    may; None if there is none. (Tangents of one lag are those of all states of that step.)"""
-    steps = steps_of(statements)
-    if steps[0][0].step != OUTSIDE:
-        return None
-    lag = len(steps) - 1
-    for own in steps[-1]:
-        x = moves.get(own.name, {}).get(lag)
-        if lag > history and x is not None and bool((x != 0).any()):
-            column = int((x != 0).reshape(-1, x.shape[-1]).any(0).nonzero()[0])
-            outside = [s.name for s in steps[0] if s.latent for _ in range(s.layout.cells)]
-            return outside[column], own.name
-    return None

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
 import pyro
 import torch
@@ -31,16 +31,18 @@ from pyro_em.errors import Refusal
 from pyro_em.families.chain import HEADS
 from pyro_em.model.capture import Capture, ParameterRecord, capture
 from pyro_em.model.certify_loops import REMEDY
-from pyro_em.model.chain_arguments import reach, read_from_before, reads_own_step, steps_of
+from pyro_em.model.chain_arguments import reach, reads_own_step, steps_of
 from pyro_em.model.flat import check_flat
 from pyro_em.model.folding import Chained, Fold, FoldedModel, places, zeros
 from pyro_em.model.recognise import second_point
 from pyro_em.model.roles import RoleOf, assign_roles
 from pyro_em.model.statements import NotFolded, Statement, ValueOf
+from pyro_em.model.still import still_latents
 from pyro_em.model.timeline import Loop, Template, chosen_steps
 from pyro_em.model.trace import quiet_store, run_model
 from pyro_em.types import Model, Params
 
+T = TypeVar("T")
 AGREE, AGREE_SINGLE = 1e-9, 1e-5  # relative; of models in float64, and of others
 
 
@@ -170,11 +172,19 @@ class _Runs:
         return AGREE if all(site.value.dtype == torch.float64 for site in sites) else AGREE_SINGLE
 
     def at(self, params: Params, value_of: ValueOf, kind: str = "together") -> Chained:
+        return self._run(params, lambda model, args, kwargs: model.collect(args, kwargs, value_of, kind)[0])
+
+    def still(self, params: Params) -> frozenset[str]:
+        """Latents from before the loop that all of its steps read."""
+        look = lambda model, args, kwargs: still_latents(model.statements(args, kwargs, zeros)[0], HEADS)  # noqa: E731
+        return self._run(params, look)
+
+    def _run(self, params: Params, look: Callable[[FoldedModel, Any, Any], T]) -> T:
         folded = FoldedModel(self.model, self.seen.loops, (self.fold,), self.seen.max_plate_nesting)
-        found: list[Chained] = []
+        found: list[T] = []
 
         def probe(*args: Any, **kwargs: Any) -> None:
-            found.extend(folded.collect(args, kwargs, value_of, kind))
+            found.append(look(folded, args, kwargs))
 
         with quiet_store(), pyro.validation_enabled(False), torch.no_grad():
             run_model(
@@ -201,6 +211,7 @@ def _recognised(runs: _Runs, params: tuple[Params, Params]) -> Fold:
 
     :raises NotFolded: if it is no chain.
     """
+    runs = runs.with_fold(still=runs.still(params[0]) | runs.still(params[1]))
     first = [runs.with_fold(lags=HEADS, heads=HEADS).at(p, zeros) for p in params]
     lags = max(1, *(reach(own.statements, own.moves) for own in first))
     within = any(reads_own_step(own.statements, own.moves) for own in first)
@@ -210,8 +221,7 @@ def _recognised(runs: _Runs, params: tuple[Params, Params]) -> Fold:
     if heads > HEADS:
         raise NotFolded("it looks too far back")
     if together:
-        _refuse_fixed(runs.seen.loops, first)
-        _same_cells(runs.seen.loops, first[0].statements)
+        _same_cells(runs.seen.loops, first[0].statements, runs.fold.still)
     runs = runs.with_fold(lags=lags, heads=heads, within=within)
     still = [runs.at(p, zeros) for p in params]
     for p, own, seed in zip(params, still, (1, 2), strict=True):
@@ -224,14 +234,8 @@ def _recognised(runs: _Runs, params: tuple[Params, Params]) -> Fold:
     varying = {
         name: tuple(any(_differs(own.arguments[name], d) for own in still) for d in dims) for name in still[0].arguments
     }
-    told = still[0].statements
-    return dataclasses.replace(
-        runs.fold,
-        varying=varying,
-        places=places(told, latent=True),
-        cells=places(told, latent=False),
-        flat=bool(still[0].flat),
-    )
+    states, cells = (places(still[0].statements, latent=own) for own in (True, False))
+    return dataclasses.replace(runs.fold, varying=varying, places=states, cells=cells, flat=bool(still[0].flat))
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor], agree: float) -> bool:
@@ -247,25 +251,20 @@ def _differs(x: Tensor, dim: int) -> bool:
     return x.shape[dim] > 1 and not torch.equal(x.narrow(dim, 0, 1).expand_as(x), x)
 
 
-def _refuse_fixed(loops: Sequence[Loop], first: Sequence[Chained]) -> None:
-    """Raise `Refusal` for a latent from before the loop that all of its steps read: no state of a chain."""
-    later = {s.name for s in first[0].statements if s.timed}
-    history = next(loop for loop in loops if later & set(loop.names)).history
-    for latent, reader in filter(None, (read_from_before(own.statements, own.moves, history) for own in first)):
-        reason = f"every step of the pyro_em.markov loop reads '{latent}', which is sampled before it and is no state."
-        remedy = "write pyro.markov(range(T)), where all are one dense system; or let it move in the loop."
-        raise Refusal(reader, reason, remedy)
+def _moving(step: Sequence[Statement]) -> list[Statement]:
+    """Latents of a step that are no copies."""
+    return [s for s in step if s.latent and not s.copy_of]
 
 
-def _same_cells(loops: Sequence[Loop], statements: Sequence[Statement]) -> None:
+def _same_cells(loops: Sequence[Loop], statements: Sequence[Statement], still: Collection[str]) -> None:
     """Steps run together stand for the step before themselves: the statements of the last head must be the same."""
     steps = steps_of(statements)
-    loop = next(loop for loop in loops if steps[-1][0].name in loop.names)
-    later = [(Template.of(s.name, loop).text, s.layout.cells) for s in steps[-1] if s.latent]
+    loop = next(loop for loop in loops if _moving(steps[-1])[0].name in loop.names)
+    later = [(Template.of(s.name, loop).text, s.layout.cells) for s in _moving(steps[-1])]
     step = loop.history - 1
     expected = [(text.format(Template.of(s.name, loop).first - 1), n)
-                for (text, n), s in zip(later, [s for s in steps[-1] if s.latent], strict=True)]  # fmt: skip
-    if [(s.name, s.layout.cells) for s in steps[-2] if s.latent] != expected:
+                for (text, n), s in zip(later, _moving(steps[-1]), strict=True)]  # fmt: skip
+    if [(s.name, s.layout.cells) for s in _moving(steps[-2]) if s.name not in still] != expected:
         raise NotFolded(f"step {step} has other states than the later ones")
 
 
@@ -276,7 +275,7 @@ def _certify_steps(runs: _Runs, params: Params, together: Chained) -> None:
     """
     loop = next(loop for loop in runs.seen.loops if together.statements[-1].name in loop.names)
     heads = runs.fold.heads
-    later = [Template.of(s.name, loop) for s in together.statements if s.timed]
+    later = [Template.of(s.name, loop) for s in together.statements if s.timed and not s.copy_of]
     single = {template.name(step, loop) for template in later for step in chosen_steps(loop)}
     alone = runs.with_fold(names=runs.fold.names | single).at(params, _random(3), "chosen")
     rank = together.rank

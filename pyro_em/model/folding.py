@@ -32,6 +32,7 @@ from pyro_em.model import compat
 from pyro_em.model.chain_arguments import Arguments, aligned, joined, step_arguments, steps_of, tangents
 from pyro_em.model.missing import INCOMPLETE
 from pyro_em.model.statements import Collect, Layout, NotFolded, Statement, ValueOf
+from pyro_em.model.still import repeated
 from pyro_em.model.timeline import Loop, running
 from pyro_em.types import Model
 
@@ -53,7 +54,7 @@ class Fold:
 
     `heads` steps have arguments of their own; `varying` says by argument which of the dims B + (time,) it needs (those
     of enumerated states apart), `places` where the latents stand, `cells` where the observed statements do. `chosen_by`
-    names the discrete latents that arguments depend on.
+    names the discrete latents that arguments depend on, `still` those from before the loop that all steps read.
     """
 
     site: str
@@ -67,6 +68,7 @@ class Fold:
     places: Mapping[str, Place] = field(default_factory=dict)
     cells: Mapping[str, Place] = field(default_factory=dict)
     chosen_by: tuple[str, ...] = ()
+    still: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,12 @@ class FoldedModel:
         :raises NotFolded: if the statements are no chain.
         """
         differentiable = torch.is_grad_enabled()
+        found = self.statements(args, kwargs, value_of, kind)
+        with torch.enable_grad():
+            return [chained(fold, own, differentiable) for fold, own in zip(self.folds, found, strict=True)]
+
+    def statements(self, args: Any, kwargs: Any, value_of: ValueOf, kind: str = "together") -> list[list[Statement]]:
+        """Those of every chain, in program order."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             collected = (Collect(f.names, f.shared, value_of, self.nesting) for f in self.folds)
@@ -115,8 +123,7 @@ class FoldedModel:
             if self.loops:
                 stack.enter_context(running(kind, self.loops))
             self.original(*args, **kwargs)
-        with torch.enable_grad():
-            return [chained(f, h.statements, differentiable) for f, h in zip(self.folds, handlers, strict=True)]
+        return [handler.statements for handler in handlers]
 
 
 def zeros(_: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -136,12 +143,15 @@ def folds_of(model: Model) -> tuple[Fold, ...]:
 
 def chain_rows(fold: Fold) -> list[tuple[str, str]]:
     """Names and words for the plan: every latent of a loop that is run together, the first of one that is not."""
-    own = {n: p for n, p in fold.places.items() if p.timed} or {n: p for n, p in fold.places.items() if p.step == 0}
+    moving = {n: p for n, p in fold.places.items() if n not in fold.still}
+    own = {n: p for n, p in moving.items() if p.timed} or {n: p for n, p in moving.items() if p.step == 0}
     steps = f"{fold.lags} step{'s' if fold.lags > 1 else ''}"
     start = ", its start flat" if fold.flat else ""
-    others = f" (and {len(fold.places) - len(own)} more of the loop)" if len(fold.places) > len(own) else ""
+    others = f" (and {len(moving) - len(own)} more of the loop)" if len(moving) > len(own) else ""
     each = f", one for every state of {', '.join(map(repr, fold.chosen_by))}" if fold.chosen_by else ""
-    return [(n, f"normal, state of a linear-Gaussian chain that looks {steps} back{start}{others}{each}") for n in own]
+    moves = f"normal, state of a linear-Gaussian chain that looks {steps} back{start}{others}{each}"
+    stands = "normal, state of a linear-Gaussian chain that stands still: every step reads it"
+    return [*((n, moves) for n in own), *((n, stands) for n in sorted(fold.still))]
 
 
 def places(statements: Sequence[Statement], *, latent: bool) -> dict[str, Place]:
@@ -150,7 +160,8 @@ def places(statements: Sequence[Statement], *, latent: bool) -> dict[str, Place]
     for t, step in enumerate(steps_of(statements)):
         offset = 0
         for own in (s for s in step if s.latent == latent):
-            found[own.name] = Place(t, offset, own.timed, own.layout, own.event)
+            if not own.copy_of:
+                found[own.name] = Place(t, offset, own.timed, own.layout, own.event)
             offset += own.layout.cells
     return found
 
@@ -160,7 +171,7 @@ def chained(fold: Fold, statements: Sequence[Statement], differentiable: bool) -
 
     :raises NotFolded: if steps do not look alike.
     """
-    statements, rank = aligned(statements)
+    statements, rank = aligned(repeated(statements, fold.still))
     steps = steps_of(statements)
     widths = {sum(s.layout.cells for s in step if s.latent) for step in steps}
     cells = {sum(s.layout.cells for s in step if not s.latent) for step in steps} - {0}

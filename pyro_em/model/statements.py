@@ -103,6 +103,7 @@ class Statement:
     frames: tuple[Any, ...]
     event: torch.Size
     flat: bool = False  # of density 1; location and noise are then 0
+    copy_of: str = ""  # a latent from before the loop that it repeats (still.py)
 
 
 ValueOf = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
