@@ -197,25 +197,27 @@ def _piece(use: Use, site: SiteRecord, moments: Mapping[str, SiteMoments], argum
         if kernel is None:
             raise NotClosed(f"{where}: no kernel for a diagonal matrix")
         return _Piece(_transform(kernel, use, _diagonal(use.coefficient)), IDENTITY, _diagonal(index))
-    block = _block(index, arguments[use.slot]) if family.arguments[use.slot] == 2 else None
+    argument, coefficient = arguments[use.slot], use.coefficient
+    block = _block(index, argument) if family.arguments[use.slot] == 2 else None
     if block is not None:
         kernel = family.block_kernel(use.slot, block, own.moments, everything)
-        index = index[..., block[:, None], block]
+        index, argument = (x[..., block[:, None], block] for x in (index, argument))
+        coefficient = None if coefficient is None else coefficient[..., block[:, None], block]
     else:
         kernel = family.kernel(use.slot, own.moments, everything, own.center) if use.slot in family.closed else None
     if kernel is None:
         raise NotClosed(f"{where} has no closed form")
     if use.link is not None:
         return _Piece(kernel, IDENTITY, index)
-    if isinstance(kernel, WishartKernel) and _is_multiple(index, arguments[use.slot]) and use.coefficient is not None:
-        known, turns = torch.where(index < 0, 0.0, use.coefficient.double()), 1
+    if isinstance(kernel, WishartKernel) and _is_multiple(index, argument) and coefficient is not None:
+        known, turns = torch.where(index < 0, 0.0, coefficient.double()), 1
         if family.link(use.slot) is CHOLESKY:  # the kernel is one of L Lᵀ
             known, turns = known @ known.mT, 2
         return _Piece(kernel.along(known).power(turns * use.power), IDENTITY, index.amax((-2, -1)))
     link = family.link(use.slot)
     if not use.gather and link is not IDENTITY:
         raise NotClosed(f"{where}: a transformed entry in the {link.name} coordinate")
-    return _Piece(_transform(kernel, use, use.coefficient), IDENTITY if link is NORMALISED else link, index)
+    return _Piece(_transform(kernel, use, coefficient), IDENTITY if link is NORMALISED else link, index)
 
 
 def _is_diagonal(index: Tensor, argument: Tensor) -> bool:
