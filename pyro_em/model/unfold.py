@@ -29,6 +29,7 @@ Not unfolded: distributions inside whose arguments are not seen (mixtures of mix
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.ops.indexing import Vindex
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -61,7 +63,10 @@ class Unfold(Messenger):
         if unfold is None or raw is None:
             return
         remember = compat.forgotten_in_markov(msg["name"])
-        if unfold(msg["name"], raw, msg["value"]):
+        # What was missing of the site (missing.py, further in) is missing of the sites that take its place.
+        with contextlib.nullcontext() if msg["mask"] is None else poutine.mask(mask=msg["mask"]):
+            unfolded = unfold(msg["name"], raw, msg["value"])
+        if unfolded:
             msg["done"] = msg["stop"] = True  # handlers further out see the new sites instead
         else:
             remember()
