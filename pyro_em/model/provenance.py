@@ -58,7 +58,7 @@ def has_below_zero(index: Any) -> bool:
 def counts_from_end(part: Any) -> bool:
     """The same of a part of an index; a latent (its state less 1) is none of the data's."""
     rows = isinstance(part, Tensor) and part.dtype in INTEGERS and part.dim() > 0
-    return rows and not isinstance(part, ProvenanceTensor) and bool((part < 0).any())
+    return rows and not isinstance(part, ProvenanceTensor) and bool((part.as_subclass(Tensor) < 0).any())
 
 
 def traced(value: Tensor, name: str) -> Tensor:

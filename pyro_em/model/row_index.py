@@ -47,7 +47,8 @@ def _by_position(value: Tensor, index: Any) -> Iterator[tuple[Tensor, int, int]]
         if x is Ellipsis:
             place += value.dim() - sum(taken)
         elif _is_rows(x) and place < value.dim():
-            yield x, value.shape[place], -value.shape[place]
+            # (Steps of a loop compare as one number.)
+            yield x.as_subclass(Tensor), value.shape[place], -value.shape[place]
         place += count
 
 
@@ -56,7 +57,7 @@ def _by_dim(value: Tensor, dim: Any = None, index: Any = None, **_: Any) -> Iter
     if isinstance(dim, Tensor):
         dim, index = index, dim
     if isinstance(dim, int) and _is_rows(index) and value.dim():
-        yield index, value.shape[dim], 0
+        yield index.as_subclass(Tensor), value.shape[dim], 0
 
 
 def _is_rows(x: Any) -> bool:
