@@ -1,4 +1,5 @@
-"""Long chains in windows (e_step/scan_windows.py), here small ones: against the reference, by both ways of joining."""
+"""Long chains in windows (e_step/scan_windows.py) and many in groups (scan_groups.py), here small ones: against the
+reference, windows by both ways of joining them."""
 
 from __future__ import annotations
 
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 
 import pyro_em
+from pyro_em.e_step.scan_groups import Grouped
 from pyro_em.e_step.scan_windows import Windowed
 from pyro_em.e_step.scanned import Scanned, compile_scanned
 from pyro_em.evaluator import Evaluator
 from pyro_em.evidence import banded, windows
-from pyro_em.evidence.windows import windows_of
+from pyro_em.evidence.windows import Groups, Windows, cut
 from pyro_em.m_step.auto import MStep
 from pyro_em.problem import Problem, bind
 from pyro_em.recordings import Mapped, Request, Whole
@@ -57,7 +59,7 @@ def test_families(emission: Any, steps: int, sequences: int, monkeypatch: pytest
     problem = bind(chain, (_data(emission, steps, sequences), emission), {}, with_prior=False)
     engine = _windowed(problem)
     (program,) = engine.programs
-    assert program.windows is not None and program.windows.count > 2
+    assert program.pieces is not None and program.pieces.count > 2
     counts = _counted(monkeypatch)
     _agree(problem)
     assert counts["_forgetful"] > 0 and counts["_carried"] == 0
@@ -80,6 +82,34 @@ def test_masks_and_weights(carried: bool, monkeypatch: pytest.MonkeyPatch) -> No
         problem = bind(chain, (data, normal), {"seen": seen}, with_prior=False, weights=weights)
         assert _windowed(problem).programs[0].blocks.chains == 5
         _agree(problem)
+
+
+@pytest.mark.parametrize("emission", [normal, diagonal, poisson, categorical])
+def test_groups(emission: Any) -> None:
+    """Seven groups of three sequences and one of two, with padding; the last group works in memory of its own."""
+    problem = bind(chain, (_data(emission, 31, 23), emission), {}, with_prior=False)
+    engine = compile_scanned(problem)
+    (program,) = engine.programs
+    assert isinstance(program.whole, Grouped) and program.pieces is not None and program.pieces.count == 8
+    _agree(problem)
+    engine.e_step(problem.start)
+    assert engine.compact
+
+
+def test_groups_with_masks_and_weights() -> None:
+    """Ragged lengths, holes, sequences without data, weights of sequences; an impossible one is named."""
+    data = _data(normal, 30, 8)
+    seen = torch.arange(30).unsqueeze(-1) < torch.tensor([30, 14, 0, 29, 1, 30, 30, 12])
+    seen[11:20, 3] = False
+    for weights in (None, {"sequences": torch.tensor([1.0, 0.0, 2.0, 0.5, 3.0, 1.0, 0.0, 0.25])}):
+        problem = bind(chain, (data, normal), {"seen": seen}, with_prior=False, weights=weights)
+        assert isinstance(compile_scanned(problem).programs[0].whole, Grouped)
+        _agree(problem)
+    symbols = torch.zeros(30, 8, dtype=torch.long)
+    symbols[23, 6] = 3
+    never = {"B": torch.tensor([[0.5, 0.5, 0.0, 0.0]]).repeat(3, 1), "pi": rows(3), "A": rows(3, 3)}
+    with pytest.raises(pyro_em.NonFiniteError, match=r"rows 6 of plate.*from step 23 on"):
+        pyro_em.fit(chain, symbols, categorical, init=never, max_iter=1)
 
 
 def _sticky() -> dict[str, Tensor]:
@@ -117,11 +147,13 @@ def test_forbidden_transitions_an_outlier_and_what_is_impossible() -> None:
         pyro_em.fit(chain, symbols, categorical, init=never, max_iter=1)
 
 
-def test_one_recording_holds_the_update() -> None:
-    """Replays change no bit."""
-    problem = bind(chain, (_data(normal, 300, 1), normal), {}, with_prior=False)
+@pytest.mark.parametrize("sizes", [(300, 1), (31, 23)])
+def test_one_recording_holds_the_update(sizes: tuple[int, int]) -> None:
+    """Replays change no bit, of windows and of groups."""
+    problem = bind(chain, (_data(normal, *sizes), normal), {}, with_prior=False)
     m_step = MStep(problem, "auto", "em")
-    engine, other = _windowed(problem), _windowed(problem)
+    engine, other = compile_scanned(problem), compile_scanned(problem)
+    assert all(isinstance(program.whole, Windowed | Grouped) for program in engine.programs)
     evaluator = Evaluator(engine, m_step)
     params, magnitude, mapped = problem.start, 0.0, 0
     for _ in range(8):
@@ -141,10 +173,11 @@ def test_one_recording_holds_the_update() -> None:
 @pytest.mark.parametrize("states", [2, 3])
 def test_every_step_is_counted_once(steps: int, states: int) -> None:
     """The own blocks of all windows are the chain's, and only the last one ends with padding."""
-    found = windows_of(steps, 1, states)
+    found = cut(steps, 1, states)
     assert (found is None) == (steps <= 900 // states**2)
     if found is None:
         return
+    assert isinstance(found, Windows)
     order = found.order().reshape(found.count, found.length, -1)
     own = [order[i][:, slice(*found.inner(i))] for i in range(found.count)]
     assert torch.equal(torch.cat([x.T.reshape(-1) for x in own])[:steps], torch.arange(steps))
@@ -152,5 +185,19 @@ def test_every_step_is_counted_once(steps: int, states: int) -> None:
     assert found.columns == found.count * order.shape[-1]
 
 
-def test_windows_are_for_few_states() -> None:
-    assert windows_of(10**6, 1, windows.STATES + 1) is None
+def test_windows_and_groups_are_for_few_states() -> None:
+    assert cut(10**6, 1, windows.STATES + 1) is None and cut(20, 10**4, windows.GROUPED + 1) is None
+    assert cut(50, 3, 3) is not None and cut(50, 2, 3) is None  # one group
+
+
+@pytest.mark.parametrize(("steps", "chains", "count"), [(31, 23, 8), (100, 3, 3), (7, 15, 2), (2, 1000, 20)])
+def test_every_row_is_in_one_group(steps: int, chains: int, count: int) -> None:
+    found = cut(steps, chains, 3)
+    assert isinstance(found, Groups) and found.count == count
+    order = found.order()
+    assert torch.equal(order[order >= 0].sort().values, torch.arange(steps * chains))
+    assert len(order) == found.length * found.columns and bool((order < 0).any()) == found.padded
+    ends = torch.tensor([found.blocks(i).columns * found.length for i in range(count)]).cumsum(0).tolist()
+    for i, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        own = order[begin:end]
+        assert set((own[own >= 0] % chains).tolist()) == set(range(*found.members(i).indices(chains)))

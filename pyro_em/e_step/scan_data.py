@@ -27,7 +27,7 @@ from pyro_em.e_step.product import Prepared
 from pyro_em.e_step.rows import site_layouts
 from pyro_em.e_step.states import JointStates
 from pyro_em.evidence.blocked import Blocks, Scratch
-from pyro_em.evidence.windows import Windows
+from pyro_em.evidence.windows import Groups, Windows
 from pyro_em.model.graph import Component, FactorGraph
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.sufficient import Arguments
@@ -48,7 +48,7 @@ class Emissions:
         component: Component,
         graph: FactorGraph,
         states: JointStates,
-        blocks: Blocks | Windows,
+        blocks: Blocks | Windows | Groups,
         narrow: int,
     ) -> None:
         run = Run({site.name: site for site in sites}, {}, {})

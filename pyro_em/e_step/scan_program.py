@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_em.e_step.base import IMPOSSIBLE, NotCompiled
 from pyro_em.e_step.product import Prepared
 from pyro_em.e_step.scan_data import NARROW, Emissions
+from pyro_em.e_step.scan_groups import Grouped
 from pyro_em.e_step.scan_layout import alike, by_dim, over, whole_site
 from pyro_em.e_step.scan_short import ChainSums, Short, Weights
 from pyro_em.e_step.scan_states import StepStates, step_states
@@ -21,13 +22,13 @@ from pyro_em.e_step.scan_windows import Windowed
 from pyro_em.evidence.banded import Banded, blocks_of, is_short
 from pyro_em.evidence.blocked import BlockedPosterior, Blocks, Scratch, smooth_blocked
 from pyro_em.evidence.chain import smooth
-from pyro_em.evidence.windows import Windows, windows_of
+from pyro_em.evidence.windows import Groups, Windows, cut
 from pyro_em.model.chained import ChainedLoop
 from pyro_em.model.graph import Component, FactorGraph
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.problem import Problem
 
-FEW = 16  # features up to which products take less time in windows than look-ups in blocks
+FEW = 16  # features up to which products take less time in pieces than look-ups in blocks
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,14 @@ class ScanProgram:
     states: StepStates
     emissions: Emissions
     blocks: Blocks
-    windows: Windows | None  # that the emissions lie in, instead of the blocks
+    pieces: Windows | Groups | None  # that the emissions lie in, instead of the blocks
     chain_weight: Tensor | None  # (C,) weights of the chains
     initial_weights: tuple[Tensor | None, ...]  # (C,) each
     pair_weights: tuple[Tensor | None, ...]  # (L, M) each; zero where there is no next step
     kinds: Mapping[str, int]  # which of these multiplicities a latent's counts have
     banded: Banded | None  # for short chains
-    whole: ChainSums | None  # for chains that are short or cut into windows, without looked up rows
-    plain: Callable[[], ScanProgram] | None  # in blocks, for chains cut into windows
+    whole: ChainSums | None  # for chains that are short or cut into pieces, without looked up rows
+    plain: Callable[[], ScanProgram] | None  # in blocks, for chains cut into pieces
     scratch: Scratch = field(default_factory=Scratch)
 
     def smooth(self, initial: Tensor, table: Tensor, prepared: Prepared) -> Found:
@@ -136,11 +137,11 @@ class ScanProgram:
 
 
 def compile_scan(
-    problem: Problem, run: Run, component: Component, windowed: bool = True
+    problem: Problem, run: Run, component: Component, in_pieces: bool = True
 ) -> tuple[ScanProgram, set[str]]:
     """The program of a component, and the sites of the first step that were joined with others.
 
-    :param windowed: long chains may be cut into windows.
+    :param in_pieces: chains may be cut into windows or groups.
     :raises NotCompiled: with the reason.
     """
     graph = problem.graph
@@ -153,10 +154,10 @@ def compile_scan(
     order = [d for d in by_dim(run.sites[z1]) if d in plates]
     steps, chains = loop.loop.steps, math.prod(graph.plate_sizes[d] for d in order)
     on_cpu = torch.get_default_device().type == "cpu"  # LAPACK's band solver, called through NumPy
-    short = on_cpu and is_short(steps, chains, states.num)
-    windows = windows_of(steps, chains, states.num) if windowed and on_cpu and not short else None
+    pieces = cut(steps, chains, states.num) if in_pieces and on_cpu else None
+    short = on_cpu and in_pieces and pieces is None and is_short(steps, chains, states.num)
     blocks = (blocks_of if short else Blocks.of)(steps, chains, states.num)
-    layout = windows or blocks
+    layout = pieces or blocks
     sites, joined = _observed(problem, run, component, loop, own)
     sizes = {**graph.plate_sizes, loop.plate: steps}
     virtual = Component(tuple(site.name for site in sites), frozenset(own.now), plates | {loop.plate}, None)
@@ -170,21 +171,21 @@ def compile_scan(
     for weights, distinct in ((first, initial), (later, pairs)):
         for name, weight in weights.items():
             kinds[name] = _place(weight, distinct)
-    narrow = NARROW if short else FEW if windows else 0
+    narrow = NARROW if short else FEW if pieces else 0
     emissions = Emissions(sites, virtual, dataclasses.replace(graph, plate_sizes=sizes), states, layout, narrow)
-    if windows and emissions.lookup is not None:
-        return compile_scan(problem, run, component, windowed=False)
+    if pieces and emissions.lookup is not None:
+        return compile_scan(problem, run, component, in_pieces=False)
     counted = Weights(chain_weight, tuple(initial), tuple(pairs))
     data = (emissions.phi, emissions.base, states.num, counted, emissions.padding)
     banded = Banded(blocks, states.num) if short else None
     whole: ChainSums | None = None
     plain: Callable[[], ScanProgram] | None = None
-    if windows:
-        whole = Windowed(windows, *data)
-        plain = functools.cache(lambda: compile_scan(problem, run, component, windowed=False)[0])
+    if pieces:
+        whole = Windowed(pieces, *data) if isinstance(pieces, Windows) else Grouped(pieces, *data)
+        plain = functools.cache(lambda: compile_scan(problem, run, component, in_pieces=False)[0])
     elif banded is not None and emissions.lookup is None:
         whole = Short(banded, *data)
-    places = (blocks, windows, chain_weight, tuple(initial), tuple(pairs), kinds)
+    places = (blocks, pieces, chain_weight, tuple(initial), tuple(pairs), kinds)
     return ScanProgram(component, own, emissions, *places, banded, whole, plain), joined
 
 
@@ -220,7 +221,7 @@ def _observed(
 
 
 def leaving_weight(
-    graph: FactorGraph, weight: Tensor | None, plate: str, order: list[str], blocks: Blocks | Windows
+    graph: FactorGraph, weight: Tensor | None, plate: str, order: list[str], blocks: Blocks | Windows | Groups
 ) -> Tensor | None:
     """Multiplicity of the transition that leaves each step, (L, M), zero where there is no next step.
 

@@ -63,12 +63,12 @@ class Scanned:
             name: tuple(u for u in uses if problem.with_prior or u.site not in graph.priors)
             for name, uses in self.uses.items()
         }
-        first, windows = self.programs[0], self.programs[0].windows
-        how = f"in blocks of {(windows or first.blocks).length}"
-        if first.banded or windows:
+        first, pieces = self.programs[0], self.programs[0].pieces
+        how = f"in blocks of {(pieces or first.blocks).length}"
+        if first.banded or pieces:
             how += ", joined by band solves"
-        if windows:
-            how = f"in {windows.count} windows, {how}"
+        if pieces:
+            how = f"in {pieces.count} {pieces.name}, {how}"
         self.reason = (
             f"{first.blocks.chains} chains of {first.blocks.steps} steps, smoothed {how}, "
             "emissions by matrix products on sufficient statistics"

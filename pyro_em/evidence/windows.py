@@ -1,4 +1,4 @@
-"""Windows of time that a long chain is cut into, each short enough to stay in cache, and of how many blocks each is.
+"""What stays in cache: windows of time that a long chain is cut into, or groups of many shorter chains.
 
     window i: blocks i (J - 2o) ... i (J - 2o) + J,  of which the first o and the last o are its neighbours' own
 
@@ -7,7 +7,7 @@ but for the last window, which ends where the chain ends.
 A window begins o blocks early from a uniform vector and ends o blocks late: a chain forgets where it came from. Where
 it does not, the vectors at the borders of the windows are carried from one to the next (scan_windows.py).
 
-Not here: several short chains as one window.
+Chains that are shorter than a window are grouped, so many as are one; nothing passes from one group to another.
 
 Shapes: T steps, C chains; each chain n windows of J blocks of L steps.
 """
@@ -24,7 +24,7 @@ from pyro_em.evidence.banded import blocks_of
 from pyro_em.evidence.blocked import Blocks
 
 CELLS, STEPS = 800_000, 40_000  # of a window, steps times K² and steps: up to 16 MB of messages, products and band
-STATES = 7  # up to which windows take less time than blocked.py, which multiplies vectors, not matrices
+STATES, GROUPED = 7, 5  # up to which windows, and groups, take less time than blocked.py, which multiplies no matrices
 MARGIN = 256  # steps that a chain is given to forget
 
 
@@ -37,6 +37,7 @@ class Windows:
     blocks: Blocks
     margin: int
     count: int
+    name: ClassVar[str] = "windows"
     padded: ClassVar[bool] = False  # places behind a chain's end are of no account (scan_windows.py)
 
     @property
@@ -71,11 +72,68 @@ class Windows:
         return torch.where(t < self.steps, rows, -1).reshape(-1, J)
 
 
-def windows_of(steps: int, chains: int, states: int) -> Windows | None:
-    """Windows of about the same length, or None where chains are rather smoothed otherwise."""
+@dataclass(frozen=True)
+class Groups:
+    """`blocks` are those of a group of `size` chains; the last group may have fewer."""
+
+    steps: int
+    chains: int
+    size: int
+    length: int
+    name: ClassVar[str] = "groups"
+
+    @property
+    def per_chain(self) -> int:
+        """Blocks of a chain."""
+        return -(-self.steps // self.length)
+
+    @property
+    def count(self) -> int:
+        """How many groups there are."""
+        return -(-self.chains // self.size)
+
+    @property
+    def columns(self) -> int:
+        """Blocks of all chains."""
+        return self.chains * self.per_chain
+
+    @property
+    def padded(self) -> bool:
+        """Whether there are places behind a chain's end."""
+        return self.length * self.per_chain != self.steps
+
+    def members(self, i: int) -> slice:
+        """The chains of a group."""
+        return slice(i * self.size, min((i + 1) * self.size, self.chains))
+
+    def blocks(self, i: int) -> Blocks:
+        """Those of a group."""
+        own = self.members(i)
+        return Blocks(self.steps, own.stop - own.start, self.length, self.per_chain)
+
+    def order(self) -> Tensor:
+        """(L·C·J,), group by group: the row t·C + c that lies there, -1 for padding."""
+        found = []
+        for i in range(self.count):
+            blocks, own = self.blocks(i), self.blocks(i).order().reshape(-1)
+            t, c = own.div(blocks.chains, rounding_mode="floor"), own % blocks.chains + self.members(i).start
+            found.append(torch.where(own < 0, -1, t * self.chains + c))
+        return torch.cat(found)
+
+
+def cut(steps: int, chains: int, states: int) -> Windows | Groups | None:
+    """Windows or groups, or None where chains are one group, or rather smoothed otherwise."""
     most = min(STEPS, CELLS // states**2)
-    if states > STATES or steps <= most:
+    if steps > most:
+        return _windows(steps, chains, states, most) if states <= STATES else None
+    size = most // steps
+    if states > GROUPED:
         return None
+    return Groups(steps, chains, size, blocks_of(steps, size, states).length) if steps > 1 and size < chains else None
+
+
+def _windows(steps: int, chains: int, states: int, most: int) -> Windows:
+    """Of about the same length."""
     length = blocks_of(most, 1, states).length
     margin, total = -(-MARGIN // length), -(-steps // length)
     own = max(most // length - 2 * margin, 1)
