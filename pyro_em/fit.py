@@ -62,7 +62,7 @@ def fit(
     progress: bool | None = None,
     **kwargs: Any,
 ) -> FitResult:
-    """Fit a Pyro model by EM, MAP-EM, generalised EM or SVI.
+    """Fit a Pyro model by EM (Dempster, Laird and Rubin 1977), MAP-EM, generalised EM or SVI.
 
     `args` and `kwargs` go to the model and guide, as in `SVI.step`; options below shadow arguments of the same name.
     Tensors among them of half precision are promoted to torch's default dtype, and no gradients are followed into them.
@@ -78,7 +78,8 @@ def fit(
         "cem" and "sem" `log_likelihood` is the exact one of the returned parameters, and priors do not count.
     :param guide: Pyro guide. Under the exact algorithms its Delta sites are point estimates.
     :param roles: `{"site": "parameter" | "latent"}`, overriding what `plan` shows.
-    :param init: starting values by name (constrained), or "model", "random", "kmeans++".
+    :param init: starting values by name (constrained), or "model", "random", "kmeans++". The `params` of a result, of
+        another process too (`load`), go on from there, as far as the algorithm has no memory of its own.
     :param restarts: number of starts; the best is returned, all are in `result.restarts`. The first is `init` (or the
         model's own values), the others are drawn. Where the engine can, all go through the data together.
     :param seed: makes the fit reproducible bit for bit.
@@ -108,6 +109,8 @@ def fit(
     :raises InputError: for data, starts or options that cannot be used.
     :raises Refusal: for structure that is not exactly tractable, naming site, reason and remedy.
     :raises DegenerateLikelihoodError: if every start collapses; `.result` holds the last finite iterate.
+    :raises NonFiniteError: for a log-density that is NaN or infinite; ResourceError: for tables that would not fit;
+        MonotonicityError: for an exact step that lowers the objective.
 
     Example::
 

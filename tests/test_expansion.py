@@ -53,6 +53,12 @@ def factors(x: Tensor, mean: Tensor, scale: Tensor, prior: bool = False) -> None
         pyro.sample("x", dist.Normal(z @ W.T + b, sd).to_event(1), obs=x)
 
 
+def anchored(x: Tensor, mean: Tensor, scale: Tensor) -> None:
+    """The same, where loadings were measured too: what they multiply is not free."""
+    factors(x, mean, scale)
+    pyro.sample("anchor", dist.Normal(pyro.param("W"), 0.5).to_event(2), obs=torch.ones(D, 2))
+
+
 def any_factors(x: Tensor, mean: Tensor, covariance: Tensor) -> None:
     """The same with any normal distribution of the factors."""
     W, b = pyro.param("W", torch.zeros(D, 2)), pyro.param("b", torch.zeros(D))
@@ -128,6 +134,7 @@ TABLE: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Bloc
     "low_rank": (factor_analysis.low_rank, (ROWS, 1), {}, [("x_factor", 1, D, True)]),
     "held means": (factors, (ROWS, *STANDARD), {"m_step": {"b": "fixed"}}, [("z", 2, D, False)]),
     "held loadings": (factors, (ROWS, *STANDARD), {"m_step": {"W": "fixed"}}, []),
+    "measured loadings": (anchored, (ROWS, *STANDARD), {}, []),
     "prior of loadings": (factors, (ROWS, *STANDARD, True), {"algorithm": "map-em"}, []),
     "prior that does not count": (factors, (ROWS, *STANDARD, True), {}, [("z", 2, D, True)]),
     "scales": (scaled, (X, Y, GROUP), {}, [("e", 1, 1, True), ("u", 1, 1, True)]),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import pyro_em
 from pyro_em.state_space import kalman
+from pyro_em.state_space.centred import FAR, is_far
 from pyro_em.state_space.chunked import states
 from pyro_em.state_space.linear_gaussian import Chain
 from pyro_em.state_space.smoother import smooth
@@ -52,6 +53,31 @@ def test_data_far_away_keep_all_digits(drift: float) -> None:
     for run in (kalman.log_evidence, lambda c: smooth(c).log_evidence, lambda c: states(c).log_evidence,
                 lambda c: steady_moments(c).log_evidence):  # fmt: skip
         assert float(run(chain)) == pytest.approx(truth, rel=2e-14)
+
+
+def _level(unit: float, y: Tensor) -> Chain:
+    one = torch.ones(1, 1, 1)
+    noise = unit**2 * one
+    return Chain(0 * one[0], noise, one[None], 0 * one, noise[None], one[None], 0 * one, noise[None], unit * y)
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_how_far_data_are_does_not_depend_on_their_unit(unit: float) -> None:
+    noise = 2**0.5  # of a step and its observation
+    assert not is_far(_level(unit, torch.full((1, 9, 1), 0.99 * FAR * noise)))
+    assert is_far(_level(unit, torch.full((1, 9, 1), 1.01 * FAR * noise)))
+
+
+def test_offsets_that_vary_with_time_may_be_far_from_the_data() -> None:
+    """The data less their offsets are the data of the same chain without."""
+    g = torch.Generator().manual_seed(0)
+    y = 1e4 + torch.randn(1, 40, 1, generator=g).cumsum(1)
+    near, offsets = _level(1.0, y), 1e3 * torch.randn(1, 40, 1, generator=g).round(decimals=3)
+    varying = dataclasses.replace(near, y=y + offsets, d=offsets)
+    found, truth = smooth(varying), smooth(near)
+    assert found.log_evidence.item() == pytest.approx(exact_log_evidence(near), rel=1e-10)
+    torch.testing.assert_close(found.mean, truth.mean, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(found.filtered_mean, truth.filtered_mean, rtol=1e-12, atol=0.0)
 
 
 def test_a_far_chain_has_the_gradient_of_a_near_one() -> None:

@@ -5,11 +5,14 @@ max_y  g·(y − x) − ½ (y − x)ᵀH(y − x) − Σ r |y|        y = θ −
 
 from __future__ import annotations
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
 
-from pyro_em.m_step.kinks import Kinks, _maximum, soft
+from pyro_em.m_step.kinks import Kinks, _maximum, kinked, soft
+from pyro_em.problem import bind
 
 DOUBLE = torch.float64
 P = 6
@@ -73,3 +76,28 @@ def test_a_step_and_what_it_promises(seed: int) -> None:
 def test_soft_moves_towards_zero() -> None:
     x = torch.tensor([3.0, 0.5, -0.5, -3.0, 0.0])
     assert soft(x, torch.tensor(1.0)).tolist() == [2.0, 0.0, 0.0, -2.0, 0.0]
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
+@pytest.mark.parametrize("rank", [P, P - 2])
+def test_the_unit_of_the_function_does_not_matter(rank: int, unit: float) -> None:
+    """What counts as rounding of slopes is relative to their size."""
+    for seed in range(20):
+        g, H, x, rate = _model(seed, rank)
+        y = _maximum(unit * g, unit * H, x, unit * rate)
+        torch.testing.assert_close(y, _maximum(g, H, x, rate), rtol=1e-8, atol=1e-10)
+
+
+def test_which_parameters_have_kinks() -> None:
+    """Those with a Laplace prior; not the location of a Laplace response, nor what has another prior."""
+
+    def model(y: Tensor) -> None:
+        lasso = pyro.sample("lasso", dist.Laplace(0.0, 1.0))
+        ridge = pyro.sample("ridge", dist.Normal(0.0, 1.0))
+        middle = pyro.param("middle", torch.zeros(()))
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Normal(lasso + ridge, 1.0), obs=y)
+            pyro.sample("z", dist.Laplace(middle, 1.0), obs=y)
+
+    problem = bind(model, (torch.arange(3.0),), {}, with_prior=True)
+    assert kinked(problem.uses, problem.first.sites) == {"lasso"}

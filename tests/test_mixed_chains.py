@@ -182,6 +182,18 @@ def test_states_of_a_mixture() -> None:
         states.entropy()
 
 
+@pytest.mark.parametrize("name", ["levels", "one_regime"])
+def test_the_marginal_of_a_state_is_a_mixture_over_the_classes(name: str) -> None:
+    """Its shares are those of the classes at every step; its moments are the states' own."""
+    states = _posterior(BY_NAME[name]).states("y")
+    marginal = states.marginal()
+    shares = marginal.mixture_distribution.probs
+    assert marginal.batch_shape == states.mean.shape[:-1] and shares.shape == (*marginal.batch_shape, 2)
+    torch.testing.assert_close(shares, states.shares.movedim(0, -1).unsqueeze(-2).expand(shares.shape))
+    torch.testing.assert_close(marginal.mean, states.mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(marginal.variance, states.covariance.diagonal(dim1=-2, dim2=-1), rtol=1e-9, atol=1e-12)
+
+
 def test_arviz_has_classes_and_states() -> None:
     """Moments of the states beside the shares of the classes, and joint draws of both: moments as in the posterior."""
     problem = BY_NAME["levels"]

@@ -106,6 +106,17 @@ def test_a_detached_parameter_is_refused(way: str, argument: str, slot: str) -> 
         pyro_em.fit(mixture, X, **{argument: lambda _, value: DETACHED[way](value)})
 
 
+def test_a_parameter_detached_in_a_distribution_that_hides_its_arguments_is_refused() -> None:
+    def model(x: Tensor) -> None:
+        w, loc, _ = _parameters()
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(w))
+            pyro.sample("x", dist.TransformedDistribution(dist.Gumbel(loc[z].detach(), 1.0), []), obs=x)
+
+    with pytest.raises(Refusal, match=r"Site 'x': its log-density follows the parameters.* no gradient"):
+        pyro_em.fit(model, X)
+
+
 def test_a_parameter_detached_beside_another_is_refused() -> None:
     def model(x: Tensor) -> None:
         w, loc, sd = _parameters()
