@@ -119,6 +119,7 @@ def _header(result: FitResult) -> dict[str, Any]:
         "rules": {name: asdict(rule) for name, rule in result.rules.items()},
         "num_observations": result.num_observations,
         "num_parameters": result.num_parameters,
+        "integration_error": result.integration_error,
         "free": result.free,
         "constraints": words,
     }
@@ -190,6 +191,7 @@ def _result(header: dict[str, Any], payload: bytes) -> FitResult:
         rules={name: Quadrature(**_typed(rule, dict)) for name, rule in _typed(header["rules"], dict).items()},
         num_observations=_typed(header["num_observations"], float, int),
         num_parameters=_typed(header["num_parameters"], int),
+        integration_error=_typed(header.get("integration_error", 0.0), float, int),
         free=_texts(header["free"]),
         constraints={name: constraint_from_name(_typed(word, str)) for name, word in words.items()},
     )
@@ -250,7 +252,8 @@ def _bind(
             _check(path, name, value, constraint, result)
         if result.log_likelihood is None:
             return  # nothing exact to bind: the latents were in a guide
-        result.problem = _bound(result, model, args, kwargs, weights)
+        latent = [n for n, s in seen.sites.items() if not (s.observed or s.discrete or s.markov or n in result.params)]
+        result.problem = _bound(result, model, args, kwargs, weights, latent)
     result.constraints = {n: record.constraint for n, record in result.problem.parameters.items()}
     _compare(result, result.problem, path)
 
@@ -273,16 +276,13 @@ def _check(path: str | Path, name: str, value: Tensor, constraint: Any, result: 
 
 
 def _bound(
-    result: FitResult,
-    model: Model,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    weights: Mapping[str, Tensor] | None,
+    result: FitResult, model: Model, args: Any, kwargs: Any, weights: Mapping[str, Tensor] | None, latent: list[str]
 ) -> Problem:
-    sites = [row.name for row in result.plan.m_step if row.role == "pyro.sample"]
+    roles = {row.name: "parameter" for row in result.plan.m_step if row.role == "pyro.sample"}
+    roles |= dict.fromkeys(latent, "latent")  # also those that only the caller's roles made latents
     return bind(
-        model, args, kwargs, with_prior=result.log_posterior is not None,
-        roles=dict.fromkeys(sites, "parameter"), weights=weights, params=result.params, rules=result.rules,
+        model, args, kwargs, with_prior=result.log_posterior is not None, roles=roles, weights=weights,
+        params=result.params, rules=result.rules,
     )  # fmt: skip
 
 

@@ -250,7 +250,7 @@ def plan(
         return plan_svi(model, args, kwargs, guide=guide, roles=roles)
     with on_device(args, kwargs), isolated_rng(0):
         bound = bound_for(model, args, kwargs, algorithm, guide, roles, weights, rules, temperature is not None)
-        notes = (*bound.notes, *numerical_error(bound.problem, bound.problem.start))
+        notes = (*bound.notes, *numerical_error(bound.problem, bound.problem.start).notes)
         return explain(*chosen(bound.problem, m_step, algorithm), algorithm, temperature is not None, notes)
 
 
@@ -267,7 +267,8 @@ def _result(
     annealed: bool,
 ) -> FitResult:
     params = {n: v.detach().to(problem.parameters[n].value.dtype).clone() for n, v in best.last.params.items()}
-    notes = (*bound.notes, *numerical_error(problem, params))
+    integrated = numerical_error(problem, params)
+    notes = (*bound.notes, *integrated.notes)
     known = best.last.expectation
     log_likelihood, log_prior = known.log_likelihood, known.log_prior
     if best.error is None:  # which says more than a comparison where digits are gone
@@ -289,6 +290,7 @@ def _result(
         rules=dict(problem.rules),
         num_observations=bound.num_observations,
         num_parameters=count_parameters(problem, m.free, params),
+        integration_error=integrated.size,
         problem=bound.result_problem,
         constraints={name: record.constraint for name, record in problem.parameters.items()},
         free=m.free,

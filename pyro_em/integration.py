@@ -5,6 +5,8 @@ Adaptive rules double their nodes (evidence/quadrature.py), fixed grids halve th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from pyro_em.distributions.grid import GridNormal
 from pyro_em.e_step.base import NotCompiled
 from pyro_em.e_step.plated import log_likelihood
@@ -16,26 +18,35 @@ from pyro_em.problem import Problem
 from pyro_em.types import Params
 
 
-def numerical_error(problem: Problem, params: Params) -> tuple[str, ...]:
-    """The error of the log-likelihood at `params`, as sentences for the plan; none without numerical integration.
+@dataclass(frozen=True)
+class NumericalError:
+    """`size` is that of the log-likelihood, 0 where nothing is integrated numerically; `notes` says it in words."""
+
+    size: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+def numerical_error(problem: Problem, params: Params) -> NumericalError:
+    """The error of the log-likelihood at `params`.
 
     :raises Refusal: if it exceeds the tolerance of a rule.
     :raises InputError: for the rule of a site that the model does not have.
     """
     if not problem.rules:
-        return ()
+        return NumericalError()
     fixed = {name: rule for name, rule in problem.rules.items() if not rule.adaptive}
     for name in fixed:
         site = problem.capture.sites.get(name)
         if site is None or not isinstance(base_distribution(site.fn), GridNormal):
             raise InputError(f"e_step: the model has no continuous latent '{name}'.")
-    notes = []
+    notes, size = [], 0.0
     if problem.continuous is not None:
         routes = [route for route in problem.continuous.routes if isinstance(route, QuadratureRoute)]
         for route in routes:
             route.due = True
         problem.evidence(params)
         notes = [_sentence(route.latents.names, route.error) for route in routes]
+        size = sum(route.error for route in routes)
     if fixed:
         coarse = _log_likelihood(problem, params)
         with refined():
@@ -51,7 +62,8 @@ def numerical_error(problem: Problem, params: Params) -> tuple[str, ...]:
                 f"use num_nodes={2 * count - 1}, or adaptive nodes.",
             )
         notes.append(_sentence(tuple(fixed), error))
-    return tuple(notes)
+        size += error
+    return NumericalError(size, tuple(notes))
 
 
 def _log_likelihood(problem: Problem, params: Params) -> float:

@@ -71,7 +71,8 @@ class FitResult:
     equally long lists, one entry per E-step (under "svi" one per step and a last one for the returned parameters,
     under "sem" a last one for the average); its "objective" counts priors where the algorithm does, and is what the
     algorithm climbs. `restarts` lists (objective, outcome) of every start, in order.
-    `missing` and `rules` (quadrature, by site) are options of the fit.
+    `missing` and `rules` (quadrature, by site) are options of the fit. `integration_error` is the error of the
+    log-likelihood that quadrature leaves, by doubling its nodes; 0 where all is integrated exactly.
 
     Example, with the model of `fit`::
 
@@ -99,6 +100,7 @@ class FitResult:
     rules: dict[str, Quadrature] = field(default_factory=dict)
     num_observations: float = 0
     num_parameters: int = 0
+    integration_error: float = 0.0
     problem: Any = field(default=_Asked(), repr=False)  # Problem | None
     free: tuple[str, ...] = field(default=(), repr=False)
     constraints: dict[str, Constraint] = field(default_factory=dict, repr=False)

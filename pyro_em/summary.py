@@ -87,6 +87,7 @@ def facts(result: FitResult) -> Facts:
         "num_iterations": result.num_iterations,
         "num_observations": result.num_observations,
         "num_parameters": result.num_parameters,
+        "integration_error": result.integration_error if result.rules else None,
         "seed": result.seed,
         "restarts": json.dumps([list(start) for start in result.restarts]),
         "warnings": "\n".join(result.warnings) or None,
@@ -208,6 +209,8 @@ def _figures(known: Mapping[str, Any]) -> list[str]:
     if "gap" in numbers and abs(numbers["gap"]) <= 1e-12 * (1 + abs(float(known["elbo"]))):
         numbers["gap"] = 0.0  # rounding
     figures = [f"{label} {numbers[name]:.9g}" for name, label in labels.items() if name in numbers]
+    if "integration_error" in known:
+        figures.append(f"error of quadrature {float(known['integration_error']):.1e}")
     return ["  " + ", ".join(f"{float(n):.9g} {what}" for n, what in counts), "  " + ", ".join(figures)]
 
 

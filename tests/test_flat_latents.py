@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,15 @@ def test_as_parameters_they_are_estimated() -> None:
     V = t**2 * (GROUP.unsqueeze(-1) == GROUP).double() + s**2 * torch.eye(14)
     beta = torch.linalg.solve(X.T @ torch.linalg.solve(V, X), X.T @ torch.linalg.solve(V, Y))
     torch.testing.assert_close(result.params["beta"], beta, rtol=1e-7, atol=1e-8)
+
+
+def test_files_remember_what_was_integrated(tmp_path: Path) -> None:
+    """Latents that only `roles=` made latents are latents again where the model is given to a file."""
+    result = pyro_em.fit(mixed, X, Y, FLAT["masked"], roles={"beta": "latent"}, max_iter=2, tol=0)
+    result.save(tmp_path / "fit.em")
+    again = pyro_em.load(tmp_path / "fit.em", model=mixed, args=(X, Y, FLAT["masked"]))
+    assert torch.equal(again.posterior().mean("beta"), result.posterior().mean("beta"))
+    assert again.posterior().latents == result.posterior().latents
 
 
 def test_what_the_data_do_not_determine_is_refused() -> None:

@@ -231,6 +231,8 @@ def test_error_estimate_is_honest() -> None:
         estimate = route.error  # type: ignore[attr-defined]
         assert estimate == pytest.approx(errors[-1], rel=0.5)
         assert f"{estimate:.1e}" in str(result.plan)
+        assert result.integration_error == pytest.approx(estimate, rel=1e-12)
+        assert f"error of quadrature {result.integration_error:.1e}" in result.summary()
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-3
     with pytest.raises(Refusal, match=r"'theta'.*3 quadrature nodes.*num_nodes=7"):
         _at_start(zoo.ability, y, rule=Quadrature(3))
@@ -251,6 +253,7 @@ def test_a_fixed_grid_agrees_with_adaptive_nodes() -> None:
         found, expected = (getattr(r.posterior(), moment)("theta").ravel() for r in (fixed, adaptive))
         torch.testing.assert_close(found, expected, atol=1e-7, rtol=0)
     assert any("error of the log-likelihood" in note for note in fixed.plan.notes)
+    assert 0 < fixed.integration_error < 1e-7
     with pytest.raises(Refusal, match=r"'theta'.*9 nodes.*num_nodes=17"):
         pyro_em.fit(zoo.ability, y, e_step={"theta": Quadrature(9, adaptive=False)}, **options)
 
@@ -284,6 +287,7 @@ def test_new_data_files_and_the_class(tmp_path: Path) -> None:
     result.save(tmp_path / "fit.em")
     loaded = pyro_em.load(tmp_path / "fit.em", model=zoo.ability, args=(y,))
     assert torch.equal(loaded.posterior().mean("theta"), result.posterior().mean("theta"))
+    assert loaded.integration_error == result.integration_error > 0
     assert pyro_em.plan(zoo.ability, y, e_step=rule).route("theta") == "quadrature"
     pyro.clear_param_store()
     losses = pyro_em.EM(zoo.ability, e_step=rule).run(y, num_steps=2)
