@@ -65,3 +65,37 @@ def test_what_is_not_linear_in_a_latent_from_before_the_loop_is_refused() -> Non
 
     with pytest.raises(Refusal, match="not an affine function of the Gaussian latent"):
         pyro_em.fit(scaled, torch.randn(6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_classes_of_sequences_choose_where_their_intercepts_lie(dtype: torch.dtype) -> None:
+    """Against the dense normal of every sequence in every class: mean μ_k, covariance τ² 11ᵀ + cov(x) + r² I."""
+
+    def model(y: Tensor) -> None:
+        one = torch.tensor(1.0, dtype=dtype)
+        a, mu = pyro.param("a", 0.5 * one), pyro.param("mu", torch.tensor([-1.0, 1.5], dtype=dtype))
+        q, r, tau = (pyro.param(n, one.clone(), constraint=positive) for n in ("q", "r", "tau"))
+        pi = pyro.param("pi", torch.tensor([0.4, 0.6], dtype=dtype), constraint=torch.distributions.constraints.simplex)
+        with pyro.plate("sequences", y.shape[1]):
+            k = pyro.sample("k", dist.Categorical(pi))
+            w, x = pyro.sample("w", dist.Normal(mu[k], tau)), 0.0 * one
+            for t in pyro_em.markov(len(y)):
+                x = pyro.sample(f"x_{t}", dist.Normal(a * x, q))
+                pyro.sample(f"y_{t}", dist.Normal(x + w, r), obs=y[t])
+
+    y = BY_NAME["intercepts"].args[0].to(dtype)
+    result = pyro_em.fit(model, y, max_iter=6, tol=0)
+    p = {name: value.double() for name, value in result.params.items()}
+    lags = torch.tril(p["a"] ** (torch.arange(6.0).unsqueeze(-1) - torch.arange(6.0)).clamp(min=0))
+    covariance = p["q"] ** 2 * lags @ lags.mT + p["tau"] ** 2 + p["r"] ** 2 * torch.eye(6)
+    each = torch.stack(
+        [
+            weight.log() + dist.MultivariateNormal(mean.expand(6), covariance).log_prob(y.double().mT)
+            for weight, mean in zip(p["pi"], p["mu"], strict=True)
+        ]
+    )
+    tight = 1e-12 if dtype == torch.float64 else 1e-6
+    assert result.log_likelihood == pytest.approx(float(each.logsumexp(0).sum()), rel=tight)
+    assert (np.diff(result.history["objective"]) > -tight).all()
+    probs = result.posterior().marginal("k").probs.double()
+    torch.testing.assert_close(probs, each.softmax(0).mT, rtol=1e3 * tight, atol=1e2 * tight)
