@@ -114,6 +114,23 @@ def test_blocks_are_the_steps(sequences: int, steps: int, size: float, first_uns
     np.testing.assert_allclose(steady._row(*found.sites), row, rtol=1e-10, atol=1e-11 * abs(row).max())
 
 
+@pytest.mark.parametrize("steps", [129, 200])
+def test_gains_that_never_stand_still(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state without noise is known better at every step: chunks of steps are those steps one by one."""
+    A, Q = torch.diag(torch.tensor([1.0, 0.8])).double(), torch.diag(torch.tensor([0.0, 0.5])).double()
+    none, C = torch.zeros(1, 1, 1).double(), torch.ones(1, 1, 1, 2).double()
+    y = torch.randn(3, steps, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    b = none.expand(1, 1, 2)
+    R = torch.ones(1, 1, 1, 1).double()
+    chain = Chain(b[0], EYE[None].double(), A[None, None], b, Q[None, None], C, none, R, y)
+    found = _row(steady.steady_moments(chain))
+    monkeypatch.setattr("pyro_em.state_space.riccati.LONG", steps)
+    np.testing.assert_allclose(_row(steady.steady_moments(chain)), found, rtol=1e-11)
+    log_evidence, row = steady._step_by_step(chain, torch.ones(3, dtype=torch.float64))
+    np.testing.assert_allclose(found, row, rtol=1e-9, atol=1e-10 * abs(row).max())
+    np.testing.assert_allclose(steady.steady_moments(chain).log_evidence, log_evidence, rtol=1e-12)
+
+
 def test_data_that_change_in_place_are_new_data() -> None:
     """What is made of the data is made once for one tensor, as long as its version stays."""
     y = torch.randn(3, 12, 2, generator=GENERATOR, dtype=torch.float64)

@@ -11,6 +11,7 @@ for the noise η_t that leads to x_{t+1}; once L stands still, N and its sum ove
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ from pyro_em.state_space.steps import SingularInnovation, gain
 
 Array = NDArray[np.float64]
 WIDE = 1e3  # times the steady covariance
+LONG = 128  # steps from which on those of many chunks are taken side by side
 FADED = 1e-16  # entries of a power of L whose square adds nothing any more
 
 
@@ -88,13 +90,7 @@ def smoothed_sums(own: Gains, A: Array, C: Array, Q: Array, R: Array, T: int) ->
     info = C.T @ own.whiteners.swapaxes(1, 2)
     info = info @ info.swapaxes(1, 2)  # Cᵀ S⁻¹ C
     N, steady = _summed(info[-1], own.closed[-1], T - n)
-    behind = []  # N_t at steps t = n - 1, ..., 0, and N_{-1}
-    for closed, turned, own_info in zip(own.closed[::-1], own.closed.swapaxes(1, 2)[::-1], info[::-1], strict=True):
-        behind.append(N)
-        N = turned.dot(N).dot(closed)
-        N += own_info
-    behind.append(N)
-    found = np.array(behind[::-1])
+    found = _backwards(info, own.closed, N)
     later, after = found[:-1], found[1:-1]  # N_{t-1} at steps t < n, and N_t at steps t < n - 1
     V = P - P @ later @ P
     last = own.predicted[-1]
@@ -104,6 +100,40 @@ def smoothed_sums(own: Gains, A: Array, C: Array, Q: Array, R: Array, T: int) ->
     noise = (T - 1) * Q - Q @ (after.sum(0) + steady) @ Q
     V_last = V[-1] if n == T else last - last @ info[-1] @ last
     return SmoothedSums(V[0], V_last, (total + total.T) / 2, (noise + noise.T) / 2, -Q @ crossed)
+
+
+def _backwards(info: Array, closed: Array, N: Array) -> Array:
+    """N_{-1}, N_0, ..., N_{n-1} from the last one, (n + 1, D, D).
+
+    Many steps are taken in chunks side by side, of which each makes S + Φᵀ N Φ of the N behind it.
+    """
+    n, D = closed.shape[:2]
+    L = math.isqrt(n)
+    M = n // L if n > LONG else 0
+    rest = n - M * L
+    found = np.empty((n + 1, D, D))
+    found[n] = N
+    if M:
+        own, own_info = (x[rest:].reshape(M, L, D, D) for x in (closed, info))
+        turned = own.swapaxes(2, 3)
+        S, Phi = np.zeros((M, D, D)), np.broadcast_to(np.eye(D), (M, D, D))
+        for i in reversed(range(L)):
+            S, Phi = own_info[:, i] + turned[:, i] @ S @ own[:, i], Phi @ own[:, i]
+        ends = np.empty((M, D, D))
+        for k in reversed(range(M)):
+            ends[k] = N
+            N = S[k] + Phi[k].T.dot(N).dot(Phi[k])
+        inside = found[rest + 1 :].reshape(M, L, D, D)
+        inside[:, -1] = ends
+        for i in reversed(range(1, L)):
+            inside[:, i - 1] = own_info[:, i] + turned[:, i] @ inside[:, i] @ own[:, i]
+        found[rest] = N
+    first, turned = closed[:rest], closed[:rest].swapaxes(1, 2)
+    for own, back, add, place in zip(first[::-1], turned[::-1], info[:rest][::-1], found[:rest][::-1], strict=True):
+        N = back.dot(N).dot(own)
+        N += add
+        place[...] = N
+    return found
 
 
 def _narrow(V: Array, own: Gains, A: Array, C: Array, Q: Array, R: Array) -> None:
