@@ -28,19 +28,25 @@ MULTIPLIES = "it multiplies a continuous latent"
 
 
 def without_latents(
-    uses: Mapping[str, tuple[Use, ...]], runs: AtomRuns, params: tuple[Params, Params], values: Values
+    uses: Mapping[str, tuple[Use, ...]],
+    runs: AtomRuns,
+    params: tuple[Params, Params],
+    values: Values,
+    there: tuple[Run, Run],
 ) -> dict[str, tuple[Use, ...]]:
     """Uses whose form holds for all values of the latents; a coefficient that moves with them is none.
 
     (The location w·z is "z times an entry of w" at one z only.) Checked at other values of the latents, for both
     parameters. An affine predictor keeps its terms if they are right there, without the part that moves.
+
+    :param values: of the latents, other than those at which the uses were recognised.
+    :param there: runs at these, at both `params`.
     """
-    with torch.no_grad():
-        first, second = (runs.one(p, values) for p in params)
     found = {}
     open_ones: dict[int, Predictor] = {}  # one for all parameters of a predictor, as before
-    for name, own in uses.items():
-        found[name] = tuple(_without_latents(use, first, second, params, open_ones) for use in own)
+    with torch.no_grad():
+        for name, own in uses.items():
+            found[name] = tuple(_without_latents(use, *there, params, open_ones) for use in own)
     return _with_predictors(uses, found, runs, params, values)
 
 

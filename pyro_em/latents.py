@@ -11,14 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 
+from pyro_em.charts import base_constraint
 from pyro_em.device import seeded_normal
-from pyro_em.errors import NonFiniteError, Refusal
+from pyro_em.errors import Refusal
 from pyro_em.evidence.discrete import Evidence, evaluate, weighted_sum
 from pyro_em.evidence.elimination import Candidate, Continuous, Eliminated, LatentSet, Route
 from pyro_em.evidence.finite import check_finite
-from pyro_em.evidence.routes import check_rules, choose_route
+from pyro_em.evidence.routes import check_rules, choose_route, first_atoms
 from pyro_em.evidence.rule import Quadrature
 from pyro_em.model.atoms import AtomRuns
 from pyro_em.model.capture import Capture
@@ -32,6 +33,7 @@ from pyro_em.model.trace import Run
 from pyro_em.types import Params
 
 SYMBOLS = "①②③④⑤⑥⑦⑧⑨⑩⑪⑫⑬⑭⑮⑯⑰⑱⑲⑳"  # of the atoms of each set; Pyro's own symbols are letters
+FURTHER = 2.0
 Values = dict[str, Tensor]
 
 
@@ -50,7 +52,10 @@ def check_kinds(capture: Capture, names: tuple[str, ...], rules: Mapping[str, Qu
 
 
 def draw(capture: Capture, names: tuple[str, ...], seed: int, dtype: torch.dtype | None = None) -> Values:
-    """Random values of the latents inside of their supports, in their own shapes, whatever their distribution."""
+    """Random values of the latents inside of their supports, in their own shapes, whatever their distribution.
+
+    Those of seed 2 spread further where they may be any numbers: to where an edge (clamp, relu) may be.
+    """
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name in names:
@@ -58,7 +63,8 @@ def draw(capture: Capture, names: tuple[str, ...], seed: int, dtype: torch.dtype
         bijection = biject_to(site.fn.support)
         shape = bijection.inverse_shape(site.value.shape)
         noise = seeded_normal(shape, generator)
-        found[name] = bijection(noise).to(dtype or site.value.dtype)
+        further = seed > 1 and base_constraint(site.fn.support) in (constraints.real, constraints.real_vector)
+        found[name] = bijection(FURTHER * noise if further else noise).to(dtype or site.value.dtype)
     return found
 
 
@@ -89,16 +95,17 @@ def bind_continuous(
     params: tuple[Params, Params],
     rules: Mapping[str, Quadrature],
     maps: Mapping[str, Mapping[str, Tensor]],
-) -> Continuous:
-    """Sets and routes of the continuous latents `names`.
+    drawn: tuple[Values, Run],
+) -> tuple[Continuous, tuple[Values, tuple[Run, Run]]]:
+    """Sets and routes of the continuous latents `names`; other values of these, with the runs there at both `params`.
 
-    :param params: the parameters' start and another feasible point: what holds at both is taken to hold.
-    :param rules: of the latents that are to be integrated by quadrature; `maps`: see `Candidate`.
+    :param params: the start and another feasible point: what holds at both is taken to hold.
+    :param rules: of latents that are to be integrated by quadrature; `maps`: see `Candidate`.
+    :param drawn: values (`draw` with seed 1), and a run there at the second of `params`.
     :raises Refusal: if a set is not exactly tractable, naming site, reason and remedy.
     """
     leaves, (first, second) = _first_runs(runs, capture, names, params)
-    sets = _sets(first, second, leaves, names, runs)
-    enumeration = _enumeration_symbols(first, runs.dim)
+    sets, enumeration = _sets(first, second, leaves, names, runs), _enumeration_symbols(first, runs.dim)
     symbols: dict[str, Mapping[int, str]] = {}
     for latents in sets:
         sites = [first.sites[name] for name in latents.factors]
@@ -108,26 +115,25 @@ def bind_continuous(
             reach = {}
         symbols.update({name: {**reach, runs.dim: latents.symbol} for name in latents.factors})
     plain = tuple({n: v.detach() for n, v in own.items()} for own in leaves)
-    runs = dataclasses.replace(runs, symbols=symbols).certified(params[0], plain, first)
+    with torch.no_grad():
+        crossed = runs.one(params[0], plain[1])
+        if runs.indexed is not None or any(leaf.dtype != drawn[0][n].dtype for n, leaf in plain[0].items()):
+            drawn = plain[0], runs.one(params[1], plain[0])
+    runs = dataclasses.replace(runs, symbols=symbols).certified(params[0], plain, (first, crossed))
     routes: list[Route] = []
     values_at_start: Values = {}
     for latents in sets:
         rest = {n: v for n, v in plain[0].items() if n not in latents.names}
-        own = tuple({n: leaf for n, leaf in point.items() if n in latents.names} for point in leaves)
-        at = tuple(_run_at(runs, p, rest) for p in params)
-        candidate = Candidate(latents, first, second, (own[0], own[1]), (at[0], at[1]), runs.dim, enumeration, maps)
+        own, own2 = ({n: leaf for n, leaf in point.items() if n in latents.names} for point in leaves)
+        at, at2 = (_run_at(runs, p, rest) for p in params)
+        others = (plain[1], crossed), drawn
+        where = runs.dim, enumeration, maps
+        candidate = Candidate(latents, first, second, (own, own2), others, (at, at2), *where)
         route = _checked(choose_route(candidate, rules), latents, runs, first)
         routes.append(route)
         # Atoms of the shape that every E-step will give, whose run shows what the M-step will see.
-        values_at_start |= _first_atoms(route, candidate)
-    return Continuous(sets, tuple(routes), runs, values_at_start)
-
-
-def _first_atoms(route: Route, candidate: Candidate) -> Values:
-    try:
-        return route.eliminate(candidate.run_at[0]).atoms
-    except NonFiniteError:  # a start that the caller may have replaced
-        return route.eliminate(candidate.run_at[1]).atoms
+        values_at_start |= first_atoms(route, candidate)
+    return Continuous(sets, tuple(routes), runs, values_at_start), (plain[1], (crossed, second))
 
 
 def _run_at(runs: AtomRuns, params: Params, rest: Values) -> Callable[[Mapping[str, Tensor]], Run]:
@@ -260,11 +266,11 @@ def integrate(
             joint = multiply(onto(here, dims_of(factors[name])), inside) if mixed else inside
             assert joint is not None
             weights[name] = joint
-    size = evidence.magnitude + _cancelled(continuous, reduced, parts, states)
+    size = evidence.magnitude + cancelled(continuous, reduced, parts, states)
     return dataclasses.replace(evidence, weights=weights, parts=parts, states=states, magnitude=size), run
 
 
-def _cancelled(
+def cancelled(
     continuous: Continuous, reduced: FactorGraph, parts: Sequence[Eliminated], states: Sequence[Tensor]
 ) -> Tensor:
     """Expected size of the terms that cancel in the evidence of the sets, rows counted as in the log-likelihood."""

@@ -275,11 +275,12 @@ def bind(
         by_rows = None if latent or indexed else bound_by_rows(seen, args, kwargs, run, points, records, priors)
         first = by_rows[0] if by_rows else run(args, kwargs, 0)
     start = {n: r.value for n, r in records.items()}
-    continuous, seen_at = None, first
+    continuous, seen_at, second = None, first, None
     if latent:
-        batches = {n: seen.sites[n].shapes for n in latent}
+        second, batches = run(args, kwargs, 1), {n: seen.sites[n].shapes for n in latent}
         runs = AtomRuns(model, args, kwargs, atoms_dim, batches, indexed=indexed, nesting=seen.max_plate_nesting)
-        continuous = latents.bind_continuous(seen, latent, runs, (start, elsewhere), rules, maps)
+        seen_before = rules, maps, (drawn, second)
+        continuous, other = latents.bind_continuous(seen, latent, runs, (start, elsewhere), *seen_before)
         with torch.no_grad():
             seen_at = continuous.runs.several(start, continuous.values)
     shapes = {name: shape_in(site, seen) for name, site in seen_at.sites.items()}
@@ -289,9 +290,9 @@ def bind(
         graph = rerooted(graph, continuous, seen_at)
     certify_factors(seen, first, graph, model, args, kwargs, {**start, **drawn})
     certify_loops(first, graph, model, args, kwargs, start, seen.max_plate_nesting)
-    uses = by_rows[1] if by_rows else certified_uses(first, partial(run, args, kwargs), points, records, priors)
+    uses = by_rows[1] if by_rows else certified_uses(first, partial(run, args, kwargs), points, records, priors, second)
     if continuous is not None:
-        uses = without_latents(uses, continuous.runs, (start, elsewhere), latents.draw(seen, latent, 2))
+        uses = without_latents(uses, continuous.runs, (start, elsewhere), *other)
     problem = Problem(model, args, kwargs, seen, assigned, graph, records, uses, with_prior, continuous, rules, indexed)
     if (known := without_gradients(seen_at)) is not None:
         vars(problem)["first"] = known

@@ -4,32 +4,33 @@ A *column* is one entry of a latent's event, in all elements of its plates at on
 .to_event(1) in a plate has 5 columns. The tangent of a site's residual w (residuals.py) along a column moved by 1
 in every element is the row's coefficient; along arange(1..n), divided by that, the number of the element that the
 row reads (`b[subject]`), whatever the indexing. A row that reads two elements of one column shows as a number that
-is no integer, or that fails a random tangent; the column is then split into its elements.
+is no integer, or that fails a random tangent; the column is then split into its elements. All columns of a latent
+mostly read the same element: one tangent along the sum of their codes, and one random tangent, then tell it of all.
 
-Refused: sites that read latents and are not normal, residuals that are not affine in the latents, scales that
-depend on them, and sites inside of a latent's plate that read more than their own element.
+Refused: sites inside of a latent's plate that read more than their own element.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_em.derivatives import pulled_back
 from pyro_em.device import seeded_normal
 from pyro_em.errors import Refusal
 from pyro_em.evidence.elimination import Candidate, Values
-from pyro_em.evidence.residuals import is_normal, whitened
-from pyro_em.model.trace import Run, SiteRecord
+from pyro_em.model.trace import Run
 
 MAX_SPLIT = 512  # elements of a latent that are treated one by one where a row reads several
 DOUBLE, SINGLE = 1e-7, 1e-4  # relative deviation of tangents from those of an index that rounding explains
-AFFINE = 1e-7  # relative deviation from an affine residual that rounding explains
 
+Array = NDArray[Any]
 OutputsOf = Callable[[Run, tuple[str, ...]], Sequence[Tensor]]
 Index = Tensor | None
 """Element read by every row, shape of the site's plates (-1 for none); None where row n reads element n."""
@@ -42,6 +43,10 @@ class Column:
     site: str
     event: int
     element: int | None = None
+
+
+Tangents = Mapping[Column, list[Tensor]]
+"""Of the outputs of all factors, along every column moved by 1 in each of its elements."""
 
 
 class Coupled(Exception):
@@ -64,10 +69,7 @@ def direction(column: Column, shape: tuple[torch.Size, torch.Size], along: Tenso
 
 
 def pushing(outputs: Sequence[Tensor], leaf: Tensor, graph: bool) -> Callable[[Tensor], list[Tensor]]:
-    """Directional derivatives of every output along a direction; with `graph` differentiable (double vjp).
-
-    What does not depend on the direction is done once.
-    """
+    """Directional derivatives of every output along a direction; with `graph` differentiable (double vjp)."""
     zeros = [torch.zeros_like(o) for o in outputs]
     reached = [i for i, o in enumerate(outputs) if o.requires_grad]
     cotangents = [torch.zeros_like(outputs[i], requires_grad=True) for i in reached]
@@ -104,32 +106,21 @@ def columns_of(candidate: Candidate, split: frozenset[str]) -> list[Column]:
     return found
 
 
-def readings(
-    candidate: Candidate, split: frozenset[str] = frozenset()
-) -> tuple[list[Column], dict[str, dict[Column, Index]]]:
-    """Columns, and for each factor those that it reads with the element that each of its rows reads.
+def readings_of(
+    candidate: Candidate, outputs_of: OutputsOf, split: frozenset[str] = frozenset()
+) -> tuple[list[Column], dict[str, dict[Column, Index]], tuple[Tangents, Tangents]]:
+    """Columns, for each factor those that it reads with the element that each of its rows reads, and at both points the
+    tangents of the factors' outputs along every column.
 
+    :param outputs_of: quantities of the factors' rows, shape batch + (P,), that depend on the latents read.
     :param split: latents whose elements are columns of their own.
     :raises Refusal: see the module docstring.
     """
-    for run, leaves in zip((candidate.first, candidate.second), candidate.leaves, strict=True):
-        for name in candidate.latents.factors:
-            _check_normal(run.sites[name], candidate)
-        parts = [whitened(run.sites[name]) for name in candidate.latents.factors]
-        _check_scales(candidate.latents.factors, [p[1] for p in parts], leaves)
-        check_affine_in(candidate.latents.factors, [p[0] for p in parts], leaves)
-    return readings_of(candidate, lambda run, names: [whitened(run.sites[name])[0] for name in names], split)
-
-
-def readings_of(
-    candidate: Candidate, outputs_of: OutputsOf, split: frozenset[str] = frozenset()
-) -> tuple[list[Column], dict[str, dict[Column, Index]]]:
-    """`readings` of any quantities of the factors' rows, shape batch + (P,), that depend on the latents read."""
     while True:
         columns = columns_of(candidate, split)
         try:
-            first = _readings(candidate, candidate.first, candidate.leaves[0], columns, outputs_of)
-            second = _readings(candidate, candidate.second, candidate.leaves[1], columns, outputs_of)
+            first, along = _readings(candidate, candidate.first, candidate.leaves[0], columns, outputs_of)
+            second, along2 = _readings(candidate, candidate.second, candidate.leaves[1], columns, outputs_of)
         except Coupled as found:
             own = {plate.name for plate in candidate.first.sites[found.latent].plates}
             at = candidate.first.sites[found.site]
@@ -144,127 +135,144 @@ def readings_of(
                 ) from found
             split = split | {found.latent}
             continue
-        return columns, {name: _merge(name, first[name], second[name]) for name in candidate.latents.factors}
-
-
-def _check_normal(site: SiteRecord, candidate: Candidate) -> None:
-    if is_normal(site):
-        return
-    family = type(site.fn).__name__ if site.family is None else type(site.family).distribution.__name__
-    latents = ", ".join(repr(name) for name in candidate.latents.names)
-    if site.name in candidate.latents.names:
-        others = ", ".join(repr(name) for name in candidate.latents.names if name != site.name)
-        met = f" (it meets {others} in one density)" if others else ""
-        raise Refusal(
-            site.name,
-            f"the latent is {family}, whose density is not Gaussian, so that its posterior is not{met}.",
-            "give it a normal prior, use e_step=pyro_em.Quadrature if it is of low dimension and its density smooth, "
-            "make it a parameter by roles=, or use algorithm='svi' with a guide for it.",
-        )
-    raise Refusal(
-        site.name,
-        f"its {family} density is not quadratic in the Gaussian latents {latents} that it reads.",
-        "use e_step=pyro_em.Quadrature for latents of low dimension, or algorithm='svi' with a guide for them.",
-    )
+        merged = {name: _merge(name, first[name], second[name]) for name in candidate.latents.factors}
+        return columns, merged, (along, along2)
 
 
 def _readings(
     candidate: Candidate, run: Run, leaves: Values, columns: Sequence[Column], outputs_of: OutputsOf
-) -> dict[str, dict[Column, Index]]:
-    names = candidate.latents.factors
+) -> tuple[dict[str, dict[Column, Index]], Tangents]:
+    names, shapes, rank = candidate.latents.factors, candidate.latents.shapes, -candidate.dim
     outputs = outputs_of(run, names)
     generator = torch.Generator().manual_seed(0)
     found: dict[str, dict[Column, Index]] = {name: {} for name in names}
-    pushes = {latent: pushing(outputs, leaves[latent], graph=False) for latent in candidate.latents.names}
-    for column in columns:
-        shape = candidate.latents.shapes[column.site]
-        n = shape[0].numel()
-        ones = torch.ones(n, dtype=torch.float64)
+    tangents: dict[Column, list[Tensor]] = {}
+    for latent in candidate.latents.names:
+        own, shape = [c for c in columns if c.site == latent], shapes[latent]
+        along, n = pushing(outputs, leaves[latent], graph=False), shape[0].numel()
+        tangents |= {c: along(direction(c, shape, torch.ones(n, dtype=torch.float64))) for c in own}
+        draws, shares = seeded_normal((len(own), n), generator), seeded_normal((len(own),), generator)
         code = torch.arange(1, n + 1, dtype=torch.float64)
-        draw = seeded_normal((n,), generator)
-        ways = [direction(column, shape, along) for along in (ones, code, draw)]
-        by_one, by_code, by_draw = (pushes[column.site](way) for way in ways)
+        rounding = SINGLE if leaves[latent].dtype == torch.float32 else DOUBLE
+        joint = None
+        if len(own) > 1 and own[0].element is None:
+            events = [c.event for c in own]
+            joint = [along(_all_columns(events, shape, x)) for x in (code.unsqueeze(-1) * shares, draws.mT)]
+        single: dict[Column, list[list[Tensor]]] = {}
+        known: dict[int, Index] = {}  # by id of what several columns share
         for i, name in enumerate(names):
-            if bool((by_one[i] != 0).any()) or bool((by_draw[i] != 0).any()):
-                rank = -candidate.dim
-                rounding = SINGLE if leaves[column.site].dtype == torch.float32 else DOUBLE
-                index = _index(by_one[i], by_code[i], by_draw[i], draw, rank, rounding)
-                if index is None:
-                    raise Coupled(name, column.site)
-                found[name][column] = None if column.element is not None else _aligned(index, shape[0], rank)
-    return found
+            by_one = [tangents[c][i] for c in own]
+            told = None if joint is None else _shared_index(by_one, joint[0][i], joint[1][i], draws, shares, rounding)
+            for k, column in enumerate(own):
+                if told is not None:
+                    read, index = told[k] is not None, told[k]
+                else:
+                    if column not in single:
+                        single[column] = [along(direction(column, shape, x)) for x in (code, draws[k])]
+                    by_code, by_draw = (x[i] for x in single[column])
+                    read = bool((by_one[k] != 0).any()) or bool((by_draw != 0).any())
+                    index = _index(by_one[k], by_code, by_draw, draws[k], rounding) if read else None
+                if not read:
+                    continue
+                if told is None or id(index) not in known:
+                    rows = None if index is None else _without_states(index, rank)
+                    if rows is None:
+                        raise Coupled(name, latent)
+                    known[id(index)] = None if column.element is not None else _aligned(rows, shape[0], rank)
+                found[name][column] = known[id(index)]
+    return found, tangents
 
 
-def check_affine_in(names: Sequence[str], outputs: Sequence[Tensor], leaves: Values) -> None:
-    """Refuse residuals whose tangent in a random direction itself has a tangent."""
-    generator = torch.Generator().manual_seed(1)
-    ways = {n: seeded_normal(v.shape, generator) for n, v in leaves.items()}
-    for i, name in enumerate(names):
-        if not outputs[i].requires_grad:
-            continue
-        for latent, leaf in leaves.items():
-            ((first,),) = push([outputs[i]], leaf, [ways[latent]], graph=True)
-            if not first.requires_grad:
-                continue
-            scale = float(first.detach().abs().max())
-            for other, inner in leaves.items():
-                ((second,),) = push([first], inner, [ways[other]], graph=False)
-                if float(second.abs().max()) > AFFINE * max(scale, 1e-300):
-                    raise not_affine(name, latent)
+def _all_columns(events: Sequence[int], shape: tuple[torch.Size, torch.Size], along: Tensor) -> Tensor:
+    """The tangent that moves every column, of these entries of the event, by numbers of its own (n, columns)."""
+    batch, event = shape
+    tangent = torch.zeros((batch.numel(), event.numel()), dtype=torch.float64)
+    tangent[:, events] = along
+    return tangent.reshape([*batch, *event])
 
 
-def not_affine(site: str, latent: str) -> Refusal:
-    """The refusal of a site that is not linear in a latent."""
-    return Refusal(
-        site,
-        f"its location is not an affine function of the Gaussian latent '{latent}' (a nonlinearity such as tanh, exp, "
-        "abs or where, or a product of latents), so the posterior is not Gaussian.",
-        "make it linear, use e_step=pyro_em.Quadrature for latents of low dimension, or algorithm='svi' with a guide.",
-    )
+def _shared_index(
+    ones: Sequence[Tensor], code: Tensor, draw: Tensor, draws: Tensor, shares: Tensor, rounding: float
+) -> list[Array | None] | None:
+    """Element that each row reads, by column (None: no row reads the column), if it is the same in all columns.
+
+    Of a row that reads element i, with the tangent t_c of column c, the sum of the codes is i Σ_c share_c t_c, and the
+    random tangent Σ_c t_c draw_c[i]: numbers that no other reading gives. None if that is not so; then each column
+    is to be looked at by itself, as it is where the shares happen to cancel.
+
+    :param ones, draws, shares: by column; `code` and `draw` are the tangents of all columns together.
+    """
+    each = [x.cpu().numpy() for x in ones]
+    number, other, numbers, weights = (x.cpu().numpy() for x in (code, draw, draws, shares))
+    valid = [x != 0 for x in each]
+    read = np.logical_or.reduce(valid)
+    if ((other != 0) & ~read).any():
+        return None
+    total, size = np.zeros_like(number), np.zeros_like(number)
+    for x, weight in zip(each, weights, strict=True):
+        total += weight * x
+        size += abs(weight) * np.abs(x)
+    if (np.abs(total) < 1e-3 * size).any():
+        return None
+    index = _entries(number, np.where(read, total, 0.0), numbers.shape[1], rounding)
+    if index is None:
+        return None
+    expected, size = np.zeros_like(number), np.zeros_like(number)
+    for x, own in zip(each, numbers, strict=True):
+        part = x * own[index.clip(min=0)]
+        expected += part
+        size += np.abs(part)
+    largest = max(float(np.abs(x).max()) for x in each)
+    if not (np.abs(other - expected) <= 0.01 * rounding * largest + rounding * size).all():
+        return None
+    rows = _same_in_cells(index, read)
+    if rows is None:
+        return None
+    have = [own.any(-1) for own in valid]
+    return [rows if own.all() else np.where(own, rows, -1) if own.any() else None for own in have]
 
 
-def _check_scales(names: Sequence[str], log_norms: Sequence[Tensor], leaves: Values) -> None:
-    for name, log_norm in zip(names, log_norms, strict=True):
-        if not log_norm.requires_grad:
-            continue
-        found = torch.autograd.grad(log_norm.sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
-        for latent, gradient in zip(leaves, found, strict=True):
-            if gradient is not None:
-                raise Refusal(
-                    name,
-                    f"its scale depends on the Gaussian latent '{latent}', so the posterior is not Gaussian.",
-                    "let latents enter the location only, or use algorithm='svi' with a guide.",
-                )
-
-
-def _index(ones: Tensor, code: Tensor, draw: Tensor, drawn: Tensor, rank: int, rounding: float) -> Tensor | None:
-    """Element that each row reads, shape of its plates (`rank` dims), -1 for none; None if some row reads several.
-
-    In NumPy, whose calls take a third of the time of torch's where tangents are small."""
+def _index(ones: Tensor, code: Tensor, draw: Tensor, drawn: Tensor, rounding: float) -> Array | None:
+    """Element that each row reads, -1 for none; None if some row reads several. In NumPy: tangents may be small."""
     one, number, other, numbers = (x.cpu().numpy() for x in (ones, code, draw, drawn))
     valid = one != 0
     if ((other != 0) & ~valid).any():
         return None
+    index = _entries(number, one, len(numbers), rounding)
+    if index is None:
+        return None
+    expected = np.where(valid, one * numbers[index.clip(min=0)], 0.0)
+    if not (np.abs(other - expected) <= 0.01 * rounding * np.abs(one).max() + rounding * np.abs(expected)).all():
+        return None
+    return _same_in_cells(index, valid)
+
+
+def _entries(code: Array, one: Array, count: int, rounding: float) -> Array | None:
+    """Quotients that are whole numbers from 1 to `count`, less 1; -1 where `one` is 0."""
+    valid = one != 0
     with np.errstate(all="ignore"):
-        ratio = np.where(valid, number / np.where(valid, one, 1.0), 0.0)
+        ratio = np.where(valid, code / np.where(valid, one, 1.0), 0.0)
         nearest = np.rint(ratio)
         bound = 10 * rounding + (0.01 * rounding * np.abs(ratio) if rounding > DOUBLE else 0.0)
         index = nearest.astype(np.int64) - 1
-        if (np.abs(ratio - nearest) > bound).any() or (index >= len(numbers)).any():
-            return None
-        expected = np.where(valid, one * numbers[index.clip(min=0)], 0.0)
-        near = np.abs(other - expected) <= 0.01 * rounding * np.abs(one).max() + rounding * np.abs(expected)
-    if not near.all():
-        return None
+        wrong = (np.abs(ratio - nearest) > bound).any() or (index >= count).any()
+    return None if wrong else index
+
+
+def _same_in_cells(index: Array, valid: Array) -> Array | None:
+    """The element of each row, if it is the same in all cells that read one."""
     rows = index.max(-1)
-    if (index != rows[..., None])[valid].any():
-        return None
+    return None if (index != rows[..., None])[valid].any() else rows
+
+
+def _without_states(rows: Array, rank: int) -> Tensor | None:
+    """Over the plates (`rank` dims), if it is the same for all states of discrete latents."""
     if rows.ndim > rank:
         common = rows.max(tuple(range(rows.ndim - rank)))
         if ((rows != common) & (rows >= 0)).any():
             return None
         rows = common
-    return torch.from_numpy(np.asarray(rows)).to(ones.device).reshape((1,) * (rank - rows.ndim) + tuple(rows.shape))
+    return torch.tensor(rows).reshape((1,) * (rank - rows.ndim) + tuple(rows.shape))
 
 
 def _aligned(index: Tensor, batch: torch.Size, rank: int) -> Index:

@@ -179,7 +179,7 @@ def recognise_conjugate(candidate: Candidate) -> ConjugateRoute:
             "make one of them a parameter by roles=, or use algorithm='svi' with a guide for them.",
         )
     (name,) = supports
-    columns, reads = readings_of(candidate, _densities)
+    columns, reads, _ = readings_of(candidate, _densities)
     geometry, made = one_family(candidate, columns, reads)
     symbols, plates = plate_symbols(candidate, geometry, columns, made)
     dtype = candidate.leaves[0][name].dtype

@@ -124,15 +124,16 @@ class NotMine(Exception):
 class Candidate:
     """What routes look at: two runs at different parameters and values, with gradients to the latents' `leaves`.
 
-    `run_at` runs the model anew at either parameters; `dim` is the atoms' dim (all plates stand right of it);
-    `symbols` names the enumeration dims left of it; `maps` are the elements of discrete latents in other plates that
-    rows read (model/row_maps.py).
+    `others` are for each of them the values and the run at others, at the same parameters. `run_at` runs the model anew
+    at either parameters; `dim` is the atoms' dim (all plates stand right of it); `symbols` names the enumeration dims
+    left of it; `maps` are the elements of discrete latents in other plates that rows read (model/row_maps.py).
     """
 
     latents: LatentSet
     first: Run
     second: Run
     leaves: tuple[Values, Values]
+    others: tuple[tuple[Values, Run], tuple[Values, Run]]
     run_at: tuple[RunAt, RunAt]
     dim: int
     symbols: Mapping[int, str]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,9 +27,10 @@ from pyro_em.device import seeded_normal
 from pyro_em.errors import NonFiniteError, Refusal, ResourceError
 from pyro_em.evidence.assembly import Geometry, Reading, Rows, assemble, gradient, to_elements
 from pyro_em.evidence.blocks import factor, least_pivot, simplex
-from pyro_em.evidence.columns import AFFINE, Column, Index, direction, not_affine, push
+from pyro_em.evidence.columns import Column, Index, Tangents, direction, push
 from pyro_em.evidence.elimination import Eliminated, LatentSet, RunAt, Values
 from pyro_em.evidence.gaussian_posterior import GaussianPosterior
+from pyro_em.evidence.normal_sites import AFFINE, AFFINE_SINGLE, Parts, deviates, not_affine
 from pyro_em.evidence.residuals import whitened
 from pyro_em.evidence.shared_plates import entries_over, over
 from pyro_em.model.compat import detached, pack, with_dims
@@ -57,6 +58,7 @@ class GaussianRoute:
     few: bool = False
     flat: tuple[str, ...] = ()  # latents with a flat prior, which the data have to determine
     shared: tuple[int, ...] = ()  # with effects of several plates, dims of those that all sites share
+    at_start: Values = field(default_factory=dict, repr=False, compare=False)  # the first atoms
     name: str = "Gaussian"
 
     def eliminate(self, run_at: RunAt, *, differentiable: bool = False) -> Eliminated:
@@ -67,6 +69,10 @@ class GaussianRoute:
         """
         with torch.enable_grad():
             rows = self._rows(run_at, differentiable)
+        return self.certified(run_at, rows)
+
+    def certified(self, run_at: RunAt, rows: Sequence[Rows]) -> Eliminated:
+        """What `eliminate` gives, of these rows."""
         geometry = self.geometry
         system = assemble(rows, geometry)
         factored = factor(system)
@@ -143,13 +149,25 @@ class GaussianRoute:
         full = per_element.expand(*per_element.shape[: per_element.dim() - m], *self.geometry.layout)
         return pack(full if self.plates else full.sum(tuple(range(-m, 0)), keepdim=True), self.symbols)
 
-    def certify(self, run_at: RunAt) -> None:
-        """Refuse if the residuals are not affine in the latents at these parameters."""
-        with torch.enable_grad():
-            rows = self._rows(run_at, False)
-        k, n_b = len(self.geometry.columns_a), self.geometry.num_b
-        zeros = torch.zeros(*self.geometry.layout, k, dtype=torch.float64)
-        self._certify(run_at, rows, zeros, torch.zeros(n_b, dtype=torch.float64) if n_b else None)
+    def known_rows(self, parts: Parts, tangents: Tangents, values: Values) -> list[Rows]:
+        """Rows from residuals at some values of the latents, and their tangents along the columns there."""
+        z_a, z_b = GaussianPosterior.unknowns(self.latents, self.geometry, values)
+        rows = self._made(parts, tangents, False)
+        b = None if z_b is None else -z_b
+        return [dataclasses.replace(r, w=r.at(-z_a, b, self.geometry)) for r in rows]
+
+    def certify(self, rows: Sequence[Rows], parts: Parts, values: Values) -> None:
+        """Refuse unless residuals at other values are those that the rows predict: that is what all columns, and what
+        is said of the elements that rows read, have to give."""
+        z_a, z_b = GaussianPosterior.unknowns(self.latents, self.geometry, values)
+        for r, (w, _) in zip(rows, parts, strict=True):
+            found, predicted = _padded(w.detach(), 1, len(self.geometry.layout)), r.at(z_a, z_b, self.geometry)
+            if deviates(found, predicted, float((predicted - r.w).abs().max()) if r.w.numel() else 0.0, self._single):
+                raise not_affine(r.reading.site, r.reading.columns[0].site)
+
+    @property
+    def _single(self) -> bool:
+        return any(t == torch.float32 for t in self.dtypes.values())
 
     def _rows(self, run_at: RunAt, differentiable: bool) -> list[Rows]:
         shapes = self.latents.shapes
@@ -158,7 +176,6 @@ class GaussianRoute:
             for n in self.latents.names
         }
         run = run_at(leaves)
-        m = len(self.geometry.layout)
         parts = [whitened(run.sites[r.site]) for r in self.readings]
         outputs = [w for w, _ in parts]
         columns = list(dict.fromkeys(c for r in self.readings for c in r.columns))
@@ -170,7 +187,11 @@ class GaussianRoute:
             own = [c for c in columns if c.site == name]
             found = push(outputs, leaves[name], [ways[c] for c in own], graph=differentiable)
             pushed.update(zip(own, found, strict=True))
-        rows = []
+        return self._made(parts, pushed, differentiable)
+
+    def _made(self, parts: Parts, pushed: Tangents, differentiable: bool) -> list[Rows]:
+        """Rows whose residuals are not yet those at z = 0, if the parts are not."""
+        rows, m = [], len(self.geometry.layout)
         for i, reading in enumerate(self.readings):
             w, log_norm = (x if differentiable else x.detach() for x in parts[i])
             own_ways = [pushed[c][i] for c in reading.columns]  # none where all cells are missing
@@ -199,8 +220,7 @@ class GaussianRoute:
                 found = _padded(found, 1, m)
                 predicted = r.at(a, b, self.geometry).detach()
                 scale = 1 + found.abs().max() + r.w.detach().abs().max()
-                single = any(t == torch.float32 for t in self.dtypes.values())
-                bound = (1e-3 if single else AFFINE) * scale
+                bound = (AFFINE_SINGLE if self._single else AFFINE) * scale
                 if not bool((found - predicted).abs().max() <= bound):
                     raise not_affine(r.reading.site, r.reading.columns[0].site)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_em.evidence.assembly import Geometry
 from pyro_em.evidence.blocks import Factored
 from pyro_em.evidence.columns import Column
-from pyro_em.evidence.elimination import LatentSet
+from pyro_em.evidence.elimination import LatentSet, Values
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,29 @@ class GaussianPosterior:
                     value = value.reshape(rows.shape[0], *inner, event.numel())
             found[name] = value.reshape([*value.shape[:-1], *event])
         return found
+
+    @staticmethod
+    def unknowns(latents: LatentSet, geometry: Geometry, values: Values) -> tuple[Tensor, Tensor | None]:
+        """z_A (layout + (k,)) and z_B (n_B,) of values by site in the latents' own shapes: the inverse of `place`."""
+        m = len(geometry.layout)
+        flat = {n: values[n].detach().double().reshape(latents.shapes[n][0].numel(), -1) for n in latents.names}
+
+        def of(column: Column) -> Tensor:
+            own = flat[column.site][:, column.event]
+            return own if column.element is None else own[column.element : column.element + 1]
+
+        parts = []
+        for column in geometry.columns_a:
+            batch = latents.shapes[column.site][0] if column.element is None else torch.Size()
+            parts.append(of(column).reshape((1,) * (m - len(batch)) + tuple(batch)))
+        z_a = torch.stack(torch.broadcast_tensors(*parts), -1)
+        if not geometry.num_b:
+            return z_a, None
+        z_b = torch.zeros(geometry.num_b, dtype=torch.float64)
+        for column, offset in geometry.offsets_b.items():
+            own = of(column)
+            z_b[offset : offset + len(own)] = own
+        return z_a, z_b
 
     def deviate(self, standard: Tensor) -> tuple[Tensor, Tensor | None]:
         """z at standard numbers (S, k + n_B) that all elements of A share, S at the atoms' place."""

@@ -7,20 +7,23 @@ of one plate, home and away team) all elements are unknowns of one dense system.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em.errors import Refusal
-from pyro_em.evidence.assembly import Geometry, Reading
-from pyro_em.evidence.columns import Column, Index, readings
+from pyro_em.errors import NonFiniteError, Refusal
+from pyro_em.evidence.assembly import Geometry, Reading, Rows
+from pyro_em.evidence.columns import Column, Index, readings_of
 from pyro_em.evidence.element_states import state_of_element
-from pyro_em.evidence.elimination import Candidate, NotMine
+from pyro_em.evidence.elimination import Candidate, NotMine, Values
 from pyro_em.evidence.gaussian import GaussianRoute, check_memory, undetermined
+from pyro_em.evidence.normal_sites import normal_parts
 from pyro_em.evidence.shared_plates import shared_dims
 from pyro_em.model.flat import is_flat
+from pyro_em.model.trace import Run
 
 FEW = 2**26  # bytes of a site at all atoms, above which a route gives two
 Reads = Mapping[str, Mapping[Column, Index]]
@@ -39,12 +42,17 @@ def recognise_gaussian(candidate: Candidate) -> GaussianRoute:
             support = support.base_constraint
         if support is not constraints.real and support is not constraints.real_vector:
             raise NotMine(f"'{name}' is not real-valued")
-    columns, reads = readings(candidate)
+    parts, others = normal_parts(candidate)
+
+    def residuals(run: Run, names: Sequence[str]) -> list[Tensor]:
+        return [w for w, _ in parts[0 if run is candidate.first else 1]]
+
+    columns, reads, tangents = readings_of(candidate, residuals)
     _check_read(candidate, columns, reads)
     families = _families(candidate, columns)
     chosen = next((key for key in families if _single(families[key], reads)), None)
     if chosen is None:
-        columns, reads = readings(candidate, split=frozenset(candidate.latents.names))
+        columns, reads, tangents = readings_of(candidate, residuals, split=frozenset(candidate.latents.names))
         in_a, in_b = columns, []
     else:
         in_a = families[chosen]
@@ -64,8 +72,18 @@ def recognise_gaussian(candidate: Candidate) -> GaussianRoute:
     dtypes = {n: candidate.leaves[0][n].dtype for n in candidate.latents.names}
     flat = tuple(n for n in candidate.latents.names if is_flat(candidate.first.sites[n].fn))
     route = GaussianRoute(candidate.latents, geometry, made, symbols, plates, reason, cost, dtypes, few, flat, shared)
-    route.certify(candidate.run_at[1])  # at the start it is certified where its first atoms are made
-    return route
+    rows = [route.known_rows(*known) for known in zip(parts, tangents, candidate.leaves, strict=True)]
+    for own, other, (values, _) in zip(rows, others, candidate.others, strict=True):
+        route.certify(own, other, values)
+    return dataclasses.replace(route, at_start=_first_atoms(route, candidate, rows))
+
+
+def _first_atoms(route: GaussianRoute, candidate: Candidate, rows: Sequence[Sequence[Rows]]) -> Values:
+    """Those of the start; residuals are certified once more, around the posterior there."""
+    try:
+        return route.certified(candidate.run_at[0], rows[0]).atoms
+    except NonFiniteError:  # a start that the caller may have replaced
+        return route.certified(candidate.run_at[1], rows[1]).atoms
 
 
 def _check_read(candidate: Candidate, columns: Sequence[Column], reads: Reads) -> None:

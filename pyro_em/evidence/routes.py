@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 
 from torch.distributions import constraints
 
-from pyro_em.errors import InputError, Refusal
+from pyro_em.errors import InputError, NonFiniteError, Refusal
 from pyro_em.evidence.conjugate import recognise_conjugate
-from pyro_em.evidence.elimination import Candidate, NotMine, Route
+from pyro_em.evidence.elimination import Candidate, NotMine, Route, Values
+from pyro_em.evidence.gaussian import GaussianRoute
 from pyro_em.evidence.gaussian_recognition import recognise_gaussian
 from pyro_em.evidence.quadrature_recognition import recognise_quadrature
 from pyro_em.evidence.rule import Quadrature
@@ -58,6 +59,16 @@ def choose_route(candidate: Candidate, rules: Mapping[str, Quadrature]) -> Route
         f"a continuous latent ({family}) {told}.",
         f'use algorithm=\'svi\' with a guide for it; roles={{"{name}": "parameter"}} makes it a point estimate.',
     )
+
+
+def first_atoms(route: Route, candidate: Candidate) -> Values:
+    """Atoms of the set at the start; at the second parameters, if the caller may have to replace the start."""
+    if isinstance(route, GaussianRoute):
+        return route.at_start
+    try:
+        return route.eliminate(candidate.run_at[0]).atoms
+    except NonFiniteError:
+        return route.eliminate(candidate.run_at[1]).atoms
 
 
 def _family(candidate: Candidate, name: str) -> str:

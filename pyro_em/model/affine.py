@@ -22,6 +22,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,14 @@ class Point:
     values: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A random direction of a parameter, and the tangents of an argument along it at both points."""
+
+    direction: Tensor
+    tangents: tuple[Tensor, Tensor]
+
+
 def find_predictor(
     site: str,
     slot: str,
@@ -57,18 +67,21 @@ def find_predictor(
     moving: Sequence[str],
     generator: torch.Generator,
     positive: Collection[str] = (),
+    known: Mapping[str, Drawn] = MappingProxyType({}),
 ) -> Predictor | None:
     """The predictor of one argument over those parameters in which it is affine, or None if there are none.
 
     :param event_dim: event dims of the argument (a softmax needs one).
     :param moving: parameters that reach the argument.
     :param positive: those of them that may enter by their logarithms.
+    :param known: tangents of the argument along a random direction of some parameters.
     """
     v1, v2 = first.argument.detach().double(), second.argument.detach().double()
     tolerance = _tolerance(first.argument, *(first.leaves[n] for n in moving))
     pushes = {n: (_push(first.argument, first.leaves[n]), _push(second.argument, second.leaves[n])) for n in moving}
-    draws = {n: _draw(first.leaves[n], generator) for n in moving}
-    drawn = {n: tuple(push(draws[n]).double() for push in both) for n, both in pushes.items()}
+    draws = {n: known[n].direction if n in known else _draw(first.leaves[n], generator) for n in moving}
+    tangents_of = {n: known[n].tangents if n in known else [push(draws[n]) for push in pushes[n]] for n in moving}
+    drawn = {n: tuple(x.double() for x in both) for n, both in tangents_of.items()}
     logs = {n: tuple(_by_logarithm(*pair) for pair in zip(pushes[n], _values(n, first, second), strict=True))
             for n in moving if n in positive}  # fmt: skip
     by_log = {n: tuple(push(draws[n]).double() for push in both) for n, both in logs.items()}
@@ -158,13 +171,17 @@ def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 def _push(output: Tensor, leaf: Tensor) -> Callable[[Tensor], Tensor]:
     """Directional derivative of one argument along directions of `leaf` (double vjp, see recognise.tangents)."""
-    cotangent = torch.zeros_like(output, requires_grad=True)
-    (pulled,) = pulled_back([output], [leaf], [cotangent], graph=True)
+
+    @cache
+    def pulled() -> tuple[Tensor, Tensor | None]:
+        cotangent = torch.zeros_like(output, requires_grad=True)
+        return cotangent, pulled_back([output], [leaf], [cotangent], graph=True)[0]
 
     def push(direction: Tensor) -> Tensor:
-        if pulled is None or not pulled.requires_grad:
+        cotangent, gradient = pulled()
+        if gradient is None or not gradient.requires_grad:
             return torch.zeros_like(output).detach()
-        (found,) = pulled_back([pulled], [cotangent], [direction])
+        (found,) = pulled_back([gradient], [cotangent], [direction])
         return torch.zeros_like(output).detach() if found is None else found.detach()
 
     return push
@@ -223,11 +240,11 @@ def _design(
 
 def _term(name: str, one: Tensor, code: Tensor, numel: int, rounding: float, still: Tensor) -> Term | None:
     """In NumPy, whose calls take a third of the time of torch's: designs are many small arrays."""
-    slope, fixed = one.detach().cpu().numpy(), still.cpu().numpy()
+    slope, numbers, fixed = _narrowed(one.detach().cpu().numpy(), code.detach().cpu().numpy(), still.cpu().numpy())
     limit = rounding * float(np.abs(slope).max())
     none = np.abs(slope) <= limit
     with np.errstate(all="ignore"):
-        ratio = np.where(none, 0.0, code.detach().cpu().numpy() / np.where(none, 1.0, slope))
+        ratio = np.where(none, 0.0, numbers / np.where(none, 1.0, slope))
         nearest = np.rint(ratio)
         index = nearest.astype(np.int64) - 1
     if (np.abs(ratio - nearest) > 1e-3).any() or (index >= numel).any() or (index < -1).any():
@@ -246,6 +263,15 @@ def _term(name: str, one: Tensor, code: Tensor, numel: int, rounding: float, sti
             index = high
     coefficient = _compressed(np.where(none, 0.0, slope), limit, (index < 0) | fixed)
     return Term(name, _tensor(index, one), _tensor(coefficient, one))
+
+
+def _narrowed(*arrays: Array) -> list[Array]:
+    """Arrays of one shape without the dims along which all of them are constant: what follows is that much shorter."""
+    for dim in range(arrays[0].ndim):
+        firsts = [x[(slice(None),) * dim + (slice(0, 1),)] for x in arrays]
+        if all((x == first).all() for x, first in zip(arrays, firsts, strict=True)):
+            arrays = tuple(firsts)
+    return list(arrays)
 
 
 def _tensor(x: Any, like: Tensor) -> Tensor:

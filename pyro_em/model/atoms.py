@@ -126,13 +126,13 @@ class AtomRuns:
             found[name] = torch.cat(padded)
         return found
 
-    def certified(self, params: Params, values: Sequence[Mapping[str, Tensor]], first: Run) -> AtomRuns:
+    def certified(self, params: Params, values: Sequence[Mapping[str, Tensor]], runs: Sequence[Run]) -> AtomRuns:
         """Self if one run at several atoms says what single runs say, else the same with `looped`.
 
-        :param first: the run at the first of the values.
+        :param runs: at each of the values.
         """
         with torch.no_grad():
-            stacked = stack([first, *(self.one(params, v) for v in values[1:])], self.dim, self.symbols)
+            stacked = stack(runs, self.dim, self.symbols)
             try:
                 with checked_indices():
                     together = self.several(params, self.as_atoms(values))

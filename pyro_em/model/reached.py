@@ -36,14 +36,16 @@ def certified_uses(
     points: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
     records: Mapping[str, ParameterRecord],
     priors: frozenset[str],
+    second: Run | None = None,
 ) -> dict[str, tuple[Use, ...]]:
     """The uses of every parameter (recognise.py).
 
     :param first: the run at the first of the `points`, with gradients, as `run` gives them.
+    :param second: that at the second of them, if it is known.
     :raises Refusal: naming the site, or the parameter, where gradients do not tell.
     """
     _check_leaves({name: leaf for name, leaf in first.leaves.items() if name in records})
-    second = run(points[1])
+    second = run(points[1]) if second is None else second
     uses = recognise(first, second, records, priors, points)
     for name, site in first.sites.items():
         for what, value, other in _parts(site, second.sites[name]):

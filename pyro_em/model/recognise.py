@@ -21,7 +21,7 @@ What is opaque is maximised numerically, never guessed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from pyro_em.charts import base_constraint, chart
 from pyro_em.derivatives import pulled_back
 from pyro_em.device import seeded_normal
 from pyro_em.families.base import Link
-from pyro_em.model.affine import Point, find_predictor
+from pyro_em.model.affine import Drawn, Point, find_predictor
 from pyro_em.model.canonical import rows_taken
 from pyro_em.model.capture import ParameterRecord
 from pyro_em.model.density import log_density
@@ -75,6 +75,7 @@ class _Slot:
     link: Link
     first: Tensor
     second: Tensor
+    drawn: dict[str, Drawn] = field(default_factory=dict)  # by parameter
 
 
 def recognise(
@@ -128,12 +129,9 @@ def _affine_uses(
     own = {n: u for n, uses in found.items() for u in uses if (u.site, u.slot) == (slot.site, slot.argument)}
     if all(use.index is not None for use in own.values()):
         return
-    points = [
-        Point(argument, leaf, value)
-        for argument, leaf, value in zip((slot.first, slot.second), leaves, values, strict=True)
-    ]
+    points = [Point(*point) for point in zip((slot.first, slot.second), leaves, values, strict=True)]
     predictor = find_predictor(
-        slot.site, slot.argument, slot.event_dim, points[0], points[1], list(own), generator, positive
+        slot.site, slot.argument, slot.event_dim, points[0], points[1], list(own), generator, positive, slot.drawn
     )
     if predictor is None:
         return
@@ -174,6 +172,7 @@ def _argument_uses(
     for i, slot in enumerate(slots):
         if bool((by_draw[i] != 0).any()) or bool((other_draw[i] != 0).any()):
             at = values[0].detach(), values[1].detach()
+            slot.drawn[name] = Drawn(draw, (by_draw[i], other_draw[i]))
             use = _classify(name, slot, *at, by_code[i], by_one[i], by_draw[i], other_one[i], draw)
             pair, known = (slot.first, slot.second), use.index is not None
             index = None if known else rows_taken(slot.link, slot.event_dim, pair, at)
