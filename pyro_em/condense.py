@@ -19,12 +19,10 @@ Letters: N rows, Q cells of a row in all observed sites together.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -33,7 +31,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em.device import checked_indices, tensors_in
-from pyro_em.evidence.blocks import simplex
+from pyro_em.evidence.pseudo_rows import pseudo_rows
 from pyro_em.families.multivariate_normal import MultivariateNormalFamily
 from pyro_em.families.normal import NormalFamily
 from pyro_em.model.trace import Run, SiteRecord, quiet_store, run_model
@@ -42,9 +40,6 @@ from pyro_em.types import Model
 
 MIN_CELLS = 2**16  # of all rows: fewer are not worth the run that this takes
 MIN_ROWS, MIN_SAVED = 1024, 8  # rows, and rows for each pseudo-row
-CHUNK = 4096  # rows
-LOOK = 1000  # rows that say where the others are
-NEAR = 4.0  # squared mean, in variances, up to which it need not be taken off
 
 
 class _NotAlike(Exception):
@@ -244,56 +239,3 @@ def _plain(site: SiteRecord, size: int) -> bool:
 def _values(site: SiteRecord, count: int) -> Tensor:
     """(N, cells)."""
     return site.value.detach().expand(count, *site.fn.event_shape).reshape(count, -1)
-
-
-def pseudo_rows(parts: list[Tensor], weight: Tensor | None = None) -> Tensor | None:
-    """(Q + 1, Q) rows with the mean and covariance of the rows (N, Q), given in parts; None if these are not finite.
-
-    :param weight: how often each row counts, (N,).
-
-    >>> pseudo_rows([torch.tensor([[1.0], [3.0], [5.0]], dtype=torch.float64)]).var(0, correction=0)
-    tensor([2.6667], dtype=torch.float64)
-    """
-    count, step = len(parts[0]), max(1, len(parts[0]) // LOOK)
-    total = float(count if weight is None else weight.sum())
-    if weight is None:
-        few = torch.cat([part[::step] for part in parts], -1)
-        center = few.mean(0)
-        # Of rows around 0 sums of squares lose nothing; others are shifted to where they are, which need not be exact.
-        shifted = len(parts) > 1 or not bool((center.square() <= NEAR * few.var(0)).all())
-        center = center if shifted else torch.zeros_like(center)
-    else:  # a few of the rows may be all that counts
-        center, shifted = torch.cat([(weight @ part) / total for part in parts]), True
-    size = len(center)
-    scatter, rest = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
-    buffer = torch.empty(min(CHUNK, count), size, dtype=torch.float64) if shifted else None
-    for begin in range(0, count, CHUNK):
-        block = parts[0][begin : begin + CHUNK]
-        if buffer is not None:
-            torch.cat([part[begin : begin + CHUNK] for part in parts], -1, out=buffer[: len(block)])
-            block = buffer[: len(block)].sub_(center)
-        squares, sums = _products(block, None if weight is None else weight[begin : begin + CHUNK])
-        scatter += squares
-        rest += sums
-    if not (bool(rest.isfinite().all()) and bool(scatter.isfinite().all())):
-        return None
-    rest /= total  # what is left of the mean
-    scatter -= total * torch.outer(rest, rest)
-    root, failed = torch.linalg.cholesky_ex(scatter)
-    if bool(failed):  # cells that are constant, or combinations of others
-        values, vectors = torch.linalg.eigh(scatter)
-        root = vectors * values.clamp(min=0).sqrt()
-    if not bool(root.isfinite().all()):
-        return None
-    return center + rest + simplex(size) @ root.mT / math.sqrt(total)
-
-
-def _products(rows: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rowsᵀ rows and the sums of the columns; NumPy sees that a matrix meets itself, which is half of the work."""
-    if weight is not None:
-        heavy = rows * weight.unsqueeze(-1)
-        return heavy.mT @ rows, heavy.sum(0)
-    if rows.device.type != "cpu":
-        return rows.mT @ rows, rows.sum(0)
-    own = rows.numpy()
-    return torch.from_numpy(own.T @ own), torch.from_numpy(np.ones(len(own)) @ own)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import pyro_em
 from pyro_em import binding
-from pyro_em.condense import condense, pseudo_rows
+from pyro_em.condense import condense
+from pyro_em.evidence.pseudo_rows import pseudo_rows
 from tests import zoo_latent as z
 
 ROWS, FEATURES = 2200, 30

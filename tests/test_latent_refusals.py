@@ -152,6 +152,7 @@ REFUSED: dict[str, tuple[Model, str, str]] = {
     "relu": (_through(torch.relu), "x", "affine"),
     "clamp": (_through(lambda z: z.clamp(-2.0, 2.0)), "x", "affine"),
     "fraction": (_through(lambda z: z / (1 + z**2)), "x", "affine"),
+    "small beside the data": (_through(lambda z: 1e6 + z + 0.01 * z**2), "x", "affine"),
     "largest entry": (_vector(lambda z: z.amax(-1)), "x", "affine"),
     "sorted entries": (_vector(lambda z: z.sort(-1).values[..., 0]), "x", "affine"),
     "softmax": (_vector(lambda z: z.softmax(-1)[..., 0]), "x", "affine"),

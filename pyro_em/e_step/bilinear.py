@@ -20,8 +20,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_em.e_step.base import NotCompiled
@@ -31,6 +34,7 @@ from pyro_em.model.predictor import linear_part
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.types import Params
 
+Array = NDArray[Any]
 MAX_FEATURES = 512
 MAX_PICKED = 64  # entries of a parameter that the rows of one site pick by an index
 CONSTANT = -1  # in place of an entry of a parameter
@@ -71,6 +75,8 @@ class Form:
 
     def coefficients(self, params: Params) -> Tensor:
         """C (regressors, P) at some parameters."""
+        if not self.entries:  # the same object every time, by which what follows from it is known again
+            return self.base
         flat = self.base.reshape(-1)
         for own, place in zip(self.entries, self._places, strict=True):
             theta = params[own.parameter].detach().double().reshape(-1)
@@ -85,13 +91,14 @@ class Form:
 
 @dataclass
 class _Reader:
-    """Collects coefficients by (feature, latent, cell, parameter, entry)."""
+    """Collects coefficients by (feature, latent, cell, parameter, entry): of each parameter many of them at a time, as
+    arrays of these numbers and of what they count."""
 
     cells: int
     num_rows: int
     features: list[Tensor] = field(default_factory=list)
     known: dict[bytes, int] = field(default_factory=dict)
-    found: dict[tuple[int, int, int, str, int], float] = field(default_factory=dict)
+    found: dict[str, list[tuple[Array, ...]]] = field(default_factory=dict)
 
     def feature(self, row: Tensor) -> int:
         key = row.cpu().numpy().tobytes()
@@ -109,9 +116,10 @@ class _Reader:
         else:
             self.put(self.feature(row.contiguous() + 0.0), j, p, parameter, index, factor)
 
-    def put(self, v: int, j: int, p: int, parameter: str, index: int, number: float) -> None:
-        key = (v, j, p, parameter, index)
-        self.found[key] = self.found.get(key, 0.0) + number
+    def put(self, v: int, j: int, p: Any, parameter: str, index: Any, number: Any) -> None:
+        """One coefficient, or arrays of them at some cells."""
+        parts = np.broadcast_arrays(*(np.atleast_1d(x) for x in (v, j, p, index, number)))
+        self.found.setdefault(parameter, []).append(tuple(parts))
 
 
 def read_form(
@@ -166,7 +174,10 @@ def read_form(
     offset = value - linear
     rounding = 1e-13 * max(float(value.abs().max()), float(linear.abs().max()))
     offset = torch.where(offset.abs() <= rounding, torch.zeros_like(offset), offset)
-    for s, own in enumerate(by_atom(offset)):
+    for s, own in enumerate(by_atom(offset) if bool(offset.any()) else ()):
+        if len(own) == 1 and over.numel() == 1:
+            _at_cells(reader, s, "", np.full(size, CONSTANT), own.expand(1, size)[0].cpu().numpy() * float(over))
+            continue
         for p in (own != 0).any(0).expand(size).nonzero().squeeze(-1).tolist():
             row = own[:, min(p, own.shape[1] - 1)]
             row = row[:1] if bool(((row - row[0]).abs() <= rounding).all()) else row
@@ -191,18 +202,24 @@ def _add_term(reader: _Reader, s: int, name: str, index: Tensor, coefficient: Te
                 own = torch.where(index == i, coefficient, 0.0)
                 _add_term(reader, s, name, torch.full((1, 1), i), own, over)
         return
-    entries = index.expand(1, reader.cells)[0].tolist()
+    entries = index.expand(1, reader.cells)[0]
     if coefficient.shape[0] == 1 and over.numel() == 1:
-        for p, (i, number) in enumerate(zip(entries, coefficient.expand(1, reader.cells)[0].tolist(), strict=True)):
-            if i >= 0 and number != 0:
-                reader.put(0, s, p, name, i, number * float(over))
-                if s == 0:
-                    reader.put(0, TAKEN_OFF, p, name, i, number * float(over))
+        numbers = torch.where(entries >= 0, coefficient.expand(1, reader.cells)[0], 0.0)
+        _at_cells(reader, s, name, entries.cpu().numpy(), numbers.cpu().numpy() * float(over))
         return
-    for p, i in enumerate(entries):
+    for p, i in enumerate(entries.tolist()):
         row = coefficient[:, min(p, coefficient.shape[1] - 1)]
         if i >= 0 and bool((row != 0).any()):
             _at_atom(reader, s, p, name, i, row * over)
+
+
+def _at_cells(reader: _Reader, s: int, name: str, index: Array, numbers: Array) -> None:
+    """What all cells have at atom s in every row, as `_at_atom`."""
+    (cells,) = numbers.nonzero()
+    if len(cells):
+        reader.put(0, s, cells, name, index[cells], numbers[cells])
+        if s == 0:
+            reader.put(0, TAKEN_OFF, cells, name, index[cells], numbers[cells])
 
 
 def _at_atom(reader: _Reader, s: int, p: int, name: str, index: int, row: Tensor) -> None:
@@ -231,38 +248,46 @@ def _value_of(
 
 
 def _assembled(reader: _Reader, values: dict[tuple[int, int, int], float], count: int, size: int, latent: bool) -> Form:
-    coefficients: dict[tuple[int, int, int, str, int], float] = {}
-    for (v, j, p, name, i), number in reader.found.items():
-        own = [(j, number)] if j >= 0 else [(k, -number) for k in range(1, count)]
-        for k, part in own:
-            key = (v, k, p, name, i)
-            coefficients[key] = coefficients.get(key, 0.0) + part
-    largest = max((abs(x) for x in coefficients.values()), default=0.0)
-    coefficients = {k: x for k, x in coefficients.items() if abs(x) > 1e-13 * largest}
-    meets = {key[0] for key in coefficients if key[1] > 0} | {key[0] for key in values if key[1] > 0}
+    found = {name: _summed(own, count, size) for name, own in reader.found.items()}
+    largest = max((float(np.abs(own[-1]).max()) for own in found.values() if own[-1].size), default=0.0)
+    found = {name: tuple(x[np.abs(own[-1]) > 1e-13 * largest] for x in own) for name, own in found.items()}
+    used = {int(v) for own in found.values() for v in np.unique(own[0])}
+    meets = {int(v) for v_, j_, *_ in found.values() for v in np.unique(v_[j_ > 0])} | {
+        k[0] for k in values if k[1] > 0
+    }
     if latent:
         meets.add(0)  # the mean of a latent's value is taken around a constant
-    used = meets | {key[0] for key in coefficients}
     shared, alone = sorted(meets), sorted(used - meets)
-    place = {(v, j): shared.index(v) * count + j for v in shared for j in range(count)}
-    place |= {(v, 0): len(shared) * count + i for i, v in enumerate(alone)}
+    place = {v: at * count for at, v in enumerate(shared)} | {v: len(shared) * count + i for i, v in enumerate(alone)}
     regressors = len(shared) * count + len(alone)
     base, value = (torch.zeros(regressors, size, dtype=torch.float64) for _ in range(2))
     for (v, j, p), number in values.items():
-        value[place[v, j], p] += number
-    by_name: dict[str, list[tuple[int, int, int, float]]] = {}
-    for (v, j, p, name, i), number in coefficients.items():
-        if i == CONSTANT:
-            base[place[v, j], p] -= number
-        else:
-            by_name.setdefault(name, []).append((place[v, j], p, i, -number))
+        value[place[v] + j, p] += number
     entries = []
-    for name, found in by_name.items():
-        row, cell, index, coefficient = zip(*found, strict=True)
-        numbers = torch.tensor(coefficient, dtype=torch.float64)
-        entries.append(Entries(name, torch.tensor(row), torch.tensor(cell), torch.tensor(index), numbers))
+    begins = np.array([place.get(v, 0) for v in range(len(reader.features))])
+    for name, (at, column, p_all, i, numbers) in found.items():
+        row, cell, index, coefficient = map(torch.tensor, (begins[at] + column, p_all, i, -numbers))
+        if name:
+            entries.append(Entries(name, row, cell, index, coefficient))
+        else:
+            base[row, cell] = coefficient
     empty = torch.zeros(reader.num_rows, 0, dtype=torch.float64)
     columns = [torch.stack([reader.features[v] for v in own], -1) if own else empty for own in (shared, alone)]
-    return Form(
-        columns[0], columns[1], count, base + value, value, tuple(entries), place.get((0, 0)) if latent else None
-    )
+    return Form(columns[0], columns[1], count, base + value, value, tuple(entries), place[0] if latent else None)
+
+
+def _summed(parts: Sequence[tuple[Array, ...]], count: int, size: int) -> tuple[Array, ...]:
+    """(feature, latent, cell, entry) of all coefficients of one parameter, each once, and its sum."""
+    v, j, p, i, number = (np.concatenate(x) for x in zip(*parts, strict=True))
+    off = j == TAKEN_OFF
+    if off.any():  # of every slope
+        kept, taken, slopes = ~off, int(off.sum()), np.arange(1, count)
+        again = [np.repeat(x[off], count - 1) for x in (v, p, i, -number)]
+        v, p, i, number = (np.concatenate([x[kept], y]) for x, y in zip((v, p, i, number), again, strict=True))
+        j = np.concatenate([j[kept], np.tile(slopes, taken)])
+    entries = int(i.max()) + 2 if len(i) else 1
+    code = ((v * count + j) * size + p) * entries + i + 1
+    keys, where = np.unique(code, return_inverse=True)
+    rest, own = np.divmod(keys, entries)
+    rest, p = np.divmod(rest, size)
+    return (*np.divmod(rest, count), p, own - 1, np.bincount(where, number, len(keys)))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,6 +44,14 @@ from pyro_em.sufficient import Sufficient
 from pyro_em.types import Params
 
 
+@dataclass(frozen=True)
+class _State:
+    """Arguments of all sites, and coefficients of those of the sets, at some parameters."""
+
+    sufficient: Sufficient
+    coefficients: Mapping[str, Tensor]
+
+
 class Pooled:
     """The engine; made by `compile_pooled`."""
 
@@ -63,6 +72,10 @@ class Pooled:
                 begin += 1 if coupled else 0
             begin += 0 if coupled else 1
         self._outside, self.arguments = Outside(problem, self.run), ArgumentsAt(problem, self.run, {}, self._reads)
+        moved = {use.site for own in problem.uses.values() for use in own if use.slot != "loc"}
+        self._unmoved = self.place.keys() - moved  # sites whose noise is a number
+        self._known: dict[str, Whitener] = {}  # of these
+        self._first: tuple[Params, Expectation] | None = None
         self._totals = {n: self._total(own) for n, (_, own) in self.place.items() if not own.site.latent}
         self.reason = f"Gaussian latents: {'; '.join(own.text for own in self.sets)}"
 
@@ -83,12 +96,24 @@ class Pooled:
 
     def e_step(self, params: Params) -> Expectation:
         """Exact E-step at `params`."""
-        (sums,) = self.core([self.before(params, torch.zeros((), dtype=torch.float64))])
-        return self.expectation(params, sums)
+        known, self._first = self._first, None
+        if known is not None and all(_same(params[name], x) for name, x in known[0].items()):
+            return known[1]
+        state = self._state(params)
+        return self._expectation(params, self._core(self._stage(state)), state)
+
+    def at_start(self) -> Expectation:
+        """The E-step at the model's own start; kept for the next one, which mostly is that of a fit there."""
+        found = self.e_step(self.problem.start)
+        self._first = self.problem.start, found
+        return found
 
     def expectation(self, params: Params, sums: Sequence[Tensor]) -> Expectation:
         """The E-step whose `core` gave `sums`."""
-        totals, sufficient = self.after(params, sums)
+        return self._expectation(params, sums, self._state(params))
+
+    def _expectation(self, params: Params, sums: Sequence[Tensor], state: _State) -> Expectation:
+        totals, sufficient = self._after(sums, state)
         return from_totals(self.problem, params, totals, sufficient, at_atoms(self.problem, params, sufficient))
 
     def vanishing(self, params: Params) -> tuple[str, ...]:
@@ -105,13 +130,22 @@ class Pooled:
 
     def before(self, params: Params, magnitude: Tensor) -> Stage:
         """Coefficients of all residuals, and the noise."""
-        sufficient = self.arguments(params)
+        return self._stage(self._state(params))
+
+    def _stage(self, state: _State) -> Stage:
         tensors: list[Tensor] = []
         for own in self.sets:
             for site in own.sites:
-                noise = whitener(site, sufficient.arguments[site.site.name])
-                tensors += [site.form.coefficients(params), noise.root, noise.log_det]
+                name = site.site.name
+                noise = self._known.get(name) or whitener(site, state.sufficient.arguments[name])
+                if name in self._unmoved:
+                    self._known[name] = noise
+                tensors += [state.coefficients[name], noise.root, noise.log_det]
         return Stage(tuple(tensors), None)
+
+    def _state(self, params: Params) -> _State:
+        forms = {name: site.form for name, (_, site) in self.place.items()}
+        return _State(self.arguments(params), {name: form.coefficients(params) for name, form in forms.items()})
 
     def core(self, stages: Sequence[Stage]) -> list[tuple[Tensor, ...]]:
         """For every start the atoms ζ of each set, log p(x|θ) and its magnitude."""
@@ -134,14 +168,17 @@ class Pooled:
 
     def after(self, params: Params, sums: Sequence[Tensor]) -> tuple[Tensor, Sufficient]:
         """log p(x|θ), log p(θ) and its magnitude as a tensor (3,), and the statistics behind them."""
+        return self._after(sums, self._state(params))
+
+    def _after(self, sums: Sequence[Tensor], state: _State) -> tuple[Tensor, Sufficient]:
         *found, evidence = sums
-        sufficient = self.arguments(params)
+        sufficient = state.sufficient
         made: dict[str, PooledLocation] = {}
 
         def location(name: str) -> PooledLocation:
             if name not in made:
                 at, site = self.place[name]
-                C = site.form.coefficients(params)
+                C = state.coefficients[name]
                 if name in self.coupled:
                     made[name] = CoupledLocation(site, C, found[at], sufficient, self._totals.get(name))
                 else:
@@ -162,6 +199,10 @@ class Pooled:
 
         sufficient._moments_of, sufficient.opens, sufficient.spread_of = moments_of, opens, spread_of
         return self._outside.totals(evidence, sufficient), sufficient
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _sets(problem: Problem) -> tuple[list[PooledSet | CoupledSet], Run]:

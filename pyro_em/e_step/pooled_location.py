@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_em.e_step.base import NotCompiled
 from pyro_em.e_step.bilinear import Form
 from pyro_em.e_step.pooled_data import Pooled
+from pyro_em.e_step.pooled_pairs import Pairs, pairs_of
 from pyro_em.families.numerics import precision_matrix
 from pyro_em.m_step.location import Location
 from pyro_em.model.trace import SiteRecord
@@ -32,19 +31,6 @@ from pyro_em.statistics import SiteMoments, argument_cells
 from pyro_em.sufficient import Sufficient
 
 MAX_PAIRS = 2**23  # of coefficients whose precision is summed
-
-
-@dataclass(frozen=True, eq=False)
-class Pairs:
-    """The entries of one block, and all pairs of them that share a cell (any pair for a vector)."""
-
-    index: Tensor  # of each entry in the block
-    place: Tensor  # in the flattened (q, P)
-    coefficient: Tensor
-    target: Tensor  # of each pair in the flattened (B, B)
-    regressors: Tensor  # in the flattened (q, q)
-    cells: Tensor  # in the flattened (P, P), or the cell
-    product: Tensor
 
 
 class PooledSite:
@@ -75,7 +61,7 @@ class PooledSite:
         """Of the parameters that have a place in the block."""
         key = tuple(starts.items())
         if key not in self._pairs:
-            self._pairs[key] = _pairs(self.form, starts, size, self.cells, self.vector)
+            self._pairs[key] = pairs_of(self.form, starts, size, self.vector)
         return self._pairs[key]
 
     def rows(self, zeta: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -167,11 +153,12 @@ class PooledLocation(Location):
         self._regressors, self._data = rows
         self._block: Pairs | None = None
         self._size = 0
+        self._slope: tuple[list[Tensor], Tensor] | None = None
         self.delta = torch.zeros(0, dtype=torch.float64)
 
     def opened(self, starts: Mapping[str, int], size: int) -> PooledLocation:
         """As the location of a block of the M-step."""
-        self._block, self._size = self.own.pairs(starts, size), size
+        self._block, self._size, self._slope = self.own.pairs(starts, size), size, None
         self.delta = torch.zeros(size, dtype=torch.float64)
         return self
 
@@ -196,6 +183,13 @@ class PooledLocation(Location):
         self.sufficient.touch(self.own.site.name)
 
     def gradient(self) -> Tensor:
+        """Asked for the score, and once more for the update, of the same coefficients and arguments."""
+        made_of = [self.C, *self.arguments.values()]
+        if self._slope is None or not all(x is y for x, y in zip(self._slope[0], made_of, strict=True)):
+            self._slope = made_of, self._gradient()
+        return self._slope[1]
+
+    def _gradient(self) -> Tensor:
         assert self._block is not None
         cross = self._regressors.mT @ self._residual(self.C)
         precision = self._precision
@@ -225,7 +219,7 @@ class PooledLocation(Location):
     def coupling(self) -> Tensor:
         """As `Location.coupling`: the pairs of entries whose precision is summed."""
         assert self._block is not None
-        return torch.stack([self._block.target // self._size, self._block.target % self._size])
+        return self._block.coupling
 
     def moments(self) -> SiteMoments:
         """Of the residuals, at the cells of all arguments but the location."""
@@ -271,25 +265,3 @@ class PooledLocation(Location):
         form = self.own.form
         assert form.ones is not None
         return self._regressors @ form.value, self._regressors[:, form.ones : form.ones + 1]
-
-
-def _pairs(form: Form, starts: Mapping[str, int], size: int, cells: int, vector: bool) -> Pairs:
-    own = [e for e in form.entries if e.parameter in starts]
-    empty = torch.zeros(0, dtype=torch.long)
-    index = torch.cat([e.index + starts[e.parameter] for e in own]) if own else empty
-    row = torch.cat([e.row for e in own]) if own else empty
-    cell = torch.cat([e.cell for e in own]) if own else empty
-    coefficient = torch.cat([e.coefficient for e in own]) if own else empty.double()
-    groups = [np.arange(len(index))] if vector else [np.flatnonzero(cell.cpu().numpy() == p) for p in range(cells)]
-    left = torch.tensor(np.concatenate([np.repeat(g, len(g)) for g in groups]))
-    right = torch.tensor(np.concatenate([np.tile(g, len(g)) for g in groups]))
-    across = cell[left] * cells + cell[right] if vector else cell[left]
-    return Pairs(
-        index,
-        row * cells + cell,
-        coefficient,
-        index[left] * size + index[right],
-        row[left] * form.num_regressors + row[right],
-        across,
-        coefficient[left] * coefficient[right],
-    )

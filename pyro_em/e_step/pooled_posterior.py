@@ -70,16 +70,21 @@ def posterior(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> tuple
     classes, mean, lower, basis = own.classes, solved.mean, solved.lower, solved.basis
     energy = solved.energy.sum() + solved.left
     spread = (classes.weight * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)).sum()
-    two_pi = 0.5 * own.size * LOG_2PI * classes.weight.sum()
+    two_pi, roots = own.kept("posterior", lambda: _constants(own))
     likelihood = solved.constant - energy - spread + two_pi
     magnitude = solved.constant.abs() + energy + spread.abs() + two_pi + _cancelled(solved, classes.weight)
-    identity = torch.eye(own.size, dtype=torch.float64).expand_as(lower)
-    root = torch.linalg.solve_triangular(lower.mT, identity, upper=True) * classes.weight.sqrt()[:, None, None]
+    root = torch.linalg.solve_triangular(lower.mT, roots, upper=True)
     if basis is not None:
         assert solved.start is not None
         mean, root = solved.start + bmm(basis, mean), bmm(basis, root)
     zeta = torch.cat([torch.cat([classes.ones.unsqueeze(1), mean], 1), torch.nn.functional.pad(root, (0, 0, 1, 0))], -1)
     return zeta, likelihood, magnitude
+
+
+def _constants(own: PooledSet) -> tuple[Tensor, Tensor]:
+    """½ K log 2π of all elements, and √w I of every class."""
+    weight = own.classes.weight
+    return 0.5 * own.size * LOG_2PI * weight.sum(), weight.sqrt()[:, None, None] * torch.eye(own.size).to(weight)
 
 
 def log_evidence(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> tuple[Tensor, Tensor]:
@@ -120,19 +125,19 @@ def _cancelled(solved: _Solved, weight: Tensor) -> Tensor:
 
 def _solve(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> _Solved:
     classes, size = own.classes, own.size
-    parts = [residual(site, C, classes.ones, size) for site, (C, _) in zip(own.sites, noise, strict=True)]
     latent = [i for i, site in enumerate(own.sites) if site.site.latent]
     # Every latent's own site says what it is made of, unless its rows are told apart (a row that reads two elements).
     spherical = sum(own.sites[i].shared * own.sites[i].cells for i in latent) == size
-    constant = torch.full((), own.constant, dtype=torch.float64)
+    constant = own.kept("constant", lambda: _constant(own))
     left = torch.zeros((), dtype=torch.float64)
-    seen = [tuple(x.flatten(1, 2)[:, :0] for x in parts[0])]  # latents that no data read have no other rows
+    elements, columns = classes.ones.shape
+    # Latents that no data read have no other rows.
+    seen = [tuple(torch.zeros(elements, 0, k, dtype=torch.float64) for k in (columns, size))]
     for i, (site, (C, white)) in enumerate(zip(own.sites, noise, strict=True)):
-        constant = constant - site.pooled.count * 0.5 * site.cells * LOG_2PI
         if spherical and i in latent:
             continue
         constant = constant - site.pooled.count * white.log_det
-        seen.append(tuple(white(x).flatten(1, 2) for x in parts[i]))
+        seen.append(tuple(white(x).flatten(1, 2) for x in residual(site, C, classes.ones, size)))
         if len(site.pooled.left):
             rest = site.pooled.left[:, site.alone :]
             rest = rest + site.pooled.left[:, : site.alone] @ C[len(C) - site.alone :]
@@ -141,9 +146,7 @@ def _solve(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> _Solved:
     basis: Tensor | None = None
     start: Tensor | None = None
     if spherical:
-        drawn, made = (torch.cat([parts[i][k].flatten(1, 2) for i in latent], 1) for k in range(2))
-        roots = torch.block_diag(*(noise[i][1].matrix for i in latent))
-        basis, start = torch.linalg.solve(made, roots.expand_as(made)), -torch.linalg.solve(made, drawn)
+        basis, start = _drawn(own, [(own.sites[i], *noise[i]) for i in latent])
         d, T = d + bmm(T, start), bmm(T, basis)
     precision = bmm(T.mT, T)
     if basis is not None:
@@ -165,6 +168,27 @@ def _solve(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> _Solved:
     if basis is not None:
         energy = energy + 0.5 * (mean * mean).sum(1)
     return _Solved(start, basis, lower, mean, energy, 0.5 * left, constant, d, squares, precision)
+
+
+def _constant(own: PooledSet) -> Tensor:
+    """Of log p(x), with the ½ log 2π of every cell."""
+    cells = sum((site.pooled.count * (0.5 * site.cells * LOG_2PI) for site in own.sites), torch.zeros(()))
+    return own.constant - cells.double()
+
+
+def _drawn(own: PooledSet, latents: Sequence[tuple[PooledSite, Tensor, Whitener]]) -> tuple[Tensor, Tensor]:
+    """Basis (U, K, K) and start (U, K, c) of z = start + basis u, as the latents' own sites say; those of the E-step
+    before, where they are made of the same numbers (z ~ N(0, I))."""
+    made_of = [x for _, C, white in latents for x in (C, white.root)]
+    known = own.known.get("drawn")
+    if known is not None and all(x is y for x, y in zip(known[0], made_of, strict=True)):
+        return known[1]
+    parts = [residual(site, C, own.classes.ones, own.size) for site, C, _ in latents]
+    drawn, made = (torch.cat([part[k].flatten(1, 2) for part in parts], 1) for k in range(2))
+    roots = torch.block_diag(*(white.matrix for *_, white in latents))
+    found = torch.linalg.solve(made, roots.expand_as(made)), -torch.linalg.solve(made, drawn)
+    own.known["drawn"] = made_of, found
+    return found
 
 
 def residual(site: PooledSite, C: Tensor, ones: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,9 @@ scale (or covariance) for all rows, up to known factors. Known factors divide th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ from pyro_em.model.graph import Component
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.problem import Problem
 
+T = TypeVar("T")
 MAX_REGRESSORS = 512  # of a site: their products are formed in every update
 
 
@@ -37,6 +40,14 @@ class PooledSet:
     classes: Classes
     size: int  # K
     constant: float
+    known: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # kept from E-step to E-step
+
+    def kept(self, name: str, make: Callable[[], T]) -> T:
+        """What is the same in every E-step."""
+        if name not in self.known:
+            self.known[name] = make()
+        found: T = self.known[name]
+        return found
 
     @property
     def text(self) -> str:

@@ -43,18 +43,16 @@ def vanishing(
     :param evidence: log p(x|θ) and the magnitude of its terms.
     :param least: the share of an entry that stands for 0.
     """
+    uses = {name: [use for use in problem.uses[name] if use.slot != VALUE] for name in params}
+    spreads = {name: own for name, own in uses.items() if own and all(_is_spread(use, problem) for use in own)}
+    if not spreads:
+        return ()
     likelihood, magnitude = evidence(params)
-    rounding = 8 * torch.finfo(torch.float64).eps * (1 + magnitude)
-    found = []
-    for name, value in params.items():
-        uses = [use for use in problem.uses[name] if use.slot != VALUE]
-        if not uses or not all(_is_spread(use, problem) for use in uses):
-            continue
-        if any(
-            evidence({**params, name: zero})[0] >= likelihood - rounding for zero in _at_zero(value, uses[0], least)
-        ):
-            found.append(name)
-    return tuple(found)
+    least_likely = likelihood - 8 * torch.finfo(torch.float64).eps * (1 + magnitude)
+    zeros = {name: _at_zero(params[name], own[0], least) for name, own in spreads.items()}
+    return tuple(
+        name for name, own in zeros.items() if any(evidence({**params, name: x})[0] >= least_likely for x in own)
+    )
 
 
 def _is_spread(use: Use, problem: Problem) -> bool:

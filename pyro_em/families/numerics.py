@@ -21,11 +21,14 @@ def floats(*values: Any) -> tuple[Tensor, ...]:
 
     Python numbers and integer tensors follow, so that 0.1 does not pass through float32.
     """
-    kinds = [v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()]
-    dtype = kinds[0] if kinds else torch.get_default_dtype()
-    for kind in kinds[1:]:
+    kinds = {v.dtype for v in values if isinstance(v, Tensor)}
+    if len(kinds) == 1 and (dtype := next(iter(kinds))).is_floating_point:
+        return tuple([v if isinstance(v, Tensor) else torch.as_tensor(v, dtype=dtype) for v in values])
+    floating = [kind for kind in kinds if kind.is_floating_point]
+    dtype = floating[0] if floating else torch.get_default_dtype()
+    for kind in floating[1:]:
         dtype = torch.promote_types(dtype, kind)
-    return tuple(torch.as_tensor(v, dtype=dtype) for v in values)
+    return tuple([torch.as_tensor(v, dtype=dtype) for v in values])
 
 
 def real(value: Tensor) -> Tensor:

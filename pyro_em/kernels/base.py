@@ -144,7 +144,9 @@ class Kernel(ABC):
         pairs = list(zip(self.coefficients, self.event_dims, strict=True))
         shapes = [c.shape[: c.dim() - ndim] for c, ndim in pairs]
         # torch.broadcast_shapes takes longer than the arithmetic of a small kernel.
-        cells = shapes[0] if all(s == shapes[0] for s in shapes) else broadcast_shapes(*shapes)
+        if all(s == shapes[0] for s in shapes):
+            return self.from_coefficients([function(c, ndim) for c, ndim in pairs])
+        cells = broadcast_shapes(*shapes)
         return self.from_coefficients(
             [function(c.expand(cells + c.shape[c.dim() - ndim :]), ndim) for c, ndim in pairs]
         )

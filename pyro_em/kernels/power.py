@@ -75,6 +75,10 @@ class PowerKernel(PositiveKernel):
         return self.log_coefficient - q * up + q * down, -(q**2) * (up + down)
 
     def argmax(self) -> Tensor:
+        return self._argmax
+
+    @cached_property
+    def _argmax(self) -> Tensor:
         a = self.log_coefficient / self.exponent
         rises, falls = self._terms
         if not rises:

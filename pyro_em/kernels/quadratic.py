@@ -132,9 +132,19 @@ class QuadraticKernel(Kernel):
         if self.mean is not None and self.mean.is_positive:
             return self.origin + self.mean.step()
         if self.vector:
-            return self.origin + _solve(self.precision, self.linear)
+            return self.origin + _solve(self.precision, self.linear, self._factor)
         step = self.linear / self.precision
         return self.origin + torch.where(self.is_empty(), torch.zeros_like(step), step)
+
+    @cached_property
+    def _factor(self) -> Tensor | None:
+        """Of Λ, if no matrix of it has a direction without information."""
+        return _factor(self.precision)
+
+    @property
+    def is_conditioned(self) -> bool:
+        """Of vectors: Λ has no direction without information."""
+        return self._factor is not None
 
     def is_empty(self) -> Tensor:
         empty = self.linear == 0
@@ -204,10 +214,9 @@ class QuadraticKernel(Kernel):
         return (self.precision @ shift.unsqueeze(-1)).squeeze(-1)
 
 
-def _solve(precision: Tensor, linear: Tensor) -> Tensor:
-    """Λ⁻¹h, shape U + (D,); the step of least length where Λ is singular."""
-    factor, failed = torch.linalg.cholesky_ex(precision)
-    if not failed.any() and _well_conditioned(precision, factor):
+def _solve(precision: Tensor, linear: Tensor, factor: Tensor | None) -> Tensor:
+    """Λ⁻¹h, shape U + (D,); the step of least length where Λ is singular and has no factor."""
+    if factor is not None:
         return torch.cholesky_solve(linear.unsqueeze(-1), factor).squeeze(-1)
     values, vectors, scale = _spectrum(precision)
     kept = values > RANK * values.shape[-1]
@@ -221,16 +230,18 @@ def _solve(precision: Tensor, linear: Tensor) -> Tensor:
     return step - (null @ along).squeeze(-1)
 
 
-def _well_conditioned(precision: Tensor, factor: Tensor) -> bool:
-    """The pivots of Λ, relative to its diagonal, are far from rounding."""
+def _factor(precision: Tensor) -> Tensor | None:
+    """The Cholesky factors, if the pivots of Λ, relative to its diagonal, are far from rounding."""
+    factor, failed = torch.linalg.cholesky_ex(precision)
+    if failed.any():
+        return None
     pivots = factor.diagonal(dim1=-2, dim2=-1) ** 2 / precision.diagonal(dim1=-2, dim2=-1)
-    return bool((pivots > RANK * pivots.shape[-1]).all())
+    return factor if bool((pivots > RANK * pivots.shape[-1]).all()) else None
 
 
 def well_conditioned(precision: Tensor) -> bool:
     """No matrix of a batch has a direction without information."""
-    factor, failed = torch.linalg.cholesky_ex(precision)
-    return not failed.any() and _well_conditioned(precision, factor)
+    return _factor(precision) is not None
 
 
 def null_directions(precision: Tensor) -> Tensor:

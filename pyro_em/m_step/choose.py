@@ -98,7 +98,7 @@ def choose(problem: Problem, uses: Uses, options: Mapping[str, str], statistics:
     units: list[Unit] = []
     collinear: set[str] = set()
     for linear in linear_blocks(problem, run, _not_moved_otherwise(problem, run, uses, set(options) - set(choices))):
-        unidentified = linear.unidentified(linear.precision(problem.start, statistics))
+        unidentified = linear.unidentified(problem.start, statistics)
         collinear |= unidentified
         units.append(linear)
         choices |= {name: Choice("closed", linear.rule(name, run, unidentified)) for name in linear.names}

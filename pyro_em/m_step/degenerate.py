@@ -184,8 +184,10 @@ def _check_scales(site: str, kernel: PowerKernel, spread: Tensor | None) -> None
     variance_like = kernel.is_scale or bool((kernel.log_coefficient < 0).any())
     size = theta**kernel.exponent if variance_like else 1 / theta**kernel.exponent
     large = size > COLLAPSED * spread.min()
+    if bool(large.all()):
+        return
     bad = ~large & ~kernel.is_empty()
-    if not bool(large.all()) and bool(bad.any()):
+    if bool(bad.any()):
         raise DegenerateLikelihoodError(
             site,
             _component(bad),

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -28,14 +29,7 @@ from pyro_em.charts import base_constraint
 from pyro_em.design import Design
 from pyro_em.kernels import QuadraticKernel
 from pyro_em.kernels.quadratic import null_directions, well_conditioned
-from pyro_em.m_step.location import (
-    Location,
-    LocationSite,
-    full_cells,
-    other_cells,
-    terms_of,
-    total_moments,
-)
+from pyro_em.m_step.location import Location, LocationSite, full_cells, other_cells, terms_of, total_moments
 from pyro_em.m_step.moving import designs_at, run_at_atoms
 from pyro_em.m_step.parts import cells_of, parts_of
 from pyro_em.m_step.positive import in_logarithms, inside, is_positive_slope
@@ -123,7 +117,8 @@ class Linear:
         for part, own in zip(parts, self._blocks(parts, params, sufficient), strict=True):
             kernel = QuadraticKernel(gradient[part], own, torch.zeros_like(gradient[part]), vector=True)
             step = step.index_add(0, part.reshape(-1), kernel.argmax().reshape(-1))
-            empty |= self._unidentified(own, part)
+            if not kernel.is_conditioned:
+                empty |= self._unidentified(own, part)
         return self._moved(params, inside(step, self._positive(params)), sufficient), empty
 
     def rule(self, name: str, run: Run, open_ended: set[str]) -> str:
@@ -137,12 +132,15 @@ class Linear:
         text += f", jointly with {', '.join(others)}" if others else ""
         return text + ("; the design is collinear: step of least length" if name in open_ended else "")
 
-    def unidentified(self, precision: Tensor) -> set[str]:
+    def unidentified(self, params: Params, sufficient: Sufficient) -> set[str]:
         """Parameters that take part in a direction without information."""
-        return self._unidentified(precision.unsqueeze(0), torch.arange(self.size).unsqueeze(0))
+        self._locations(params, sufficient)
+        parts = self._parts(sufficient)
+        blocks = self._blocks(parts, params, sufficient)
+        return set().union(*(self._unidentified(own, part) for own, part in zip(blocks, parts, strict=True)))
 
     def _unidentified(self, precision: Tensor, part: Tensor) -> set[str]:
-        """The same for blocks (B, n, n) on the diagonal of Λ; `part` (B, n) are their entries."""
+        """Of blocks (B, n, n) on the diagonal of Λ; `part` (B, n) are their entries."""
         if well_conditioned(precision):
             return set()
         touched = torch.zeros(self.size, dtype=torch.bool)
@@ -287,7 +285,8 @@ def _location_site(
     summed = not vector and not (others & varying) and not elsewhere
     moving = predictor is not None and predictor.moving
     kept = others if summed else None
-    return LocationSite(site.name, slot, designs, vector, kept, free, total_moments(site, vector), moving)
+    total = cache(partial(total_moments, site, vector))
+    return LocationSite(site.name, slot, designs, vector, kept, free, total, moving)
 
 
 def _others_uses(site: str, slot: str, uses: Mapping[str, tuple[Use, ...]]) -> list[Use]:

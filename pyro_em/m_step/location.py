@@ -17,7 +17,7 @@ design.py; D event dims of a vector, 1 design each.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,7 +46,7 @@ class LocationSite:
     vector: bool
     keep: frozenset[int] | None
     free: Tensor | None  # 0/1 over the cells: where a parameter reaches the location
-    total: SiteMoments  # of all data around their mean, one cell
+    total: Callable[[], SiteMoments]  # of all data around their mean, one cell; made if somebody asks
     moving: bool = False  # the designs depend on continuous latents, and are those of one E-step
 
     def open(self, weight: Tensor, sufficient: Sufficient, size: int) -> Location:
@@ -130,7 +130,7 @@ class _ByRows(Location):
         moments = site_moments(self.site, others, self.weight, None, statistics)
         first = statistics[0]
         assert isinstance(first, Statistic)
-        return first.dense(), SiteMoments(moments.moments, moments.cells, None, self._zero, self.own.total)
+        return first.dense(), SiteMoments(moments.moments, moments.cells, None, self._zero, self.own.total())
 
 
 class Summed(_ByRows):
@@ -175,7 +175,7 @@ class Summed(_ByRows):
             location = self.sufficient.arguments[self.own.name][self.own.slot] + change
             return self._residuals_around(location)[1]
         moments = (weight, torch.zeros_like(first), squares)
-        return SiteMoments(moments, self._start.cells, None, self._zero, self.own.total)
+        return SiteMoments(moments, self._start.cells, None, self._zero, self.own.total())
 
 
 class Direct(_ByRows):

@@ -60,7 +60,9 @@ class _Scatter:
     def __call__(self, coefficient: Tensor, event_dim: int, /) -> Tensor:
         plan = self.plan
         cells = coefficient.shape[: coefficient.dim() - event_dim]
-        tail = coefficient.shape[coefficient.dim() - event_dim :]
+        if plan.identity and cells == self.lead:
+            return coefficient
+        tail = coefficient.shape[len(cells) :]
         rank = max(len(cells), plan.rows.dim())
         if len(cells) < rank:
             coefficient = coefficient.reshape((1,) * (rank - len(cells)) + tuple(coefficient.shape))
