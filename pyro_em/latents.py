@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_em.charts import base_constraint
+from pyro_em.derivatives import pulled_back
 from pyro_em.device import seeded_normal
 from pyro_em.errors import Refusal
 from pyro_em.evidence.discrete import Evidence, evaluate, weighted_sum
@@ -159,10 +160,8 @@ def _sets(
     reads: dict[str, set[str]] = {}
     for run, own in ((first, leaves[0]), (second, leaves[1])):
         for name, site in run.sites.items():
-            density = log_density(site)
-            if not density.requires_grad:
-                continue
-            found = torch.autograd.grad(density.sum(), list(own.values()), retain_graph=True, allow_unused=True)
+            made_of = [log_density(site)] if site.arguments is None else [site.value, *site.arguments.values()]
+            found = pulled_back(made_of, list(own.values()), [torch.ones_like(x) for x in made_of])
             reached = {n for n, g in zip(own, found, strict=True) if g is not None}
             reads.setdefault(name, set()).update(reached)
     groups: list[tuple[set[str], list[str]]] = []
@@ -271,7 +270,7 @@ def integrate(
 
 
 def cancelled(
-    continuous: Continuous, reduced: FactorGraph, parts: Sequence[Eliminated], states: Sequence[Tensor]
+    continuous: Continuous, reduced: FactorGraph, parts: Sequence[Eliminated], states: Sequence[Tensor | None]
 ) -> Tensor:
     """Expected size of the terms that cancel in the evidence of the sets, rows counted as in the log-likelihood."""
     total = torch.zeros((), dtype=torch.float64)

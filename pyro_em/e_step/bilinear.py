@@ -118,7 +118,7 @@ class _Reader:
 
     def put(self, v: int, j: int, p: Any, parameter: str, index: Any, number: Any) -> None:
         """One coefficient, or arrays of them at some cells."""
-        parts = np.broadcast_arrays(*(np.atleast_1d(x) for x in (v, j, p, index, number)))
+        parts = np.broadcast_arrays(*np.atleast_1d(v, j, p, index, number))
         self.found.setdefault(parameter, []).append(tuple(parts))
 
 
@@ -151,8 +151,8 @@ def read_form(
     reader.feature(torch.ones(rows, dtype=torch.float64))
     over = 1.0 / scale
 
-    def by_atom(x: Tensor) -> list[Tensor]:
-        """Rows and cells at each atom, (N, P) or with size 1 where nothing varies."""
+    def laid_out(x: Tensor) -> Tensor:
+        """Atoms, rows and cells (S, N, P), with size 1 where nothing varies."""
         x = x.reshape((1,) * (m + elements - x.dim()) + tuple(x.shape))
         lead = x.shape[: x.dim() - m - elements]
         if lead.numel() > 1 and state is None:
@@ -162,33 +162,40 @@ def read_form(
         flat_rows = tuple(sizes) if any(s > 1 for s in x.shape[1:m]) else (1,) * (m - 1)
         flat_cells = cells if any(s > 1 for s in x.shape[m:]) else (1,) * elements
         x = x.expand(x.shape[0], *flat_rows, *flat_cells)
-        x = x.reshape(x.shape[0], torch.Size(flat_rows).numel(), -1)
-        count = len(columns) + 1
-        return [x[min(s, x.shape[0] - 1)] for s in range(count)]
+        return x.reshape(x.shape[0], torch.Size(flat_rows).numel(), -1)
 
+    count, alike = len(columns) + 1, over.numel() == 1
     for name, term in terms:
-        for s, (index, coefficient) in enumerate(zip(by_atom(term.index), by_atom(term.coefficient), strict=True)):
-            _add_term(reader, s, name, index, coefficient, over)
+        index, coefficient = laid_out(term.index), laid_out(term.coefficient)
+        if index.shape[1] == coefficient.shape[1] == 1 and alike:
+            _in_all_rows(reader, name, index.expand(count, 1, size), coefficient.expand(count, 1, size) * over)
+            continue
+        for s in range(count):
+            own, factor = (x[min(s, len(x) - 1)] for x in (index, coefficient))
+            _add_term(reader, s, name, own, factor, over)
     value = argument.detach().double()
     linear = linear_part([t for _, t in terms], params, torch.zeros_like(value))
     offset = value - linear
     rounding = 1e-13 * max(float(value.abs().max()), float(linear.abs().max()))
     offset = torch.where(offset.abs() <= rounding, torch.zeros_like(offset), offset)
-    for s, own in enumerate(by_atom(offset) if bool(offset.any()) else ()):
-        if len(own) == 1 and over.numel() == 1:
-            _at_cells(reader, s, "", np.full(size, CONSTANT), own.expand(1, size)[0].cpu().numpy() * float(over))
-            continue
-        for p in (own != 0).any(0).expand(size).nonzero().squeeze(-1).tolist():
-            row = own[:, min(p, own.shape[1] - 1)]
-            row = row[:1] if bool(((row - row[0]).abs() <= rounding).all()) else row
-            _at_atom(reader, s, p, "", CONSTANT, row * over)
+    fixed = laid_out(offset)
+    if fixed.shape[1] == 1 and alike:
+        numbers = fixed.expand(count, 1, size) * over
+        _in_all_rows(reader, "", torch.full_like(numbers, CONSTANT, dtype=torch.long), numbers)
+    else:
+        for s in range(count):
+            own = fixed[min(s, len(fixed) - 1)]
+            for p in (own != 0).any(0).expand(size).nonzero().squeeze(-1).tolist():
+                row = own[:, min(p, own.shape[1] - 1)]
+                row = row[:1] if bool(((row - row[0]).abs() <= rounding).all()) else row
+                _at_atom(reader, s, p, "", CONSTANT, row * over)
     values = {
         key: number
         for j, column in enumerate(columns)
         if column.site == site.name
         for key, number in _value_of(reader, column, j + 1, rows, over)
     }
-    return _assembled(reader, values, len(columns) + 1, size, bool(values))
+    return _assembled(reader, values, count, size, bool(values))
 
 
 def _add_term(reader: _Reader, s: int, name: str, index: Tensor, coefficient: Tensor, over: Tensor) -> None:
@@ -202,24 +209,20 @@ def _add_term(reader: _Reader, s: int, name: str, index: Tensor, coefficient: Te
                 own = torch.where(index == i, coefficient, 0.0)
                 _add_term(reader, s, name, torch.full((1, 1), i), own, over)
         return
-    entries = index.expand(1, reader.cells)[0]
-    if coefficient.shape[0] == 1 and over.numel() == 1:
-        numbers = torch.where(entries >= 0, coefficient.expand(1, reader.cells)[0], 0.0)
-        _at_cells(reader, s, name, entries.cpu().numpy(), numbers.cpu().numpy() * float(over))
-        return
-    for p, i in enumerate(entries.tolist()):
+    for p, i in enumerate(index.expand(1, reader.cells)[0].tolist()):
         row = coefficient[:, min(p, coefficient.shape[1] - 1)]
         if i >= 0 and bool((row != 0).any()):
             _at_atom(reader, s, p, name, i, row * over)
 
 
-def _at_cells(reader: _Reader, s: int, name: str, index: Array, numbers: Array) -> None:
-    """What all cells have at atom s in every row, as `_at_atom`."""
-    (cells,) = numbers.nonzero()
+def _in_all_rows(reader: _Reader, name: str, index: Tensor, coefficient: Tensor) -> None:
+    """What all rows have in every cell at every atom, (S, 1, P) each, as `_at_atom`."""
+    entries, numbers = (x[:, 0].cpu().numpy() for x in (index, coefficient))
+    at, cells = ((numbers != 0) & ((entries >= 0) | (not name))).nonzero()
     if len(cells):
-        reader.put(0, s, cells, name, index[cells], numbers[cells])
-        if s == 0:
-            reader.put(0, TAKEN_OFF, cells, name, index[cells], numbers[cells])
+        entries, numbers, first = entries[at, cells], numbers[at, cells], at == 0
+        reader.put(0, at, cells, name, entries, numbers)
+        reader.put(0, TAKEN_OFF, cells[first], name, entries[first], numbers[first])
 
 
 def _at_atom(reader: _Reader, s: int, p: int, name: str, index: int, row: Tensor) -> None:

@@ -159,10 +159,10 @@ def _readings(
             events = [c.event for c in own]
             joint = [along(_all_columns(events, shape, x)) for x in (code.unsqueeze(-1) * shares, draws.mT)]
         single: dict[Column, list[list[Tensor]]] = {}
-        known: dict[int, Index] = {}  # by id of what several columns share
         for i, name in enumerate(names):
             by_one = [tangents[c][i] for c in own]
             told = None if joint is None else _shared_index(by_one, joint[0][i], joint[1][i], draws, shares, rounding)
+            known: dict[int, Index] = {}  # by id of what columns share, which `told` holds
             for k, column in enumerate(own):
                 if told is not None:
                     read, index = told[k] is not None, told[k]
