@@ -110,7 +110,7 @@ class Banded:
         self._right_sides = np.zeros_like(ends)  # but for the initial distributions
         self._right_sides[1, :, 0] = 1.0
         # By position, as names cost time: incx, offx, lower, trans, diag, overwrite_x.
-        solve, width = scipy.linalg.blas.dtbsv, len(self._matrix) - 1
+        solve, width = scipy.linalg.blas.dtbsv, 2 * K - 1
         self._solve = partial(solve, width, self._matrix, ends.reshape(-1), 1, 0, 1, 0, 1, 1)
         self._log_scale, self.share = np.empty(C), np.empty(C)  # `share`: w is multiplied by it
         self._across = self._runs(b)
@@ -119,11 +119,14 @@ class Banded:
         """Calls that write -G_j into the band: forwards, then backwards in time."""
         K, L, C, J = b.shape
         per = C * (J + 1)
-        band = np.zeros(2 * per * K * 2 * K)  # columns of 2K entries; the diagonal is one and not read
-        self._matrix = band.reshape(-1, 2 * K).T
-        block = 2 * K * K
-        ahead = [8 * n for n in (2 * K - 1, 1, (J + 1) * block, block)]
-        behind = [8 * n for n in (1, 2 * K - 1, (J + 1) * block, -block)]
+        # Columns of 2K entries and one between them: a power of two would put all blocks into the same lines of cache.
+        # The diagonal is one and not read.
+        high = 2 * K + 1
+        band = np.zeros(2 * per * K * high)
+        self._matrix = band.reshape(-1, high).T
+        block = high * K
+        ahead = [8 * n for n in (high - 1, 1, (J + 1) * block, block)]
+        behind = [8 * n for n in (1, high - 1, (J + 1) * block, -block)]
         shape = (K, K, C, J)
         links = as_strided(band[K:], shape, ahead), as_strided(band[(per + J - 1) * block + K :], shape, behind)
         first = b[:, None, 0]

@@ -24,7 +24,7 @@ from pyro_em.evidence.banded import blocks_of
 from pyro_em.evidence.blocked import Blocks
 
 CELLS, STEPS = 800_000, 40_000  # of a window, steps times K² and steps: up to 16 MB of messages, products and band
-STATES, GROUPED = 7, 5  # up to which windows, and groups, take less time than blocked.py, which multiplies no matrices
+STATES, GROUPED = 8, 5  # up to which windows, and groups, take less time than blocked.py, which multiplies no matrices
 MARGIN = 256  # steps that a chain is given to forget
 
 
