@@ -27,6 +27,7 @@ from pyro_em.errors import InputError
 from pyro_em.evidence.integrated import integrates
 from pyro_em.expected import Expectations, Expected
 from pyro_em.model.compat import base_distribution
+from pyro_em.model.labels import LABELS
 from pyro_em.model.trace import SiteRecord, run_model
 from pyro_em.posterior import Posterior
 from pyro_em.problem import Problem
@@ -73,10 +74,32 @@ def impute(problem: Problem, params: Params) -> dict[str, Imputation]:
             missing = _missing(site) if site.observed else None
             if missing is None or not bool(missing.any()) or 0 in missing.shape:
                 continue
+            known = problem.capture.sites.get(name)
+            if known is not None and LABELS in known.infer:
+                found[known.infer[LABELS]] = _unlabelled(known.infer[LABELS], missing, posterior)
+                continue
             imputed = _imputed(name, missing, site.value, expectations.of(name, missing.dim()), posterior)
             chain = next((chain for chain in posterior.chains if chain.fold.site == name), None)
             found |= {name: imputed} if chain is None else _as_written(imputed, chain)
     return found
+
+
+def _unlabelled(site: str, missing: Tensor, posterior: Posterior) -> Imputation:
+    """That of a site with labels (`obs_mask`): its posterior, which is certain where a label is known."""
+    fn, shares = posterior.problem.capture.sites[site].fn, posterior.responsibilities(site)
+    if fn.event_dim:  # one-hot: the cells of a row
+        missing = missing.unsqueeze(-1).expand(shares.shape)
+        mean, second, probabilities = shares, shares, None
+    else:
+        states = fn.enumerate_support(expand=False).reshape(-1).to(shares)
+        mean, second, probabilities = (shares * states).sum(-1), (shares * states**2).sum(-1), shares
+
+    def draw(num: int, seed: int | None) -> Tensor:
+        with isolated_rng(seed):
+            return posterior.sample(num)[site].reshape(num, *missing.shape)
+
+    variance = torch.where(missing, (second - mean * mean).clamp(min=0), 0.0)
+    return Imputation(missing, mean, variance, probabilities, draw)
 
 
 def _as_written(whole: Imputation, chain: ChainPosterior) -> dict[str, Imputation]:

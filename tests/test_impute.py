@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
 import torch
+from pyro.distributions import constraints
 
 import pyro_em
 from tests import zoo_missing as zoo
@@ -78,3 +82,34 @@ def test_imputations_of_counts_and_categories() -> None:
     torch.testing.assert_close(found["colour"].probabilities[gone], (r @ p["shade"])[gone])
     draws = found["colour"].sample(50)[:, gone]
     assert set(draws.unique().tolist()) <= {0.0, 1.0, 2.0}
+
+
+def test_imputations_where_labels_say_what_was_seen() -> None:
+    """`obs_mask` of sites with finitely many values: under their own names, by Bayes' rule given the other sites."""
+    known, x = torch.tensor([True, False, True, False]), torch.tensor([1.0, 0.0, 0.0, 0.0])
+    kind = torch.nn.functional.one_hot(torch.tensor([2, 0, 1, 0]), 3).double()
+    y = torch.tensor([0.3, 1.5, -0.4, -2.0])
+
+    def model() -> None:
+        p = pyro.param("p", torch.tensor(0.4), constraint=constraints.unit_interval)
+        w = pyro.param("w", torch.tensor([0.2, 0.3, 0.5]), constraint=constraints.simplex)
+        with pyro.plate("rows", 4):
+            z = pyro.sample("z", dist.Bernoulli(p), obs=x, obs_mask=known)
+            k = pyro.sample("k", dist.OneHotCategorical(w), obs=kind, obs_mask=known)
+            pyro.sample("y", dist.Normal(z + k @ torch.tensor([0.0, 1.0, -1.0]), 1.0), obs=y)
+
+    found = pyro_em.fit(model, max_iter=0).impute()
+    assert found.keys() == {"z", "k"}
+    shift = torch.arange(2.0).unsqueeze(-1) + torch.tensor([0.0, 1.0, -1.0])
+    for row in (1, 3):
+        joint = torch.tensor([[0.6], [0.4]]) * torch.tensor([0.2, 0.3, 0.5])
+        joint = joint * dist.Normal(shift, 1.0).log_prob(y[row]).exp()
+        joint = joint / joint.sum()
+        one = float(joint[1].sum())
+        assert float(found["z"].mean[row]) == pytest.approx(one, rel=1e-12)
+        assert float(found["z"].variance[row]) == pytest.approx(one * (1 - one), rel=1e-11)
+        torch.testing.assert_close(found["k"].mean[row], joint.sum(0), rtol=1e-12, atol=0)
+    assert found["z"].mean[known].tolist() == [1.0, 0.0] and float(found["z"].variance[known].max()) == 0.0
+    draws = found["z"].sample(50)
+    assert draws.shape == (50, 4) and set(draws[:, [1, 3]].unique().tolist()) == {0.0, 1.0}
+    assert found["k"].sample(3).shape == (3, 4, 3)

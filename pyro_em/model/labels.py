@@ -25,6 +25,8 @@ from torch import Tensor
 
 from pyro_em.errors import InputError
 
+LABELS = "_pyro_em_labels"  # in the `infer` of labels: the site that they are of
+
 
 def observe_labels(name: str, fn: Any, obs: Tensor | None, obs_mask: Any, *args: Any, **options: Any) -> Tensor | None:
     """The site `name` as a latent with labels; None if it is not of a kind that can have them.
@@ -41,11 +43,13 @@ def observe_labels(name: str, fn: Any, obs: Tensor | None, obs_mask: Any, *args:
     z: Tensor = pyro.sample(name, fn, *args, **options)
     certain = torch.eye(states, dtype=torch.get_default_dtype()).log()
     codes = _codes(name, obs, obs_mask) if one_hot else obs
+    told: Any = {LABELS: name}
     with poutine.mask(mask=obs_mask):
         pyro.sample(
             f"{name}_observed",
             dist.Categorical(logits=certain[z.argmax(-1) if one_hot else z.long()], validate_args=False),
             obs=codes,
+            infer=told,
         )
     return z
 
