@@ -18,6 +18,11 @@ from torch.distributions import constraints
 
 import pyro_em
 from pyro_em import Refusal
+from pyro_em.e_step.auto import choose_engine
+from pyro_em.e_step.interpreted import Interpreted
+from pyro_em.e_step.pooled_groups import PooledGroups
+from pyro_em.m_step.auto import MStep
+from pyro_em.problem import bind
 from tests.classics import positive, simplex
 from tests.laws import largest_score, to_constrained, to_free
 from tests.oracles import constraints as constraints_of
@@ -148,6 +153,80 @@ def test_laws(model: Callable[..., None]) -> None:
     gradient = dict(zip(free, torch.autograd.grad(value, list(free.values())), strict=True))
     score = largest_score(gradient, start.params, support) / len(terms)
     assert float(start.history["score"][0]) == pytest.approx(score, rel=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_em.BoundaryEstimate")
+@pytest.mark.parametrize("model", [centred, growing], ids=lambda m: m.__name__)
+def test_the_limit_is_a_maximum(model: Callable[..., None]) -> None:
+    """G7: the marginal likelihood has no slope there in any parameter, and curves down."""
+    result = pyro_em.fit(model, GROUP, DAY, Y, tol=1e-8, max_iter=3000, accelerate="squarem")
+    assert result.converged
+    support = constraints_of(model, (GROUP, DAY, Y), result.params)
+    free = to_free(result.params, support)
+    sizes, shapes = [u.numel() for u in free.values()], [u.shape for u in free.values()]
+
+    def value(u: Tensor) -> Tensor:
+        parts = [part.reshape(shape) for part, shape in zip(u.split(sizes), shapes, strict=True)]
+        return _table(model, to_constrained(dict(zip(free, parts, strict=True)), support)).logsumexp(1).sum()
+
+    at = torch.cat([u.reshape(-1) for u in free.values()])
+    slope = torch.autograd.functional.jacobian(value, at)
+    assert float(slope.abs().max()) <= 1e-6 * G
+    assert float(torch.linalg.eigvalsh(torch.autograd.functional.hessian(value, at)).max()) <= 1e-6
+
+
+def two_measures(group: Tensor, day: Tensor, y: Tensor) -> None:
+    """Two kinds of rows and a number of the group itself; a group more, which has no rows."""
+    a, c = pyro.param("a", torch.tensor([-0.5, 0.8])), pyro.param("c", torch.tensor(0.1))
+    tau = pyro.param("tau", torch.tensor([0.7, 1.1]), constraint=positive)
+    s = pyro.param("s", torch.tensor([0.9, 0.8]), constraint=positive)
+    rate = pyro.param("rate", torch.tensor([2.0, 3.0]), constraint=positive)
+    with pyro.plate("groups", G + 1):
+        z = _classes()
+        b = pyro.sample("b", dist.Normal(0.0, tau[z]))
+        pyro.sample("size", dist.Poisson(rate[z]), obs=torch.arange(G + 1) % 4.0)
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(a[z[group]] + c * day + b[group], s[z[group]]), obs=y)
+    with pyro.plate("more", G):
+        pyro.sample("x", dist.Normal(2.0 * b[SCHOOL], s[0]), obs=y[:G])
+
+
+def uneven(group: Tensor, day: Tensor, y: Tensor) -> None:
+    """Rows read the class for their noise only."""
+    tau = pyro.param("tau", torch.tensor([0.7, 1.1]), constraint=positive)
+    s = pyro.param("s", torch.tensor([0.9, 0.6]), constraint=positive)
+    with pyro.plate("groups", G):
+        z = _classes()
+        b = pyro.sample("b", dist.Normal(0.3, tau[z]))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(b[group], s[z[group]]), obs=y)
+
+
+COUNTS = torch.tensor([2.0, 1, 1, 3, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("model", "weights"),
+    [
+        *((model, None) for model in (shifted, centred, growing, vectors, two_measures, uneven)),
+        (shifted, {"groups": COUNTS}),
+    ],
+)
+def test_the_compiled_engine_is_the_reference(model: Callable[..., None], weights: dict[str, Tensor] | None) -> None:
+    """Evidence, score and updates, to the rounding of sums."""
+    bound = bind(model, (GROUP, DAY, Y), {}, with_prior=False, weights=weights)
+    m, own = MStep(bound, "auto", "em"), MStep(bound, "auto", "em")
+    engine, reference = choose_engine(bound, m), Interpreted(bound)
+    assert isinstance(engine, PooledGroups), engine.reason
+    params = bound.start
+    for _ in range(3):
+        found, expected = engine.e_step(params), reference.e_step(params)
+        assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-12)
+        assert m.score(params, found) == pytest.approx(own.score(params, expected), rel=1e-8)
+        (updated, info), (params, other) = m.update(params, found), own.update(params, expected)
+        assert info.empty == other.empty
+        for name, value in params.items():
+            torch.testing.assert_close(updated[name], value, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("model", [shifted, growing], ids=lambda m: m.__name__)

@@ -24,7 +24,7 @@ from pyro_em.e_step.inside import compile_inside
 from pyro_em.e_step.interpreted import Interpreted
 from pyro_em.e_step.plated import Plated, compile_plated
 from pyro_em.e_step.pooled import Pooled, compile_pooled
-from pyro_em.e_step.pooled_states import compile_states
+from pyro_em.e_step.pooled_groups import compile_states
 from pyro_em.e_step.predicted import compile_predicted
 from pyro_em.e_step.reference import reference_likelihood
 from pyro_em.e_step.scanned import Scanned, compile_scanned

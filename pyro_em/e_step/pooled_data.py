@@ -17,7 +17,7 @@ Letters: G elements, U classes, c pseudo-elements of a class; see bilinear.py fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,7 +103,37 @@ def reduced(rows: Rows, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     if num == 1 and int(counts.max()) == 1:  # nothing to be reduced
         design[element, 0], top[element, 0] = shared, data
         return design, top, left, total
-    order = torch.argsort(element, stable=True)
+    for own, q, r, x in _factored(Rows(element, shared, data), counts):
+        projected = q.mT @ x
+        rest = (x - q @ projected) * weight[own].sqrt()[:, None, None]
+        if width:
+            left = torch.linalg.qr(torch.cat([left, rest.flatten(0, 1)]), mode="r").R
+        design[own], top[own] = r, projected
+    return design + 0.0, top, left, total
+
+
+def reduced_apart(rows: Rows, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reduced` of elements that are told apart: R_g, QᵀX, the rows left over of each (G, V₀ + P, V₀ + P), and the
+    number of rows of each (G,)."""
+    num, width = rows.shared.shape[1], rows.data.shape[1]
+    if size * (num + width) * max(num, width) > MAX_CELLS:
+        raise NotCompiled("the pseudo-rows of all elements are too many")
+    design = torch.zeros(size, num, num, dtype=torch.float64)
+    top = torch.zeros(size, num, width, dtype=torch.float64)
+    left = torch.zeros(size, width, width, dtype=torch.float64)
+    counts = torch.bincount(rows.element, minlength=size)
+    for own, q, r, x in _factored(rows, counts):
+        projected = q.mT @ x
+        rest = torch.linalg.qr(x - q @ projected, mode="r").R
+        design[own], top[own] = r, projected
+        left[own, : rest.shape[1]] = rest
+    return design, top, left, counts.double()
+
+
+def _factored(rows: Rows, counts: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Elements of like size, with Q and R_g of their Φ and their X, rows that are not theirs zero."""
+    num = rows.shared.shape[1]
+    order = torch.argsort(rows.element, stable=True)
     begin = counts.cumsum(0) - counts
     # Elements of like size together, so that a large one does not pad all others.
     width_of = torch.where(counts > 0, counts.clamp(min=num).double().log2().ceil(), -1.0)
@@ -115,17 +145,11 @@ def reduced(rows: Rows, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
         at = begin[own].unsqueeze(-1) + torch.arange(longest)
         inside = torch.arange(longest) < counts[own].unsqueeze(-1)
         at = order[torch.where(inside, at, 0)]
-        phi = torch.where(inside.unsqueeze(-1), shared[at], 0.0)
-        x = torch.where(inside.unsqueeze(-1), data[at], 0.0)
+        phi = torch.where(inside.unsqueeze(-1), rows.shared[at], 0.0)
+        x = torch.where(inside.unsqueeze(-1), rows.data[at], 0.0)
         q, r = torch.linalg.qr(phi)
         sign = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
-        q, r = q * sign.unsqueeze(-2), r * sign.unsqueeze(-1)
-        projected = q.mT @ x
-        rest = (x - q @ projected) * weight[own].sqrt()[:, None, None]
-        if width:
-            left = torch.linalg.qr(torch.cat([left, rest.flatten(0, 1)]), mode="r").R
-        design[own], top[own] = r, projected
-    return design + 0.0, top, left, total
+        yield own, q * sign.unsqueeze(-2), r * sign.unsqueeze(-1), x
 
 
 def _classes(designs: Tensor) -> Tensor:

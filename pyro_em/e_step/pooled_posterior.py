@@ -95,6 +95,14 @@ def log_evidence(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> tu
     return solved.constant - energy - spread + two_pi, solved.constant.abs() + energy + spread.abs() + two_pi
 
 
+def group_evidence(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> tuple[Tensor, Tensor]:
+    """Of classes of one pseudo-element each, -½|d + T m|² - ½|m|² - log|L|, and its terms' magnitude: (U,)."""
+    solved = _solve(own, noise)
+    spread = solved.lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    energy = solved.energy.squeeze(-1)
+    return -energy - spread, energy + spread.abs()
+
+
 @dataclass(frozen=True)
 class _Solved:
     """The least squares problem of a set: u at its `mean` (U, K, c), the `energy` (U, c) there; z = start + basis u.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_em.e_step.base import NotCompiled
 from pyro_em.e_step.bilinear import read_form
-from pyro_em.e_step.pooled_data import Pooled
+from pyro_em.e_step.pooled_data import Pooled, Rows
 from pyro_em.e_step.pooled_location import PooledSite
 from pyro_em.e_step.pooled_sets import (
     at_units,
@@ -41,7 +41,8 @@ class StateRows:
     """The sites of a set and their rows (N, V₀ + P), in every state of the discrete latent that they read.
 
     `dims` and `sizes` are those of the set's evidence, packed, states first; `weight` (N,) how often a row counts;
-    `rank` the number of plate-like dims right of the states.
+    `rank` the number of plate-like dims right of the states. `rows` are those of each site by element, where rows read
+    the latents by an index (pooled_groups.py).
     """
 
     states: tuple[tuple[tuple[PooledSite, Tensor], ...], ...]
@@ -51,6 +52,7 @@ class StateRows:
     weight: Tensor
     rank: int
     num_latents: int
+    rows: tuple[tuple[Rows, ...], ...] | None = None
 
 
 def state_rows(problem: Problem) -> StateRows:
@@ -66,14 +68,17 @@ def state_rows(problem: Problem) -> StateRows:
     if not isinstance(route, GaussianRoute):
         raise NotCompiled(f"{route.name} latents")
     geometry, m = route.geometry, len(route.geometry.layout)
-    if geometry.num_b or any(reading.index is not None for reading in route.readings) or not route.plates:
+    if geometry.num_b or not route.plates:
         raise NotCompiled("discrete latents beside effects that rows share")
+    long = any(reading.index is not None for reading in route.readings)
     plain, run = at_units(problem, [route])
     read = {s for r in route.readings for d, s in plain.sites[r.site].symbols.items() if d < -m}
     if len(read) != 1:
         raise NotCompiled("the Gaussian latents meet several discrete ones")
     (symbol,) = read
     states = num_states(problem, symbol)
+    if plain.sites[graph.symbol_sites[symbol]].plate_dims != plain.sites[route.latents.names[0]].plate_dims:
+        raise NotCompiled("the discrete latent is in another plate than the effects")
     component = next(c for c in graph.components if route.latents.symbol in c.symbols)
     weight = element_weights(problem, route, component, plain)
     plates = [(route.symbols[d], n) for d, n in zip(range(-m, 0), geometry.layout, strict=True) if n > 1]
@@ -87,10 +92,13 @@ def state_rows(problem: Problem) -> StateRows:
                 batch_shape=site.batch_shape[max(0, len(site.batch_shape) - m + 1) :],
                 arguments=at_state(site, site.arguments or {}, m, k),
             )
-            rows.append(_state_row(problem, own, run, route, m, weight, k))
+            rows.append(_state_row(problem, own, run, route, m, weight, k, long))
         found.append(tuple(rows))
+    by_element = tuple(tuple(own for *_, own in rows) for rows in found) if long else None
+    both = tuple(tuple((site, data) for site, data, _ in rows) for rows in found)
     dims = "".join([symbol, *(name for name, _ in plates)])
-    return StateRows(tuple(found), plain, dims, tuple(n for _, n in plates), weight, m, len(geometry.columns_a))
+    sizes = tuple(n for _, n in plates)
+    return StateRows(both, plain, dims, sizes, weight, m, len(geometry.columns_a), by_element)
 
 
 def num_states(problem: Problem, symbol: str) -> int:
@@ -111,20 +119,20 @@ def at_state(site: SiteRecord, arguments: Mapping[str, Tensor], rank: int, k: in
 
 
 def _state_row(
-    problem: Problem, site: SiteRecord, run: Run, route: GaussianRoute, m: int, weight: Tensor, k: int
-) -> tuple[PooledSite, Tensor]:
-    """One site in one state, and its rows."""
+    problem: Problem, site: SiteRecord, run: Run, route: GaussianRoute, m: int, weight: Tensor, k: int, long: bool
+) -> tuple[PooledSite, Tensor, Rows]:
+    """One site in one state, and its rows, also by element."""
     check_site(site)
     if isinstance(site.family, LogNormalFamily) or known_scale(site, problem, m).numel() > 1:
         raise NotCompiled(f"'{site.name}' is log-normal, or its scale differs from row to row")
     reading = next(r for r in route.readings if r.site == site.name)
-    _, kept = elements_read(problem, site, reading, route, weight)
+    element, kept = elements_read(problem, site, reading, route, weight)
     if not bool(kept.all()):
         raise NotCompiled(f"'{site.name}' is masked")
     one = torch.ones(1, dtype=torch.float64)
     form = read_form(site, run, problem.start, reaching(problem, site), route.geometry.columns_a, m, one, state=k)
-    count = len(weight)
-    alike = form.shared.shape[1] <= 1 and bool((form.shared == form.shared[:1]).all())
+    count = len(element) if long else len(weight)
+    alike = long or (form.shared.shape[1] <= 1 and bool((form.shared == form.shared[:1]).all()))
     if len(form.shared) not in (1, count) or not alike:
         raise NotCompiled(f"loadings of '{site.name}' differ from row to row")
     alone = form.alone.expand(count, -1)
@@ -133,7 +141,8 @@ def _state_row(
         y = rows_of(site.family.location(clean_value(site)).detach().double(), site)
         alone = torch.cat([alone, y.expand(count, -1)], -1)
     width = form.shared.shape[1]
-    design = form.shared[:1].reshape(1, width, width)
+    design = form.shared.new_zeros(1, width, width) if long else form.shared[:1].reshape(1, width, width)
     zero = torch.zeros((), dtype=torch.float64)
     empty = Pooled(design, torch.zeros(1, 1, alone.shape[1], 1, dtype=torch.float64), alone[:0], zero)
-    return PooledSite(site, form, empty, True, moves_otherwise(form, problem, site)), alone.contiguous()
+    own = PooledSite(site, form, empty, True, moves_otherwise(form, problem, site))
+    return own, alone.contiguous(), Rows(element, form.shared.expand(count, -1), alone)

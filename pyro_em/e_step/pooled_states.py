@@ -34,7 +34,7 @@ from pyro_em.e_step.pooled_location import PooledLocation, PooledSite
 from pyro_em.e_step.pooled_mixture import MixtureLocation
 from pyro_em.e_step.pooled_posterior import Whitener, log_evidence, posterior, whitener
 from pyro_em.e_step.pooled_sets import PooledSet
-from pyro_em.e_step.pooled_state_rows import StateRows, at_state, state_rows
+from pyro_em.e_step.pooled_state_rows import StateRows, at_state
 from pyro_em.evidence.discrete import evaluate
 from pyro_em.latents import integral
 from pyro_em.m_step.location import Location, total_moments
@@ -50,7 +50,7 @@ TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)
-class _State:
+class State:
     """The sites of the set in one state, and all rows: (N, V₀ + P) of each site, (N, Q) of all together."""
 
     sites: tuple[PooledSite, ...]
@@ -63,10 +63,9 @@ class PooledStates:
 
     name = "pooled"
 
-    def __init__(self, problem: Problem, functions: Functions) -> None:
-        found: StateRows = state_rows(problem)
+    def __init__(self, problem: Problem, functions: Functions, found: StateRows) -> None:
         self.problem, self.run, self.found = problem, found.run, found
-        self.states = tuple(_state(rows) for rows in found.states)
+        self.states = self._states(found)
         self.place = {site.site.name: i for i, site in enumerate(self.states[0].sites)}
         check_served(opaque(problem, self.place), functions)
         for own in problem.uses.values():
@@ -78,11 +77,14 @@ class PooledStates:
         assert problem.continuous is not None
         self.integral, self.size = integral(problem.continuous.sets[0]), found.num_latents
         self._centers: dict[str, Tensor | None] = {}
-        count, rows = len(self.states), self.states[0].joint.shape[0]
+        count, rows = len(self.states), len(found.weight)
         self.reason = (
             f"Gaussian latents: evidence of {rows} rows in {count} states by Woodbury's identity, moments of the rows "
             "weighted by their posterior in every state"
         )
+
+    def _states(self, found: StateRows) -> tuple[State, ...]:
+        return tuple(_state(rows) for rows in found.states)
 
     def _vector(self, name: str) -> bool:
         return self.states[0].sites[self.place[name]].vector
@@ -147,14 +149,14 @@ class PooledStates:
     def _at(self, k: int, name: str, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return at_state(self.run.sites[name], arguments, self.found.rank, k)
 
-    def _table(self, state: _State, noise: list[tuple[Tensor, Whitener]]) -> tuple[Tensor, Tensor]:
+    def _table(self, state: State, noise: list[tuple[Tensor, Whitener]]) -> tuple[Tensor, Tensor]:
         """ℓ_k (N,), and the size of the terms that cancel in it."""
         one = torch.ones((), dtype=torch.float64)
         ones = torch.ones(1, state.joint.shape[0], dtype=torch.float64)
         rows = [data.mT.unsqueeze(0).unsqueeze(0) for data in state.data]
         return log_evidence(self._set(state, rows, ones, one), noise)
 
-    def _pooled(self, state: _State, noise: list[tuple[Tensor, Whitener]], weight: Tensor) -> tuple[PooledSet, Tensor]:
+    def _pooled(self, state: State, noise: list[tuple[Tensor, Whitener]], weight: Tensor) -> tuple[PooledSet, Tensor]:
         """The pseudo-elements of a state, and the atoms of the latents' posterior at them."""
         total = weight.sum()
         safe = total.clamp(min=TINY)
@@ -169,7 +171,7 @@ class PooledStates:
         own = self._set(state, rows, ones, total)
         return own, posterior(own, noise)[0]
 
-    def _set(self, state: _State, rows: list[Tensor], ones: Tensor, count: Tensor) -> PooledSet:
+    def _set(self, state: State, rows: list[Tensor], ones: Tensor, count: Tensor) -> PooledSet:
         pooled = []
         for site, data in zip(state.sites, rows, strict=True):
             left = torch.zeros(0, data.shape[2], dtype=torch.float64)
@@ -189,9 +191,9 @@ class PooledStates:
         return MixtureLocation(self.run.sites[name], found, sufficient, self._totals.get(name))
 
 
-def _state(rows: tuple[tuple[PooledSite, Tensor], ...]) -> _State:
+def _state(rows: tuple[tuple[PooledSite, Tensor], ...]) -> State:
     sites, data = (tuple(own) for own in zip(*rows, strict=True))
-    return _State(sites, data, torch.cat(list(data), -1))
+    return State(sites, data, torch.cat(list(data), -1))
 
 
 def _root(scatter: Tensor) -> Tensor:
@@ -201,8 +203,3 @@ def _root(scatter: Tensor) -> Tensor:
         return lower
     values, vectors = torch.linalg.eigh(scatter)  # cells that are constant in a state
     return vectors * values.clamp(min=0).sqrt()
-
-
-def compile_states(problem: Problem, functions: Functions) -> PooledStates:
-    """The engine for a problem, or `NotCompiled` with the reason."""
-    return PooledStates(problem, functions)

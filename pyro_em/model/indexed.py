@@ -95,7 +95,7 @@ class Indexed:
             parts = [run.sites[name] for run in runs]
             if name == latent.name:
                 sites[name] = self._own(latent, parts[0])
-            elif name in latent.readers or (apart and name in latent.through):
+            elif name in latent.readers or (apart and not all(_alike(parts[0], other) for other in parts[1:])):
                 sites[name] = self._stacked(latent, parts)
         leaves = {n: v for n, v in first.leaves.items() if n != latent.name}
         return dataclasses.replace(first, sites=sites, leaves=leaves)
@@ -143,7 +143,8 @@ class Indexed:
         for name, value in site.arguments.items():
             trailing = site.family.arguments[name] + site.element_dims
             for dim in self.constant.get((site.name, name), ()):
-                if value.dim() - trailing + dim >= 0:
+                # (In other states continuous latents may have other values than they had when this was found.)
+                if _is_constant(value, value.dim() - trailing + dim):
                     value = value.narrow(value.dim() - trailing + dim, 0, 1)
             while value.dim() > trailing and value.shape[0] == 1 and self.constant:
                 value = value.squeeze(0)
@@ -243,6 +244,13 @@ def _is_constant(value: Tensor, axis: int) -> bool:
         return False
     value = value.detach()
     return torch.equal(value, value.narrow(axis, 0, 1).expand_as(value))
+
+
+def _alike(a: SiteRecord, b: SiteRecord) -> bool:
+    """Whether a site, that does not read the discrete latent itself, is the same in two of its states."""
+    if a.arguments is None or b.arguments is None:
+        return torch.equal(a.value, b.value) and torch.equal(log_density(a), log_density(b))
+    return torch.equal(a.value, b.value) and all(torch.equal(v, b.arguments[n]) for n, v in a.arguments.items())
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
