@@ -23,7 +23,7 @@ from pyro_em.errors import EMWarning
 from pyro_em.evaluator import Evaluator
 from pyro_em.explain import explain
 from pyro_em.initialise import initial_starts
-from pyro_em.integration import numerical_error
+from pyro_em.integration import adaptive_routes, numerical_error
 from pyro_em.loop import Callback, EMMap, Ended, History, Steps, drive, run_from
 from pyro_em.m_step.auto import MStep
 from pyro_em.model.missing import complete_cases
@@ -267,12 +267,15 @@ def _result(
     annealed: bool,
 ) -> FitResult:
     params = {n: v.detach().to(problem.parameters[n].value.dtype).clone() for n, v in best.last.params.items()}
-    integrated = numerical_error(problem, params)
-    notes = (*bound.notes, *integrated.notes)
     known = best.last.expectation
     log_likelihood, log_prior = known.log_likelihood, known.log_prior
-    if best.error is None:  # which says more than a comparison where digits are gone
+    compared = best.error is None  # an error says more than a comparison where digits are gone
+    if compared:
+        for route in adaptive_routes(problem):
+            route.due = True
         log_likelihood, log_prior = verified(problem, engine, dataclasses.replace(best.last, at=params))
+    integrated = numerical_error(problem, params, compared)
+    notes = (*bound.notes, *integrated.notes)
     return FitResult(
         algorithm=algorithm,
         params=params,

@@ -26,9 +26,16 @@ class NumericalError:
     notes: tuple[str, ...] = ()
 
 
-def numerical_error(problem: Problem, params: Params) -> NumericalError:
+def adaptive_routes(problem: Problem) -> list[QuadratureRoute]:
+    """Routes of adaptive nodes. Where one is `due`, the next E-step of the reference finds its error."""
+    routes = () if problem.continuous is None else problem.continuous.routes
+    return [route for route in routes if isinstance(route, QuadratureRoute)]
+
+
+def numerical_error(problem: Problem, params: Params, known: bool = False) -> NumericalError:
     """The error of the log-likelihood at `params`.
 
+    :param known: that of adaptive nodes has just been found there.
     :raises Refusal: if it exceeds the tolerance of a rule.
     :raises InputError: for the rule of a site that the model does not have.
     """
@@ -39,14 +46,13 @@ def numerical_error(problem: Problem, params: Params) -> NumericalError:
         site = problem.capture.sites.get(name)
         if site is None or not isinstance(base_distribution(site.fn), GridNormal):
             raise InputError(f"e_step: the model has no continuous latent '{name}'.")
-    notes, size = [], 0.0
-    if problem.continuous is not None:
-        routes = [route for route in problem.continuous.routes if isinstance(route, QuadratureRoute)]
+    routes = adaptive_routes(problem)
+    if routes and not known:
         for route in routes:
             route.due = True
         problem.evidence(params)
-        notes = [_sentence(route.latents.names, route.error) for route in routes]
-        size = sum(route.error for route in routes)
+    notes = [_sentence(route.latents.names, route.error) for route in routes]
+    size = sum((route.error for route in routes), 0.0)
     if fixed:
         coarse = _log_likelihood(problem, params)
         with refined():

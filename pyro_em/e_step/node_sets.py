@@ -27,7 +27,7 @@ from pyro_em.families.multivariate_normal import MultivariateNormalFamily
 from pyro_em.families.normal import NormalFamily
 from pyro_em.families.numerics import half_log_det, precision_matrix
 from pyro_em.model.trace import SiteRecord
-from pyro_em.softmax import softmax
+from pyro_em.softmax import softmax, softmax_
 
 LOG_2PI = math.log(2 * math.pi)
 Predictors = Mapping[str, Placed]
@@ -125,7 +125,10 @@ class NodeSet:
         """
         mode, spread = self._modes(at, prior, start)
         z, joint, tables = self.integrated(self.route.rule, mode, spread, at, prior)
-        weights, log_z = softmax(joint)
+        if any(rows.cumulant.memory is not None for rows in self.rows):  # not to be recorded
+            weights, log_z = joint, softmax_(joint)
+        else:
+            weights, log_z = softmax(joint)
         return Nodes(z, weights[: len(joint)], log_z.squeeze(0), mode, spread, tables)
 
     def integrated(

@@ -51,7 +51,7 @@ class QuadratureRoute:
     name: str = "quadrature"
     error: float = 0.0
     due: bool = field(default=False, repr=False)  # the next E-step estimates the error
-    _count: int = field(default=0, repr=False)
+    _count: int = field(default=-1, repr=False)  # of E-steps; the first atoms are none
 
     @property
     def reason(self) -> str:
@@ -72,7 +72,7 @@ class QuadratureRoute:
         mode, peak, spread = self._modes(run_at)
         nodes, log_z, log_p = self._integrated(run_at, self.rule, mode, spread, differentiable)
         self._count += 1
-        if self.due or self._count & (self._count - 1) == 0:
+        if self.due or (self._count and self._count & (self._count - 1) == 0):
             self.due = False
             self.check(run_at, mode, spread, log_z.detach())
         m, atoms, weights = len(self.layout.sizes), self.layout.values(nodes, self.dtypes), log_p.detach().exp()

@@ -68,6 +68,16 @@ class WishartKernel(Kernel):
             return log_part - self.matrix / 2
         return inverse @ self.matrix @ inverse / 2 - log_part
 
+    def factor_value(self, factor: Tensor) -> Tensor:
+        """The kernel at Σ = LLᵀ (or P = LLᵀ), L with a positive diagonal."""
+        log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        if self.inverse:
+            return self.log_coefficient * log_det - (factor * (self.matrix @ factor)).sum((-2, -1)) / 2
+        lower, matrix = torch.broadcast_tensors(factor, self.matrix)
+        half = torch.linalg.solve_triangular(lower, matrix, upper=False)
+        whole = torch.linalg.solve_triangular(lower, half.mT, upper=False)
+        return -self.log_coefficient * log_det - whole.diagonal(dim1=-2, dim2=-1).sum(-1) / 2
+
     def factor_gradient(self, factor: Tensor) -> Tensor:
         """Derivative in L of Σ = LLᵀ (or P = LLᵀ), of which the entries on and below the diagonal count.
 

@@ -24,6 +24,8 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_em.charts import Chart, chart
 from pyro_em.evidence.discrete import weighted_sum
+from pyro_em.families.base import CHOLESKY
+from pyro_em.kernels import WishartKernel
 from pyro_em.m_step.climb import EPS, Climb, Value
 from pyro_em.m_step.kinks import Kinks, kink_of
 from pyro_em.m_step.location import full_cells
@@ -172,8 +174,14 @@ def _term(problem: Problem, name: str, slots: Sequence[str], sufficient: Suffici
         kernel = family.kernel(slot, own.moments, {**site.constants, **arguments, **own.override}, own.center)
         assert kernel is not None
 
+        by_factor = kernel.factor_value if isinstance(kernel, WishartKernel) and family.link(slot) is CHOLESKY else None
+
         def of_kernel(moved: Mapping[str, Tensor]) -> Tensor:
-            value = inside(moved, kernel.value(family.link(slot).to_canonical(moved[slot])))
+            if by_factor is not None:  # the matrix need not be made, and factorised again
+                value = by_factor(moved[slot])
+            else:
+                value = kernel.value(family.link(slot).to_canonical(moved[slot]))
+            value = inside(moved, value)
             return value.expand(broadcast_shapes(value.shape, own.cells))  # each cell counts
 
         return of_kernel

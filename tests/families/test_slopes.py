@@ -73,6 +73,9 @@ def test_a_factor_s_derivative_is_that_of_the_matrix() -> None:
         kernel, factor = WishartKernel(positive(4), spd(4), inverse), torch.linalg.cholesky(spd(4))
         leaf = factor.clone().requires_grad_()
         (expected,) = torch.autograd.grad(kernel.value(leaf @ leaf.mT).sum(), leaf)
+        torch.testing.assert_close(
+            kernel.factor_value(factor), kernel.value(factor @ factor.mT), rtol=1e-12, atol=1e-12
+        )
         found = kernel.factor_gradient(factor)
         assert found is not None
         torch.testing.assert_close(found.tril(), expected.tril(), rtol=1e-11, atol=1e-11)
