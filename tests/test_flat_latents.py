@@ -23,6 +23,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 import pyro_em
+from models import linear_mixed
 
 RNG = np.random.default_rng(4)
 GROUP = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 4])
@@ -119,3 +120,32 @@ def test_what_the_data_do_not_determine_is_refused() -> None:
 
     with pytest.raises(pyro_em.Refusal, match="do not determine it given the other latents"):
         pyro_em.fit(effects, Y, roles={"mean": "latent", "b": "latent"})
+
+
+def test_penicillin_as_lme4_prints_it() -> None:
+    """diameter ~ 1 + (1|plate) + (1|sample): lmer's default is REML. Criterion, scales, mean with its standard error and
+    conditional modes from the documentation of lme4 (Bates et al. 2015)."""
+
+    def model(plate: Tensor, sample: Tensor, y: Tensor) -> None:
+        starts = {"plate": 0.8, "sample": 1.8, "within": 0.5}
+        scales = [pyro.param(n, torch.tensor(v), constraint=constraints.positive) for n, v in starts.items()]
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0).mask(False))
+        with pyro.plate("plates", 24):
+            a = pyro.sample("a", dist.Normal(0.0, scales[0]))
+        with pyro.plate("samples", 6):
+            c = pyro.sample("c", dist.Normal(0.0, scales[1]))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mean + a[plate] + c[sample], scales[2]), obs=y)
+
+    options: dict[str, Any] = {"roles": {"mean": "latent"}, "tol": 1e-8, "max_iter": 5000, "accelerate": "squarem"}
+    result = pyro_em.fit(model, *linear_mixed.load_penicillin(), **options)
+    posterior = result.posterior()
+    assert result.converged and -2 * result.log_likelihood == pytest.approx(330.8606, abs=1e-4)
+    assert [float(result.params[n]) for n in ("plate", "sample", "within")] == pytest.approx(
+        [0.8467, 1.9316, 0.5499], abs=1e-4
+    )
+    assert float(posterior.mean("mean")) == pytest.approx(22.9722, abs=1e-4)
+    assert float(posterior.variance("mean").sqrt()) == pytest.approx(0.8086, abs=1e-4)
+    samples = [2.18706, -1.01048, 1.93790, -0.09689, -0.01384, -3.00374]
+    assert posterior.mean("c").tolist() == pytest.approx(samples, abs=1e-4)
+    assert posterior.mean("a")[:4].tolist() == pytest.approx([0.80454, 0.80454, 0.18167, 0.33739], abs=1e-4)
