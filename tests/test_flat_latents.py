@@ -123,8 +123,8 @@ def test_what_the_data_do_not_determine_is_refused() -> None:
 
 
 def test_penicillin_as_lme4_prints_it() -> None:
-    """diameter ~ 1 + (1|plate) + (1|sample): lmer's default is REML. Criterion, scales, mean with its standard error and
-    conditional modes from the documentation of lme4 (Bates et al. 2015)."""
+    """diameter ~ 1 + (1|plate) + (1|sample), by REML, lmer's default: criterion, scales, mean with its standard error,
+    and conditional modes from the documentation of lme4 (Bates et al. 2015)."""
 
     def model(plate: Tensor, sample: Tensor, y: Tensor) -> None:
         starts = {"plate": 0.8, "sample": 1.8, "within": 0.5}
