@@ -15,6 +15,7 @@ import pyro_em
 from pyro_em.state_space import kalman
 from pyro_em.state_space.centred import FAR, is_far
 from pyro_em.state_space.chunked import states
+from pyro_em.state_space.joint import log_joint
 from pyro_em.state_space.linear_gaussian import Chain
 from pyro_em.state_space.smoother import smooth
 from pyro_em.state_space.steady import steady_moments
@@ -138,3 +139,21 @@ def test_fits_of_wide_starts_far_from_their_mean(states: int) -> None:
 
     result = pyro_em.fit(model, y, accelerate="anderson", max_iter=60, tol=1e-5)
     assert result.converged
+
+
+def test_the_joint_density_counts_no_coordinate_without_noise() -> None:
+    """A second-order autoregression, its lag the second coordinate of the state; one observation is not seen."""
+    g = torch.Generator().manual_seed(2)
+    z, y = torch.randn(8, generator=g), torch.randn(1, 7, 1, generator=g)
+    x = torch.stack([z[1:], z[:-1]], -1)[None]
+    A, C = torch.tensor([[0.6, 0.3], [1.0, 0.0]]), torch.tensor([[2.0, 0.0]])
+    zero, one = torch.zeros(1, 1, 2), torch.ones(1, 1, 1)
+    seen = torch.ones(1, 7, 1, dtype=torch.bool)
+    seen[0, 3] = False
+    Q = torch.diag(torch.tensor([0.5, 0.0]))[None, None]
+    chain = Chain(zero[0], torch.eye(2)[None], A[None, None], zero, Q, C[None, None], 0 * one, one[None], y, seen)
+    normal = dist.Normal
+    steps = normal(0.6 * z[1:-1] + 0.3 * z[:-2], 0.5**0.5).log_prob(z[2:]).sum()
+    data = (normal(2 * z[1:], 1.0).log_prob(y[0, :, 0]) * seen[0, :, 0]).sum()
+    expected = normal(0.0, 1.0).log_prob(z[:2]).sum() + steps + data
+    torch.testing.assert_close(log_joint(chain, x), expected[None], rtol=1e-12, atol=0.0)

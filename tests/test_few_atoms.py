@@ -15,7 +15,7 @@ from torch.distributions import constraints
 import pyro_em
 from models import linear_mixed
 from pyro_em import settings
-from pyro_em.all_atoms import has_few_atoms
+from pyro_em.all_atoms import has_few_atoms, with_all_atoms
 from pyro_em.e_step.auto import chosen
 from pyro_em.e_step.interpreted import Interpreted
 from pyro_em.errors import ResourceError
@@ -96,3 +96,11 @@ def test_it_is_as_with_all_atoms(monkeypatch: pytest.MonkeyPatch) -> None:
         errors, expected = few.standard_errors(), plain.standard_errors()
         for name, value in expected.items():
             torch.testing.assert_close(errors[name], value, rtol=1e-8, atol=1e-10, equal_nan=True)
+
+
+def test_a_problem_that_has_its_atoms_is_left_as_it_is() -> None:
+    """No elimination is made for it once more, and no table."""
+    i, j, y = _data(5, 3, 30)
+    problem = bind(linear_mixed.crossed, (i, j, y), {}, with_prior=False)
+    assert problem.continuous is not None and not has_few_atoms(problem)
+    assert with_all_atoms(problem) is problem
