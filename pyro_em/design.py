@@ -128,7 +128,7 @@ class Design:
         total: Tensor | None = None  # of the size of the data: none more than are needed
         for group in self.groups:
             operands = [("y", padded[group.index]), ("y", group.coefficient)]
-            own = self._sum(operands, "", frozenset(range(len(self.cells))))
+            own = self.sum_of(operands, "", frozenset(range(len(self.cells))))
             total = own if total is None else total + own
         return theta.new_zeros((1,) * len(self.cells)) if total is None else total
 
@@ -148,7 +148,7 @@ class Design:
         """Pieces of Aᵀ v, kept along `keep`."""
         found = []
         for group in self.groups:
-            vector = self._sum([("", v), ("y", group.coefficient)], "y", group.index_dims | keep)
+            vector = self.sum_of([("", v), ("y", group.coefficient)], "y", group.index_dims | keep)
             found.append(Column(group, self._kept(vector, 1, keep)))
         return found
 
@@ -180,9 +180,9 @@ class Design:
             for b in self.groups[i:] if other is None else other.groups:
                 dims = a.index_dims | b.index_dims | keep
                 shared = other is None and a is b and not a.dims & dims
-                matrix = self._products(weight, a, dims) if shared else None
+                matrix = self.products(weight, a, dims) if shared else None
                 if matrix is None:
-                    matrix = self._sum([("", weight), ("y", a.coefficient), ("z", b.coefficient)], "yz", dims)
+                    matrix = self.sum_of([("", weight), ("y", a.coefficient), ("z", b.coefficient)], "yz", dims)
                 pieces.append(Piece(a, b, self._kept(matrix, 2, keep)))
         return pieces
 
@@ -214,7 +214,7 @@ class Design:
         shape = [self.cells[i] if i in keep else s for i, s in enumerate(x.shape[lead:])]
         return x.expand(*x.shape[:lead], *shape)
 
-    def _sum(self, operands: Sequence[tuple[str, Tensor]], lead: str, keep: frozenset[int]) -> Tensor:
+    def sum_of(self, operands: Sequence[tuple[str, Tensor]], lead: str, keep: frozenset[int]) -> Tensor:
         """Σ of a product over the cells except along `keep`; operands are (term dims, tensor (terms, cells))."""
         rank = len(self.cells)
         names = string.ascii_lowercase[:rank]
@@ -232,13 +232,13 @@ class Design:
         shape = [self.cells[i] if i in out else 1 for i in range(rank)]
         return (result * repeats if repeats != 1 else result).reshape((*result.shape[: len(lead)], *shape))
 
-    def _products(self, weight: Tensor, group: Group, dims: frozenset[int]) -> Tensor | None:
+    def products(self, weight: Tensor, group: Group, dims: frozenset[int]) -> Tensor | None:
         """Gram matrices of one group for every cell of `dims`, its coefficients being the same in all of them."""
         rows = sorted(group.dims)
         if not rows:
             return None
         # Σ over what the coefficients do not see comes first.
-        weight = self._sum([("", weight)], "", dims | group.dims)
+        weight = self.sum_of([("", weight)], "", dims | group.dims)
         if any(weight.shape[i] == 1 for i in rows):
             weight = weight.expand([self.cells[i] if i in group.dims else s for i, s in enumerate(weight.shape)])
         states = [i for i in range(weight.dim()) if i not in group.dims]

@@ -106,7 +106,9 @@ class _CurvedTable(Table):
 
     @cached_property
     def _derivatives(self) -> tuple[Tensor, Tensor]:
-        return self.curve.derivatives(self.eta)
+        slope, curvature = self.curve.derivatives(self.eta)
+        assert isinstance(curvature, Tensor)  # of a scalar predictor
+        return slope, curvature
 
     def in_groups(self) -> tuple[Tensor, Tensor]:
         one = torch.ones(1, 1, 1, dtype=torch.float64)

@@ -87,7 +87,8 @@ class NodeDispersion(NodeLocation):
                 total = total + cross + cross.mT
             for k, design in enumerate(self.block.designs):
                 mixed = slot._reached(self._at_cells(curvatures[k][i]) * slope)
-                cross = design.gram_matrix(mixed, slot.designs[0])
+                assert isinstance(slot.design, Design)
+                cross = design.gram_matrix(mixed, slot.design)
                 total = total + cross + cross.mT
         return total
 
@@ -157,4 +158,4 @@ def _over(slot: Slot, starts: Mapping[str, int], size: int, cells: torch.Size) -
         assert use.index is not None
         terms = (Term(use.parameter, use.index, torch.ones((), dtype=torch.float64)),)
     lean = [replace(t, index=trailing(t.index, rank), coefficient=trailing(t.coefficient, rank)) for t in terms]
-    return replace(slot, designs=(Design(lean, starts, size, cells),))
+    return replace(slot, design=Design(lean, starts, size, cells))

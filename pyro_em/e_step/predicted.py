@@ -34,7 +34,7 @@ from pyro_em.model.density import clean_value, packed_log_density
 from pyro_em.model.graph import Component
 from pyro_em.model.nests import at_rows, sum_over
 from pyro_em.model.packing import align
-from pyro_em.model.predictor import Predictor, at_entry
+from pyro_em.model.predictor import Predictor
 from pyro_em.model.trace import SiteRecord
 from pyro_em.model.use import VALUE
 from pyro_em.problem import Problem
@@ -43,6 +43,7 @@ from pyro_em.softmax import softmax, softmax_
 from pyro_em.statistics import SiteMoments, argument_cells, site_center, site_moments, site_weight
 from pyro_em.sufficient import Arguments, Sufficient, raw_arguments
 from pyro_em.types import Params
+from pyro_em.vector_design import VectorDesign
 
 MAX_STATES = 1024  # joint states of the latents of one row
 LOG_2PI = math.log(2 * math.pi)
@@ -57,16 +58,17 @@ class Reader:
         starts, size = {}, 0
         for name in self.names:
             starts[name], size = size, size + params[name].numel()
-        cells = shape[:-1] if vector else shape
-        parts = [[at_entry(t, d) for t in predictor.terms] for d in range(shape[-1])] if vector else [predictor.terms]
-        self.designs = [Design(part, starts, size, cells) for part in parts]
+        self.design: Design | VectorDesign = (
+            VectorDesign(predictor.terms, starts, size, shape[-1], shape[:-1])
+            if vector
+            else Design(predictor.terms, starts, size, shape)
+        )
 
     def eta(self, params: Params) -> Tensor:
         """The linear predictor at `params`."""
         values = self.predictor.coordinates({name: params[name].detach().double() for name in self.names})
         theta = torch.cat([values[name].reshape(-1) for name in self.names])
-        parts = [design.predict(theta) for design in self.designs]
-        eta = torch.stack(torch.broadcast_tensors(*parts), -1) if self.vector else parts[0]
+        eta = self.design.predict(theta)
         offset = self.predictor.offset
         assert offset is not None
         return eta if offset.numel() == 1 and float(offset) == 0 else eta + offset

@@ -25,6 +25,7 @@ from pyro_em.families.base import (
 from pyro_em.families.numerics import floats, real, weighted, weighted_log
 from pyro_em.kernels import SimplexKernel
 from pyro_em.shapes import broadcast_shapes
+from pyro_em.softmax import log_softmax
 
 
 class SimplexFamily(Family):
@@ -46,14 +47,14 @@ class CategoricalFamily(SimplexFamily):
     distribution = dist.Categorical
 
     def log_prob(self, args: Arguments, value: Tensor) -> Tensor:
-        table = NORMALISED.to_canonical(args["probs"]) if "probs" in args else args["logits"].log_softmax(-1)
+        table = NORMALISED.to_canonical(args["probs"]) if "probs" in args else log_softmax(args["logits"])
         shape = broadcast_shapes(value.shape, table.shape[:-1])
         index = value.long().expand(shape).unsqueeze(-1)
         picked = table.expand(shape + table.shape[-1:]).gather(-1, index).squeeze(-1)
         return weighted_log(torch.ones_like(picked), picked) if "probs" in args else picked
 
     def log_prob_of_all(self, args: Arguments, value: Tensor) -> Tensor:
-        table = NORMALISED.to_canonical(args["probs"]).log() if "probs" in args else args["logits"].log_softmax(-1)
+        table = NORMALISED.to_canonical(args["probs"]).log() if "probs" in args else log_softmax(args["logits"])
         depth = max(value.dim(), table.dim() - 1)
         table = table.reshape((1,) * (depth + 1 - table.dim()) + tuple(table.shape))
         if table.shape[depth - value.dim()] != 1:  # the probabilities vary along the values' own dim
@@ -79,7 +80,7 @@ class CountsFamily(SimplexFamily):
             log_mass = weighted_log(value, NORMALISED.to_canonical(probs)).sum(-1)
         else:
             logits, value = floats(args["logits"], value)
-            log_mass = weighted(value, logits.log_softmax(-1)).sum(-1)
+            log_mass = weighted(value, log_softmax(logits)).sum(-1)
         # The number of arrangements: 0 in the log for a one-hot row.
         return log_mass + torch.lgamma(value.sum(-1) + 1) - torch.lgamma(value + 1).sum(-1)
 

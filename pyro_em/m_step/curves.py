@@ -23,15 +23,16 @@ from torch import Tensor
 from pyro_em.families.base import IDENTITY, LOGIT, NORMALISED, SOFTMAX, Link
 from pyro_em.kernels import BetaKernel, Kernel, PowerKernel, QuadraticKernel, SimplexKernel
 from pyro_em.shapes import broadcast_shapes
+from pyro_em.vector_design import Curvature, SoftmaxCurvature
 
-Derivatives = tuple[Tensor, Tensor]
+Derivatives = tuple[Tensor, Curvature]
 
 
 @dataclass(frozen=True, eq=False)
 class Curve:
     """`value` (cells) and `derivatives` (slope, curvature) as functions of η.
 
-    Slope and curvature are over the cells; of a vector η they are (cells, D) and (cells, D, D).
+    Slope and curvature are over the cells; of a vector η they are (cells, D) and (cells, D, D), of a softmax by parts.
     """
 
     value: Callable[[Tensor], Tensor]
@@ -110,7 +111,7 @@ def _logistic(kernel: BetaKernel) -> Curve:
 
 
 def _categorical(kernel: SimplexKernel) -> Curve:
-    last: list[tuple[Tensor, Tensor]] = []  # value and derivatives are asked for at the same η
+    last: list[tuple[Tensor, Tensor, Tensor]] = []  # value and derivatives are asked for at the same η
 
     def first(x: Tensor, rank: int) -> Tensor:
         """Categories first: torch is slow over a last dim of few entries."""
@@ -124,21 +125,21 @@ def _categorical(kernel: SimplexKernel) -> Curve:
             known[rank] = first(kernel.counts, rank)
         return known[rank]
 
-    def log_probs(eta: Tensor) -> Tensor:
+    def softmaxed(eta: Tensor) -> tuple[Tensor, Tensor]:
+        """log p and p."""
         if not last or last[0][0] is not eta:
-            own = first(eta, kernel.counts.dim())
-            last[:] = [(eta, own - torch.logsumexp(own, 0))]
-        return last[0][1]
+            log_p = first(eta, kernel.counts.dim()).log_softmax(0)
+            last[:] = [(eta, log_p, log_p.exp())]
+        return last[0][1:]
 
     def value(eta: Tensor) -> Tensor:
-        return (counts(eta) * log_probs(eta)).sum(0)
+        return (counts(eta) * softmaxed(eta)[0]).sum(0)
 
     def derivatives(eta: Tensor) -> Derivatives:
-        p, own = torch.exp(log_probs(eta)), counts(eta)
-        expected = own.sum(0) * p
-        curvature = expected.unsqueeze(0) * -p.unsqueeze(1)
-        curvature.diagonal(dim1=0, dim2=1).add_(expected.movedim(0, -1))
-        return (own - expected).movedim(0, -1), curvature.movedim((0, 1), (-2, -1))
+        p, own = softmaxed(eta)[1], counts(eta)
+        total = own.sum(0)
+        expected, root = total * p, total.sqrt() * p
+        return (own - expected).movedim(0, -1), SoftmaxCurvature(expected.movedim(0, -1), root.movedim(0, -1))
 
     return Curve(value, derivatives)
 

@@ -13,7 +13,7 @@ import torch
 from pyro_em.design import Design
 from pyro_em.model.affine import terms_at
 from pyro_em.model.links import LINKS, PredictorLink
-from pyro_em.model.predictor import at_entry
+from pyro_em.model.predictor import Term, at_entry
 from pyro_em.model.trace import Run
 from pyro_em.sufficient import Sufficient
 from pyro_em.types import Params
@@ -26,6 +26,15 @@ def run_at_atoms(names: Sequence[str], params: Params, sufficient: Sufficient) -
         return sufficient.problem.run({**params, **leaves})
 
 
+def terms_of_run(
+    run: Run, site: str, slot: str, names: Sequence[str], link: PredictorLink = LINKS[0]
+) -> tuple[list[Term], int]:
+    """Terms of one argument of that run in the parameters `names`, and the length of its last dim."""
+    argument = (run.sites[site].arguments or {})[slot]
+    terms = [term for name in names for term in terms_at(name, run.leaves[name], argument, link)]
+    return terms, argument.shape[-1] if argument.dim() else 1
+
+
 def designs_at(
     run: Run,
     site: str,
@@ -36,10 +45,8 @@ def designs_at(
     cells: torch.Size,
     *,
     vector: bool,
-    link: PredictorLink = LINKS[0],
 ) -> tuple[Design, ...]:
-    """Designs of one argument of that run in the parameters `names`, one for each entry of a vector."""
-    argument = (run.sites[site].arguments or {})[slot]
-    terms = [term for name in names for term in terms_at(name, run.leaves[name], argument, link)]
-    parts = [[at_entry(t, d) for t in terms] for d in range(argument.shape[-1])] if vector else [terms]
+    """Designs of a location, one for each entry of a vector."""
+    terms, entries = terms_of_run(run, site, slot, names)
+    parts = [[at_entry(t, d) for t in terms] for d in range(entries)] if vector else [terms]
     return tuple(Design(part, starts, size, cells) for part in parts)

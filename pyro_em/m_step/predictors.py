@@ -24,17 +24,18 @@ from pyro_em.families import SOFTMAX
 from pyro_em.families.base import IDENTITY, NORMALISED
 from pyro_em.m_step.curves import Curve, cellwise_derivatives, curve_of, rowwise_derivatives
 from pyro_em.m_step.location import full_cells, terms_of
-from pyro_em.m_step.moving import designs_at
+from pyro_em.m_step.moving import terms_of_run
 from pyro_em.m_step.slot import Slot
 from pyro_em.m_step.unit import weight_of
 from pyro_em.model.density import clean_value
-from pyro_em.model.predictor import Term, at_entry
+from pyro_em.model.predictor import Term
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.model.use import Use
 from pyro_em.problem import Problem
 from pyro_em.shapes import broadcast_shapes
 from pyro_em.statistics import SiteMoments, argument_cells
 from pyro_em.sufficient import Sufficient
+from pyro_em.vector_design import Curvature, VectorDesign
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +62,9 @@ class PredictorSite:
             if slot.moving:
                 assert slot.use.predictor is not None
                 names = [name for name in slot.use.predictor.parameters if name in starts]
-                found = designs_at(
-                    run, self.name, slot.name, names, starts, size, slot.designs[0].cells, vector=slot.vector,
-                    link=slot.use.predictor.link,
-                )  # fmt: skip
-                slot = dataclasses.replace(slot, designs=found)
+                terms, entries = terms_of_run(run, self.name, slot.name, names, slot.use.predictor.link)
+                width = entries if slot.vector else None
+                slot = dataclasses.replace(slot, design=_design(terms, starts, size, slot.design.cells, width))
             slots.append(slot)
         return dataclasses.replace(self, slots=tuple(slots))
 
@@ -77,9 +76,9 @@ class PredictorSite:
             (slot,) = self.slots
             moments = sufficient.moments(self.name)
             # Those of residuals are sums over what tells locations apart only: each cell has to count once.
-            rank = len(slot.designs[0].cells)
+            rank = len(slot.design.cells)
             cells = torch.Size((*(1,) * (rank - len(moments.cells)), *moments.cells))
-            slot = dataclasses.replace(slot, designs=tuple(design.over(cells) for design in slot.designs))
+            slot = dataclasses.replace(slot, design=slot.design.over(cells))
             own = dataclasses.replace(self, slots=(slot,))
             return _Compressed(own, etas, site, _curve(slot, site, moments, arguments), arguments[slot.name])
         weight = weight_of(problem, self.name, sufficient)
@@ -93,7 +92,7 @@ class OpenSite:
         self.own, self.start, self.site, self.name = own, list(etas), site, own.name
         self._delta: Tensor | None = None
         self._etas: list[Tensor] = []
-        self._found: tuple[list[Tensor], list[list[Tensor]]] | None = None
+        self._found: tuple[list[Tensor], list[list[Curvature]]] | None = None
         self._gradient: Tensor | None = None
 
     def etas(self, delta: Tensor) -> list[Tensor]:
@@ -109,7 +108,7 @@ class OpenSite:
         """Q up to a constant, one term for each cell."""
         raise NotImplementedError
 
-    def _cellwise(self, etas: list[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
+    def _cellwise(self, etas: list[Tensor]) -> tuple[list[Tensor], list[list[Curvature]]]:
         raise NotImplementedError
 
     def _bounded(self, value: Tensor, moved: Mapping[str, Tensor]) -> Tensor:
@@ -121,7 +120,7 @@ class OpenSite:
         outside = family.outside({name: x for name, x in moved.items() if name in self.own.unbounded})
         return value if outside is None else torch.where(outside, torch.nan, value)
 
-    def _derivatives(self, delta: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
+    def _derivatives(self, delta: Tensor) -> tuple[list[Tensor], list[list[Curvature]]]:
         etas = self.etas(delta)
         if self._found is None:
             self._found = self._cellwise(etas)
@@ -138,7 +137,7 @@ class OpenSite:
         """−∂²Q/∂θ² (P, P)."""
         slots = self.own.slots
         _, curvatures = self._derivatives(delta)
-        size = slots[0].designs[0].size
+        size = slots[0].design.size
         hessian = torch.zeros(size, size, dtype=torch.float64)
         for i, slot in enumerate(slots):
             hessian += slot.gram(curvatures[i][i], slot)
@@ -168,7 +167,7 @@ class _Compressed(OpenSite):
     ) -> None:
         super().__init__(own, etas, site)
         self.curve, self.forward = curve, own.slots[0].forward(argument)
-        self.cells = own.slots[0].designs[0].cells
+        self.cells = own.slots[0].design.cells
 
     def value(self, delta: Tensor) -> Tensor:
         (slot,) = self.own.slots
@@ -179,7 +178,7 @@ class _Compressed(OpenSite):
         value = slot._reached(value)
         return value.expand(broadcast_shapes(value.shape, self.cells))
 
-    def _cellwise(self, etas: list[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
+    def _cellwise(self, etas: list[Tensor]) -> tuple[list[Tensor], list[list[Curvature]]]:
         slope, curvature = self.curve.derivatives(etas[0])
         return [slope], [[curvature]]
 
@@ -192,7 +191,7 @@ class _Whole(OpenSite):
     ) -> None:
         super().__init__(own, etas, site)
         self.arguments = arguments
-        self.cells = own.slots[0].designs[0].cells
+        self.cells = own.slots[0].design.cells
         self.weight = weight.expand(self.cells)
         self.data = clean_value(site)
         self.forwards = [slot.forward(arguments[slot.name]) for slot in own.slots]
@@ -207,11 +206,12 @@ class _Whole(OpenSite):
     def value(self, delta: Tensor) -> Tensor:
         return self._density(self.etas(delta))
 
-    def _cellwise(self, etas: list[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
+    def _cellwise(self, etas: list[Tensor]) -> tuple[list[Tensor], list[list[Curvature]]]:
         if self.own.slots[0].vector:  # the only one
             slope, curvature = rowwise_derivatives(lambda eta: self._density([eta]), _per_cell(etas[0], self.cells))
             return [slope], [[curvature]]
-        return cellwise_derivatives(self._density, [eta.expand(self.cells) for eta in etas])
+        slopes, curvatures = cellwise_derivatives(self._density, [eta.expand(self.cells) for eta in etas])
+        return slopes, [[*own] for own in curvatures]
 
 
 def _per_cell(eta: Tensor, cells: torch.Size) -> Tensor:
@@ -260,16 +260,23 @@ def predictor_site(
     cells = argument_cells(site, dict(site.arguments)) if compressed else full_cells(site)
     slots = []
     for name, uses in own.items():
-        vector = family.arguments[name] == 1
+        width = site.arguments[name].shape[-1] if family.arguments[name] == 1 else None
         terms = terms_of(uses) if uses[0].predictor is not None else [_entry(uses[0])]
-        parts = [[at_entry(t, d) for t in terms] for d in range(site.arguments[name].shape[-1])] if vector else [terms]
         predictor = uses[0].predictor
         whole = predictor is None or all(parameter in starts for parameter in predictor.parameters)
-        designs = tuple(Design(part, starts, size, cells) for part in parts)
         by_log = predictor is None and uses[0].parameter in logs
-        slots.append(Slot(name, uses[0], vector, designs, whole, by_log))
+        slots.append(Slot(name, uses[0], _design(terms, starts, size, cells, width), whole, by_log))
     unbounded = frozenset(name for name, uses in own.items() if _may_leave(site, name, uses, real))
     return PredictorSite(site.name, tuple(slots), compressed, unbounded)
+
+
+def _design(
+    terms: Sequence[Term], starts: Mapping[str, int], size: int, cells: torch.Size, entries: int | None
+) -> Design | VectorDesign:
+    """Of a scalar argument, or a vector of some entries."""
+    if entries is None:
+        return Design(terms, starts, size, cells)
+    return VectorDesign(terms, starts, size, entries, cells)
 
 
 def _may_leave(site: SiteRecord, name: str, uses: Sequence[Use], real: frozenset[str]) -> bool:

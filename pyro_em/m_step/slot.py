@@ -2,7 +2,7 @@
 
     change   A δ                pull   Aᵀ s                gram   Aᵀ diag(c) B
 
-A vector argument has one design for each of its entries; c is then a matrix for every cell. Shapes as in design.py.
+Of a vector argument (vector_design.py) c is a matrix for every cell. Shapes as in design.py.
 """
 
 from __future__ import annotations
@@ -15,22 +15,27 @@ from torch import Tensor
 
 from pyro_em.design import Design
 from pyro_em.model.use import Use
+from pyro_em.vector_design import Curvature, VectorDesign
 
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """One argument of a site behind η: `designs` one, or one per entry of a vector."""
+    """One argument of a site behind η."""
 
     name: str
     use: Use
-    vector: bool
-    designs: tuple[Design, ...]
+    design: Design | VectorDesign
     whole: bool  # the block holds all parameters of the predictor
     by_log: bool = False  # the block holds the logarithm of the parameter that the argument takes entries of
 
     @property
+    def vector(self) -> bool:
+        """The argument is a vector for each cell."""
+        return isinstance(self.design, VectorDesign)
+
+    @property
     def moving(self) -> bool:
-        """The designs depend on continuous latents, and are those of one E-step."""
+        """The design depends on continuous latents, and is that of one E-step."""
         return self.use.predictor is not None and self.use.predictor.moving
 
     @property
@@ -78,30 +83,23 @@ class Slot:
 
     def change(self, delta: Tensor) -> Tensor:
         """Change of η when the block moves by δ."""
-        parts = [design.predict(delta) for design in self.designs]
-        change = torch.stack(torch.broadcast_tensors(*parts), -1) if self.vector else parts[0]
+        change = self.design.predict(delta)
         free = self.free()
         return change if free is None else torch.where(free, change, 0.0)
 
     def pull(self, slope: Tensor) -> Tensor:
         """Aᵀ slope."""
-        if not self.vector:
-            return self.designs[0].pull(self._reached(slope))
-        return torch.stack([design.pull(slope[..., d]) for d, design in enumerate(self.designs)]).sum(0)
+        return self.design.pull(slope if self.vector else self._reached(slope))
 
-    def gram(self, curvature: Tensor, other: Slot) -> Tensor:
+    def gram(self, curvature: Curvature, other: Slot) -> Tensor:
         """Aᵀ diag(c) B, B the design of `other`."""
-        if not self.vector:
-            first, second = self.designs[0], other.designs[0]
-            curvature = other._reached(self._reached(curvature))
-            return first.gram_matrix(curvature, None if other is self else second)
-        total = torch.zeros(self.designs[0].size, self.designs[0].size, dtype=torch.float64)
-        for d, first in enumerate(self.designs):
-            total += first.gram_matrix(curvature[..., d, d])
-            for e, second in enumerate(self.designs[:d]):
-                cross = first.gram_matrix(curvature[..., d, e], second)
-                total += cross + cross.mT
-        return total
+        first, second = self.design, other.design
+        if isinstance(first, VectorDesign) or isinstance(second, VectorDesign):
+            assert isinstance(first, VectorDesign) and first is second  # a vector is the only argument of its site
+            return first.gram_matrix(curvature)
+        assert isinstance(curvature, Tensor)
+        curvature = other._reached(self._reached(curvature))
+        return first.gram_matrix(curvature, None if other is self else second)
 
     def _reached(self, x: Tensor) -> Tensor:
         free = self.free()
