@@ -31,6 +31,7 @@ from pyro_em.model.nests import at_rows
 from pyro_em.model.packing import multiply, onto
 from pyro_em.model.switching import refuse_switching
 from pyro_em.model.trace import Run
+from pyro_em.shapes import broadcast_shapes
 from pyro_em.types import Params
 
 SYMBOLS = "①②③④⑤⑥⑦⑧⑨⑩⑪⑫⑬⑭⑮⑯⑰⑱⑲⑳"  # of the atoms of each set; Pyro's own symbols are letters
@@ -106,14 +107,10 @@ def bind_continuous(
     :raises Refusal: if a set is not exactly tractable, naming site, reason and remedy.
     """
     leaves, (first, second) = _first_runs(runs, capture, names, params)
-    sets, enumeration = _sets(first, second, leaves, names, runs), _enumeration_symbols(first, runs.dim)
+    sets = _sets(first, second, leaves, names, runs)
     symbols: dict[str, Mapping[int, str]] = {}
-    for latents in sets:
-        sites = [first.sites[name] for name in latents.factors]
-        if any(site.symbol is not None or set(site.symbols) & set(enumeration) for site in sites):
-            reach = enumeration
-        else:
-            reach = {}
+    enumeration = [_enumeration_symbols(first, latents, runs.dim) for latents in sets]
+    for latents, reach in zip(sets, enumeration, strict=True):
         symbols.update({name: {**reach, runs.dim: latents.symbol} for name in latents.factors})
     plain = tuple({n: v.detach() for n, v in own.items()} for own in leaves)
     with torch.no_grad():
@@ -123,12 +120,12 @@ def bind_continuous(
     runs = dataclasses.replace(runs, symbols=symbols).certified(params[0], plain, (first, crossed))
     routes: list[Route] = []
     values_at_start: Values = {}
-    for latents in sets:
+    for latents, reach in zip(sets, enumeration, strict=True):
         rest = {n: v for n, v in plain[0].items() if n not in latents.names}
         own, own2 = ({n: leaf for n, leaf in point.items() if n in latents.names} for point in leaves)
         at, at2 = (_run_at(runs, p, rest) for p in params)
         others = (plain[1], crossed), drawn
-        where = runs.dim, enumeration, maps
+        where = runs.dim, reach, maps
         candidate = Candidate(latents, first, second, (own, own2), others, (at, at2), *where)
         route = _checked(choose_route(candidate, rules), latents, runs, first)
         routes.append(route)
@@ -184,7 +181,8 @@ def _sets(
         raise Refusal(
             sorted(groups[-1][0])[0],
             f"the model has {len(groups)} independent sets of continuous latents, more than {len(SYMBOLS)}.",
-            "write independent repetitions as a pyro.plate instead of a Python loop.",
+            "write independent repetitions as a pyro.plate instead of a Python loop; in a loop over time, give the "
+            "observations the density in which the latent is integrated out (a wider Normal, GammaPoisson).",
         )
     order = {name: i for i, name in enumerate(first.sites)}
     sets = []
@@ -196,15 +194,27 @@ def _sets(
     return tuple(sets)
 
 
-def _enumeration_symbols(run: Run, dim: int) -> dict[int, str]:
-    """Enumeration dims by symbol; a dim that `pyro.markov` uses twice has no single one and is left out."""
+def _enumeration_symbols(run: Run, latents: LatentSet, dim: int) -> dict[int, str]:
+    """Enumeration dims of a set's sites by symbol.
+
+    :raises Refusal: if `pyro.markov` uses one of them twice: the set meets the states of more steps than it keeps.
+    """
     found: dict[int, str] = {}
-    twice: set[int] = set()
-    for site in run.sites.values():
+    for name in latents.factors:
+        site = run.sites[name]
+        own = site.value.shape[: site.value.dim() - site.fn.event_dim]
+        shape = broadcast_shapes(own, site.batch_shape)
         for d, symbol in site.symbols.items():
-            if d < dim and found.setdefault(d, symbol) != symbol:
-                twice.add(d)
-    return {d: s for d, s in found.items() if d not in twice}
+            here = d < dim and -d <= len(shape) and shape[d] > 1
+            if here and found.setdefault(d, symbol) != symbol:
+                raise Refusal(
+                    latents.names[0],
+                    "a continuous latent that is read at several steps of a loop over time, beside discrete latents of "
+                    "these steps: its posterior is a mixture with as many components as they have paths.",
+                    f"make it a point estimate by roles={{'{latents.names[0]}': 'parameter'}}, or use algorithm='svi' "
+                    "with a guide for it; a loop of few steps can be written for t in range(T).",
+                )
+    return found
 
 
 def integral(latents: LatentSet) -> str:

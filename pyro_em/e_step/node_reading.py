@@ -137,10 +137,10 @@ def _groups(route: QuadratureRoute, site: SiteRecord, cells: torch.Size) -> tupl
     index = index.reshape(index.shape[max(0, index.dim() - len(batch)) :])
     if index.dim() > len(batch) or m - 1 < len(batch):
         raise NotCompiled(f"'{site.name}' has dims that are no plates")
-    index = index.reshape(*index.shape, *(1,) * site.element_dims)
+    index = index.reshape((*index.shape, *(1,) * site.element_dims))
     present = torch.ones((), dtype=torch.bool)
     if site.mask is not None:
-        present = site.mask.reshape(*site.mask.shape, *(1,) * site.element_dims)
+        present = site.mask.reshape((*site.mask.shape, *(1,) * site.element_dims))
     if site.element_mask is not None:
         present = present & site.element_mask
     return index.expand(cells).reshape(-1), present.expand(cells).reshape(-1)

@@ -22,6 +22,7 @@ from pyro_em.errors import Refusal
 from pyro_em.evidence.columns import push
 from pyro_em.evidence.elimination import Candidate, Values
 from pyro_em.evidence.residuals import is_normal, whitened
+from pyro_em.evidence.rule import MAX_DIMENSIONS
 from pyro_em.model.trace import SiteRecord
 
 AFFINE = 1e-7  # relative deviation from an affine residual that rounding explains
@@ -65,13 +66,13 @@ def deviates(found: Tensor, predicted: Tensor, moved: float, single: bool) -> bo
     return difference > bound
 
 
-def not_affine(site: str, latent: str) -> Refusal:
+def not_affine(site: str, latent: str, numerically: str = "") -> Refusal:
     """The refusal of a site that is not linear in a latent."""
     return Refusal(
         site,
         f"its location is not an affine function of the Gaussian latent '{latent}' (a nonlinearity such as tanh, exp, "
         "abs or where, or a product of latents), so the posterior is not Gaussian.",
-        "make it linear, use e_step=pyro_em.Quadrature for latents of low dimension, or algorithm='svi' with a guide.",
+        f"make it linear, or use {numerically}algorithm='svi' with a guide.",
     )
 
 
@@ -92,8 +93,14 @@ def _check_normal(site: SiteRecord, candidate: Candidate) -> None:
     raise Refusal(
         site.name,
         f"its {family} density is not quadratic in the Gaussian latents {latents} that it reads.",
-        "use e_step=pyro_em.Quadrature for latents of low dimension, or algorithm='svi' with a guide for them.",
+        f"use {_numerically(candidate)}algorithm='svi' with a guide for them.",
     )
+
+
+def _numerically(candidate: Candidate) -> str:
+    """Quadrature, where it could serve: the states of a chain, say, are too many to be integrated jointly."""
+    size = sum(event.numel() for _, event in candidate.latents.shapes.values())
+    return "" if size > MAX_DIMENSIONS else "e_step=pyro_em.Quadrature for latents of low dimension, or "
 
 
 def _check_scales(names: Sequence[str], log_norms: Sequence[Tensor], leaves: Values) -> None:
@@ -125,12 +132,13 @@ def _check_affine(candidate: Candidate, i: int, outputs: Sequence[Tensor], other
         size = float(step.abs().max()) if step.numel() else 0.0
         wrong = deviates(other.detach(), w.detach() + step, size, single)
         if wrong or (wrong is None and i == 1):
-            _name_latent(names, outputs, leaves)
-            raise not_affine(name, next(iter(leaves)))
+            _name_latent(candidate, outputs, leaves)
+            raise not_affine(name, next(iter(leaves)), _numerically(candidate))
 
 
-def _name_latent(names: Sequence[str], outputs: Sequence[Tensor], leaves: Values) -> None:
+def _name_latent(candidate: Candidate, outputs: Sequence[Tensor], leaves: Values) -> None:
     """Refuse residuals whose tangent in a random direction itself has a tangent, with the latent."""
+    names = candidate.latents.factors
     generator = torch.Generator().manual_seed(1)
     ways = {n: seeded_normal(v.shape, generator) for n, v in leaves.items()}
     for i, name in enumerate(names):
@@ -144,4 +152,4 @@ def _name_latent(names: Sequence[str], outputs: Sequence[Tensor], leaves: Values
             for other, inner in leaves.items():
                 ((second,),) = push([first], inner, [ways[other]], graph=False)
                 if float(second.abs().max()) > AFFINE * max(scale, 1e-300):
-                    raise not_affine(name, latent)
+                    raise not_affine(name, latent, _numerically(candidate))

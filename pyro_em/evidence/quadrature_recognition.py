@@ -24,11 +24,10 @@ from pyro_em.evidence.columns import Column, direction, push
 from pyro_em.evidence.elimination import Candidate, Values
 from pyro_em.evidence.quadrature import QuadratureRoute
 from pyro_em.evidence.quadrature_layout import Layout
-from pyro_em.evidence.rule import Quadrature
+from pyro_em.evidence.rule import MAX_DIMENSIONS, MAX_PRODUCT, Quadrature
 from pyro_em.model.density import log_density
 from pyro_em.model.trace import Run, SiteRecord
 
-MAX_DIMENSIONS, MAX_PRODUCT = 4, 20_000
 SVI = "algorithm='svi' with a guide for it"
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_em.errors import InputError
 
+MAX_DIMENSIONS, MAX_PRODUCT = 4, 20_000  # of one element, and nodes in all
 MAX_NODES = 200  # in one dimension: beyond, the outermost weights underflow
 
 

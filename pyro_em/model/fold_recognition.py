@@ -29,6 +29,7 @@ from torch import Tensor
 from pyro_em.device import seeded_normal
 from pyro_em.errors import Refusal
 from pyro_em.families.chain import HEADS
+from pyro_em.model.alone import StepByStep, is_for_single_steps
 from pyro_em.model.capture import Capture, ParameterRecord, capture
 from pyro_em.model.certify_loops import REMEDY
 from pyro_em.model.chain_arguments import reach, reads_own_step, steps_of
@@ -63,12 +64,13 @@ def looked_at(
     exact = {n for n, role in assigned.items() if role.role == "latent" and n not in rules}
     folds = _folds(model, args, kwargs, seen, assigned, {n for n in exact if not seen.sites[n].discrete})
     gone = frozenset().union(*(fold.names for fold in folds))
+    if is_for_single_steps(seen, assigned, gone):
+        return looked_at(StepByStep(model), args, kwargs, roles, deltas, rules)
     check_flat(seen, exact - gone)
     if not folds:
         return model, seen, assigned
-    nesting = seen.max_plate_nesting
-    folded = FoldedModel(model, seen.loops, folds, nesting)
-    seen = dataclasses.replace(capture(folded, args, kwargs), max_plate_nesting=nesting)
+    folded = FoldedModel(model, seen.loops, folds, seen.max_plate_nesting)
+    seen = dataclasses.replace(capture(folded, args, kwargs), max_plate_nesting=seen.max_plate_nesting)
     return folded, seen, assign_roles(seen, {n: r for n, r in (roles or {}).items() if n not in gone}, deltas)
 
 
@@ -80,8 +82,7 @@ def _folds(
     assigned: Mapping[str, RoleOf],
     latent: Collection[str],
 ) -> list[Fold]:
-    sets = _sets(seen, latent)
-    if not sets:
+    if not (sets := _sets(seen, latent)):
         return []
     records = list(seen.parameters.values())
     for name, role in assigned.items():

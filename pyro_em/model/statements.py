@@ -130,6 +130,7 @@ class Collect(Messenger):
         own = self.statements[-1]
         if own.latent:
             msg["value"] = own.layout.back(own.value)
+        compat.forgotten_in_markov(msg["name"])  # or what enumerates the loop's other latents would look for it
         msg["done"] = msg["stop"] = True  # handlers further out see the chain instead
 
     def _statement(self, msg: Any) -> Statement:
