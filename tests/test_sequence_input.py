@@ -258,3 +258,35 @@ def test_steps_in_names() -> None:
         posterior.marginal("z.11")
     with pytest.raises(pyro_em.Refusal, match=r'as a Python integer \(in a name, write f"z_\{t\}" for "z_%d" % t\)'):
         pyro_em.fit(model, y, lambda stem, t: "%s_%d" % (stem, t))  # noqa: UP031
+
+
+def test_what_cannot_be_run_together_says_how_to_write_it() -> None:
+    """A step as a key of a dict, data with time as their second dim, a site that reads the last state."""
+
+    def keyed(y: Tensor) -> None:
+        states: dict[Any, Tensor] = {}
+        for t in pyro_em.markov(len(y)):
+            before = torch.tensor(0) if t == 0 else states[t - 1]
+            states[t] = pyro.sample(f"z_{t}", dist.Categorical(START["A"][before]))
+            pyro.sample(f"y_{t}", dist.Normal(states[t].double(), 1.0), obs=y[t])
+
+    def second(y: Tensor) -> None:
+        z = torch.tensor(0)
+        with pyro.plate("sequences", len(y)):
+            for t in pyro_em.markov(y.shape[1]):
+                z = pyro.sample(f"z_{t}", dist.Categorical(START["A"][z]))
+                pyro.sample(f"y_{t}", dist.Normal(z.double(), 1.0), obs=y[:, t])
+
+    def after(y: Tensor) -> None:
+        z = torch.tensor(0)
+        for t in pyro_em.markov(len(y)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(START["A"][z]))
+            pyro.sample(f"y_{t}", dist.Normal(z.double(), 1.0), obs=y[t])
+        pyro.sample("end", dist.Normal(z.double(), 1.0), obs=y[0])
+
+    with pytest.raises(pyro_em.Refusal, match=r"uses the step as a key \(carry"):
+        pyro_em.fit(keyed, torch.zeros(5))
+    with pytest.raises(pyro_em.Refusal, match=r"time \(4 steps at once\) right of a plate's dim.*y\.mT\[t\] for y"):
+        pyro_em.fit(second, torch.zeros(3, 5))
+    with pytest.raises(pyro_em.Refusal, match=r"'end': it reads 'z_1:5' from outside of the pyro_em.markov loop"):
+        pyro_em.fit(after, torch.zeros(5))

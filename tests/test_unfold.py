@@ -64,3 +64,35 @@ def test_transitions_that_vary_with_time() -> None:
 def test_elsewhere_it_is_what_it_was() -> None:
     nodes = pyro.poutine.trace(model).get_trace(_data()).nodes
     assert "y" in nodes and not any(name.startswith("y_state") for name in nodes)
+
+
+def symbols(y: Tensor) -> None:
+    """Categories (N, T); a left-right chain, and a category that no state emits."""
+    transition = pyro.param("A", torch.tensor([[0.7, 0.3], [0.0, 1.0]]), constraint=constraints.simplex)
+    B = pyro.param("B", torch.tensor([[0.6, 0.4, 0.0], [0.2, 0.8, 0.0]]), constraint=constraints.simplex)
+    with pyro.plate("sequences", len(y)):
+        emission, start = dist.Categorical(B), torch.tensor([0.6, 0.4]).log()
+        pyro.sample("y", dist.DiscreteHMM(start, transition.log(), emission, duration=y.shape[1]), obs=y)
+
+
+def test_what_cannot_be_is_named() -> None:
+    y = torch.arange(12).reshape(2, 6) % 2
+    with pytest.raises(pyro_em.InputError, match="'y': a sequence of length 0"):
+        pyro_em.fit(symbols, y[:, :0])
+    out, impossible = y.clone(), y.clone()
+    out[1, 4], impossible[1, 4] = 3, 2
+    with pytest.raises(pyro_em.InputError, match=r"row 1 of step 4 lies outside of the support"):
+        pyro_em.fit(symbols, out)
+    with pytest.raises(pyro_em.NonFiniteError, match=r"rows 1 of plate \['sequences'\], from step 4 on"):
+        pyro_em.fit(symbols, impossible)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_em.BoundaryEstimate")
+def test_zeros_stay_and_an_outlier_is_finite() -> None:
+    result = pyro_em.fit(symbols, torch.arange(12).reshape(2, 6) % 2, max_iter=5, tol=0)
+    assert float(result.params["A"][1, 0]) == 0.0
+    y = _data()
+    y[1, 5] = 1e4
+    result = pyro_em.fit(model, y, m_step={"scale": "fixed"}, max_iter=5, tol=0)
+    assert all(bool(value.isfinite().all()) for value in result.params.values())
+    torch.testing.assert_close(result.log_prob(), _log_prob(result.params, y), rtol=1e-9, atol=1e-9)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_em.errors import Refusal
 from pyro_em.model import compat
-from pyro_em.model.timeline import Loop, Template
+from pyro_em.model.timeline import Loop, Template, read_outside
 from pyro_em.model.trace import Run
 
 
@@ -73,11 +73,7 @@ def chained_loops(run: Run, packed: Mapping[str, Tensor]) -> tuple[ChainedLoop, 
         for name, tensor in packed.items():
             read = set(compat.dims_of(tensor)) & own
             if read and name not in names:
-                raise Refusal(
-                    name,
-                    f"it reads '{symbol_sites[sorted(read)[0]]}' from outside of the pyro_em.markov loop over it.",
-                    "put the site into the loop, or write the loop with pyro.markov(range(T)).",
-                )
+                raise read_outside(name, symbol_sites[sorted(read)[0]])
         found.append(ChainedLoop(loop, run.plate_symbols[loop.plate], heads, rest, _carried(run, loop, rest, packed)))
     return tuple(found)
 

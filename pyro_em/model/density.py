@@ -18,6 +18,7 @@ from pyro_em.errors import NonFiniteError, Refusal
 from pyro_em.families.spaces import some
 from pyro_em.model import compat
 from pyro_em.model.capture import Capture
+from pyro_em.model.timeline import read_outside
 from pyro_em.model.trace import SiteRecord
 from pyro_em.shapes import broadcast_shapes
 from pyro_em.state_space.start import Undetermined
@@ -119,6 +120,10 @@ def shape_in(site: SiteRecord, seen: Capture) -> Tensor:
         return factor_shape(site)
     except Refusal as refusal:
         latents = [n for n in seen.sites[site.name].upstream if n in seen.sites and seen.sites[n].enumerable]
+        for loop in seen.loops:
+            inside = sorted(set(latents) & set(loop.names))
+            if inside and site.name not in loop.names:
+                raise read_outside(site.name, inside[0]) from refusal
         read = f" It reads {', '.join(repr(n) for n in sorted(latents))}." if latents else ""
         raise Refusal(site.name, refusal.reason + read, refusal.remedy) from refusal
 

@@ -28,6 +28,7 @@ from pyro_em.errors import Refusal
 from pyro_em.model.capture import Capture, PlainSite
 from pyro_em.model.density import log_density
 from pyro_em.model.stacking import Tabulated, behind
+from pyro_em.model.timeline import read_outside
 from pyro_em.model.trace import Run, SiteRecord, run_model
 from pyro_em.types import Model
 
@@ -210,6 +211,9 @@ def indexed_latents(
             through |= {n for n, site in capture.sites.items() if site.upstream & between} - readers
         if not plates or all(plates <= {p.name for p in capture.sites[n].plates} for n in readers | through):
             continue
+        for loop in capture.loops:
+            if name in loop.names and (outside := [n for n in capture.sites if n in readers and n not in loop.names]):
+                raise read_outside(outside[0], name)
         if capture.loops or len(found) == len(SYMBOLS):
             raise Refusal(
                 name,

@@ -46,7 +46,8 @@ class Steps(torch.Tensor):
             return result.as_subclass(cls)
         return result
 
-    __hash__ = torch.Tensor.__hash__
+    def __hash__(self) -> int:
+        raise _uneven("uses the step as a key (carry what the next step reads in a variable instead)")
 
     def __format__(self, spec: str) -> str:
         first, end = (int(x.as_subclass(Tensor)) for x in (self[:1], self[-1:] + 1))

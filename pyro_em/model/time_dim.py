@@ -119,6 +119,12 @@ class _Move:
         right = range(max(-len(batch), self.dim + 1), 0)
         found = [d for d in right if batch[d] == self.steps != self.sizes.get(d)]
         if len(found) > 1 - placed:
+            if len(found) == 1 and batch[self.dim] != self.steps:
+                raise Refusal(
+                    self.site,
+                    f"its shape {tuple(batch)} has time ({self.steps} steps at once) right of a plate's dim.",
+                    "time is the first dim of what the step indexes: y.mT[t] for y[:, t].",
+                )
             raise Refusal(
                 self.site,
                 f"its shape {tuple(batch)} has time ({self.steps} steps at once) in several dims.",

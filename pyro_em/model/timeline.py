@@ -130,6 +130,15 @@ def not_together(loops: Sequence[Loop], error: Exception) -> Refusal:
     )
 
 
+def read_outside(site: str, latent: str) -> Refusal:
+    """A site outside of a loop reads a latent from inside of it, which would be that of one particular step."""
+    return Refusal(
+        site,
+        f"it reads '{latent}' from outside of the pyro_em.markov loop over it.",
+        "put the site into the loop, or write the loop with pyro.markov(range(T)).",
+    )
+
+
 class Unplanned(Exception):
     """A loop was met in a run that did not expect one."""
 

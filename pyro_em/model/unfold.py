@@ -43,6 +43,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_em.distributions import IncompleteLowRankNormal
+from pyro_em.errors import InputError
 from pyro_em.families import family_of
 from pyro_em.model import compat
 from pyro_em.model.equivalents import plain_form
@@ -139,6 +140,8 @@ def _hidden_markov(name: str, raw: compat.RawArguments, value: Tensor) -> bool:
     lead = value.dim() - 1 - event
     steps = value.movedim(lead, 0)
     transition, state = raw["transition_logits"], None
+    if not len(steps):
+        raise InputError(f"Site '{name}': a sequence of length 0. Give at least one step.")
     for t in markov(len(steps)):
         if state is None:
             state = pyro.sample(f"{name}_start", dist.Categorical(logits=raw["initial_logits"]))
