@@ -245,6 +245,7 @@ def _build() -> list[Problem]:
             {"w": w, "mu": _t([0.5, 2.0])},
             "sequences",
             priors=True,
+            rounds=SHORT,
         ),
         Problem(
             "transformed",
