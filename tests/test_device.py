@@ -129,19 +129,26 @@ def test_results(tmp_path: Path) -> None:
             assert torch.equal(x, y) if isinstance(x, Tensor) else x == y
 
 
-def test_an_index_out_of_range_does_not_reach_the_device() -> None:
-    """The user's mistake is an IndexError as on the CPU, and not the end of the process's device."""
+@pytest.mark.parametrize("estimated", [True, False])
+def test_an_index_out_of_range_does_not_reach_the_device(estimated: bool) -> None:
+    """The user's mistake is said as on the CPU, and not the end of the process's device: of a parameter in a sentence
+    that names the row, of a table that is none by torch's IndexError."""
 
     def model(group: Tensor, y: Tensor) -> None:
         loc = pyro.param("loc", torch.zeros(3))
+        table = loc if estimated else torch.arange(3.0)
         with pyro.plate("rows", len(y)):
             z = pyro.sample("z", dist.Bernoulli(0.5))
-            pyro.sample("y", dist.Normal(loc[group] + z, 1.0), obs=y)
+            pyro.sample("y", dist.Normal(table[group] + loc[0] * z, 1.0), obs=y)
 
-    with emulated_device() as device:
-        group, y = torch.tensor([0, 1, 3, 2]).to(device), torch.zeros(4).to(device)
-        with pytest.raises(IndexError, match="index 3 is out of bounds for a dimension of size 3"):
-            pyro_em.fit(model, group, y)
+    told, match = IndexError, "index 3 is out of bounds for "
+    if estimated:
+        told, match = pyro_em.InputError, "'loc' has 3 elements, 0 to 2, and is indexed by 3 in row 2 of the index"
+    data = torch.tensor([0, 1, 3, 2]), torch.zeros(4)
+    with pytest.raises(told, match=match):
+        pyro_em.fit(model, *data)
+    with emulated_device() as device, pytest.raises(told, match=match):
+        pyro_em.fit(model, *(x.to(device) for x in data))
 
 
 @pytest.mark.parametrize("algorithm", ["em", "map-em", "gem", "cem", "sem", "svi"])
