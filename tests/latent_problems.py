@@ -76,7 +76,7 @@ def _build() -> list[LatentProblem]:
         P("eight_schools", z.eight_schools, (schools, sigma), school_start, attained=False),
         P("eight_schools_event", z.eight_schools_event, (schools, sigma), school_start, attained=False),
         P("common_shock", z.common_shock, (pairs,), {"tau": _t(0.8), "sd": _t(0.9)}),
-        P("path_model", z.path_model, (pairs,), {"slope": _t(0.4), "sd": _t(0.9)}),
+        P("path_model", z.path_model, (pairs,), {"slope": _t(0.4), "sd": _t(0.9)}, attained=False),
         P("two_sets", z.two_sets, (pairs[:, 0], wide[0]), {"mu": _t(0.2), "tau": one}),
         P("matches", z.matches, (home, away, margin), {"tau": _t(0.8), "sd": _t(1.1), "advantage": _t(0.1)}),
         P("mixture_of_factors", z.mixture_of_factors, (few,),

@@ -149,10 +149,10 @@ def read_form(
     terms = [(name, term) for name in names for term in terms_at(name, run.leaves[name], argument)]
     reader = _Reader(size, rows)
     reader.feature(torch.ones(rows, dtype=torch.float64))
-    over = 1.0 / scale
+    over, count = 1.0 / scale, len(columns) + 1
 
     def laid_out(x: Tensor) -> Tensor:
-        """Atoms, rows and cells (S, N, P), with size 1 where nothing varies."""
+        """Atoms, rows and cells (S, N, P), with size 1 where nothing varies. Sets with more columns have more atoms."""
         x = x.reshape((1,) * (m + elements - x.dim()) + tuple(x.shape))
         lead = x.shape[: x.dim() - m - elements]
         if lead.numel() > 1 and state is None:
@@ -162,9 +162,9 @@ def read_form(
         flat_rows = tuple(sizes) if any(s > 1 for s in x.shape[1:m]) else (1,) * (m - 1)
         flat_cells = cells if any(s > 1 for s in x.shape[m:]) else (1,) * elements
         x = x.expand(x.shape[0], *flat_rows, *flat_cells)
-        return x.reshape(x.shape[0], torch.Size(flat_rows).numel(), -1)
+        return x.reshape(x.shape[0], torch.Size(flat_rows).numel(), -1)[:count]
 
-    count, alike = len(columns) + 1, over.numel() == 1
+    alike = over.numel() == 1
     for name, term in terms:
         index, coefficient = laid_out(term.index), laid_out(term.coefficient)
         if index.shape[1] == coefficient.shape[1] == 1 and alike:

@@ -97,13 +97,15 @@ def spread_of(uses: tuple[Use, ...], sufficient: Sufficient) -> Tensor | None:
         count.append(weight.expand(second.shape).reshape(-1, width))
         center.append(own.center.expand(second.shape).reshape(-1, width))
         squares.append(second.reshape(-1, width))
-        if width == 1:
-            number = math.prod(second.shape[second.dim() - sufficient.sites[use.site].element_dims :])
-            cells = [x[-1].reshape(-1, number) for x in (count, center, squares)]
-            variance, mean = _pooled(*cells)
-            elements.append(torch.where(variance > ROUNDED * mean**2, variance, torch.inf).amin())
+        own_dims = second.dim() - sufficient.sites[use.site].element_dims
+        number = width if width > 1 else math.prod(second.shape[own_dims:])
+        variance, mean = _pooled(*(x[-1].reshape(-1, number) for x in (count, center, squares)))
+        elements.append(torch.where(variance > ROUNDED * mean**2, variance, torch.inf).amin())
     if not count:
         return None
+    if len({x.shape[-1] for x in count}) > 1:  # a factor of vectors and of numbers
+        smallest = torch.stack(elements).amin()
+        return torch.where(smallest.isfinite(), smallest, 0.0)
     pooled, mean = _pooled(*(torch.cat(x) for x in (count, center, squares)))
     pooled = torch.where(pooled > ROUNDED * mean**2, pooled, 0.0)  # equal data, whose mean is rounded
     if pooled.numel() > 1:

@@ -78,6 +78,14 @@ CASES: dict[str, tuple[type, Callable[[], Arguments]]] = {
         dist.StudentT,
         lambda: {"df": 1 + positive(CELLS), "loc": torch.randn(CELLS), "scale": positive(CELLS)},
     ),
+    "MultivariateStudentT": (
+        dist.MultivariateStudentT,
+        lambda: {
+            "df": 1 + positive(CELLS),
+            "loc": torch.randn(CELLS, SIZE),
+            "scale_tril": torch.linalg.cholesky(spd(CELLS)),
+        },
+    ),
     "Cauchy": (dist.Cauchy, lambda: {"loc": torch.randn(CELLS), "scale": positive(CELLS)}),
     "HalfNormal": (dist.HalfNormal, lambda: {"scale": positive(CELLS)}),
     "MultivariateNormal(covariance_matrix)": (
