@@ -1,5 +1,5 @@
 # Needs only make and Python >= 3.11. `make` alone lists the targets.
-# Without make: see the three-line equivalents in README.md.
+# Without make: see the equivalents in README.md.
 
 PYTHON ?= python3
 VENV ?= .venv
