@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_em.errors import InputError
 from pyro_em.model.flat import is_flat
-from pyro_em.model.folding import unfolded
+from pyro_em.model.folding import folds_of, unfolded
 from pyro_em.model.trace import run_model
 from pyro_em.problem import Problem
 from pyro_em.store import isolated_rng
@@ -27,12 +27,14 @@ def predictive(problem: Problem, params: Params, num_samples: int, seed: int | N
     """
     if num_samples < 1:
         raise InputError(f"predictive: num_samples must be at least 1, not {num_samples}.")
-    for name in () if problem.continuous is None else problem.continuous.names:
-        if is_flat(problem.capture.sites[name].fn):
-            raise InputError(
-                f"predictive: nothing can be drawn from the flat (improper) prior of '{name}'. Its posterior can: "
-                "result.posterior().sample(num)."
-            )
+    latents = () if problem.continuous is None else problem.continuous.names
+    flat = [f"prior of '{name}'" for name in latents if is_flat(problem.capture.sites[name].fn)]
+    flat += [f"start of the chain of '{next(iter(fold.places))}'" for fold in folds_of(problem.model) if fold.flat]
+    if flat:
+        raise InputError(
+            f"predictive: nothing can be drawn from the flat (improper) {flat[0]}. Its posterior can: "
+            "result.posterior().sample(num)."
+        )
     draws: dict[str, list[Tensor]] = {}
     model = poutine.uncondition(unfolded(problem.model))
     with isolated_rng(seed), torch.no_grad(), pyro.validation_enabled(False):

@@ -7,7 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from pyro_em.e_step.base import NotCompiled
 from pyro_em.evidence.discrete import weighted_sum
+from pyro_em.evidence.integrated import integrates
 from pyro_em.model import compat
 from pyro_em.model.density import packed_log_density
 from pyro_em.model.trace import Run
@@ -20,6 +22,10 @@ class Outside:
     """Sites without latents of one run of the model."""
 
     def __init__(self, problem: Problem, run: Run) -> None:
+        """:raises NotCompiled: if one has latents inside, of which the moments are not the data's."""
+        inside = next((n for n in problem.graph.constants if integrates(run.sites[n])), None)
+        if inside is not None:
+            raise NotCompiled(f"'{inside}' has states of its own beside other latents")
         self.problem, self.run = problem, run
         self._fixed: dict[str, SiteMoments] = {}
 

@@ -43,14 +43,29 @@ class Looked(Protocol):
     def sites(self) -> Mapping[str, Any]: ...
 
 
+def flat_values(seen: Looked, but: Collection[str]) -> dict[str, Tensor]:
+    """Values of the first look for a run of the model that does not treat these latents, which it could not draw."""
+    latents = ((name, site) for name, site in seen.sites.items() if name not in but and not site.observed)
+    return {name: site.value for name, site in latents if is_flat(site.fn)}
+
+
 def check_flat(seen: Looked, latents: Collection[str]) -> None:
     """:raises Refusal: for a flat latent inside of a loop; those that start a chain are latents no more."""
     for name in latents:
-        if seen.sites[name].markov and is_flat(seen.sites[name].fn):
+        site = seen.sites[name]
+        if not (site.markov and is_flat(site.fn)):
+            continue
+        if not any(name in other.upstream for other in seen.sites.values()):
             raise Refusal(
                 name,
-                "its prior is flat (improper), and in a loop only flat starts of linear-Gaussian chains are integrated "
-                "out.",
-                "sample it before the loop, or at the first step of one whose states are normal, or give it a proper "
-                f'prior; roles={{"{name}": "parameter"}} makes it a point estimate.',
+                "its prior is flat (improper) and no other site reads it, so that the data say nothing about it.",
+                "give it a proper prior, or a longer sequence if later steps read it (a slope shows from the second "
+                "step on).",
             )
+        raise Refusal(
+            name,
+            "its prior is flat (improper), and in a loop only flat starts of linear-Gaussian chains are integrated "
+            "out.",
+            "sample it before the loop, or at the first step of one whose states are normal, or give it a proper "
+            f'prior; roles={{"{name}": "parameter"}} makes it a point estimate.',
+        )

@@ -33,7 +33,7 @@ from pyro_em.model.alone import StepByStep, is_for_single_steps
 from pyro_em.model.capture import Capture, ParameterRecord, capture
 from pyro_em.model.certify_loops import REMEDY
 from pyro_em.model.chain_arguments import reach, reads_own_step, steps_of
-from pyro_em.model.flat import check_flat
+from pyro_em.model.flat import check_flat, flat_values
 from pyro_em.model.folding import Chained, Fold, FoldedModel, places, zeros
 from pyro_em.model.recognise import second_point
 from pyro_em.model.roles import RoleOf, assign_roles
@@ -187,9 +187,10 @@ class _Runs:
         def probe(*args: Any, **kwargs: Any) -> None:
             found.append(look(folded, args, kwargs))
 
+        given = {**flat_values(self.seen, self.fold.names), **params}
         with quiet_store(), pyro.validation_enabled(False), torch.no_grad():
             run_model(
-                probe, self.args, self.kwargs, params, max_plate_nesting=self.seen.max_plate_nesting,
+                probe, self.args, self.kwargs, given, max_plate_nesting=self.seen.max_plate_nesting,
                 enumerated=bool(self.fold.chosen_by),
             )  # fmt: skip
         return found[0]
