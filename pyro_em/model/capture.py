@@ -85,7 +85,7 @@ class Capture:
 
     Of a loop whose steps are run together (timeline.py) there are the first sites, and one for the others.
     `minibatches` are plates that draw some of their elements anew in every run, `below_zero` parameters and sites that
-    data below 0 index.
+    data below 0 index, `stacked` latents of which every state is a run of its own (indexed.py).
     """
 
     parameters: dict[str, ParameterRecord]
@@ -94,6 +94,7 @@ class Capture:
     loops: tuple[Loop, ...] = ()
     minibatches: frozenset[str] = frozenset()
     below_zero: frozenset[str] = frozenset()
+    stacked: frozenset[str] = frozenset()
 
 
 class _Observe(Messenger):

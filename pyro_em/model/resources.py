@@ -12,6 +12,7 @@ from pyro_em import settings
 from pyro_em.errors import ResourceError
 from pyro_em.families import family_for
 from pyro_em.families.batches import ChainFamily
+from pyro_em.families.categorical import CategoricalFamily
 from pyro_em.model.capture import Capture, PlainSite
 from pyro_em.model.compat import base_distribution
 
@@ -34,6 +35,8 @@ def table_cells(capture: Capture, site: PlainSite) -> tuple[int, list[str]]:
     family = family_for(base_distribution(site.fn))
     if isinstance(family, ChainFamily):  # states that come before the first observation have a row of cells too
         event += family.steps_before * site.value.shape[-1]
+    if site.observed and isinstance(family, CategoricalFamily) and capture.stacked.intersection(latents):
+        event = base_distribution(site.fn).param_shape[-1]  # probabilities of every row, of which one is picked
     return states * plates * event, latents
 
 

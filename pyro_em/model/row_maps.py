@@ -86,7 +86,8 @@ def bind_indexed(
     if indexed is None:
         return seen, None, {}
     model, args, kwargs, given = at
-    wider = dataclasses.replace(seen, max_plate_nesting=seen.max_plate_nesting + len(indexed.latents))
+    nesting = seen.max_plate_nesting + len(indexed.latents)
+    wider = dataclasses.replace(seen, max_plate_nesting=nesting, stacked=frozenset(indexed.names))
 
     def run(values: Mapping[str, Tensor]) -> Run:
         with torch.no_grad(), quiet_store(), pyro.validation_enabled(False):
