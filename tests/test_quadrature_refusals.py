@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -126,3 +126,58 @@ def test_bad_options(e_step: Any, message: str) -> None:
 def test_bad_rules(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="Quadrature"):
         Quadrature(**options)
+
+
+def test_kinks_are_told_at_once() -> None:
+    """Newton's steps towards a kink are halved time and again: 40 s of them once. Away from it all is smooth."""
+    runs = []
+
+    def model(x: Tensor) -> None:
+        runs.append(x)
+        s = pyro.param("s", torch.tensor(1.0), constraint=dist.constraints.positive)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Laplace(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1), s).expand([len(x), 4]).to_event(1), obs=x)
+
+    x = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    rules = {"z": Quadrature(41)}
+    with pytest.raises(Refusal, match=r"'z'.*not smooth at its mode.*StudentT"):
+        pyro_em.fit(model, x, e_step=rules)
+    assert len(runs) < 400
+    result = pyro_em.fit(model, x + 50, e_step=rules, max_iter=0)
+    z = torch.linspace(40, 60, 8001)
+    joint = dist.Laplace(0.0, 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob((x + 50).unsqueeze(-1)).sum(1)
+    expected = float((joint.logsumexp(-1) + (z[1] - z[0]).log()).sum())
+    assert result.log_likelihood == pytest.approx(expected, rel=1e-10)
+
+
+class _Bend(dist.TorchDistribution):  # type: ignore[misc]
+    """Laplace's density (but for its constant) with a bend of width ε in place of the kink."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = dist.constraints.real
+
+    def __init__(self, width: float, rows: int) -> None:
+        self.width = width
+        super().__init__(torch.Size([rows]))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return -(value.square() + self.width**2).sqrt()
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return torch.randn(*sample_shape, *self.batch_shape)
+
+
+@pytest.mark.parametrize("width", [1e-2, 1e-5, 1e-8])
+def test_narrow_bends_are_no_kinks(width: float) -> None:
+    """Their modes are found however narrow they are; that the nodes there do not tell the rest is another matter."""
+
+    def model(x: Tensor) -> None:
+        s = pyro.param("s", torch.tensor(1.0), constraint=dist.constraints.positive)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", _Bend(width, len(x)))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1), s).expand([len(x), 4]).to_event(1), obs=x)
+
+    x = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(Refusal, match="41 quadrature nodes leave an error"):
+        pyro_em.fit(model, x, e_step={"z": Quadrature(41)}, max_iter=0)

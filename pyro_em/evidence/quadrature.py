@@ -32,6 +32,9 @@ from pyro_em.model.compat import pack, with_dims
 
 MAX_ITER = 100
 CLOSE = 1e-20  # squared Newton decrement at which a mode is found
+# Of Newton's step, in as many updates in a row: where f is smooth, the curvature that cut a step so short is known to
+# the next one; towards a kink every step is cut, and shorter than the last one.
+SHORT, STUCK = 2.0**-20, 3
 
 
 @dataclass
@@ -67,7 +70,7 @@ class QuadratureRoute:
         """See the module docstring.
 
         :raises NonFiniteError: if a posterior has no mode.
-        :raises Refusal: if the error exceeds the rule's tolerance.
+        :raises Refusal: if it is not smooth there, or the error exceeds the rule's tolerance.
         """
         mode, peak, spread = self._modes(run_at)
         nodes, log_z, log_p = self._integrated(run_at, self.rule, mode, spread, differentiable)
@@ -133,6 +136,7 @@ class QuadratureRoute:
         if f.dim() + 1 > z.dim():  # states of discrete latents, each with a mode of its own
             z = z.expand(*f.shape[: f.dim() + 1 - z.dim()], *z.shape).contiguous()
             f, g, h = self._derivatives(run_at, z)
+        stuck = torch.zeros_like(f)
         for _ in range(MAX_ITER):
             values, vectors = torch.linalg.eigh(-h)
             size = values.abs().clamp(min=1e-10)
@@ -147,23 +151,31 @@ class QuadratureRoute:
                 # L Lᵀ = (-H)⁻¹
                 spread = vectors * size.rsqrt().unsqueeze(-2)
                 return z, f, spread
-            z, f, g, h = self._climbed(run_at, z, step, f, decrement)
+            z, f, g, h, length = self._climbed(run_at, z, step, f)
+            stuck = torch.where(length < SHORT, stuck + 1, 0.0)
+            if bool((stuck >= STUCK).any()):
+                raise kinked(self.latents.names[0])
         raise no_mode(self.latents.names[0])
 
     def _climbed(
-        self, run_at: RunAt, z: Tensor, step: Tensor, f: Tensor, decrement: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A Newton step, halved for the elements where f would fall."""
-        length = torch.ones_like(decrement)
-        slack = 1e-12 * (1 + f.abs())
+        self, run_at: RunAt, z: Tensor, step: Tensor, f: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """A Newton step, halved for the elements where f would fall; the share of it that was made comes last."""
+        length = torch.ones_like(f)
+        least = f - 1e-12 * (1 + f.abs())
+        moved = z + step
+        found, g, h = self._derivatives(run_at, moved)
         for _ in range(40):
-            moved = z + length.unsqueeze(-1) * step
-            found, g, h = self._derivatives(run_at, moved)
-            worse = ~(found >= f - slack)
+            worse = ~(found >= least)
             if not bool(worse.any()):
                 break
             length = torch.where(worse, length / 2, length)
-        return moved, found, g, h
+            moved = z + length.unsqueeze(-1) * step
+            with torch.no_grad():
+                found = self.layout.total(run_at, self.layout.values(moved, self.dtypes))
+        if bool((length < 1).any()):
+            found, g, h = self._derivatives(run_at, moved)
+        return moved, found, g, h, length
 
     def _derivatives(self, run_at: RunAt, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """f (C..., 1, plates), its gradient + (k,) and Hessian + (k, k) in every element's own z."""
@@ -196,11 +208,21 @@ class QuadratureRoute:
             return nodes, log_z, joint - log_z
 
 
+def kinked(name: str) -> Refusal:
+    """What is said where Newton's steps come to nothing."""
+    return Refusal(
+        name,
+        "the posterior of some element is not smooth at its mode: a density that reads the latent has a kink there, as "
+        "Laplace's has at its centre, and Gauss-Hermite nodes are for smooth densities.",
+        "give it a smooth prior (StudentT has heavy tails too), or use algorithm='svi' with a guide for it; "
+        f'roles={{"{name}": "parameter"}} makes it a point estimate.',
+    )
+
+
 def no_mode(name: str) -> NonFiniteError:
     """What is said where the search does not end."""
     return NonFiniteError(
         name,
         f"Site '{name}': the posterior of some element has no mode with finite curvature at these parameters (a "
-        "parameter has left its space, its prior is flat, or a density has a kink there), so that quadrature has no "
-        "centre.",
+        "parameter has left its space, or its prior is flat), so that quadrature has no centre.",
     )
