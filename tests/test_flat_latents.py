@@ -45,12 +45,12 @@ def mixed(x: Tensor, y: Tensor, flat: Callable[[], Any]) -> None:
         pyro.sample("y", dist.Normal(x @ beta + b[GROUP], s), obs=y)
 
 
-def _restricted(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    V = t**2 * (GROUP.unsqueeze(-1) == GROUP).double() + s**2 * torch.eye(14)
+def _restricted(V: Tensor, X: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula above, β̂ and its covariance."""
     information = X.T @ torch.linalg.solve(V, X)
-    beta = torch.linalg.solve(information, X.T @ torch.linalg.solve(V, Y))
-    r = Y - X @ beta
-    value = -0.5 * (12 * math.log(2 * math.pi) + torch.logdet(V) + torch.logdet(information))
+    beta = torch.linalg.solve(information, X.T @ torch.linalg.solve(V, y))
+    r = y - X @ beta
+    value = -0.5 * ((len(y) - X.shape[1]) * math.log(2 * math.pi) + torch.logdet(V) + torch.logdet(information))
     return value - 0.5 * r @ torch.linalg.solve(V, r), beta, torch.linalg.inv(information)
 
 
@@ -61,7 +61,8 @@ def test_the_restricted_likelihood(name: str) -> None:
     assert result.converged and (np.diff(result.history["log_likelihood"]) > -1e-11).all()
     assert {row.route for row in result.plan.m_step} == {"closed"} and result.plan.route("beta") == "Gaussian"
     t, s = (result.params[n].clone().requires_grad_() for n in ("t", "s"))
-    value, beta, covariance = _restricted(t, s)
+    V = t**2 * (GROUP.unsqueeze(-1) == GROUP).double() + s**2 * torch.eye(14)
+    value, beta, covariance = _restricted(V, X, Y)
     assert result.log_likelihood == pytest.approx(float(value.detach()), rel=1e-12)
     for gradient in torch.autograd.grad(value, (t, s)):
         assert float(gradient.abs()) < 1e-6
@@ -122,9 +123,14 @@ def test_what_the_data_do_not_determine_is_refused() -> None:
         pyro_em.fit(effects, Y, roles={"mean": "latent", "b": "latent"})
 
 
-def test_penicillin_as_lme4_prints_it() -> None:
-    """diameter ~ 1 + (1|plate) + (1|sample), by REML, lmer's default: criterion, scales, mean with its standard error,
-    and conditional modes from the documentation of lme4 (Bates et al. 2015)."""
+def test_penicillin() -> None:
+    """diameter ~ 1 + (1|plate) + (1|sample), by REML, lmer's default: a maximum of the dense restricted likelihood, the
+    mean by generalised least squares, effects by the best linear unbiased predictions G Zᵀ V⁻¹ (y - μ̂), of which the
+    covariance is G - G Zᵀ (V⁻¹ - V⁻¹ 1 Var[μ̂] 1ᵀ V⁻¹) Z G. That is the test.
+
+    The numbers at its end are what lme4's documentation prints (Bates et al. 2015), to the digits given; they were
+    typed without a copy of it at hand.
+    """
 
     def model(plate: Tensor, sample: Tensor, y: Tensor) -> None:
         starts = {"plate": 0.8, "sample": 1.8, "within": 0.5}
@@ -137,13 +143,31 @@ def test_penicillin_as_lme4_prints_it() -> None:
         with pyro.plate("rows", len(y)):
             pyro.sample("y", dist.Normal(mean + a[plate] + c[sample], scales[2]), obs=y)
 
+    data = linear_mixed.load_penicillin()
     options: dict[str, Any] = {"roles": {"mean": "latent"}, "tol": 1e-8, "max_iter": 5000, "accelerate": "squarem"}
-    result = pyro_em.fit(model, *linear_mixed.load_penicillin(), **options)
+    result = pyro_em.fit(model, *data, **options)
     posterior = result.posterior()
-    assert result.converged and -2 * result.log_likelihood == pytest.approx(330.8606, abs=1e-4)
-    assert [float(result.params[n]) for n in ("plate", "sample", "within")] == pytest.approx(
-        [0.8467, 1.9316, 0.5499], abs=1e-4
-    )
+    assert result.converged
+
+    scales = [result.params[n].clone().requires_grad_() for n in ("plate", "sample", "within")]
+    Z = torch.cat([torch.eye(size).double()[index] for size, index in zip((24, 6), data[:2], strict=True)], -1)
+    G = torch.diag(torch.cat([s.pow(2).expand(size) for s, size in zip(scales, (24, 6), strict=False)]))
+    y, one = data[2].double(), torch.ones(len(Z), 1, dtype=torch.float64)
+    V = Z @ G @ Z.T + scales[2] ** 2 * torch.eye(len(y)).double()
+    value, mean, variance = _restricted(V, one, y)
+    assert result.log_likelihood == pytest.approx(float(value.detach()), rel=1e-11)
+    assert all(float(g.abs()) < 1e-5 for g in torch.autograd.grad(value, scales, retain_graph=True))
+    gain, back = G @ Z.T @ torch.linalg.inv(V), torch.linalg.solve(V, one)
+    covariance = G - gain @ Z @ G + G @ Z.T @ back @ variance @ back.T @ Z @ G
+    for moment, of_mean, of_effects in (
+        ("mean", mean, gain @ (y - mean)),
+        ("variance", variance, covariance.diagonal()),
+    ):
+        found = torch.cat([getattr(posterior, moment)(site).reshape(-1) for site in ("mean", "a", "c")])
+        torch.testing.assert_close(found, torch.cat([of_mean.reshape(-1), of_effects]).detach(), rtol=1e-8, atol=1e-8)
+
+    assert -2 * result.log_likelihood == pytest.approx(330.8606, abs=1e-4)
+    assert [float(s.detach()) for s in scales] == pytest.approx([0.8467, 1.9316, 0.5499], abs=1e-4)
     assert float(posterior.mean("mean")) == pytest.approx(22.9722, abs=1e-4)
     assert float(posterior.variance("mean").sqrt()) == pytest.approx(0.8086, abs=1e-4)
     samples = [2.18706, -1.01048, 1.93790, -0.09689, -0.01384, -3.00374]
