@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_em import factors
-from pyro_em.charts import BOUNDED, base_constraint, bounds_of, chart
+from pyro_em.charts import BOUNDED, base_constraint, chart
 
 
 class Differentiable(Protocol):
@@ -62,8 +62,10 @@ def free_slopes(constraint: Constraint, value: Tensor, function: Differentiable)
 
 def _elementwise(constraint: Constraint, value: Tensor, function: Differentiable) -> Tensor:
     tiny = torch.finfo(value.dtype).tiny  # below, 1/θ in a gradient overflows: as good as on the boundary
-    lower, upper = bounds_of(constraint, value)
-    above = None if lower is None else value - lower if bool(lower.any()) else value
+    bounds = (getattr(constraint, name, None) for name in ("lower_bound", "upper_bound"))
+    lower, upper = (b.to(value) if isinstance(b, Tensor) else b for b in bounds)
+    zero = lower is not None and not bool(lower.any() if isinstance(lower, Tensor) else lower)
+    above = None if lower is None else value if zero else value - lower
     below = None if upper is None else upper - value
     if above is value and below is None:
         slope = function.relative_gradient(value)

@@ -14,7 +14,7 @@ from torch import Tensor
 import pyro_em
 from pyro_em import binding
 from pyro_em.condense import condense
-from pyro_em.evidence.pseudo_rows import pseudo_rows
+from pyro_em.evidence.pseudo_rows import _moments, pseudo_rows
 from tests import zoo_latent as z
 
 ROWS, FEATURES = 2200, 30
@@ -38,6 +38,16 @@ def test_pseudo_rows_have_number_mean_and_covariance(data: Tensor, shift: float,
     torch.testing.assert_close(rows.mean(0), moved.mean(0), rtol=1e-13, atol=1e-13)
     digits = 1e-11 if abs(shift) < 1e6 else 1e-9  # of the data themselves
     torch.testing.assert_close(rows.T.cov(correction=0), moved.T.cov(correction=0), rtol=digits, atol=digits)
+
+
+@pytest.mark.parametrize("shift", [0.0, 5.0])
+def test_squares_are_summed_in_one_triangle_and_mirrored(data: Tensor, shift: float) -> None:
+    center = None if shift == 0 else torch.full((FEATURES,), shift, dtype=torch.float64)
+    squares, sums = _moments([data], center, None)
+    truth = (data - shift).mT @ (data - shift)
+    assert torch.equal(squares, squares.mT)  # both triangles: BLAS writes the upper one, and leaves 0 in the other
+    torch.testing.assert_close(squares, truth, rtol=1e-13, atol=1e-10)
+    torch.testing.assert_close(sums, (data - shift).sum(0), rtol=1e-13, atol=1e-10)
 
 
 def test_data_that_are_not_finite_give_none(data: Tensor) -> None:

@@ -50,11 +50,14 @@ class PooledSite:
         if len(cells) ** 2 > MAX_PAIRS * (1 if self.vector else self.cells):
             raise NotCompiled(f"the location of '{site.name}' has {len(cells)} coefficients")
         self._pairs: dict[tuple[tuple[str, int], ...], Pairs] = {}
+        # What is the same in every E-step: Y by its number of columns, and the number of the elements at some cells.
+        self._known_values: dict[int, Tensor | None] = {}
+        self._counts: dict[torch.Size, Tensor] = {}
 
     def at(self, pooled: Pooled) -> PooledSite:
         """The same site with other rows."""
         found = copy.copy(self)
-        found.pooled = pooled
+        found.pooled, found._known_values, found._counts = pooled, {}, {}
         return found
 
     def pairs(self, starts: Mapping[str, int], size: int) -> Pairs:
@@ -70,7 +73,8 @@ class PooledSite:
 
     def _regressors(self, zeta: Tensor) -> Tensor:
         """The first atoms have data; the rows left over come last."""
-        found = torch.einsum("umv,ujc->umcvj", self.pooled.design, zeta).flatten(-2)
+        features, atoms = self.pooled.design.unsqueeze(2).unsqueeze(-1), zeta.mT.unsqueeze(1).unsqueeze(3)
+        found = (features * atoms).flatten(-2)  # by element, row of it, atom; feature and latent
         if self.alone:
             alone = self.padded(self.pooled.data[:, :, : self.alone], zeta.shape[2])
             found = torch.cat([found, alone.transpose(-1, -2)], -1)
@@ -84,8 +88,10 @@ class PooledSite:
         """Zero where the posterior spreads."""
         if not self.has_data:
             return None
-        found = self.padded(self.pooled.data[:, :, self.alone :], count).transpose(-1, -2).flatten(0, -2)
-        return torch.cat([found, self.pooled.left[:, self.alone :]])
+        if count not in self._known_values:
+            found = self.padded(self.pooled.data[:, :, self.alone :], count).transpose(-1, -2).flatten(0, -2)
+            self._known_values[count] = torch.cat([found, self.pooled.left[:, self.alone :]])
+        return self._known_values[count]
 
     @staticmethod
     def padded(x: Tensor, count: int) -> Tensor:
@@ -102,21 +108,24 @@ class PooledSite:
         return per_cell(arguments["scale"], self.site) ** -2
 
     def moments(
-        self, second: Tensor, first: Tensor, others: Mapping[str, Tensor], center: Tensor | None
+        self, second: Tensor, first: Tensor | None, others: Mapping[str, Tensor], center: Tensor | None
     ) -> SiteMoments:
-        """Moments of the whole site at the cells of `others`; second (P, P) or (P,), first (P,)."""
+        """Moments of the whole site at the cells of `others`; second (P, P) or (P,), first (P,), None for 0."""
         cells = argument_cells(self.site, dict(others))
         count = self.pooled.count
         if self.vector:
             lead = (1,) * len(cells)
+            first = torch.zeros(self.cells, dtype=torch.float64) if first is None else first
             return SiteMoments(
                 (count.expand(lead), first.expand(*lead, -1), second.expand(*lead, -1, -1)), cells, center
             )
         event = self.site.fn.event_shape
         own = (1,) * (len(event) - len(cells)) + tuple(cells[len(cells) - len(event) :] if event else ())
-        weight = count.expand(self.cells)
-        parts = [fold(x, event, own).reshape(cells) for x in (weight, first, second)]
-        return SiteMoments(tuple(parts), cells, center)
+        if cells not in self._counts:
+            self._counts[cells] = fold(count.expand(self.cells), event, own).reshape(cells)
+        weight, second = self._counts[cells], fold(second, event, own).reshape(cells)
+        first = torch.zeros_like(weight) if first is None else fold(first, event, own).reshape(cells)
+        return SiteMoments((weight, first, second), cells, center)
 
 
 def fold(x: Tensor, event: torch.Size, cells: tuple[int, ...]) -> Tensor:
@@ -130,7 +139,7 @@ def per_cell(x: Tensor, site: SiteRecord) -> Tensor:
     """An argument of a scalar family over the cells of a row (P,)."""
     event = site.fn.event_shape
     x = x.reshape(x.shape[x.dim() - len(event) :]) if x.dim() > len(event) else x
-    return x.double().expand(event).reshape(-1)
+    return (x if x.shape == event else x.expand(event)).double().reshape(-1)
 
 
 class PooledLocation(Location):
@@ -226,7 +235,7 @@ class PooledLocation(Location):
         residual, own = self._residual(self.C), self.own
         second = residual.mT @ residual if own.vector else (residual**2).sum(0)
         others = {a: v for a, v in self.arguments.items() if a != "loc"}
-        found = own.moments(second, torch.zeros(own.cells, dtype=torch.float64), others, None)
+        found = own.moments(second, None, others, None)
         zero = torch.zeros((own.cells,) if own.vector else (), dtype=torch.float64)
         return SiteMoments(found.moments, found.cells, None, {"loc": zero}, self.total)
 

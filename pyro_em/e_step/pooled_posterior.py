@@ -70,21 +70,20 @@ def posterior(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> tuple
     classes, mean, lower, basis = own.classes, solved.mean, solved.lower, solved.basis
     energy = solved.energy.sum() + solved.left
     spread = (classes.weight * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)).sum()
-    two_pi, roots = own.kept("posterior", lambda: _constants(own))
+    two_pi, roots, ones = own.kept("posterior", lambda: _constants(own))
     likelihood = solved.constant - energy - spread + two_pi
     magnitude = solved.constant.abs() + energy + spread.abs() + two_pi + _cancelled(solved, classes.weight)
     root = torch.linalg.solve_triangular(lower.mT, roots, upper=True)
     if basis is not None:
         assert solved.start is not None
         mean, root = solved.start + bmm(basis, mean), bmm(basis, root)
-    zeta = torch.cat([torch.cat([classes.ones.unsqueeze(1), mean], 1), torch.nn.functional.pad(root, (0, 0, 1, 0))], -1)
-    return zeta, likelihood, magnitude
+    return torch.cat([ones, torch.cat([mean, root], -1)], 1), likelihood, magnitude
 
 
-def _constants(own: PooledSet) -> tuple[Tensor, Tensor]:
-    """½ K log 2π of all elements, and √w I of every class."""
-    weight = own.classes.weight
-    return 0.5 * own.size * LOG_2PI * weight.sum(), weight.sqrt()[:, None, None] * torch.eye(own.size).to(weight)
+def _constants(own: PooledSet) -> tuple[Tensor, Tensor, Tensor]:
+    """½ K log 2π of all elements, √w I of every class, and the first row of ζ: 0 where the posterior spreads."""
+    weight, ones = own.classes.weight, torch.nn.functional.pad(own.classes.ones.unsqueeze(1), (0, own.size))
+    return 0.5 * own.size * LOG_2PI * weight.sum(), weight.sqrt()[:, None, None] * own.one, ones
 
 
 def log_evidence(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> tuple[Tensor, Tensor]:
@@ -137,10 +136,8 @@ def _solve(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> _Solved:
     # Every latent's own site says what it is made of, unless its rows are told apart (a row that reads two elements).
     spherical = sum(own.sites[i].shared * own.sites[i].cells for i in latent) == size
     constant = own.kept("constant", lambda: _constant(own))
-    left = torch.zeros((), dtype=torch.float64)
-    elements, columns = classes.ones.shape
-    # Latents that no data read have no other rows.
-    seen = [tuple(torch.zeros(elements, 0, k, dtype=torch.float64) for k in (columns, size))]
+    left: Tensor | None = None
+    seen: list[tuple[Tensor, ...]] = []
     for i, (site, (C, white)) in enumerate(zip(own.sites, noise, strict=True)):
         if spherical and i in latent:
             continue
@@ -149,8 +146,12 @@ def _solve(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> _Solved:
         if len(site.pooled.left):
             rest = site.pooled.left[:, site.alone :]
             rest = rest + site.pooled.left[:, : site.alone] @ C[len(C) - site.alone :]
-            left = left + (white(rest.unsqueeze(-1)) ** 2).sum()
-    d, T = (torch.cat(own_parts, 1) for own_parts in zip(*seen, strict=True))
+            squares = (white(rest.unsqueeze(-1)) ** 2).sum()
+            left = squares if left is None else left + squares
+    if not seen:  # no data read these latents
+        elements, columns = classes.ones.shape
+        seen = [tuple(torch.zeros(elements, 0, k, dtype=torch.float64) for k in (columns, size))]
+    d, T = seen[0] if len(seen) == 1 else [torch.cat(own_parts, 1) for own_parts in zip(*seen, strict=True)]
     basis: Tensor | None = None
     start: Tensor | None = None
     if spherical:
@@ -158,7 +159,7 @@ def _solve(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> _Solved:
         d, T = d + bmm(T, start), bmm(T, basis)
     precision = bmm(T.mT, T)
     if basis is not None:
-        precision = precision + torch.eye(size, dtype=torch.float64)
+        precision = precision + own.one
     lower, failed = torch.linalg.cholesky_ex(precision)
     if bool(failed.any()):
         raise NonFiniteError(
@@ -175,7 +176,8 @@ def _solve(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> _Solved:
     energy = 0.5 * squares
     if basis is not None:
         energy = energy + 0.5 * (mean * mean).sum(1)
-    return _Solved(start, basis, lower, mean, energy, 0.5 * left, constant, d, squares, precision)
+    rest = own.kept("zero", lambda: torch.zeros((), dtype=torch.float64)) if left is None else 0.5 * left
+    return _Solved(start, basis, lower, mean, energy, rest, constant, d, squares, precision)
 
 
 def _constant(own: PooledSet) -> Tensor:

@@ -50,6 +50,11 @@ class PooledSet:
         return found
 
     @property
+    def one(self) -> Tensor:
+        """I (K, K)."""
+        return self.kept("one", lambda: torch.eye(self.size, dtype=torch.float64))
+
+    @property
     def text(self) -> str:
         """For the plan."""
         classes, columns = len(self.classes.weight), self.classes.ones.numel()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import scipy  # its parts are imported when they are used first
 import torch
 from torch import Tensor
 
@@ -57,7 +58,7 @@ def _moments(parts: list[Tensor], center: Tensor | None, weight: Tensor | None) 
     """Σ x xᵀ (Q, Q) and Σ x of rows less a center, chunk by chunk: each is read once, and is still in the cache when
     its columns are summed.
 
-    NumPy sees that a matrix meets itself, which is half of the work.
+    BLAS adds to what is there, and of a matrix that meets itself makes one triangle, which is half of the work.
     """
     count, size = len(parts[0]), sum(part.shape[1] for part in parts)
     scatter, rest = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
@@ -77,10 +78,10 @@ def _moments(parts: list[Tensor], center: Tensor | None, weight: Tensor | None) 
             scatter += heavy.mT @ block
             rest += heavy.sum(0)
         return scatter, rest
-    first, total, sums, one = parts[0].numpy(), scatter.numpy(), rest.numpy(), np.ones(CHUNK)
-    product, column = np.empty_like(total), np.empty_like(sums)
+    first, sums, one, upper = parts[0].numpy(), np.zeros(size), np.ones(CHUNK), np.zeros((size, size), order="F")
+    add_squares, add_product = scipy.linalg.blas.dsyrk, scipy.linalg.blas.dgemv
     for begin in range(0, count, CHUNK):
         own = first[begin : begin + CHUNK] if buffer is None else rows(begin).numpy()
-        total += np.matmul(own.T, own, product)
-        sums += np.matmul(one[: len(own)], own, column)
-    return scatter, rest
+        upper = add_squares(1.0, own.T, beta=1.0, c=upper, overwrite_c=True)
+        sums = add_product(1.0, own.T, one[: len(own)], beta=1.0, y=sums, overwrite_y=True)
+    return torch.from_numpy(np.triu(upper) + np.triu(upper, 1).T), torch.from_numpy(sums)

@@ -48,13 +48,14 @@ class LocationScaleFamily(Family):
         return Statistic((shifted,)), Statistic((shifted, shifted))
 
     def kernel(self, argument: str, moments: Moments, args: Arguments, center: Tensor | None = None) -> Kernel | None:
-        weight, first, second, origin = floats(*moments, 0.0 if center is None else center)
+        weight, first, second, *origin = floats(*moments, *(() if center is None else (center,)))
         if argument == "loc":
             _, scale = floats(weight, args["scale"])
-            return QuadraticKernel.of_mean(Mean(weight, first, scale.square().reciprocal(), vector=False), origin)
+            around = origin[0] if origin else torch.zeros_like(weight)
+            return QuadraticKernel.of_mean(Mean(weight, first, scale.square().reciprocal(), vector=False), around)
         if argument == "scale":
             _, loc = floats(weight, args["loc"])
-            shift = loc - origin
+            shift = loc - origin[0] if origin else loc
             return _scale_kernel(weight, second - shift * (first + (first - weight * shift)))
         return None
 

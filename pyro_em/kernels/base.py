@@ -145,7 +145,9 @@ class Kernel(ABC):
         shapes = [c.shape[: c.dim() - ndim] for c, ndim in pairs]
         # torch.broadcast_shapes takes longer than the arithmetic of a small kernel.
         if all(s == shapes[0] for s in shapes):
-            return self.from_coefficients([function(c, ndim) for c, ndim in pairs])
+            mapped = [function(c, ndim) for c, ndim in pairs]
+            same = all(new is c for new, (c, _) in zip(mapped, pairs, strict=True))
+            return self if same else self.from_coefficients(mapped)
         cells = broadcast_shapes(*shapes)
         return self.from_coefficients(
             [function(c.expand(cells + c.shape[c.dim() - ndim :]), ndim) for c, ndim in pairs]

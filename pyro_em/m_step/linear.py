@@ -80,9 +80,9 @@ class Linear:
 
     def gradient(self, params: Params, sufficient: Sufficient) -> Tensor:
         """∂Q/∂θ, (P,)."""
-        locations = self._locations(params, sufficient)
-        total = torch.zeros(self.size, dtype=torch.float64)
-        for location in locations:
+        first, *others = self._locations(params, sufficient)
+        total = first.gradient().clone()
+        for location in others:
             total += location.gradient()
         for name, kernel in self._priors(sufficient):
             theta = params[name].detach().double()

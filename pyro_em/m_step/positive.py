@@ -23,7 +23,7 @@ def is_positive_slope(constraint: constraints.Constraint, uses: Sequence[Use]) -
 
 def in_logarithms(gradient: Tensor, theta: Mapping[int, Tensor]) -> Tensor:
     """∂Q/∂u from ∂Q/∂θ (P,), u = log θ where `theta`, by the place at which its entries begin, is positive."""
-    gradient = gradient.clone()
+    gradient = gradient.clone() if theta else gradient
     for begin, value in theta.items():
         gradient[begin : begin + len(value)] *= value
     return gradient
