@@ -101,7 +101,7 @@ class _Few(Messenger):
 
     def _pyro_param(self, msg: Any) -> None:
         if len(msg["args"]) > 1 and callable(msg["args"][1]) and msg["name"] in self.parameters:
-            msg["args"] = (msg["args"][0], self.parameters[msg["name"]].clone(), *msg["args"][2:])
+            msg["args"] = (msg["args"][0], self.parameters[msg["name"]].clone, *msg["args"][2:])  # if it is asked for
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def bind_continuous(
         routes.append(route)
         # Atoms of the shape that every E-step will give, whose run shows what the M-step will see.
         values_at_start |= first_atoms(route, candidate)
-    return Continuous(sets, tuple(routes), runs, values_at_start), (plain[1], (crossed, second))
+    return Continuous(sets, tuple(routes), runs, values_at_start, crossed), (plain[1], (crossed, second))
 
 
 def _run_at(runs: AtomRuns, params: Params, rest: Values) -> Callable[[Mapping[str, Tensor]], Run]:

@@ -112,6 +112,7 @@ class _Slopes:
         self.records = m_step.problem.parameters
         self.sites = [s for s in own.sites if not any(c.site == s.site.name for c in columns)]
         self.found: dict[tuple[int, Cell], list[tuple[Key, float]]] = {}  # by latent, from 1 on, 0 for the intercept
+        self.cells: dict[int, set[Cell]] = {}  # of each of these
         self.known: set[int] = set()  # latents with a slope that is a number, or a parameter that must not move
         for i, site in enumerate(self.sites):
             self._read(i, site)
@@ -131,11 +132,12 @@ class _Slopes:
                     self.known.add(row % width)
                 j, at = (row % width, (i, row // width, cell)) if row < shared else (0, (i, -1 - row, cell))
                 self.found.setdefault((j, at), []).append(((entries.parameter, index), factor))
+                self.cells.setdefault(j, set()).add(at)
 
     def blocks(self, engine: Pooled) -> Iterable[Block]:
         groups: dict[tuple[str, tuple[Cell, ...], int], list[int]] = {}
         for j, column in enumerate(self.columns, 1):
-            cells = tuple(sorted(at for k, at in self.found if k == j))
+            cells = tuple(sorted(self.cells.get(j, ())))
             if not cells or j in self.known or column.element is not None or not self._own(j, cells):
                 continue
             mixed = self._each(j, cells)  # an entry in several cells is scaled in all of them, and mixed with none

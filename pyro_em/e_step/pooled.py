@@ -206,7 +206,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _sets(problem: Problem) -> tuple[list[PooledSet | CoupledSet], Run]:
-    """The sets of a problem, and a run of the model with all latents at 0."""
+    """The sets of a problem, and a run of the model with every latent at one value."""
     routes = pooled_routes(problem)
     plain, run = at_units(problem, routes)
     components = {c.symbols: c for c in problem.graph.components}

@@ -105,7 +105,7 @@ class PooledSite:
             return precision.reshape(precision.shape[-2:])
         if not self.scaled:
             return torch.ones(self.cells, dtype=torch.float64)
-        return per_cell(arguments["scale"], self.site) ** -2
+        return per_cell(arguments["scale"], self.site).pow(-2)
 
     def moments(
         self, second: Tensor, first: Tensor | None, others: Mapping[str, Tensor], center: Tensor | None
@@ -163,6 +163,8 @@ class PooledLocation(Location):
         self._block: Pairs | None = None
         self._size = 0
         self._slope: tuple[list[Tensor], Tensor] | None = None
+        self._left: tuple[Tensor, Tensor] | None = None
+        self._noise: tuple[list[Tensor], Tensor] | None = None
         self.delta = torch.zeros(0, dtype=torch.float64)
 
     def opened(self, starts: Mapping[str, int], size: int) -> PooledLocation:
@@ -170,6 +172,13 @@ class PooledLocation(Location):
         self._block, self._size, self._slope = self.own.pairs(starts, size), size, None
         self.delta = torch.zeros(size, dtype=torch.float64)
         return self
+
+    @property
+    def _here(self) -> Tensor:
+        """Residuals at the current coefficients; asked for the slope, and for the moments."""
+        if self._left is None or self._left[0] is not self.C:
+            self._left = self.C, self._residual(self.C)
+        return self._left[1]
 
     def _residual(self, C: Tensor) -> Tensor:
         residual = self._regressors @ C
@@ -182,7 +191,11 @@ class PooledLocation(Location):
 
     @property
     def _precision(self) -> Tensor:
-        return self.own.precision(self.arguments)
+        arguments = self.arguments
+        made_of = list(arguments.values())
+        if self._noise is None or not all(x is y for x, y in zip(self._noise[0], made_of, strict=True)):
+            self._noise = made_of, self.own.precision(arguments)
+        return self._noise[1]
 
     def move(self, delta: Tensor) -> None:
         assert self._block is not None
@@ -200,7 +213,7 @@ class PooledLocation(Location):
 
     def _gradient(self) -> Tensor:
         assert self._block is not None
-        cross = self._regressors.mT @ self._residual(self.C)
+        cross = self._regressors.mT @ self._here
         precision = self._precision
         slope = cross @ precision if self.own.vector else cross * precision
         own = -self._block.coefficient * slope.reshape(-1)[self._block.place]
@@ -232,8 +245,8 @@ class PooledLocation(Location):
 
     def moments(self) -> SiteMoments:
         """Of the residuals, at the cells of all arguments but the location."""
-        residual, own = self._residual(self.C), self.own
-        second = residual.mT @ residual if own.vector else (residual**2).sum(0)
+        residual, own = self._here, self.own
+        second = residual.mT @ residual if own.vector else residual.square().sum(0)
         others = {a: v for a, v in self.arguments.items() if a != "loc"}
         found = own.moments(second, None, others, None)
         zero = torch.zeros((own.cells,) if own.vector else (), dtype=torch.float64)

@@ -196,7 +196,8 @@ def _drawn(own: PooledSet, latents: Sequence[tuple[PooledSite, Tensor, Whitener]
     parts = [residual(site, C, own.classes.ones, own.size) for site, C, _ in latents]
     drawn, made = (torch.cat([part[k].flatten(1, 2) for part in parts], 1) for k in range(2))
     roots = torch.block_diag(*(white.matrix for *_, white in latents))
-    found = torch.linalg.solve(made, roots.expand_as(made)), -torch.linalg.solve(made, drawn)
+    both = torch.linalg.solve(made, torch.cat([roots.expand_as(made), -drawn], -1))
+    found = both[..., : own.size].contiguous(), both[..., own.size :].contiguous()
     own.known["drawn"] = made_of, found
     return found
 

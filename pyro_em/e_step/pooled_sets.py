@@ -103,7 +103,8 @@ def columns_of(route: GaussianRoute) -> tuple[Column, ...]:
 
 
 def at_units(problem: Problem, routes: list[GaussianRoute]) -> tuple[Run, Run]:
-    """The model with the latents at 0; and with those of every set at 0, then at 1 in one column after the other."""
+    """The model with every latent at one value, and with those of every set at 0, then at 1 in one column after the
+    other: all that the latents move is read off from the second."""
     continuous = problem.continuous
     assert continuous is not None
     most = max(len(columns_of(route)) for route in routes)
@@ -120,10 +121,8 @@ def at_units(problem: Problem, routes: list[GaussianRoute]) -> tuple[Run, Run]:
                 point[name] = value.to(route.dtypes[name])
         points.append(point)
     leaves = {n: v.detach().clone().requires_grad_(True) for n, v in problem.start.items()}
-    with torch.no_grad():
-        plain = continuous.runs.one(problem.start, points[0])
     with torch.enable_grad():
-        return plain, continuous.runs.several(leaves, continuous.runs.as_atoms(points))
+        return continuous.at_one, continuous.runs.several(leaves, continuous.runs.as_atoms(points))
 
 
 def read_site(problem: Problem, route: GaussianRoute, name: str, plain: Run, run: Run) -> SiteRows:

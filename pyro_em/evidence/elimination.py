@@ -148,6 +148,7 @@ class Continuous:
     routes: tuple[Route, ...]
     runs: AtomRuns
     values: Values = field(repr=False)
+    at_one: Run = field(repr=False)  # at the start, every latent at one value
 
     @property
     def names(self) -> tuple[str, ...]:

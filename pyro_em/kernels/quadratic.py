@@ -235,7 +235,7 @@ def _factor(precision: Tensor) -> Tensor | None:
     factor, failed = torch.linalg.cholesky_ex(precision)
     if failed.any():
         return None
-    pivots = factor.diagonal(dim1=-2, dim2=-1) ** 2 / precision.diagonal(dim1=-2, dim2=-1)
+    pivots = factor.diagonal(dim1=-2, dim2=-1).square() / precision.diagonal(dim1=-2, dim2=-1)
     return factor if bool((pivots > RANK * pivots.shape[-1]).all()) else None
 
 

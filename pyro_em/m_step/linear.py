@@ -80,11 +80,10 @@ class Linear:
 
     def gradient(self, params: Params, sufficient: Sufficient) -> Tensor:
         """∂Q/∂θ, (P,)."""
-        first, *others = self._locations(params, sufficient)
-        total = first.gradient().clone()
-        for location in others:
-            total += location.gradient()
-        for name, kernel in self._priors(sufficient):
+        first, *others = (location.gradient() for location in self._locations(params, sufficient))
+        priors = self._priors(sufficient)
+        total = sum(others, first.clone() if priors and not others else first)
+        for name, kernel in priors:
             theta = params[name].detach().double()
             total[self._slice(name, theta)] += kernel.gradient(theta).expand(theta.shape).reshape(-1)
         return total

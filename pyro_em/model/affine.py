@@ -56,6 +56,7 @@ class Drawn:
 
     direction: Tensor
     tangents: tuple[Tensor, Tensor]
+    whole: tuple[Tensor, Tensor]  # at the first point, along ones and the entries' numbers 1, 2, ...
 
 
 def find_predictor(
@@ -103,7 +104,7 @@ def find_predictor(
                     continue
                 found = _design(
                     name, first.leaves[name], directions[name][0], v1, link, draws[name], one, tolerance, still,
-                    exact=not by_logarithm,
+                    exact=not by_logarithm, whole=known[name].whole if name in known and not by_logarithm else None,
                 )  # fmt: skip
                 if found is not None:
                     kept.append(name)
@@ -140,8 +141,7 @@ def _by_logarithm(push: Callable[[Tensor], Tensor], value: Tensor) -> Callable[[
 def terms_at(name: str, leaf: Tensor, argument: Tensor, link: PredictorLink = LINKS[0]) -> list[Term]:
     """Terms of an argument that is known to be a link of something affine in a parameter, at the run that gave it."""
     push, draw = _push(argument, leaf), _draw(leaf, torch.Generator().manual_seed(0))
-    value = argument.detach().double()
-    tolerance = _tolerance(argument, leaf)
+    value, tolerance = argument.detach().double(), _tolerance(argument, leaf)
     still = torch.zeros_like(value, dtype=torch.bool)
     found = _design(name, leaf, push, value, link, draw, push(draw).double(), tolerance, still)
     if found is None:
@@ -198,9 +198,8 @@ def _slices(shape: torch.Size) -> Iterator[list[Tensor]]:
                 mask.select(dim, i).fill_(1)
                 masks.append(mask)
             yield masks
-    numel = shape.numel()
-    if numel <= MAX_SLICES:
-        yield [row.reshape(shape) for row in torch.eye(numel)]
+    if shape.numel() <= MAX_SLICES:
+        yield [row.reshape(shape) for row in torch.eye(shape.numel())]
 
 
 def _design(
@@ -214,9 +213,9 @@ def _design(
     tolerance: float,
     still: Tensor,
     exact: bool = True,
+    whole: tuple[Tensor, Tensor] | None = None,
 ) -> list[Term] | None:
-    code = torch.arange(1, leaf.numel() + 1, dtype=leaf.dtype).reshape(leaf.shape)
-    expected = link.slope(value, drawn)
+    code, expected = torch.arange(1, leaf.numel() + 1).to(leaf).reshape(leaf.shape), link.slope(value, drawn)
     # Dividing by the slope of a link leaves rounding where a tangent is 0 or constant; so do derivatives by log θ.
     rounding = 0.0 if exact and link is LINKS[0] else 1e-3 * tolerance
     for masks in _slices(leaf.shape):
@@ -225,8 +224,9 @@ def _design(
         terms: list[Term] = []
         for mask in masks:
             mask = mask.to(leaf)
-            one = link.slope(value, push(mask).double())
-            term = _term(name, one, link.slope(value, push(mask * code).double()), leaf.numel(), rounding, still)
+            tangents = whole if whole is not None and len(masks) == 1 else (push(mask), push(mask * code))
+            one, numbers = (link.slope(value, tangent.double()) for tangent in tangents)
+            term = _term(name, one, numbers, leaf.numel(), rounding, still)
             if term is None:
                 break
             if bool((term.index >= 0).any()):

@@ -33,6 +33,8 @@ RawArguments = dict[str, Any]
 _RAW = "_pyro_em_raw"
 ALTERNATIVES = {"probs", "logits", "covariance_matrix", "precision_matrix", "scale_tril"}
 _WRAPPERS = (dist.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
+# `isinstance` asks abstract base classes, for microseconds, and a binding asks hundreds of times.
+_is_wrapper = functools.cache(lambda kind: issubclass(kind, _WRAPPERS))
 
 
 def _remember(distribution: Any, raw: RawArguments) -> Any:
@@ -126,7 +128,7 @@ def before_handlers(place: Callable[[Site], Callable[[Tensor], Tensor] | None]) 
 
 def base_distribution(fn: Any) -> Any:
     """The innermost distribution below `.to_event`, `.mask` and `.expand`."""
-    while isinstance(fn, _WRAPPERS):
+    while _is_wrapper(fn.__class__):
         fn = fn.base_dist
     return fn
 

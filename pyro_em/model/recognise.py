@@ -172,7 +172,7 @@ def _argument_uses(
     for i, slot in enumerate(slots):
         if bool((by_draw[i] != 0).any()) or bool((other_draw[i] != 0).any()):
             at = values[0].detach(), values[1].detach()
-            slot.drawn[name] = Drawn(draw, (by_draw[i], other_draw[i]))
+            slot.drawn[name] = Drawn(draw, (by_draw[i], other_draw[i]), (by_one[i], by_code[i]))
             use = _classify(name, slot, *at, by_code[i], by_one[i], by_draw[i], other_one[i], draw)
             pair, known = (slot.first, slot.second), use.index is not None
             index = None if known else rows_taken(slot.link, slot.event_dim, pair, at)
