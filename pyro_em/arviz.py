@@ -3,7 +3,8 @@
     posterior             draws of the parameters, dims (chain = 1, draw, ...): the normal approximation
                           u ~ N(û, Σ) in free coordinates, Σ the inverse observed information, mapped back
     log_likelihood        log p(x_n|θ) of every data element at these draws, latents summed out (for `az.loo`)
-    posterior_predictive  data drawn at these draws (only if `predictive` asks for them)
+    posterior_predictive  data drawn at these draws (only if `predictive` asks for them), of a loop over time step by
+                          step
     latent_posterior      responsibilities p(z_n = k|x, θ̂), dims (plates, <site>_state); of continuous latents mean and
                           standard deviation, dim `moment` first
     latent_draws          joint draws of all latents given the data and θ̂ (only if `latent_draws` asks for them)
@@ -35,6 +36,7 @@ from pyro_em.information import Information
 from pyro_em.model.capture import PlainSite
 from pyro_em.pointwise import pointwise_draws
 from pyro_em.posterior import Posterior
+from pyro_em.predict import observed_names
 from pyro_em.predict import predictive as predictive_draws
 from pyro_em.problem import Problem
 from pyro_em.store import isolated_rng
@@ -216,17 +218,18 @@ def _log_likelihood(problem: Problem, values: Tensor) -> xarray.Dataset:
 
 
 def _predictive(problem: Problem, params: list[Params], num: int, seed: int) -> xarray.Dataset:
-    """One data set a draw of the parameters; where there is one draw only, all at that."""
-    sites = {n: s for n, s in problem.capture.sites.items() if s.observed}
-    with isolated_rng(seed):
-        each = [predictive_draws(problem, params[i % len(params)], 1, None) for i in range(num)]
-    values = {n: torch.cat([draw[n] for draw in each]) for n in sites}
-    return _dataset(
-        {
-            n: ((*SAMPLE, *_site_dims(n, s, values[n].shape[1:], sites)), _numpy(values[n])[None])
-            for n, s in sites.items()
-        }
-    )
+    """One data set a draw of the parameters, each with a seed of its own; where there is one draw only, all at that."""
+    sites, table = problem.capture.sites, {}
+    seeds = torch.randint(2**31 - 1, (num,), generator=torch.Generator().manual_seed(seed)).tolist()
+    each = [predictive_draws(problem, params[i % len(params)], 1, own) for i, own in enumerate(seeds)]
+    names = observed_names(problem, params[0])
+    for name in names:
+        values = torch.cat([draw[name] for draw in each])
+        dims = [f"{name}_dim_{i}" for i in range(values.dim() - 1)]
+        if name in sites:  # a step of a folded loop is none
+            dims = list(_site_dims(name, sites[name], values.shape[1:], names))
+        table[name] = ((*SAMPLE, *dims), _numpy(values)[None])
+    return _dataset(table)
 
 
 def _parameter_dims(problem: Problem | None, name: str, shape: tuple[int, ...], names: Iterable[str]) -> Dims:

@@ -51,7 +51,7 @@ class LocationScaleFamily(Family):
         weight, first, second, *origin = floats(*moments, *(() if center is None else (center,)))
         if argument == "loc":
             _, scale = floats(weight, args["scale"])
-            around = origin[0] if origin else torch.zeros_like(weight)
+            around = origin[0] if origin else weight.new_zeros(())
             return QuadraticKernel.of_mean(Mean(weight, first, scale.square().reciprocal(), vector=False), around)
         if argument == "scale":
             _, loc = floats(weight, args["loc"])
