@@ -113,17 +113,16 @@ class Expectations:
         axis = continuous.runs.dim - event - self.run.sites[name].element_dims
         try:
             nodes = nodes_for(posterior, self._at(name, {latent: at.values}, quantity), at, axis)
+            found = self._at(name, {latent: nodes.values}, quantity)
+            if found.dim() < -axis or found.shape[axis] != len(nodes.weights):
+                return found  # it does not depend on the latent
+            return nodes.average(found, axis)
         except NoNodes as error:
             raise Refusal(
                 name,
-                f"the moments of its missing cells are no polynomials of degree two in the probabilities '{latent}'.",
+                f"the moments of its missing cells, given '{latent}', {error}.",
                 f"mask those cells, and draw them given draws of '{latent}' (result.posterior().sample).",
             ) from error
-        found = self._at(name, {latent: nodes.values}, quantity)
-        if found.dim() < -axis or found.shape[axis] != len(nodes.weights):
-            return found  # it does not depend on the latent
-        weights = nodes.weights.to(found).reshape(-1, *(1,) * (-axis - 1))
-        return (weights * found).sum(axis, keepdim=True)
 
     def _at(self, name: str, own: Mapping[str, Tensor], quantity: Quantity) -> Tensor:
         """The quantity at values of some latents, those of all others at their atoms."""

@@ -104,6 +104,26 @@ def test_counts_beside_a_probability() -> None:
         assert float(found.variance[row]) == pytest.approx(float(pmf @ counts**2) - mean**2, rel=1e-9)
 
 
+@pytest.mark.parametrize(("a", "refused"), [(0.2, False), (0.05, True), (0.01, True)])
+def test_a_probability_near_0_or_1_is_averaged_to_rounding_or_refused(a: float, refused: bool) -> None:
+    """The probabilities of a missing count are polynomials of degree six in p."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("rows", 2):
+            p = pyro.sample("p", dist.Beta(a, a))
+            pyro.sample("x", dist.Binomial(6, p), obs=x)
+
+    result = pyro_em.fit(model, torch.tensor([2.0, NAN]), missing="nan", max_iter=0)
+    if refused:
+        with pytest.raises(pyro_em.Refusal, match="'x'.*given 'p', are not found by quadrature.*draw them"):
+            result.impute()
+        return
+    found = result.impute()["x"].probabilities
+    assert found is not None
+    pmf = dist.BetaBinomial(torch.tensor(a), torch.tensor(a), 6).log_prob(torch.arange(7.0)).exp()
+    torch.testing.assert_close(found[1], pmf, rtol=1e-10, atol=1e-12)
+
+
 def test_categories_beside_their_probabilities() -> None:
     """A missing category has the posterior mean of its probabilities; a missing table is Dirichlet-multinomial."""
     document = torch.tensor([0, 0, 0, 1, 1])
@@ -144,5 +164,5 @@ def test_moments_that_are_not_known_are_refused() -> None:
     result = pyro_em.fit(model, x, missing="nan", max_iter=0)
     share = result.params["alpha"] / result.params["alpha"].sum()
     assert result.log_likelihood == pytest.approx(float(share.log().sum()), rel=1e-12)
-    with pytest.raises(pyro_em.Refusal, match=r"'x'.*no polynomials.*'theta'.*draw them"):
+    with pytest.raises(pyro_em.Refusal, match=r"'x'.*'theta', are no polynomials.*draw them"):
         result.impute()
