@@ -33,7 +33,19 @@ class _RealOrMissing(constraints.Constraint):
         return "real vectors, NaN where missing"
 
 
-class IncompleteNormal(dist.MultivariateNormal):
+class _Incomplete:
+    """What a normal vector is that may have missing cells; its covariance matrix is `_unbroadcasted_covariance`."""
+
+    support = _RealOrMissing()
+
+    def log_prob(self: Any, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        result = marginal_log_density(value, self.loc, self._unbroadcasted_covariance)
+        return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
+
+
+class IncompleteNormal(_Incomplete, dist.MultivariateNormal):  # type: ignore[misc]
     """`pyro.distributions.MultivariateNormal`, whose values may have missing cells, marked NaN.
 
     The log-density is that of the observed cells, 0 if there are none. Draws are complete.
@@ -45,14 +57,6 @@ class IncompleteNormal(dist.MultivariateNormal):
     :raises ValueError: as MultivariateNormal does, for arguments and for infinite cells.
     """
 
-    support = _RealOrMissing()  # type: ignore[assignment]
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
-        result = marginal_log_density(value, self.loc, self._unbroadcasted_covariance)
-        return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
-
     @property
     def _unbroadcasted_covariance(self) -> Tensor:
         """Σ as it was given, without the batch dims that it does not vary along."""
@@ -60,7 +64,7 @@ class IncompleteNormal(dist.MultivariateNormal):
         return lower @ lower.mT
 
 
-class IncompleteLowRankNormal(dist.LowRankMultivariateNormal):
+class IncompleteLowRankNormal(_Incomplete, dist.LowRankMultivariateNormal):  # type: ignore[misc]
     """`pyro.distributions.LowRankMultivariateNormal`, whose values may have missing cells, marked NaN.
 
     In a fit its factors become a latent, and its cells sites of their own (model/unfold.py).
@@ -69,14 +73,6 @@ class IncompleteLowRankNormal(dist.LowRankMultivariateNormal):
     >>> IncompleteLowRankNormal(torch.zeros(2), torch.zeros(2, 1), torch.ones(2)).log_prob(x)
     tensor(-0.9189)
     """
-
-    support = _RealOrMissing()  # type: ignore[assignment]
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
-        result = marginal_log_density(value, self.loc, self._unbroadcasted_covariance)
-        return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
 
     @property
     def _unbroadcasted_covariance(self) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from pyro_em.e_step.scan_short import ChainSums, Short, Weights
+from pyro_em.e_step.scan_short import ChainSums, Given, Short, Weights
 from pyro_em.evidence.banded import Banded
 from pyro_em.evidence.windows import Groups
 
@@ -39,20 +39,14 @@ class Grouped(ChainSums):
             self._parts.append((Short(memory[blocks], phi[:, at], base[members], states, own, None), at))
         self._own = [x.numpy() for x in self.outputs()]
 
-    def into(
-        self,
-        outputs: Sequence[np.ndarray],
-        initial: np.ndarray,
-        A: np.ndarray,
-        w: np.ndarray,
-        differences: np.ndarray | None,
-    ) -> None:
+    def into(self, outputs: Sequence[np.ndarray], given: Given) -> None:
         *sums, held = outputs
         for x in sums:
             x.fill(0.0)
         held[...] = False
         for part, at in self._parts:
-            part.into(self._own, initial, A, w, None if differences is None else differences[:, at])
+            extra = None if given.differences is None else given.differences[:, at]
+            part.into(self._own, given._replace(differences=extra))
             if not self._own[-1]:
                 return
             for x, own in zip(sums, self._own, strict=False):

@@ -18,7 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -44,6 +44,15 @@ class Weights:
     chains: Tensor | None = None  # (C,)
     first: tuple[Tensor | None, ...] = (None,)  # (C,) each
     pairs: tuple[Tensor | None, ...] = (None,)  # (L, M) each, of the transition that leaves a step
+
+
+class Given(NamedTuple):
+    """What an E-step is asked for: initial distributions (K, C or 1), A, W, log-densities (K, places) besides W Φ."""
+
+    initial: np.ndarray
+    table: np.ndarray
+    w: np.ndarray
+    differences: np.ndarray | None
 
 
 class ChainSums:
@@ -79,14 +88,7 @@ class ChainSums:
         shapes = [(2,), (len(self.first_weights), K), (len(self.pair_weights), K, K), (len(self.phi), K)]
         return [*(torch.empty(shape, dtype=torch.float64) for shape in shapes), torch.empty((), dtype=torch.bool)]
 
-    def into(
-        self,
-        outputs: Sequence[np.ndarray],
-        initial: np.ndarray,
-        A: np.ndarray,
-        w: np.ndarray,
-        differences: np.ndarray | None,
-    ) -> None:
+    def into(self, outputs: Sequence[np.ndarray], given: Given) -> None:
         """`smooth` from and to arrays (what is read together side by side), the last of which says whether the others
         hold."""
         raise NotImplementedError
@@ -114,22 +116,15 @@ class Short(ChainSums):
         self._rates: list[Rate | None] = [None, banded.rate]
         self._strikes, self._nothing = 0, np.zeros(blocks.chains)
 
-    def into(
-        self,
-        outputs: Sequence[np.ndarray],
-        initial: np.ndarray,
-        A: np.ndarray,
-        w: np.ndarray,
-        differences: np.ndarray | None,
-    ) -> None:
+    def into(self, outputs: Sequence[np.ndarray], given: Given) -> None:
         evidence, first, pairs, totals, held = outputs
         held[...] = False
-        if not self._smoothed(initial, A, w, differences, evidence):
+        if not self._smoothed(given, evidence):
             return
         for weight, out in zip(self.pair_weights, pairs, strict=True):
             left = self._left if weight is None else np.multiply(self._left, weight, self._weighted)
             np.matmul(left, self._right, out)  # `dot` would copy what lies in strides
-        pairs *= A
+        pairs *= given.table
         for weight, out in zip(self.first_weights, first, strict=True):
             own = self._at_first
             np.add.reduce(own, 1, out=out) if weight is None else np.dot(own, weight, out)
@@ -138,30 +133,30 @@ class Short(ChainSums):
         np.dot(self.phi, self._posterior, totals)
         held[...] = True
 
-    def _smoothed(self, *given: Any) -> bool:
+    def _smoothed(self, given: Given, evidence: np.ndarray) -> bool:
         """Posteriors by bare b if that holds, which one call does not find out for the next."""
         if self._rates[BARE] is not None:
-            if self._run(BARE, *given):
+            if self._run(BARE, given, evidence):
                 return True
             self._rates[BARE], self._strikes = None, self._strikes + 1
-        if not self._run(SCALED, *given) and not (self._measured(*given) and self._run(SCALED, *given)):
+        held = self._run(SCALED, given, evidence) or (self._measured(given) and self._run(SCALED, given, evidence))
+        if not held:
             return False
         if self._strikes < STRIKES:
             self.banded.set_rate(self._level)
             self._rates[BARE] = self.banded.rate
-            if not self._run(BARE, *given):
+            if not self._run(BARE, given, evidence):
                 self._rates[BARE], self._strikes = None, STRIKES
-                return self._run(SCALED, *given)
+                return self._run(SCALED, given, evidence)
         return True
 
-    def _measured(
-        self, initial: np.ndarray, A: np.ndarray, w: np.ndarray, differences: np.ndarray | None, evidence: np.ndarray
-    ) -> bool:
+    def _measured(self, given: Given) -> bool:
         """Find the rate at which scaled b may hold, if there is another one than that known."""
         banded, before = self.banded, self._rates[SCALED]
-        if self._likelihood(SCALED, w, differences) is None:
+        if self._likelihood(SCALED, given) is None:
             return False
-        start, table, b = (torch.from_numpy(np.ascontiguousarray(x)) for x in (initial, A, banded.likelihood))
+        arrays = (given.initial, given.table, banded.likelihood)
+        start, table, b = (torch.from_numpy(np.ascontiguousarray(x)) for x in arrays)
         found = smooth_blocked(start, table, b, banded.blocks, Scratch())
         if found is None:
             return False
@@ -169,30 +164,22 @@ class Short(ChainSums):
         self._rates[SCALED] = banded.rate
         return before is None or banded.rate.units != before.units
 
-    def _run(
-        self,
-        kind: int,
-        initial: np.ndarray,
-        A: np.ndarray,
-        w: np.ndarray,
-        differences: np.ndarray | None,
-        evidence: np.ndarray,
-    ) -> bool:
-        scales, banded = self._likelihood(kind, w, differences), self.banded
+    def _run(self, kind: int, given: Given, evidence: np.ndarray) -> bool:
+        scales, banded = self._likelihood(kind, given), self.banded
         banded.rate = self._rates[kind]  # type: ignore[assignment]
-        total = None if scales is None else banded.messages(initial, A)
+        total = None if scales is None else banded.messages(given.initial, given.table)
         if total is None or scales is None:
             return False
         self._read(total, scales, evidence)
         self._rates[kind] = banded.rate
         return True
 
-    def _likelihood(self, kind: int, w: np.ndarray, differences: np.ndarray | None) -> np.ndarray | None:
+    def _likelihood(self, kind: int, given: Given) -> np.ndarray | None:
         """b, and sums of the logs of its scales by chain; None if no state of some row is possible."""
         density, scales = self._density, self._nothing
-        np.dot(w, self.phi, density)  # results by position, as names cost time
-        if differences is not None:
-            np.add(density, differences, density)
+        np.dot(given.w, self.phi, density)  # results by position, as names cost time
+        if given.differences is not None:
+            np.add(density, given.differences, density)
         if kind == SCALED:
             np.maximum.reduce(density, 0, out=self._scale)
             np.subtract(density, self._scale, density)
@@ -234,7 +221,7 @@ def _short_chains(
     outputs = own.outputs()
     extra = None if differences is None else differences.numpy()
     with np.errstate(all="ignore"):  # as replays do; what is not a number does not hold
-        own.into([x.numpy() for x in outputs], initial.numpy(), table.numpy(), w.numpy(), extra)
+        own.into([x.numpy() for x in outputs], Given(initial.numpy(), table.numpy(), w.numpy(), extra))
     return tuple(outputs)
 
 
@@ -247,4 +234,4 @@ _LIBRARY.impl("short_chains", _short_chains, "CPU")
 @written_by(torch.ops.pyro_em.short_chains.default)
 def _replayed(arguments: Sequence[Any], outputs: Sequence[np.ndarray]) -> Call:
     number, *arrays = arguments
-    return partial(_ALIVE[number].into, outputs, *arrays)
+    return partial(_ALIVE[number].into, outputs, Given(*arrays))

@@ -24,20 +24,10 @@ import torch
 from torch import Tensor
 
 from pyro_em.e_step.base import IMPOSSIBLE
-from pyro_em.e_step.scan_short import BARE, SCALED, ChainSums, Weights
+from pyro_em.e_step.scan_short import BARE, SCALED, ChainSums, Given, Weights
 from pyro_em.evidence.banded import LOG_2, Banded
 from pyro_em.evidence.blocked import AGREE, Scratch, smooth_blocked
 from pyro_em.evidence.windows import Windows
-
-
-@dataclass(frozen=True, eq=False)
-class Given:
-    """What an E-step is asked for: initial distributions (C or 1, K), A, W, and log-densities that W leaves out."""
-
-    initial: np.ndarray
-    table: np.ndarray
-    w: np.ndarray
-    differences: np.ndarray | None
 
 
 @dataclass(eq=False)
@@ -69,24 +59,17 @@ class Windowed(ChainSums):
         self._behind = np.flatnonzero(steps >= windows.steps - 1)  # of the last window: no transition leaves these
         self._uniform, self._ones = np.full(states, 1.0 / states), np.ones(states)
 
-    def into(
-        self,
-        outputs: Sequence[np.ndarray],
-        initial: np.ndarray,
-        A: np.ndarray,
-        w: np.ndarray,
-        differences: np.ndarray | None,
-    ) -> None:
+    def into(self, outputs: Sequence[np.ndarray], given: Given) -> None:
         """`smooth` from and to arrays, the last of which says whether the others hold."""
         *sums, held = outputs
-        given = Given(np.broadcast_to(initial.T, (self.windows.chains, len(A))), A, w, differences)
-        self.banded.use(A)
+        given = given._replace(initial=np.broadcast_to(given.initial, (self.states, self.windows.chains)))
+        self.banded.use(given.table)
         found = self._joined_somehow(sums, given)
         if not found and self._kind == BARE:
             self._kind = SCALED
             found = self._joined_somehow(sums, given)
         held[...] = found
-        sums[2] *= A
+        sums[2] *= given.table
 
     def _joined_somehow(self, sums: Sequence[np.ndarray], given: Given) -> bool:
         return self._summed(sums, given, self._forgetful) or self._summed(sums, given, self._carried)
@@ -109,7 +92,7 @@ class Windowed(ChainSums):
         """One chain, its windows begun and ended early and late; None where that was not early or late enough."""
         windows, total, before = self.windows, 0.0, None
         for place in range(windows.count):
-            start = self._uniform if place else given.initial[c]
+            start = self._uniform if place else given.initial[:, c]
             border = self._joined(c, place, given, (0, start), (windows.blocks.per_chain, self._ones))
             if border is None or (before is not None and not _agree(before, border)):
                 return None
@@ -120,7 +103,7 @@ class Windowed(ChainSums):
     def _carried(self, c: int, sums: Sequence[np.ndarray], given: Given) -> float | None:
         """One chain, with the vectors at the borders carried forwards and then backwards."""
         windows, total = self.windows, 0.0
-        starts, end = [given.initial[c]], self._ones
+        starts, end = [given.initial[:, c]], self._ones
         for place in range(windows.count - 1):
             begin, _ = windows.inner(place)
             border = self._joined(c, place, given, (begin, starts[-1]), (windows.blocks.per_chain, self._ones))
