@@ -115,7 +115,7 @@ def test_a_probability_near_0_or_1_is_averaged_to_rounding_or_refused(a: float, 
 
     result = pyro_em.fit(model, torch.tensor([2.0, NAN]), missing="nan", max_iter=0)
     if refused:
-        with pytest.raises(pyro_em.Refusal, match="'x'.*given 'p', are not found by quadrature.*draw them"):
+        with pytest.raises(pyro_em.Refusal, match=r"'x'.*given 'p', are not found by quadrature.*draw them"):
             result.impute()
         return
     found = result.impute()["x"].probabilities
