@@ -78,3 +78,76 @@ def normal(y: Tensor) -> None:
         b = pyro.sample("b", dist.Normal(mu, s))
         with pyro.plate("repeats", y.shape[1], dim=-1):
             pyro.sample("y", dist.Normal(b, e), obs=y)
+
+
+def mixed_items(y: Tensor, K: int = 2) -> None:
+    """Classes of people (N, J) to whom the items are of other difficulty: a mixture of item response models."""
+    N, J = y.shape
+    w = pyro.param("w", torch.full((K,), 1.0 / K), constraint=simplex)
+    d = pyro.param("d", torch.linspace(-0.5, 0.5, K).unsqueeze(-1) + torch.linspace(-1, 1, J))
+    a = pyro.param("a", torch.linspace(0.7, 1.6, J), constraint=positive)
+    with pyro.plate("people", N, dim=-2):
+        z = pyro.sample("z", dist.Categorical(w))
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        with pyro.plate("items", J, dim=-1):
+            pyro.sample("y", dist.Bernoulli(logits=d[z, torch.arange(J)] + a * theta), obs=y)
+
+
+def groups_in_classes(y: Tensor, x: Tensor) -> None:
+    """Groups (G, R) in classes with coefficients and a spread of their own; a datum of the group that only the class
+    says something of, one that only the latent does, and a second discrete latent."""
+    w = pyro.param("w", torch.tensor([0.3, 0.7]), constraint=simplex)
+    b = pyro.param("b", torch.tensor([[-0.5, 0.2], [0.8, 0.5]]))
+    s = pyro.param("s", torch.tensor([0.4, 0.8]), constraint=positive)
+    m, c = pyro.param("m", torch.tensor([-0.5, 0.5])), pyro.param("c", torch.tensor([0.2, 0.4]))
+    shift = pyro.param("shift", torch.tensor([0.0, 1.0]))
+    with pyro.plate("groups", len(y), dim=-2):
+        z = pyro.sample("z", dist.Categorical(w))
+        v = pyro.sample("v", dist.Bernoulli(0.4)).long()
+        u = pyro.sample("u", dist.Normal(shift[v], s[z]))
+        pyro.sample("of_class", dist.Normal(m[z], 1.0), obs=x[:, :1])
+        high = (x[:, 1:2] > x[:, 1].median()).double()
+        pyro.sample("of_latent", dist.Bernoulli(logits=c[0] + c[1] * u), obs=high)
+        with pyro.plate("repeats", y.shape[1], dim=-1):
+            pyro.sample("y", dist.Poisson((b[z, 0] + b[z, 1] * x + u).exp()), obs=y)
+
+
+def mixed_slopes(y: Tensor, x: Tensor) -> None:
+    """Correlated intercepts and slopes as one vector, with a covariance and a mean for each class."""
+    w = pyro.param("w", torch.tensor([0.4, 0.6]), constraint=simplex)
+    L = torch.tensor([[[0.9, 0.0], [0.3, 0.6]], [[0.5, 0.0], [-0.2, 0.4]]])
+    L = pyro.param("L", L, constraint=constraints.lower_cholesky)
+    d = pyro.param("d", torch.tensor([-0.5, 0.5]))
+    with pyro.plate("people", len(y)):
+        z = pyro.sample("z", dist.Categorical(w))
+        b = pyro.sample("b", dist.MultivariateNormal(torch.zeros(2), scale_tril=L[z]))
+        eta = d[z].unsqueeze(-1) + b[..., :1] + b[..., 1:] * x
+        pyro.sample("y", dist.Bernoulli(logits=eta).to_event(1), obs=y)
+
+
+def drawn_by_ability(y: Tensor) -> None:
+    """The class itself depends on the latent."""
+    N, J = y.shape
+    d, c = pyro.param("d", torch.linspace(-1, 1, J)), pyro.param("c", torch.tensor([0.2, 0.7]))
+    e = pyro.param("e", torch.tensor([-0.5, 0.5]))
+    with pyro.plate("people", N, dim=-2):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        z = pyro.sample("z", dist.Bernoulli(logits=c[0] + c[1] * theta)).long()
+        with pyro.plate("items", J, dim=-1):
+            pyro.sample("y", dist.Bernoulli(logits=d + e[z] + theta), obs=y)
+
+
+def mixed_dispersion(y: Tensor, x: Tensor) -> None:
+    """Negative binomial counts (G, R), with a size for each class."""
+    w = pyro.param("w", torch.tensor([0.4, 0.6]), constraint=simplex)
+    b, s = (
+        pyro.param("b", torch.tensor([[0.2, 0.4], [-0.3, 0.1]])),
+        pyro.param("s", torch.tensor(0.6), constraint=positive),
+    )
+    size = pyro.param("size", torch.tensor([2.0, 3.0]), constraint=positive)
+    with pyro.plate("groups", len(y), dim=-2):
+        z = pyro.sample("z", dist.Categorical(w))
+        u = pyro.sample("u", dist.Normal(0.0, s))
+        with pyro.plate("repeats", y.shape[1], dim=-1):
+            eta = b[z, 0] + b[z, 1] * x + u
+            pyro.sample("y", dist.NegativeBinomial(size[z], logits=eta - size[z].log()), obs=y)

@@ -87,7 +87,8 @@ class NodeLocation:
             lines = [rows.events * own * mean for own, mean in zip(self._placed.b[1:], self.means[1:], strict=True)]
         else:
             lines = [a * own * reach for own, reach in zip(self._placed.b[1:], self._reach_of_all[1:], strict=True)]
-        level = a * self._placed.b[0] if rows.weight is None else a * self._placed.b[0] * self._reach_of_all[0]
+        once = rows.weight is None and self.nodes.shares is None
+        level = a * self._placed.b[0] if once else a * self._placed.b[0] * self._reach_of_all[0]
         spread = -(self.weights * cumulated(rows, self._tables))
         return torch.cat([x.reshape(-1) for x in (level, *lines, spread)])
 

@@ -8,7 +8,7 @@ parameters. Letters: as in node_rows.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from pyro_em.design import Design
 from pyro_em.e_step.base import NotCompiled
 from pyro_em.e_step.node_cumulants import cumulant_of, kernel_of
 from pyro_em.e_step.node_panels import Panels, panels_of
+from pyro_em.e_step.node_probe import Probe
 from pyro_em.e_step.node_rows import NodeRows, coordinates
 from pyro_em.e_step.node_several import Several
 from pyro_em.e_step.node_tables import Cumulant
@@ -32,21 +33,11 @@ from pyro_em.model.predictor import Term
 from pyro_em.model.trace import Run, SiteRecord
 from pyro_em.model.use import Use
 from pyro_em.problem import Problem
+from pyro_em.shapes import broadcast_shapes
 from pyro_em.statistics import site_weight
 from pyro_em.types import Params
 
 RIGHT = 1e-9  # relative deviation of a predictor that rounding explains
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Runs of the model for reading: with the latents at 0 and at each unit (with gradients), and at random values.
-
-    `random` are pairs of runs and values z (G, K), at the start and at other parameters.
-    """
-
-    units: tuple[Run, ...]
-    random: tuple[tuple[Run, Tensor, Params], ...]
 
 
 def read_rows(problem: Problem, route: QuadratureRoute, name: str, probe: Probe) -> NodeRows:
@@ -61,11 +52,12 @@ def read_rows(problem: Problem, route: QuadratureRoute, name: str, probe: Probe)
     slot, others = _slots(problem, probe, name)
     if family.arguments[slot] or ((slot not in family.closed or slot in family.by_row) and not others):
         raise NotCompiled(f"the {slot} of '{name}' has no kernel")
-    cells = full_cells(site)
+    size = probe.states.numel() * torch.Size(route.layout.sizes).numel()
+    cells = _cells(route, site, probe.states)
     kernel = None if others else kernel_of(site, slot, cells)
-    group, seen = _groups(route, site, cells)
+    group, seen = _groups(route, site, cells, probe.states)
     present = seen if kernel is None else seen & _informed(kernel, cells)
-    panels = panels_of(torch.where(present, group, -1), _elements(route), route.rule.num_nodes)
+    panels = panels_of(torch.where(present, group, -1), size, route.rule.num_nodes)
     names = tuple(n for n, uses in problem.uses.items() if any((u.site, u.slot) == (name, slot) for u in uses))
     uses = [u for n in names for u in problem.uses[n] if (u.site, u.slot) == (name, slot)]
     logs = frozenset(n for u in uses if u.predictor is not None for n in u.predictor.logarithmic)
@@ -80,10 +72,10 @@ def read_rows(problem: Problem, route: QuadratureRoute, name: str, probe: Probe)
     at = [_eta(run, name, slot, link, cells) for run in probe.units]
     etas = [at[0], *(x - at[0] for x in at[1:])]
     offsets = []
-    starts, size = begins_of(names, problem.start)
+    starts, length = begins_of(names, problem.start)
     theta = coordinates(problem.start, names, logs)
     for k, eta in enumerate(etas):
-        known = Design(terms[k], starts, size, cells).predict(theta).expand(cells) if terms[k] else 0.0
+        known = Design(terms[k], starts, length, cells).predict(theta).expand(cells) if terms[k] else 0.0
         left = (eta - known).reshape(-1)
         left = torch.where(left.abs() <= 1e-4 * RIGHT * float(eta[present.reshape(cells)].abs().max()), 0.0, left)
         offsets.append(panels.placed(left, cumulant.empty if k == 0 else 0.0))
@@ -96,12 +88,8 @@ def read_rows(problem: Problem, route: QuadratureRoute, name: str, probe: Probe)
         constant = _constant(site, cumulant, panels, group, seen, at[0], cells)
     return NodeRows(
         name, slot, cells, panels, cumulant, tuple(map(tuple, terms)), tuple(offsets), alike, constant,
-        _weight(problem, site, group, present, cells, _elements(route)), names, logs,
+        _weight(problem, site, group, present, cells, size), names, logs,
     )  # fmt: skip
-
-
-def _elements(route: QuadratureRoute) -> int:
-    return torch.Size(route.layout.sizes).numel()
 
 
 def _slots(problem: Problem, probe: Probe, name: str) -> tuple[str, tuple[str, ...]]:
@@ -126,17 +114,29 @@ def _eta(run: Run, name: str, slot: str, link: PredictorLink, cells: torch.Size)
     return link.inverse(argument.detach().double()).expand(cells)
 
 
-def _groups(route: QuadratureRoute, site: SiteRecord, cells: torch.Size) -> tuple[Tensor, Tensor]:
+def _cells(route: QuadratureRoute, site: SiteRecord, states: torch.Size) -> torch.Size:
+    """Rows of the site, those of every state of the discrete latents that the set reads.
+
+    :raises NotCompiled: if it has dims that are none of these.
+    """
+    own, m = full_cells(site), len(route.layout.sizes)
+    batch, elements = own[: len(own) - site.element_dims], own[len(own) - site.element_dims :]
+    if states:
+        batch = broadcast_shapes(batch, (*states, *(1,) * m))
+    if batch[: max(0, len(batch) - m)] != states or (len(batch) >= m and batch[-m] != 1):
+        raise NotCompiled(f"'{site.name}' has dims that are no plates")
+    return torch.Size((*batch, *elements))
+
+
+def _groups(route: QuadratureRoute, site: SiteRecord, cells: torch.Size, states: torch.Size) -> tuple[Tensor, Tensor]:
     """The element that every row reads (N,), and whether the row has a datum (N,)."""
-    m, sizes = len(route.layout.sizes), route.layout.sizes
+    m, sizes = len(route.layout.sizes), torch.Size(route.layout.sizes)
     batch = cells[: len(cells) - site.element_dims]
     index = route.layout.rows[site.name]
     if index is None:
-        index = torch.arange(_elements(route)).reshape(sizes)
-    index = index.reshape(index.shape[1:])
+        index = torch.arange(sizes.numel()).reshape(sizes)
+    index = index + sizes.numel() * torch.arange(states.numel()).reshape(*states, *(1,) * m)
     index = index.reshape(index.shape[max(0, index.dim() - len(batch)) :])
-    if index.dim() > len(batch) or m - 1 < len(batch):
-        raise NotCompiled(f"'{site.name}' has dims that are no plates")
     index = index.reshape((*index.shape, *(1,) * site.element_dims))
     present = torch.ones((), dtype=torch.bool)
     if site.mask is not None:

@@ -5,6 +5,8 @@
 is evaluated from the predictors' coefficients B (node_rows.py) at all rows and nodes of a group at once
 (node_cumulants.py). The rule, its search for modes and its answers are those of evidence/quadrature.py.
 
+Discrete latents that the set reads make an element of every joint state of theirs and element (node_probe.py).
+
 Letters: G elements, K columns, Q nodes; R places of rows. Latents are (K, Q, G), with one node at the search.
 """
 
@@ -26,6 +28,7 @@ from pyro_em.evidence.rule import Quadrature
 from pyro_em.families.multivariate_normal import MultivariateNormalFamily
 from pyro_em.families.normal import NormalFamily
 from pyro_em.families.numerics import half_log_det, precision_matrix
+from pyro_em.model.compat import pack
 from pyro_em.model.trace import SiteRecord
 from pyro_em.softmax import softmax, softmax_
 
@@ -44,7 +47,10 @@ class Prior:
 
 @dataclass(frozen=True)
 class Nodes:
-    """z (K, Q, G), their weights (Q, G), log Z (G,); `tables` by site, kept for the M-step where they are small."""
+    """z (K, Q, G), their weights (Q, G), log Z (G,); `tables` by site, kept for the M-step where they are small.
+
+    `shares` (G,) are the posterior weights of discrete states that the weights hold; None where they sum to 1.
+    """
 
     z: Tensor
     weights: Tensor
@@ -52,15 +58,20 @@ class Nodes:
     mode: Tensor
     spread: Tensor
     tables: Mapping[str, Tables]
+    shares: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class NodeSet:
-    """Latents `names` of a route, their own `latents` sites and the `rows` that read them."""
+    """Latents `names` of a route, their own `latents` sites and the `rows` that read them.
+
+    `states` are the dims of the discrete latents that it reads.
+    """
 
     route: QuadratureRoute
     latents: tuple[SiteRecord, ...]
     rows: tuple[NodeRows, ...]
+    states: torch.Size
     _products: dict[Quadrature, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
@@ -77,7 +88,22 @@ class NodeSet:
     @property
     def size(self) -> int:
         """G."""
-        return torch.Size(self.route.layout.sizes).numel()
+        return self.states.numel() * torch.Size(self.route.layout.sizes).numel()
+
+    def laid(self, x: Tensor) -> Tensor:
+        """What belongs to the nodes (Q, G) or elements (1, G), in the layout: states + (Q, plates)."""
+        own = x.reshape(len(x), *self.states, *self.route.layout.sizes[1:])
+        return own.movedim(0, len(self.states))
+
+    def packed(self, x: Tensor) -> Tensor:
+        """What belongs to the elements (G,), packed."""
+        return self.route.packed(self.laid(x.unsqueeze(0)))
+
+    def packed_weights(self, nodes: Nodes) -> Tensor:
+        """Weights of the nodes, packed."""
+        route = self.route
+        m = len(route.layout.sizes)
+        return pack(self.laid(nodes.weights), {**route.symbols, -m: route.latents.symbol})
 
     def prior(self, arguments: Mapping[str, Mapping[str, Tensor]]) -> Prior:
         """The latents' own distribution."""
@@ -105,7 +131,7 @@ class NodeSet:
                 return (
                     x.reshape(x.shape[x.dim() - len(entries) :] if len(entries) else ()).expand(entries).reshape(-1, 1)
                 )
-            return x.expand(*self.route.layout.sizes, *entries).reshape(self.size, -1).mT
+            return x.expand(*self.states, *self.route.layout.sizes, *entries).reshape(self.size, -1).mT
 
         loc = by_element(arguments["loc"], event)
         if isinstance(site.family, MultivariateNormalFamily):
@@ -223,10 +249,12 @@ class NodeSet:
         return f.squeeze(0), gradient, hessian
 
 
-def node_set(route: QuadratureRoute, latents: Sequence[SiteRecord], rows: Sequence[NodeRows]) -> NodeSet:
+def node_set(
+    route: QuadratureRoute, latents: Sequence[SiteRecord], rows: Sequence[NodeRows], states: torch.Size
+) -> NodeSet:
     """:raises NotCompiled: if a latent is not normal."""
     for site in latents:
         multivariate = isinstance(site.family, MultivariateNormalFamily) and not site.element_dims
         if not (multivariate or type(site.family) is NormalFamily) or site.arguments is None:
             raise NotCompiled(f"the latent '{site.name}' is not normal")
-    return NodeSet(route, tuple(latents), tuple(rows))
+    return NodeSet(route, tuple(latents), tuple(rows), states)

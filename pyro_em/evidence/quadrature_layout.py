@@ -88,6 +88,7 @@ class Layout:
         return found.reshape([*lead, *self.sizes[1:]])
 
     def to_rows(self, per_element: Tensor, index: Tensor) -> Tensor:
-        """A quantity (Q, plates...) of every element at the rows that read it."""
-        flat = per_element.expand(*per_element.shape[:1], *self.sizes[1:]).reshape(per_element.shape[0], -1)
-        return flat[:, index.reshape(-1)].reshape(per_element.shape[0], *index.shape[1:])
+        """A quantity (C..., Q, plates...) of every element at the rows that read it."""
+        lead = per_element.shape[: per_element.dim() - len(self.sizes) + 1]
+        flat = per_element.expand(*lead, *self.sizes[1:]).reshape([*lead, -1])
+        return flat[..., index.reshape(-1)].reshape([*lead, *index.shape[1:]])

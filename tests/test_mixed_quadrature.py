@@ -1,0 +1,79 @@
+"""Discrete latents beside latents that adaptive quadrature integrates, against sums over states and dense grids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from torch import Tensor
+
+import pyro_em
+from pyro_em import Quadrature
+from tests import zoo_quadrature as zoo
+
+Array = NDArray[np.float64]
+GRID = np.linspace(-9.0, 9.0, 901)
+
+
+def _answers(N: int, J: int) -> Tensor:
+    """Of two classes, to one of which the items are in the other order."""
+    generator = torch.Generator().manual_seed(0)
+    ability = torch.randn(N, 1, generator=generator, dtype=torch.float64)
+    turned = torch.where(torch.arange(N).unsqueeze(-1) % 2 == 0, 1.0, -1.0)
+    chance = torch.sigmoid(ability + turned * torch.linspace(-2, 2, J, dtype=torch.float64))
+    return (torch.rand(N, J, generator=generator) < chance).double()
+
+
+def _joint(y: Array, params: dict[str, Tensor]) -> Array:
+    """p(y_n, z = c, θ) on the grid times its spacing, (N, K, points)."""
+    w, d, a = (params[n].numpy() for n in ("w", "d", "a"))
+    eta = d[:, :, None] + a[None, :, None] * GRID  # (K, J, points)
+    right, wrong = -np.logaddexp(0, -eta), -np.logaddexp(0, eta)
+    data = np.einsum("nj,kjq->nkq", y, right) + np.einsum("nj,kjq->nkq", 1 - y, wrong)
+    return np.asarray(w[None, :, None] * np.exp(data + stats.norm.logpdf(GRID)) * (GRID[1] - GRID[0]))
+
+
+def _fit(y: Tensor, updates: int) -> Any:
+    return pyro_em.fit(zoo.mixed_items, y, e_step={"theta": Quadrature(41)}, max_iter=updates, tol=0)
+
+
+def test_classes_of_items_against_a_grid() -> None:
+    """log p(x), the posteriors of class and ability, and the argmax of Q, from a table of every state and point."""
+    y = _answers(20, 4)
+    start, after = _fit(y, 0), _fit(y, 1)
+    assert "adaptive" in str(start.plan) and "each of 2 discrete states" in str(start.plan)
+    joint = _joint(y.numpy(), start.params)
+    evidence = joint.sum((1, 2))
+    np.testing.assert_allclose(start.log_prob().numpy().ravel(), np.log(evidence), atol=1e-10)
+    weights = joint / evidence[:, None, None]
+    posterior = start.posterior()
+    np.testing.assert_allclose(posterior.marginal("z").probs.numpy().reshape(20, 2), weights.sum(2), atol=1e-10)
+    np.testing.assert_allclose(posterior.mean("theta").numpy().ravel(), (weights * GRID).sum((1, 2)), atol=1e-9)
+    np.testing.assert_allclose(after.params["w"].numpy(), weights.sum((0, 2)) / 20, atol=1e-10)
+    d, a = after.params["d"].numpy(), after.params["a"].numpy()
+    chance = 1 / (1 + np.exp(-(d[:, :, None] + a[None, :, None] * GRID)))
+    left = y.numpy()[:, None, :, None] - chance  # (N, K, J, points)
+    of_d = np.einsum("nkq,nkjq->kj", weights, left)
+    of_a = np.einsum("nkq,q,nkjq->j", weights, GRID, left)
+    assert max(np.abs(of_d).max(), np.abs(of_a).max()) < 1e-8  # ∂Q/∂d and ∂Q/∂a
+    assert float(np.log(_joint(y.numpy(), after.params).sum((1, 2))).sum()) == pytest.approx(
+        after.log_likelihood, abs=1e-9
+    )
+    assert after.log_likelihood > start.log_likelihood
+
+
+def test_a_class_that_nobody_is_in() -> None:
+    """A weight of 0 stays 0, and the rest is the model without that class."""
+    y = _answers(30, 4)
+    start = {"w": torch.tensor([1.0, 0.0]), "d": torch.tensor([[0.1, -0.2, 0.3, 0.0], [1.0, 1.0, 1.0, 1.0]])}
+    options: dict[str, Any] = {"e_step": {"theta": Quadrature(21)}, "max_iter": 3, "tol": 0}
+    with pytest.warns(pyro_em.BoundaryEstimate):
+        found = pyro_em.fit(zoo.mixed_items, y, init=start, **options)
+    alone = pyro_em.fit(zoo.mixed_items, y, 1, init={"w": torch.ones(1), "d": start["d"][:1]}, **options)
+    assert found.log_likelihood == pytest.approx(alone.log_likelihood, rel=1e-12)
+    torch.testing.assert_close(found.params["d"][0], alone.params["d"][0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.params["w"], start["w"], rtol=0, atol=0)
