@@ -12,7 +12,8 @@ Rows read their group's effect by its number (`b[group]`), as everywhere in Pyro
 are jointly normal: independent between groups, except that crossed and nested factors couple them.
 
 Data: yield of dyestuff batches (`load`), reaction times of sleep-deprived subjects (`load_sleepstudy`), diameters of
-the penicillin assay (`load_penicillin`); see data/README.md.
+the penicillin assay (`load_penicillin`), strength of pastes in casks of batches (`load_pastes`), pitch of voices
+(`load_politeness`); see data/README.md.
 """
 
 from __future__ import annotations
@@ -57,6 +58,21 @@ def load_penicillin() -> tuple[Tensor, Tensor, Tensor]:
     """Plate (144,), sample (144,), diameter of the inhibition zone in mm (144,)."""
     y, (plate, sample), _ = _read("penicillin.csv", "diameter", "plate", "sample")
     return plate, sample, y
+
+
+def load_pastes() -> tuple[Tensor, Tensor, Tensor]:
+    """Batch of each cask (30,), cask of each assay (60,), strength of the paste (60,)."""
+    y, (batch,), rows = _read("pastes.csv", "strength", "batch")
+    casks = sorted({(row["batch"], row["cask"]) for row in rows})
+    cask = torch.tensor([casks.index((row["batch"], row["cask"])) for row in rows])
+    return batch[torch.stack([(cask == j).nonzero()[0, 0] for j in range(len(casks))])], cask, y
+
+
+def load_politeness() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Whether the speaker was to be polite (83,), scenario (83,), subject (83,), pitch of the voice in Hz (83,)."""
+    y, (scenario, subject), rows = _read("politeness.csv", "frequency", "scenario", "subject")
+    polite = torch.tensor([float(row["attitude"] == "pol") for row in rows], dtype=torch.float64)
+    return polite, scenario, subject, y
 
 
 def simulate(num_groups: int = 20, num_rows: int = 200, *, seed: int = 0) -> tuple[Tensor, Tensor]:

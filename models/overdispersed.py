@@ -9,7 +9,8 @@ The posterior of λ_n, p_n and θ_n has the family of its prior, so that EM is e
 the rows are its means.
 
 Data: failures of ten power plant pumps (`load`), boys among the first twelve children of 6115 Saxon families
-(`load_families`, with the number of families that have each count: row weights); see data/README.md.
+(`load_families`, with the number of families that have each count: row weights), satisfaction of the tenants of 24
+kinds of housing (`load_satisfaction`); see data/README.md.
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ def load_families() -> tuple[Tensor, Tensor]:
     """Number of boys (13,), and the number of families with so many (13,)."""
     table = torch.from_numpy(np.loadtxt(DATA / "saxony_families.csv", delimiter=",", skiprows=1))
     return table[:, 0], table[:, 1]
+
+
+def load_satisfaction() -> Tensor:
+    """Tenants of each kind of housing whose satisfaction is low, medium, high. (24, 3)."""
+    counts = np.loadtxt(DATA / "housing.csv", delimiter=",", skiprows=1, usecols=4)
+    return torch.from_numpy(counts).reshape(-1, 3)
 
 
 def simulate(num_rows: int = 60, *, seed: int = 0) -> tuple[Tensor, Tensor]:

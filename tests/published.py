@@ -14,6 +14,7 @@ import pyro_em
 
 CASES = Path(__file__).parent / "cases"
 Found = dict[str, Any]  # quantities by the names which `cases/reference_fits.json` gives them
+FAST: dict[str, Any] = {"restarts": 1, "init": None, "accelerate": "squarem"}
 
 
 def read(name: str, *columns: str) -> Tensor:

@@ -1,32 +1,15 @@
-"""Published fits of models with continuous latents: factor analysis, mixed models, scale mixtures, overdispersion."""
+"""Published fits of models with continuous latents: factor analysis, scale mixtures, overdispersion."""
 
 from __future__ import annotations
 
-import csv
 import math
-from typing import Any
 
-import pyro
-import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 from torch import Tensor
 
-from models import eight_schools, factor_analysis, linear_mixed, overdispersed, student_t
-from tests.published import CASES, Found, fit, read
+from models import eight_schools, factor_analysis, overdispersed, student_t
+from tests.published import FAST, Found, fit, read
 from tests.zoo_conjugate import negative_binomial, student
-
-FAST: dict[str, Any] = {"restarts": 1, "init": None, "accelerate": "squarem"}
-
-
-def _groups(name: str, response: str, *columns: str) -> tuple[Tensor, list[Tensor], list[dict[str, str]]]:
-    with open(CASES / "data" / f"{name}.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    codes = []
-    for column in columns:
-        names = sorted({row[column] for row in rows})
-        codes.append(torch.tensor([names.index(row[column]) for row in rows]))
-    return torch.tensor([float(row[response]) for row in rows]), codes, rows
 
 
 def _with_covariance(S: Tensor, num_rows: int) -> Tensor:
@@ -100,94 +83,20 @@ def ppca_iris() -> Found:
     return found
 
 
-def _slopes(x: Tensor, group: Tensor, y: Tensor) -> Any:
-    return fit(linear_mixed.slopes, x, group, y, **FAST)
-
-
-def _components(result: Any) -> Tensor:
-    D = result.params["D"]
-    return torch.stack([D[0, 0], D[1, 1], D[0, 1], result.params["within"] ** 2])
-
-
-def lmm_sleepstudy() -> Found:
-    y, (subject,), rows = _groups("sleepstudy", "Reaction", "Subject")
-    days = torch.tensor([float(row["Days"]) for row in rows])
-    result = _slopes(days, subject, y)
-    apart, intercepts = (fit(_effects, days, subject, y, how, **FAST) for how in ("apart", "intercepts"))
-    reml = fit(_effects, days, subject, y, "restricted", roles={"beta": "latent"}, **FAST)
-    return {
-        "loglik ML": result.log_likelihood,
-        "beta": result.params["beta"],
-        "SE beta": result.standard_errors()["beta"],
-        "var intercept, var slope, cov, resid var": _components(result),
-        "loglik uncorrelated (Days||Subject)": apart.log_likelihood,
-        "loglik random intercept only": intercepts.log_likelihood,
-        "REML loglik": reml.log_likelihood,
-    }
-
-
-def _effects(x: Tensor, group: Tensor, y: Tensor, how: str) -> None:
-    """Uncorrelated effects, intercepts alone, or any effects with coefficients under a flat prior (Harville's REML)."""
-    design = torch.stack([torch.ones_like(x), x], -1)
-    size = 1 if how == "intercepts" else 2
-    within = pyro.param("within", torch.tensor(25.0), constraint=constraints.positive)
-    if how == "restricted":
-        D = pyro.param("D", torch.diag(torch.tensor([600.0, 30.0])), constraint=constraints.positive_definite)
-        beta = pyro.sample("beta", dist.ImproperUniform(constraints.real_vector, (), (2,)))
-    else:
-        beta = pyro.param("beta", torch.linalg.lstsq(design, y).solution)
-        D = torch.diag(pyro.param("variance", torch.tensor([600.0, 30.0])[:size], constraint=constraints.positive))
-    with pyro.plate("subjects", int(group.max()) + 1):
-        b = pyro.sample("b", dist.MultivariateNormal(torch.zeros(size), D))
-    with pyro.plate("rows", len(y)):
-        pyro.sample("y", dist.Normal((design * beta).sum(-1) + (design[:, :size] * b[group]).sum(-1), within), obs=y)
-
-
-def _two_lines(x: Tensor, treated: Tensor, group: Tensor, y: Tensor) -> None:
-    """A line for each of two kinds of subjects, whose effects have one covariance."""
-    design = torch.stack([torch.ones_like(x), x, treated, treated * x], -1)
-    beta = pyro.param("beta", torch.linalg.lstsq(design, y).solution)
-    D = pyro.param("D", torch.diag(torch.tensor([100.0, 0.3])), constraint=constraints.positive_definite)
-    within = pyro.param("within", torch.tensor(6.0), constraint=constraints.positive)
-    with pyro.plate("subjects", int(group.max()) + 1):
-        b = pyro.sample("b", dist.MultivariateNormal(torch.zeros(2), D))
-    with pyro.plate("rows", len(y)):
-        own = b[group]
-        pyro.sample("y", dist.Normal(design @ beta + own[..., 0] + own[..., 1] * x, within), obs=y)
-
-
-def lmm_rats30() -> Found:
-    weight, (subject,), rows = _groups("rats60", "Weight", "Subject")
-    age, treated = (torch.tensor([float(row[c]) for row in rows]) for c in ("Age", "Group"))
-    first = treated == 0
-    _, own = subject[first].unique(return_inverse=True)
-    result = _slopes(age[first], own, weight[first])
-    return {
-        "loglik ML": result.log_likelihood,
-        "beta": result.params["beta"],
-        "var int, var slope, cov, resid": _components(result),
-        "both groups loglik": fit(_two_lines, age, treated, subject, weight, **FAST).log_likelihood,
-    }
-
-
-def lmm_dyestuff() -> Found:
-    y, (batch,), _ = _groups("dyestuff", "Yield", "Batch")
-    result = fit(linear_mixed.model, batch, y, **FAST)
-    return {
-        "loglik ML": result.log_likelihood,
-        "mu, SE": torch.stack([result.params["mean"], result.standard_errors()["mean"]]),
-        "var batch, var resid": torch.stack([result.params["between"], result.params["within"]]) ** 2,
-    }
-
-
-def lmm_penicillin() -> Found:
-    y, (plate, sample), _ = _groups("penicillin", "diameter", "plate", "sample")
-    result = fit(linear_mixed.crossed, plate, sample, y, **FAST)
+def mfa_faithful() -> Found:
+    """Two analysers of one factor in the plane, with a common noise: see the case's conventions."""
+    x = read("faithful", "eruptions", "waiting")
+    result = fit(factor_analysis.mixture, x, 2, 1, **FAST | {"accelerate": "anderson", "tol": 1e-6})
     v = result.params
+    order = v["mean"][:, 0].argsort()
+    S = (v["loading"] @ v["loading"].mT + (v["scale"] ** 2).diag())[order]
     return {
-        "loglik ML": result.log_likelihood,
-        "var plate, sample, resid": torch.stack([v["first"], v["second"], v["within"]]) ** 2,
-        "mu, SE": torch.stack([v["mean"], result.standard_errors()["mean"]]),
+        "loglik": result.log_likelihood,
+        "pi (by eruptions mean)": v["weights"][order],
+        "mu": v["mean"][order],
+        "var eruptions, both components": S[:, 0, 0],
+        "covariance, both components": S[:, 0, 1],
+        "var waiting, both components": S[:, 1, 1],
     }
 
 
@@ -270,4 +179,25 @@ def betabin_saxony() -> Found:
         "loglik": result.log_likelihood,
         "a, b": torch.stack([result.params["a"], result.params["b"]]),
         "SE": torch.stack([errors["a"], errors["b"]]),
+    }
+
+
+def dirmult_saxony() -> Found:
+    """Two categories: the model of `betabin_saxony` with a simplex for a probability."""
+    males, families = read("saxony_families", "males", "families").unbind(-1)
+    table = torch.stack([males, 12 - males], -1)
+    result = fit(overdispersed.categories, table, **FAST | {"weights": {"rows": families}, "tol": 1e-9})
+    return {"loglik": result.log_likelihood, "a, b": result.params["concentration"]}
+
+
+def dirmult_housing() -> Found:
+    """With the probabilities of a block of tenants as latents, and integrated by the distribution."""
+    table = overdispersed.load_satisfaction()
+    latent, marginal = (
+        fit(model, table, **FAST | {"tol": 1e-9})
+        for model in (overdispersed.categories, overdispersed.dirichlet_multinomial)
+    )
+    return {
+        "loglik (with multinomial coefficients)": torch.tensor([latent.log_likelihood, marginal.log_likelihood]),
+        "concentration": torch.stack([r.params["concentration"] for r in (latent, marginal)]),
     }

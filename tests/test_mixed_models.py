@@ -4,8 +4,8 @@ The oracle is generalised least squares with the dense marginal covariance, y ~ 
 
     β̂ = (Xᵀ V⁻¹ X)⁻¹ Xᵀ V⁻¹ y,     E[b|y] = G Zᵀ V⁻¹ (y − X β̂),     Var[b|y] = G − G Zᵀ V⁻¹ Z G,
 
-and statsmodels where it fits the same model. Published likelihoods, estimates and standard errors of both data sets
-are in test_reference_fits.py.
+and statsmodels where it fits the same model. Published likelihoods, estimates, standard errors, modes and variances of
+effects of both data sets are in test_reference_fits.py (published_mixed.py).
 """
 
 from __future__ import annotations
@@ -119,22 +119,6 @@ def test_sleepstudy_effects() -> None:
     blocks = posterior.marginal("b").covariance_matrix.numpy()
     for g, block in enumerate(blocks):
         np.testing.assert_allclose(block, covariance[2 * g : 2 * g + 2, 2 * g : 2 * g + 2], rtol=1e-7, atol=1e-8)
-
-
-# Conditional modes (intercept, slope) of the maximum-likelihood fit as the documentation of MixedModels.jl (D. Bates)
-# prints them, typed without a copy of it at hand. The test of the effects is the dense oracle above; here 36 numbers
-# agree to 3e-4, which is what an optimiser that stops where the deviance no longer changes leaves of them.
-PUBLISHED = [
-    [2.81582, 9.07551], [-40.0484, -8.64408], [-38.4331, -5.5134], [22.8321, -4.65872], [21.5498, -2.94449],
-    [8.81554, -0.235201], [16.4419, -0.158809], [-6.99667, 1.03273], [-1.03759, -10.5994], [34.6663, 8.63238],
-    [-24.558, 1.06438], [-12.3345, 6.47168], [4.274, -2.95533], [20.622, 3.56171], [3.25854, 0.871711],
-    [-24.7101, 4.6597], [0.723262, -0.971053], [12.1189, 1.3107],
-]  # fmt: skip
-
-
-def test_sleepstudy_effects_are_those_published() -> None:
-    found = _fit("sleepstudy").posterior().mean("b").numpy()
-    np.testing.assert_allclose(found, PUBLISHED, rtol=0, atol=3e-4)
 
 
 def test_sleepstudy_standard_errors() -> None:

@@ -20,6 +20,7 @@ from tests import (
     published_gaussian,
     published_latent,
     published_missing,
+    published_mixed,
     published_quadrature,
     published_regression,
     published_sequences,
@@ -42,6 +43,7 @@ ELSEWHERE = {
 MODULES = (
     published_gaussian,
     published_latent,
+    published_mixed,
     published_discrete,
     published_regression,
     published_data,
