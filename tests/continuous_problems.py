@@ -112,6 +112,9 @@ def _build() -> list[ContinuousProblem]:
     own = np.random.default_rng(5)
     class_, v, u = (own.random((24, 1)) < 0.5) * 1.0, (own.random((24, 1)) < 0.4) * 1.0, own.normal(size=(24, 1))
     table = own.normal(size=(24, 5)) + np.r_[2.0, np.zeros(4)] * (class_ - 0.5)
+    rows_of, covariate = torch.arange(80) % 16, _t(own.normal(size=80))
+    of_group = -0.3 + 2.0 * (np.arange(16) % 2) + 0.6 * own.normal(size=16)
+    of_rows = _t(own.poisson(np.exp(of_group[rows_of] + 0.4 * covariate.numpy())))
     events = _t(own.poisson(np.exp(1.5 * class_ + 0.4 * table + v + (0.4 + 0.3 * class_) * u)))
     found += [
         P("ability", q.ability, (answers,), items, options=rule("theta"), rows=_first, num_rows=14, loose=1e-6),
@@ -124,6 +127,9 @@ def _build() -> list[ContinuousProblem]:
         P("groups_in_classes", q.groups_in_classes, (events, _t(table)),
           {"w": _t([0.4, 0.6]), "b": _t([[0.2, 0.3], [1.3, 0.4]]), "s": _t([0.4, 0.7]), "m": _t([-0.6, 0.6]),
            "c": _t([0.2, 0.4]), "shift": _t([0.0, 1.0])}, options=rule("u", 41), rows=_every, num_rows=24, loose=1e-6),
+        P("classes_of_groups", q.classes_of_groups, (of_rows, covariate, rows_of),
+          {"w": _t([0.4, 0.6]), "b": _t([[-0.3, 0.2], [1.4, 0.5]]), "s": _t([0.5, 0.7])}, options=rule("u", 31),
+          rows=_every, num_rows=80, loose=1e-6),
         P("rates", q.rates, (counts, x, group), {"b0": _t(0.2), "b1": _t(0.4), "s": _t(0.8)}, options=rule("u"),
           rows=_every, num_rows=18, loose=1e-6),
         P("slopes", q.slopes, (answers, design), {"L": lower, "d": _t(0.3)}, options=rule("b", 15), rows=_first,

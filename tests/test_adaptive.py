@@ -175,6 +175,8 @@ CASES: list[tuple[str, Any, tuple[Any, ...], str, int, dict[str, Any], type]] = 
     ("vectors in classes", zoo.mixed_slopes, (_answers(5, 4), LINE), "b", 7, {}, Trials),
     ("a class drawn by the latent", zoo.drawn_by_ability, (_answers(9, 4),), "theta", 11, {}, Trials),
     ("a dispersion by class", zoo.mixed_dispersion, _table(6, 4, 3.0), "u", 9, {}, Several),
+    ("classes in long format", zoo.classes_of_groups, _counts(5, 40), "u", 11, {}, Counts),
+    ("classes by position", zoo.classes_of_groups, (*_counts(5, 40), True), "u", 11, {}, Counts),
     ("two latents", zoo.two_sites, (_answers(5, 4), LINE), "b c", 7, {}, Trials),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case[0].replace(" ", "-"))
@@ -222,7 +224,7 @@ def test_both_engines_say_the_same(case: Any) -> None:
 
 
 @pytest.mark.parametrize("most", [40, 300])
-@pytest.mark.parametrize("number", [1, 6, 8, 9, 11, 14, 18, 20])
+@pytest.mark.parametrize("number", [1, 6, 8, 9, 11, 14, 18, 24])
 def test_panels_of_any_size(number: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut along groups and along rows, and with the rows of a group in the last dim; modes from the last E-step."""
     _, model, args, sites, nodes, weights, _ = CASES[number]

@@ -77,3 +77,70 @@ def test_a_class_that_nobody_is_in() -> None:
     assert found.log_likelihood == pytest.approx(alone.log_likelihood, rel=1e-12)
     torch.testing.assert_close(found.params["d"][0], alone.params["d"][0], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(found.params["w"], start["w"], rtol=0, atol=0)
+
+
+def _long(G: int, R: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts of groups of two classes, a covariate and groups of different sizes."""
+    generator = torch.Generator().manual_seed(3)
+    share = torch.arange(1, G + 1).double()
+    g = torch.cat([torch.arange(G), torch.multinomial(share, R - G, replacement=True, generator=generator)])
+    x, u = torch.randn(R + G, generator=generator, dtype=torch.float64).split([R, G])
+    eta = torch.where(g % 2 == 0, -0.5, 1.0) + 0.4 * x + 0.6 * u[g]
+    return torch.poisson(eta.exp(), generator=generator), x, g
+
+
+def _table(y: Tensor, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same groups as rows of a table."""
+    within = (torch.tril(g.unsqueeze(-1) == g).sum(-1)) - 1
+    shape = int(g.max()) + 1, int(within.max()) + 1
+    counts, covariate, seen = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
+    counts[g, within], covariate[g, within], seen[g, within] = y, x, True
+    return counts, covariate, seen
+
+
+@pytest.mark.parametrize("position", [False, True])
+def test_long_format_is_the_table(position: bool) -> None:
+    """Every answer is that of the model with the groups as rows, which test_quadrature.py has against integrals."""
+    long = _long(5, 30)
+    options: dict[str, Any] = {"e_step": {"u": Quadrature(21)}, "max_iter": 2, "tol": 0}
+    options |= {"weights": {"groups": torch.arange(1, 6).double()}}
+    found = pyro_em.fit(zoo.classes_of_groups, *long, position=position, **options)
+    same = pyro_em.fit(zoo.classes_as_a_table, *_table(*long), **options)
+    assert "adaptive" in str(found.plan) and "in each state of 'z'" in str(found.plan)
+    assert found.log_likelihood == pytest.approx(same.log_likelihood, rel=1e-12)
+    assert found.history["score"] == pytest.approx(same.history["score"], rel=1e-9)
+    for name, value in same.params.items():
+        torch.testing.assert_close(found.params[name], value, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.log_prob(), same.log_prob().reshape(5), rtol=1e-11, atol=1e-11)
+    own, other = found.posterior(), same.posterior()
+    torch.testing.assert_close(own.marginal("z").probs, other.marginal("z").probs.reshape(5, 2), rtol=1e-9, atol=1e-12)
+    for moment in ("mean", "variance"):
+        torch.testing.assert_close(
+            getattr(own, moment)("u"), getattr(other, moment)("u").reshape(5), rtol=1e-9, atol=1e-10
+        )
+    for marginal in (own.marginal("u"), other.marginal("u")):
+        torch.testing.assert_close(marginal.mean.reshape(5), own.mean("u"), rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(marginal.variance.reshape(5), own.variance("u"), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(own.mode()["u"], other.mode()["u"].reshape(5), rtol=1e-8, atol=1e-8)
+    draws = own.sample(2000)
+    assert draws["u"].shape == draws["z"].shape == (2000, 5)
+    away = (draws["u"].mean(0) - own.mean("u")) / (own.variance("u") / 2000).sqrt()
+    assert float(away.abs().max()) < 4.5
+
+
+def test_classes_of_schools_above_the_pupils() -> None:
+    """The evidence of a school sums over its pupils given its class: against a grid."""
+    generator = torch.Generator().manual_seed(1)
+    school, g = torch.arange(9) % 3, torch.arange(9).repeat_interleave(3)
+    y = (torch.rand(27, generator=generator) < torch.tensor([0.2, 0.5, 0.8])[school][g]).double()
+    result = pyro_em.fit(zoo.classes_of_schools, y, g, school, e_step={"u": Quadrature(31)}, max_iter=2, tol=0)
+    w, m, d = (result.params[n].numpy() for n in ("w", "m", "d"))
+    signs = 2 * y.numpy().reshape(9, 3) - 1
+    data = -np.logaddexp(0, -signs[:, :, None] * (d[:, None] + GRID)).sum(1)  # (pupils, points)
+    prior = stats.norm.logpdf(GRID, m[:, None], 0.7)  # (classes, points)
+    pupils = np.log(np.exp(data[:, None] + prior).sum(-1) * (GRID[1] - GRID[0]))  # (pupils, classes)
+    terms = np.log(w) + np.array([pupils[school.numpy() == s].sum(0) for s in range(3)])
+    assert result.log_likelihood == pytest.approx(float(np.logaddexp.reduce(terms, axis=1).sum()), abs=1e-9)
+    classes = np.exp(terms - np.logaddexp.reduce(terms, axis=1, keepdims=True))
+    np.testing.assert_allclose(result.posterior().marginal("z").probs.numpy(), classes, atol=1e-9)
+    assert "adaptive" in str(result.plan)

@@ -151,3 +151,41 @@ def mixed_dispersion(y: Tensor, x: Tensor) -> None:
         with pyro.plate("repeats", y.shape[1], dim=-1):
             eta = b[z, 0] + b[z, 1] * x + u
             pyro.sample("y", dist.NegativeBinomial(size[z], logits=eta - size[z].log()), obs=y)
+
+
+def classes_of_groups(y: Tensor, x: Tensor, g: Tensor, position: bool = False) -> None:
+    """Counts (R,) whose coefficients and spread depend on the class of their group."""
+    w = pyro.param("w", torch.tensor([0.4, 0.6]), constraint=simplex)
+    b = pyro.param("b", torch.tensor([[-0.3, 0.2], [0.7, 0.5]]))
+    s = pyro.param("s", torch.tensor([0.5, 0.8]), constraint=positive)
+    with pyro.plate("groups", int(g.max()) + 1):
+        z = pyro.sample("z", dist.Categorical(w))
+        u = pyro.sample("u", dist.Normal(0.0, s[z]))
+    with pyro.plate("rows", len(y)):
+        class_, own = (z[g], u[g]) if position else (z[..., g], u[..., g])
+        pyro.sample("y", dist.Poisson((b[class_, 0] + b[class_, 1] * x + own).exp()), obs=y)
+
+
+def classes_as_a_table(y: Tensor, x: Tensor, seen: Tensor) -> None:
+    """The same as a table (G, W) of groups, with cells that are not `seen`."""
+    w = pyro.param("w", torch.tensor([0.4, 0.6]), constraint=simplex)
+    b = pyro.param("b", torch.tensor([[-0.3, 0.2], [0.7, 0.5]]))
+    s = pyro.param("s", torch.tensor([0.5, 0.8]), constraint=positive)
+    with pyro.plate("groups", len(y), dim=-2):
+        z = pyro.sample("z", dist.Categorical(w))
+        u = pyro.sample("u", dist.Normal(0.0, s[z]))
+        with pyro.plate("rows", y.shape[1], dim=-1):
+            rate = (b[z, 0] + b[z, 1] * x + u).exp()
+            pyro.sample("y", dist.Poisson(rate).mask(seen), obs=y)
+
+
+def classes_of_schools(y: Tensor, g: Tensor, school: Tensor) -> None:
+    """Answers (R,) of pupils g, whose ability has the mean of their school's class."""
+    w = pyro.param("w", torch.tensor([0.4, 0.6]), constraint=simplex)
+    m, d = pyro.param("m", torch.tensor([-1.0, 1.0])), pyro.param("d", torch.linspace(-1, 1, 3))
+    with pyro.plate("schools", int(school.max()) + 1):
+        z = pyro.sample("z", dist.Categorical(w))
+    with pyro.plate("pupils", len(school)):
+        u = pyro.sample("u", dist.Normal(m[z[..., school]], 0.7))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Bernoulli(logits=d[torch.arange(len(y)) % 3] + u[..., g]), obs=y)

@@ -42,7 +42,7 @@ from pyro_em.families.normal import NormalFamily
 from pyro_em.m_step.auto import MStep
 from pyro_em.m_step.newton import Newton
 from pyro_em.m_step.predictors import PredictorSite
-from pyro_em.model.compat import dims_of, pack, with_dims
+from pyro_em.model.compat import dims_of, with_dims
 from pyro_em.model.trace import SiteRecord
 from pyro_em.problem import Problem
 from pyro_em.statistics import Posteriors, SiteMoments, argument_cells, expected_moments, site_weight
@@ -206,16 +206,9 @@ class Adaptive:
         if evidence is not None and self._discrete is not None:
             found |= {name: evidence.weights[name] for name in self._discrete.names}
         for own, (_, nodes) in solved.items():
-            route = own.route
-            packed, m = own.packed_weights(nodes), len(route.layout.sizes)
-            weights = own.laid(nodes.weights)
-            for name in route.latents.factors:
-                index = route.layout.rows[name]
-                if index is None:
-                    found[name] = packed
-                else:
-                    symbols = {**route.symbols, **route.row_symbols[name], -m: route.latents.symbol}
-                    found[name] = pack(route.layout.to_rows(weights, index), symbols)
+            packed, weights = own.packed_weights(nodes), own.laid(nodes.weights)
+            for name in own.route.latents.factors:
+                found[name] = packed if own.route.layout.rows[name] is None else own.route.at_rows(name, weights)
         return found
 
 

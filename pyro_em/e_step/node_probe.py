@@ -85,5 +85,6 @@ def check_prior(probe: Probe, name: str) -> None:
         raise NotCompiled(f"the latent '{name}' hides its arguments")
     for run in (*probe.units[1:], probe.random[0][0]):
         other = run.sites[name].arguments or {}
-        if any(not torch.equal(x.detach(), other[slot].detach()) for slot, x in first.items()):
+        pairs = (torch.broadcast_tensors(x.detach(), other[slot].detach()) for slot, x in first.items())
+        if any(not torch.equal(*pair) for pair in pairs):
             raise NotCompiled(f"the distribution of the latent '{name}' depends on a latent")

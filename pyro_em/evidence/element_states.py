@@ -8,27 +8,33 @@ would be a table over the states of all of these.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from pyro_em.evidence.assembly import Geometry, Reading
+from pyro_em.evidence.columns import Index
 from pyro_em.evidence.elimination import Candidate
 from pyro_em.model.trace import SiteRecord
 
 
-def state_of_element(candidate: Candidate, geometry: Geometry, made: Sequence[Reading], owner: SiteRecord) -> bool:
-    """Whether rows that read one element of the latents of A read one element of the discrete latent `owner`."""
-    known = torch.full((geometry.elements,), -1)
-    for reading in made:
-        site = candidate.first.sites[reading.site]
+def state_of_element(
+    candidate: Candidate, layout: Sequence[int], indices: Mapping[str, Index], owner: SiteRecord
+) -> bool:
+    """Whether rows that read one element of the continuous latents read one element of the discrete latent `owner`.
+
+    :param layout: sizes of the dims of the continuous latents' elements.
+    :param indices: element that each row reads, by site; None for its own.
+    """
+    elements = torch.Size(layout).numel()
+    known = torch.full((elements,), -1)
+    for name, index in indices.items():
+        site = candidate.first.sites[name]
         if owner.symbol not in {site.symbols[d] for d in site.symbols if d < candidate.dim}:
             continue
-        read = candidate.maps.get(reading.site, {}).get(owner.name)
-        index = reading.index
+        read = candidate.maps.get(name, {}).get(owner.name)
         if index is None:
-            index = torch.arange(geometry.elements).reshape(geometry.layout)
+            index = torch.arange(elements).reshape(tuple(layout))
         state, element = torch.broadcast_tensors(_own(owner) if read is None else read, index)
         met = (state >= 0) & (element >= 0)
         state, element = state[met], element[met]

@@ -201,7 +201,9 @@ def plate_symbols(
     own = {p.name for p in site.plates}
     elsewhere = any(p.size > 1 and p.name not in own for owner in owners for p in owner.plates)
     met = elsewhere or (geometry.elements > 1 and (geometry.num_b or sibling or not apart))
-    if read and met and not (apart and all(state_of_element(candidate, geometry, made, own) for own in owners)):
+    indices = {r.site: r.index for r in made}
+    known = (state_of_element(candidate, geometry.layout, indices, own) for own in owners)
+    if read and met and not (apart and all(known)):
         states = ", ".join(sorted(s.name for s in sites if any(d < candidate.dim for d in s.symbols)))
         raise Refusal(
             candidate.latents.names[0],

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_em.evidence.discrete import Evidence
 from pyro_em.evidence.elimination import Continuous, SetPosterior
+from pyro_em.evidence.quadrature_posterior import QuadraturePosterior
 from pyro_em.model.compat import dims_of, unpack, with_dims
 from pyro_em.model.graph import FactorGraph
 from pyro_em.model.nests import at_rows
@@ -91,8 +92,10 @@ class Mixed:
 
     def marginal(self, site: str) -> dist.Distribution:
         """Batch shape of the latent."""
-        own: Any = self.posterior.marginal(site)
         probs = self._probs(site)
+        if probs is not None and isinstance(self.posterior, QuadraturePosterior):
+            return self.posterior.marginal(site, probs)
+        own: Any = self.posterior.marginal(site)
         if probs is None:
             batch = self.continuous.runs.shapes[site][0]
             return own.expand(batch) if own.batch_shape != batch else own

@@ -41,7 +41,8 @@ SHORT, STUCK = 2.0**-20, 3
 class QuadratureRoute:
     """The route of one set, made by `recognise_quadrature`.
 
-    `symbols` names the dims of the layout, `row_symbols` those of the factors that index the latents.
+    `symbols` names the dims of the layout, `row_symbols` those of the factors that index the latents; `states` are the
+    discrete latents that these read.
     """
 
     latents: LatentSet
@@ -51,6 +52,7 @@ class QuadratureRoute:
     row_symbols: Mapping[str, Mapping[int, str]]
     plates: frozenset[str]
     dtypes: Mapping[str, torch.dtype]
+    states: tuple[str, ...] = ()
     name: str = "quadrature"
     error: float = 0.0
     due: bool = field(default=False, repr=False)  # the next E-step estimates the error
@@ -60,7 +62,8 @@ class QuadratureRoute:
     def reason(self) -> str:
         k, n = self.layout.num_columns, math.prod(self.layout.sizes)
         each = f"{self.rule.num_nodes} nodes" + (f" in each of {k} dimensions" if k > 1 else "")
-        return f"{each}, centred and scaled at the modes of {n} elements"
+        given = f", in each state of {', '.join(map(repr, self.states))}" if self.states else ""
+        return f"{each}, centred and scaled at the modes of {n} elements{given}"
 
     @property
     def cost(self) -> str:
@@ -81,9 +84,7 @@ class QuadratureRoute:
         m, atoms, weights = len(self.layout.sizes), self.layout.values(nodes, self.dtypes), log_p.detach().exp()
         node = {-m: self.latents.symbol}
         by_factor = {
-            name: pack(self.layout.to_rows(weights, index), {**self.row_symbols[name], **node})
-            for name, index in self.layout.rows.items()
-            if index is not None
+            name: self.at_rows(name, weights) for name in self.layout.rows if self.layout.rows[name] is not None
         }
         full = weights.expand(*weights.shape[:-m], weights.shape[-m], *self.layout.sizes[1:])
         return Eliminated(
@@ -95,6 +96,16 @@ class QuadratureRoute:
             by_factor,
             self.error,
         )
+
+    def at_rows(self, name: str, weights: Tensor) -> Tensor:
+        """Weights of the nodes (C..., Q, plates) at the rows of a factor that reads the latents by an index, packed."""
+        m, index = len(self.layout.sizes), self.layout.rows[name]
+        assert index is not None
+        symbols = {d: s for d, s in self.symbols.items() if d < -m} | {
+            **self.row_symbols[name],
+            -m: self.latents.symbol,
+        }
+        return pack(self.layout.to_rows(weights, index), symbols)
 
     def check(self, run_at: RunAt, mode: Tensor, spread: Tensor, log_z: Tensor) -> None:
         """Estimate the error by doubling the nodes."""

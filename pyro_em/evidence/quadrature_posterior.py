@@ -60,8 +60,11 @@ class QuadraturePosterior:
         centred = self.nodes - self._expected(self.nodes)
         return self._own(site, self._expected(centred * centred))
 
-    def marginal(self, site: str) -> dist.Distribution:
-        """The weighted nodes, as an Empirical distribution: its mean and variance are the posterior's."""
+    def marginal(self, site: str, shares: Tensor | None = None) -> dist.Distribution:
+        """The weighted nodes, as an Empirical distribution: its mean and variance are the posterior's.
+
+        :param shares: weights (C,) + batch of the states, over which the nodes are then put together.
+        """
         axis = self.nodes.dim() - 1 - len(self.layout.sizes)
         batch, event = self.layout.latents.shapes[site]
         values = torch.stack([self._own(site, part) for part in self.nodes.split(1, axis)], -1)
@@ -70,6 +73,11 @@ class QuadraturePosterior:
             [w.expand(*shape, *self.layout.sizes).reshape([*shape, *batch]) for w in self.weights.split(1, axis)], -1
         ).log()
         values = values.movedim(-1, values.dim() - 1 - len(event))
+        if shares is not None:
+            k, size = len(batch), values.shape[values.dim() - 1 - len(event)]
+            values = values.reshape(-1, *batch, size, *event).movedim(0, k).flatten(k, k + 1)
+            logs = logs.reshape(-1, *batch, size) + shares.log().unsqueeze(-1)
+            logs = logs.movedim(0, k).flatten(k, k + 1)
         return dist.Empirical(values, logs)
 
     def mode(self) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from torch.distributions import constraints
 from pyro_em.device import checked_indices, seeded_normal
 from pyro_em.errors import Refusal
 from pyro_em.evidence.columns import Column, direction, push
+from pyro_em.evidence.element_states import state_of_element
 from pyro_em.evidence.elimination import Candidate, Values
 from pyro_em.evidence.quadrature import QuadratureRoute
 from pyro_em.evidence.quadrature_layout import Layout
@@ -52,14 +53,14 @@ def recognise_quadrature(candidate: Candidate, rules: Mapping[str, Quadrature]) 
     for plate in plates:
         sizes[plate.dim] = plate.size
     rows = _rows(candidate, tuple(sizes))
-    apart = True
+    apart, read = True, dict(rows)
     for name, index in rows.items():
         if index is not None and bool((index < 0).any()):
             # A row without a derivative: masked, or one that reads none. Its density counts with element 0.
             apart = apart and _only_masked(run.sites[name], index)
             rows[name] = index.clamp(min=0)
     symbols = dict(candidate.symbols)
-    _check_discrete(candidate, plates, rows)
+    states = _states(candidate, plates, tuple(sizes), read if apart else None)
     latent = run.sites[names[0]]
     symbols.update({p.dim: latent.symbols[p.dim] for p in plates})
     terms = frozenset(latent.symbols[p.dim] for p in plates) if apart else frozenset()
@@ -69,7 +70,7 @@ def recognise_quadrature(candidate: Candidate, rules: Mapping[str, Quadrature]) 
     dtypes = {n: candidate.leaves[0][n].dtype for n in names}
     layout = Layout(candidate.latents, tuple(sizes), rows, 1 + cells // math.prod(sizes))
     layout = dataclasses.replace(layout, batched=_batched(candidate, layout, dtypes))
-    return QuadratureRoute(candidate.latents, layout, rule, symbols, row_symbols, terms, dtypes)
+    return QuadratureRoute(candidate.latents, layout, rule, symbols, row_symbols, terms, dtypes, states)
 
 
 def _rule(names: Sequence[str], rules: Mapping[str, Quadrature], run: Run) -> Quadrature:
@@ -180,19 +181,28 @@ def _only_masked(site: SiteRecord, index: Tensor) -> bool:
     return not bool(((index < 0) & mask).any())
 
 
-def _check_discrete(candidate: Candidate, plates: Sequence[object], rows: Mapping[str, Tensor | None]) -> None:
+def _states(
+    candidate: Candidate, plates: Sequence[object], sizes: tuple[int, ...], rows: Mapping[str, Tensor | None] | None
+) -> tuple[str, ...]:
+    """Names of the discrete latents that the set reads.
+
+    :param rows: element that each row reads, None where some rows read none.
+    :raises Refusal: if the state that a row meets is not known from the element that it reads.
+    """
     sites = [candidate.first.sites[name] for name in candidate.latents.factors]
     meets = {s.symbols[d] for s in sites for d in s.symbols if d < candidate.dim}
     owners = [s for s in candidate.first.sites.values() if s.symbol in meets]
     own = {getattr(p, "name", "") for p in plates}
     for owner in owners:
-        outside = {p.name for p in owner.plates if p.size > 1} - own
-        if outside or any(index is not None for index in rows.values()):
+        elsewhere = {p.name for p in owner.plates if p.size > 1} - own
+        sibling = rows is None or any(index is not None for index in rows.values())
+        if (elsewhere or sibling) and (rows is None or not state_of_element(candidate, sizes, rows, owner)):
             raise Refusal(
                 candidate.latents.names[0],
                 f"its posterior depends on the states of the discrete latent '{owner.name}' in other plates.",
                 f"let the discrete latent share the plate of the continuous one, or use {SVI}.",
             )
+    return tuple(owner.name for owner in owners)
 
 
 def _batched(candidate: Candidate, layout: Layout, dtypes: Mapping[str, torch.dtype]) -> bool:

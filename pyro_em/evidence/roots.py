@@ -8,12 +8,13 @@ independent. Rows that read the latents by an index are nested in these plates (
 from __future__ import annotations
 
 import dataclasses
-
-from torch import Tensor
+from collections.abc import Mapping
 
 from pyro_em.errors import Refusal
 from pyro_em.evidence.assembly import Reading
+from pyro_em.evidence.columns import Index
 from pyro_em.evidence.elimination import Continuous, LatentSet, Route
+from pyro_em.evidence.quadrature import QuadratureRoute
 from pyro_em.model.compat import dims_of
 from pyro_em.model.graph import Component, FactorGraph
 from pyro_em.model.nested import merged, nests_of
@@ -55,9 +56,15 @@ def _with_nests(component: Component, inside: list[tuple[LatentSet, Route]], run
         return component  # nothing else is connected with the set
     nests = dict(component.nests)
     for latents, route in inside:
-        readings: tuple[Reading, ...] = getattr(route, "readings", ())
-        for reading in readings:
-            if reading.index is not None and route.plates:
-                own: Tensor = reading.index
-                nests = merged(nests, nests_of(run.sites[reading.site], run.sites[latents.names[0]], own))
+        for name, index in _indices(route).items():
+            if index is not None and route.plates:
+                nests = merged(nests, nests_of(run.sites[name], run.sites[latents.names[0]], index))
     return dataclasses.replace(component, nests=nests)
+
+
+def _indices(route: Route) -> Mapping[str, Index]:
+    """Element that each row of a factor reads, by site."""
+    if isinstance(route, QuadratureRoute):
+        return route.layout.rows
+    readings: tuple[Reading, ...] = getattr(route, "readings", ())
+    return {reading.site: reading.index for reading in readings}
