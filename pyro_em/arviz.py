@@ -3,8 +3,7 @@
     posterior             draws of the parameters, dims (chain = 1, draw, ...): the normal approximation
                           u ~ N(û, Σ) in free coordinates, Σ the inverse observed information, mapped back
     log_likelihood        log p(x_n|θ) of every data element at these draws, latents summed out (for `az.loo`)
-    posterior_predictive  data drawn at these draws (only if `predictive` asks for them), of a loop over time step by
-                          step
+    posterior_predictive  data drawn at these draws (only if `predictive` asks for them)
     latent_posterior      responsibilities p(z_n = k|x, θ̂), dims (plates, <site>_state); of continuous latents mean and
                           standard deviation, dim `moment` first
     latent_draws          joint draws of all latents given the data and θ̂ (only if `latent_draws` asks for them)
@@ -12,7 +11,9 @@
     em_trace              the history, dim `iteration` (it is no chain, so it is not in `sample_stats`)
     observed_data         the data
 
-Plates give their names to the dims of sample sites; other dims are called <name>_dim_0, <name>_dim_1, ...
+Plates give their names to the dims of sample sites; other dims are called <name>_dim_0, <name>_dim_1, ... The sites of
+a loop's steps are one variable, whose first dim besides draws is time (series.py), in every group: `az.plot_ppc` pairs
+observed and predicted data by name.
 Attributes of the tree: the facts of the fit (see summary.py), and why a group is missing.
 
 The draws describe one mode. Under "em" they are what the likelihood alone says; under "map-em" they are
@@ -31,14 +32,14 @@ import xarray
 from torch import Tensor
 
 from pyro_em.device import seeded_normal
+from pyro_em.dims import RESERVED, SAMPLE, Dims, SeriesByName, dataset, numpy, plate_dims, series_dims, times
 from pyro_em.errors import InputError, NonFiniteError, Refusal
 from pyro_em.information import Information
-from pyro_em.model.capture import PlainSite
 from pyro_em.pointwise import pointwise_draws
 from pyro_em.posterior import Posterior
-from pyro_em.predict import observed_names
 from pyro_em.predict import predictive as predictive_draws
 from pyro_em.problem import Problem
+from pyro_em.series import series_of
 from pyro_em.store import isolated_rng
 from pyro_em.summary import STATISTICS, Estimate, available_information, estimates, facts
 from pyro_em.types import Params
@@ -46,9 +47,6 @@ from pyro_em.types import Params
 if TYPE_CHECKING:
     from pyro_em.result import FitResult
 
-Dims = tuple[str, ...]
-SAMPLE: Dims = ("chain", "draw")
-RESERVED = {*SAMPLE, "statistic", "moment"}  # dims that a plate may not be
 NORMAL = "normal approximation in free coordinates around the estimate, from the observed information"
 MAX_HESSIAN = 2000  # free parameters up to which the observed information is computed
 POINT = "one draw, the estimate itself: it says nothing about uncertainty"
@@ -113,33 +111,34 @@ def to_datatree(
     posterior = {n: torch.stack([params[n] for params in each]) for n in result.params}
     variables = {n: _parameter_dims(problem, n, v.shape[1:], posterior) for n, v in posterior.items()}
     groups = {
-        "posterior": _dataset(
-            {n: ((*SAMPLE, *variables[n]), _numpy(v)[None]) for n, v in posterior.items()},
+        "posterior": dataset(
+            {n: ((*SAMPLE, *variables[n]), numpy(v)[None]) for n, v in posterior.items()},
             {"approximation": POINT if draws is None else NORMAL},
         ),
         "estimates": _estimates(estimates(result, information), variables),
-        "em_trace": _dataset({n: (("iteration",), np.asarray(v)) for n, v in result.history.items()}),
+        "em_trace": dataset({n: (("iteration",), np.asarray(v)) for n, v in result.history.items()}),
     }
     if problem is None:
         attributes["missing_groups"] = "no model: data, latents and log-likelihood are left out"
     else:
-        groups["observed_data"] = _observed(problem)
+        series = series_of(problem)
+        groups["observed_data"] = _observed(series)
         latents = result.posterior()
         if latents.latents:
-            groups["latent_posterior"] = _latents(latents)
+            groups["latent_posterior"] = _latents(latents, series)
             if latent_draws:
-                groups["latent_draws"] = _latent_draws(latents, latent_draws, seed)
+                groups["latent_draws"] = _latent_draws(latents, series, latent_draws, seed)
         if information is not None and draws is not None and limit and problem.graph.data_plates:
             try:
                 values = pointwise_draws(problem, result.params, information, draws[:limit])
-                groups["log_likelihood"] = _log_likelihood(problem, values)
+                groups["log_likelihood"] = _log_likelihood(problem, series, values)
             except (NonFiniteError, Refusal) as error:  # far from an estimate near the boundary of its space
                 attributes["missing_groups"] = f"log_likelihood: at a draw of the parameters it is not finite. {error}"
         else:
             attributes["missing_groups"] = "log_likelihood: " + _why_no_log_likelihood(problem, draws is None)
         if predictive:
-            groups["posterior_predictive"] = _predictive(problem, each, predictive, seed)
-    root = _dataset({}, {name: value for name, value in attributes.items() if value != ""})
+            groups["posterior_predictive"] = _predictive(problem, series, each, predictive, seed)
+    root = dataset({}, {name: value for name, value in attributes.items() if value != ""})
     return xarray.DataTree.from_dict({"/": root, **groups})
 
 
@@ -162,111 +161,110 @@ def _estimates(found: Mapping[str, Estimate], dims: Mapping[str, Dims]) -> xarra
     for name, row in found.items():
         values = np.stack([row.value, row.standard_error, row.lower, row.upper])
         table[name] = (("statistic", *dims[name]), values, {"triangular": int(row.triangular)})
-    return _dataset(table, coords={"statistic": list(STATISTICS)})
+    return dataset(table, coords={"statistic": list(STATISTICS)})
 
 
-def _observed(problem: Problem) -> xarray.Dataset:
-    sites = {n: s for n, s in problem.capture.sites.items() if s.observed}
-    return _dataset({n: (_site_dims(n, s, s.value.shape, sites), _numpy(s.value)) for n, s in sites.items()})
+def _observed(series: SeriesByName) -> xarray.Dataset:
+    shown = {name: own for name, own in series.items() if own.observed}
+    table = {n: (series_dims(own, series, own.value.shape), numpy(own.value)) for n, own in shown.items()}
+    return dataset(table, coords=times(table, series))
 
 
-def _latents(posterior: Posterior) -> xarray.Dataset:
+def _latents(posterior: Posterior, series: SeriesByName) -> xarray.Dataset:
     table, coords = {}, {}
-    for name in posterior.latents:
-        if posterior.is_continuous(name):
-            moments = torch.stack([posterior.mean(name), posterior.variance(name).clamp(min=0).sqrt()])
-            table[name] = (("moment", *_latent_dims(posterior, name, moments.shape[1:])), _numpy(moments))
+    for name, sites in _latents_by_series(posterior, series).items():
+        if posterior.is_continuous(sites[0]):
+            sd = _stacked([posterior.variance(site).clamp(min=0).sqrt() for site in sites], 0)
+            moments = torch.stack([_stacked([posterior.mean(site) for site in sites], 0), sd])
+            table[name] = (("moment", *_latent_dims(posterior, series, name, moments.shape[1:])), numpy(moments))
             coords["moment"] = np.array(["mean", "sd"])
             continue
-        probs = posterior.responsibilities(name)
+        probs = _stacked([posterior.responsibilities(site) for site in sites], 0)
         state = f"{name}_state"
-        table[name] = ((*_latent_dims(posterior, name, probs.shape[:-1]), state), _numpy(probs))
-        fn = posterior.problem.capture.sites[posterior.site(name)].fn
-        values = fn.enumerate_support(expand=False)
-        coords[state] = _numpy(values.reshape(len(values))) if not fn.event_shape else np.arange(len(values))
-    return _dataset(table, {"given": "the estimate"}, coords)
+        table[name] = ((*_latent_dims(posterior, series, name, probs.shape[:-1]), state), numpy(probs))
+        coords[state] = _states(posterior, sites[0])
+    return dataset(table, {"given": "the estimate"}, {**coords, **times(table, series)})
 
 
-def _latent_draws(posterior: Posterior, num: int, seed: int) -> xarray.Dataset:
+def _latent_draws(posterior: Posterior, series: SeriesByName, num: int, seed: int) -> xarray.Dataset:
     """All draws at once: one pass over the data, however many."""
     with isolated_rng(seed), torch.no_grad():
         drawn = posterior.sample(num)
-    table = {n: ((*SAMPLE, *_latent_dims(posterior, n, x.shape[1:])), _numpy(x)[None]) for n, x in drawn.items()}
-    return _dataset(table, {"given": "the estimate"})
+    table = {}
+    for name, sites in _latents_by_series(posterior, series).items():
+        values = _stacked([drawn[site] for site in sites], 1)
+        table[name] = ((*SAMPLE, *_latent_dims(posterior, series, name, values.shape[1:])), numpy(values)[None])
+    return dataset(table, {"given": "the estimate"}, times(table, series))
 
 
-def _latent_dims(posterior: Posterior, name: str, shape: tuple[int, ...]) -> Dims:
-    """Of a latent's value: plates where it has a site of its own, as the states of a chain have not."""
+def _latents_by_series(posterior: Posterior, series: SeriesByName) -> dict[str, tuple[str, ...]]:
+    """Names of variables, and the posterior's names of the latents in each: a step of a loop may be one of its own."""
+    alike = {site: name for name, own in series.items() if own.steps is not None for site in own.sites}
+    found: dict[str, tuple[str, ...]] = {}
+    for latent in posterior.latents:
+        name = alike.get(latent, latent)
+        found[name] = (*found.get(name, ()), latent)
+    for name, sites in [*found.items()]:
+        if sites != (name,) and (sites != series[name].sites or not _of_one_kind(posterior, sites)):
+            del found[name]
+            found.update({site: (site,) for site in sites})
+    return found
+
+
+def _of_one_kind(posterior: Posterior, sites: Dims) -> bool:
+    continuous = {posterior.is_continuous(site) for site in sites}
+    return continuous == {True} or (
+        continuous == {False} and len({tuple(_states(posterior, site).tolist()) for site in sites}) == 1
+    )
+
+
+def _states(posterior: Posterior, latent: str) -> np.ndarray:
+    """Values of a discrete latent, or the numbers of those that are vectors."""
+    fn = posterior.problem.capture.sites[posterior.site(latent)].fn
+    values = fn.enumerate_support(expand=False)
+    return numpy(values.reshape(len(values))) if not fn.event_shape else np.arange(len(values))
+
+
+def _stacked(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts, dim)
+
+
+def _latent_dims(posterior: Posterior, series: SeriesByName, name: str, shape: tuple[int, ...]) -> Dims:
+    """Of a latent's value: plates where it has a site of its own, which what a distribution hides may not have."""
+    if name in series and not series[name].observed:
+        return series_dims(series[name], series, shape)
     known = posterior.problem.capture.sites
     site = name if posterior.is_continuous(name) else posterior.site(name)
     if site not in known:
         return tuple(f"{name}_dim_{i}" for i in range(len(shape)))
-    event = len(shape) - len(known[site].plates)
-    return _site_dims(
-        name, known[site], shape, posterior.latents, event_dim=max(0, min(event, known[site].fn.event_dim))
-    )
+    return plate_dims(name, known[site].plates, shape, known[site].fn.event_dim, posterior.latents)
 
 
-def _log_likelihood(problem: Problem, values: Tensor) -> xarray.Dataset:
-    observed = [name for name, site in problem.capture.sites.items() if site.observed]
+def _log_likelihood(problem: Problem, series: SeriesByName, values: Tensor) -> xarray.Dataset:
+    observed = [name for name, own in series.items() if own.observed]
     name = observed[0] if len(observed) == 1 else "log_likelihood"
     plates = {p.name: p.dim for site in problem.capture.sites.values() for p in site.plates}
     names = [problem.graph.plate_names[symbol] for symbol in problem.graph.data_plates]
     names.sort(key=lambda plate: plates[plate])
     dims = [f"{name}_dim_{i}" if plate in RESERVED else plate for i, plate in enumerate(names)]
-    return _dataset({name: ((*SAMPLE, *dims), _numpy(values)[None])}, {"latents": "summed out"})
+    return dataset({name: ((*SAMPLE, *dims), numpy(values)[None])}, {"latents": "summed out"})
 
 
-def _predictive(problem: Problem, params: list[Params], num: int, seed: int) -> xarray.Dataset:
+def _predictive(problem: Problem, series: SeriesByName, params: list[Params], num: int, seed: int) -> xarray.Dataset:
     """One data set a draw of the parameters, each with a seed of its own; where there is one draw only, all at that."""
-    sites, table = problem.capture.sites, {}
     seeds = torch.randint(2**31 - 1, (num,), generator=torch.Generator().manual_seed(seed)).tolist()
     each = [predictive_draws(problem, params[i % len(params)], 1, own) for i, own in enumerate(seeds)]
-    names = observed_names(problem, params[0])
-    for name in names:
-        values = torch.cat([draw[name] for draw in each])
-        dims = [f"{name}_dim_{i}" for i in range(values.dim() - 1)]
-        if name in sites:  # a step of a folded loop is none
-            dims = list(_site_dims(name, sites[name], values.shape[1:], names))
-        table[name] = ((*SAMPLE, *dims), _numpy(values)[None])
-    return _dataset(table)
+    table = {}
+    for name, own in series.items():
+        if not own.observed:
+            continue
+        values = torch.cat([own.joined(draw, lead=1) for draw in each])
+        table[name] = ((*SAMPLE, *series_dims(own, series, values.shape[1:])), numpy(values)[None])
+    return dataset(table, coords=times(table, series))
 
 
 def _parameter_dims(problem: Problem | None, name: str, shape: tuple[int, ...], names: Iterable[str]) -> Dims:
     site = None if problem is None else problem.capture.sites.get(name)
     if site is None:
         return tuple(f"{name}_dim_{i}" for i in range(len(shape)))
-    return _site_dims(name, site, shape, names)
-
-
-def _site_dims(
-    name: str, site: PlainSite, shape: tuple[int, ...], names: Iterable[str], event_dim: int | None = None
-) -> Dims:
-    """Plate names where a plate of that size lies; xarray takes no dim that is called like a variable."""
-    taken = {*names, *RESERVED}
-    batch = len(shape) - (site.fn.event_dim if event_dim is None else event_dim)
-    dims = [f"{name}_dim_{i}" for i in range(len(shape))]
-    for plate in site.plates:
-        axis = batch + plate.dim
-        if 0 <= axis < batch and shape[axis] == plate.size and plate.name not in taken:
-            dims[axis] = plate.name
-    return tuple(dims)
-
-
-def _dataset(
-    variables: Mapping[str, Any], attributes: dict[str, Any] | None = None, coords: dict[str, Any] | None = None
-) -> xarray.Dataset:
-    """A dataset with a coordinate for every dim; "/" is the separator of groups, so names get a "." for it."""
-    named = {
-        name.replace("/", "."): (tuple(dim.replace("/", ".") for dim in dims), *rest)
-        for name, (dims, *rest) in variables.items()
-    }
-    coords = {name.replace("/", "."): values for name, values in (coords or {}).items()}
-    for dims, values, *_ in named.values():
-        for dim, size in zip(dims, values.shape, strict=True):
-            coords.setdefault(dim, np.arange(size))
-    return xarray.Dataset(named, coords, attributes)
-
-
-def _numpy(value: Tensor) -> np.ndarray:
-    return value.detach().cpu().numpy()
+    return plate_dims(name, site.plates, shape, site.fn.event_dim, names)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import abc
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pyro.distributions as dist
@@ -47,12 +48,12 @@ class ChainPosterior:
 
     def mean(self, name: str) -> Tensor:
         """Shape of the latent's value."""
-        return self._read(name, {s: self._own(p, self.states.mean) for s, p in self.fold.places.items()})
+        return self._read(name, lambda place: self._own(place, self.states.mean))
 
     def variance(self, name: str) -> Tensor:
         """Shape of the latent's value."""
         variance = self.states.covariance.diagonal(dim1=-2, dim2=-1)
-        return self._read(name, {s: self._own(p, variance) for s, p in self.fold.places.items()})
+        return self._read(name, lambda place: self._own(place, variance))
 
     def marginal(self, name: str) -> dist.Distribution:
         """A normal for every element, or (latents whose event is a vector) a normal vector; or a mixture of these."""
@@ -61,14 +62,13 @@ class ChainPosterior:
         return self._normal(name, self.states.mean, self.states.covariance)
 
     def _normal(self, name: str, means: Tensor, covariances: Tensor) -> dist.Distribution:
-        mean = self._read(name, {s: self._own(p, means) for s, p in self.fold.places.items()})
+        mean = self._read(name, lambda place: self._own(place, means))
         place = self.fold.places[self._some(name)]
         events = len(place.event)
         if events == 1 and place.layout.cells == place.event.numel():
-            places = {s: p for s, p in self.fold.places.items() if p.event == place.event}
-            return normal(mean, self._read(name, {s: self._block(p, covariances) for s, p in places.items()}))
-        variance = covariances.diagonal(dim1=-2, dim2=-1)
-        variance = self._read(name, {s: self._own(p, variance) for s, p in self.fold.places.items()})
+            return normal(mean, self._read(name, lambda place: self._block(place, covariances)))
+        variances = covariances.diagonal(dim1=-2, dim2=-1)
+        variance = self._read(name, lambda place: self._own(place, variances))
         found = dist.Normal(mean, variance.sqrt(), validate_args=False)
         return found.to_event(events) if events else found
 
@@ -77,7 +77,7 @@ class ChainPosterior:
         components: list[Any] = [self._normal(name, mean, covariance) for _, mean, covariance in each]
         events = components[0].event_dim
         cells = (share.expand_as(mean[..., 0, 0])[..., None, None].expand_as(mean) for share, mean, _ in each)
-        shares = [self._read(name, {s: self._own(p, x) for s, p in self.fold.places.items()}) for x in cells]
+        shares = [self._read(name, partial(self._own, states=x)) for x in cells]
         probs = torch.stack([x.reshape(*x.shape[: x.dim() - events], -1)[..., 0] for x in shares], -1)
         return dist.MixtureSameFamily(
             dist.Categorical(probs, validate_args=False), _stacked(components), validate_args=False
@@ -125,16 +125,14 @@ class ChainPosterior:
             return name
         return next(s.rest for s in self.sequences.values() if s.name == name or s.step(name) is not None)
 
-    def _read(self, name: str, of: Mapping[str, Tensor]) -> Tensor:
-        if name in of:
-            return of[name]
-        sequence = self.sequences.get(name)
-        if sequence is not None:
-            return sequence.joined(of)
-        sequence = next(s for s in self.sequences.values() if s.step(name) is not None)
+    def _read(self, name: str, part: Callable[[Place], Tensor]) -> Tensor:
+        """What `part` gives of the statements that a name stands for (a loop has many: no others are asked)."""
+        if name in self.fold.places:
+            return part(self.fold.places[name])
+        sequence = next(s for s in self.sequences.values() if s.name == name or s.step(name) is not None)
+        whole = sequence.joined({site: part(self.fold.places[site]) for site in (*sequence.heads, sequence.rest)})
         step = sequence.step(name)
-        assert step is not None
-        return sequence.joined(of)[step]
+        return whole if step is None else whole[step]
 
 
 def chain_posteriors(model: Model, states: Callable[[str], StatePosterior | MixedStates]) -> tuple[ChainPosterior, ...]:

@@ -51,11 +51,3 @@ def predictive(problem: Problem, params: Params, num_samples: int, seed: int | N
             for name, value in {**drawn, **run.notes}.items():
                 draws.setdefault(name, []).append(value)
     return {name: torch.stack(values) for name, values in draws.items()}
-
-
-def observed_names(problem: Problem, params: Params) -> list[str]:
-    """Sites with data in the model as written, by the names under which they are drawn: of a loop one for each step."""
-    depth, own = problem.capture.max_plate_nesting, (problem.args, problem.kwargs, params)
-    with isolated_rng(0), torch.no_grad(), pyro.validation_enabled(False):
-        run = run_model(unfolded(problem.model), *own, max_plate_nesting=depth, enumerated=False)
-    return [name for name, site in run.sites.items() if site.observed]

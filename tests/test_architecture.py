@@ -23,10 +23,10 @@ LAYERS = """
     constraint_names charts distributions kernels table tape state_space | slopes families | model
     store stop evidence | latents latent_uses | problem options | rebind all_atoms | statistics terms gram
     state_posterior sequence_posterior picks | mixed_states | chain_posterior
-    posterior predict design expected | vector_design | sufficient impute clusters | e_step.base | m_step
+    posterior predict series design expected | vector_design | sufficient impute clusters | e_step.base | m_step
     recordings | evaluator | loop explain information | pointwise e_step accelerate checks progress
     integration initialise anneal precision | condense | binding elbo result | em guides | ascent | svi | fit
-    summary plots checkpoint | arviz | __init__ | cli | __main__ | mini
+    summary plots checkpoint dims | arviz | __init__ | cli | __main__ | mini
 """
 ORDER = {name: place for place, layer in enumerate(LAYERS.replace("\n", "|").split("|")) for name in layer.split()}
 

@@ -163,31 +163,6 @@ def test_same_seed_same_tree_and_global_random_state_untouched(em: pyro_em.FitRe
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("states", ["discrete", "normal"])
-def test_loops_over_time_are_drawn_step_by_step(states: str) -> None:
-    """Under the names that the model writes, which neither steps run together nor a Kalman filter's site have; every
-    data set is drawn anew (all had the same noise once)."""
-
-    def model(y: torch.Tensor) -> None:
-        spread = pyro.param("spread", torch.tensor(1.0), constraint=torch.distributions.constraints.positive)
-        with pyro.plate("series", y.shape[1]):
-            x = torch.tensor(0)
-            for t in pyro_em.markov(len(y)):
-                step = dist.Normal(0.5 * x, 1.0) if states == "normal" else dist.Categorical(torch.eye(2)[x] + 0.5)
-                x = pyro.sample(f"x_{t}", step)
-                pyro.sample(f"y_{t}", dist.Normal(3.0 * x, spread), obs=y[t])
-
-    y = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
-    result = pyro_em.fit(model, y, max_iter=2, tol=0)
-    found = to_datatree(result, num_draws=5, predictive=40)["posterior_predictive"]
-    assert set(found.data_vars) == {"y_0", "y_1", "y_2", "y_3"}
-    assert all(found[f"y_{t}"].shape == (1, 40, 30) for t in range(4))
-    drawn = result.predictive(y, num_samples=400)
-    for t in range(4):  # 1,200 numbers against 12,000
-        assert abs(float(found[f"y_{t}"].mean()) - float(drawn[f"y_{t}"].mean())) < 0.4
-        assert float(found[f"y_{t}"].std()) == pytest.approx(float(drawn[f"y_{t}"].std()), rel=0.15)
-
-
 def test_entries_on_a_boundary_and_fixed_parameters_do_not_move() -> None:
     result = pyro_em.fit(lca.model, lca.load(), seed=0, m_step={"weights": "fixed"})
     tree = to_datatree(result, num_draws=20)
@@ -203,7 +178,8 @@ def test_chain_without_data_plate_leaves_log_likelihood_out_and_says_why() -> No
     result = pyro_em.fit(hmm.poisson, hmm.load()[:15], max_iter=20)
     tree = to_datatree(result, num_draws=10)
     assert "log_likelihood" not in tree.children and "no plate" in tree.attrs["missing_groups"]
-    assert tree["latent_posterior"]["z_3"].dims == ("z_3_state",)
+    assert tree["latent_posterior"]["z"].dims == ("time", "z_state")
+    assert np.array_equal(tree["latent_posterior"]["z"].sel(time=3), result.posterior().responsibilities("z_3"))
 
 
 def test_fit_by_svi_has_one_draw_that_says_so() -> None:

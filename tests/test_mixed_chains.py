@@ -201,10 +201,10 @@ def test_arviz_has_classes_and_states() -> None:
     tree = to_datatree(result, num_draws=4, latent_draws=20_000)
     posterior, latents, draws = result.posterior(), tree["latent_posterior"], tree["latent_draws"]
     assert latents["k"].dims == ("sequences", "k_state")
-    assert latents["x"].dims == ("moment", "x_dim_0", "x_dim_1")
+    assert latents["x"].dims == ("moment", "time", "sequences")
     np.testing.assert_array_equal(latents["x"].sel(moment="mean"), posterior.mean("x"))
     np.testing.assert_array_equal(latents["x"].sel(moment="sd"), posterior.variance("x").sqrt())
-    assert draws["x"].dims == ("chain", "draw", "x_dim_0", "x_dim_1")
+    assert draws["x"].dims == ("chain", "draw", "time", "sequences")
     assert draws["k"].dims == ("chain", "draw", "sequences")
     np.testing.assert_allclose(draws["x"].mean(("chain", "draw")), posterior.mean("x"), atol=0.04)
     np.testing.assert_allclose(draws["x"].std(("chain", "draw")), posterior.variance("x").sqrt(), atol=0.03)
