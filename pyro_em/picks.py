@@ -38,12 +38,14 @@ def pick(
                     leaf, dims = leaf.expand(num, *leaf.shape), DRAWS + dims
                 leaves[name] = with_dims(leaf.clone().requires_grad_(True), dims)
         total = sum((contract(graph, c, leaves, elimination).sum() for c in graph.components), torch.zeros(()))
-    found = torch.autograd.grad(total, list(leaves.values()))
+    found = torch.autograd.grad(total, list(leaves.values())) if leaves else ()
     indicators = {name: with_dims(g, dims_of(leaves[name])) for name, g in zip(leaves, found, strict=True)}
-    return {site: _state(indicators[site], run.sites[site], num) for site in graph.latents}
+    return {site: _state(indicators.get(site), run.sites[site], num) for site in graph.latents}
 
 
-def _state(indicator: Tensor, record: SiteRecord, num: int | None) -> Tensor:
+def _state(indicator: Tensor | None, record: SiteRecord, num: int | None) -> Tensor:
+    if indicator is None:  # a latent of one state connects no factors
+        return torch.zeros((*(() if num is None else (num,)), *plates_of(record)), dtype=torch.long)
     dims, symbol = dims_of(indicator), record.symbol
     assert symbol is not None
     keep = {*record.plate_dims, symbol, DRAWS}
@@ -61,7 +63,12 @@ def over_plates(packed: Tensor, record: SiteRecord, symbol: str) -> Tensor:
     """Shape plates (outermost first) + (K,); a latent with one state has K = 1."""
     order = [record.symbols[plate.dim] for plate in record.plates]
     wide = align(packed, "".join(order) + symbol)
-    return wide.expand(*(plate.size for plate in record.plates), wide.shape[-1])
+    return wide.expand(*plates_of(record), wide.shape[-1])
+
+
+def plates_of(record: SiteRecord) -> tuple[int, ...]:
+    """Sizes of a site's plates, outermost first."""
+    return tuple(plate.size for plate in record.plates)
 
 
 def joint_states(site: SiteRecord, run: Run, graph: FactorGraph, picked: Mapping[str, Tensor]) -> Tensor:

@@ -30,7 +30,7 @@ from pyro_em.model.compat import base_distribution, dims_of, pack, unpack, with_
 from pyro_em.model.packing import align
 from pyro_em.model.sequences import BySequence, Sequence, sequences
 from pyro_em.model.trace import Run, SiteRecord
-from pyro_em.picks import joint_states, over_plates, pick
+from pyro_em.picks import joint_states, over_plates, pick, plates_of
 from pyro_em.problem import Problem
 from pyro_em.sequence_posterior import SequencePosterior
 from pyro_em.state_posterior import StatePosterior
@@ -135,7 +135,9 @@ class Posterior:
             if step is not None:
                 return self.responsibilities(sequence.rest)[step - len(sequence.heads)]
         record = self._site(site)
-        weights = self._e_step[0].weights[site]
+        weights = self._e_step[0].weights.get(site)
+        if weights is None:  # a latent of one state connects no factors
+            return torch.ones((*plates_of(record), 1), dtype=torch.float64)
         symbol, dims = record.symbol, dims_of(weights)
         assert symbol is not None
         kept = [d for d in dims if d in record.plate_dims or d == symbol]
@@ -150,6 +152,8 @@ class Posterior:
             remedy = (
                 f"its states are normal; posterior.states('{chain.fold.site}') has them filtered, forecast, one by one."
                 if chain is not None
+                else "a loop of no more steps than its history has none, and its latents are asked for one by one."
+                if any(not loop.together for loop in self.problem.capture.loops)
                 else "write the loop as `for t in pyro_em.markov(T)`, and give the latent's name without the step."
             )
             raise InputError(f"'{latent}' is no sequence of discrete states of a pyro_em.markov loop: {remedy}")
@@ -286,6 +290,6 @@ class Posterior:
     def _pick(self, elimination: Elimination, num: int | None) -> dict[str, Tensor]:
         """State numbers of one joint configuration (of `num` draws), shape (num,) + plates, by site."""
         graph = self.problem.reduced_graph
-        if not graph.latents or not graph.components:
+        if not graph.latents:
             return {}
         return pick(graph, self._factors(elimination), self._e_step[1], elimination, num)

@@ -46,6 +46,8 @@ class SequencePosterior:
         symbol = graph.latents[sequence.rest]
         found = [(c, loop) for c in graph.components if symbol in c.symbols for loop in c.loops]
         places = [i for _, loop in found for i, c in enumerate(loop.carried) if c.current == symbol]
+        if not found and not any(symbol in c.symbols for c in graph.components):
+            raise InputError(f"sequence: '{self.name}' has one state, which it is in at every step.")
         if not places:
             raise InputError(f"sequence: no later step reads '{self.name}'; ask for its marginal.")
         self._component, self._loop = found[0]

@@ -203,22 +203,6 @@ def test_series_inside_of_one_site_count_their_steps() -> None:
     assert pyro_em.fit(level, y[..., 0].mT, seen, max_iter=0, weights=weights).num_observations == 7 + 2 * 4
 
 
-@LOOPS
-def test_one_state(loop: Loop) -> None:
-    """A chain without a choice of states is a sample of independent values."""
-
-    def model(y: Tensor) -> None:
-        mu, A, z = pyro.param("mu", torch.zeros(1)), torch.ones(1, 1), torch.tensor(0)
-        for t in loop(len(y)):
-            z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
-            pyro.sample(f"y_{t}", dist.Normal(mu[z], 1.0), obs=y[t])
-
-    y = torch.tensor([1.0, 4.0, -2.0, 0.5])
-    result = pyro_em.fit(model, y)
-    assert result.params["mu"].item() == pytest.approx(0.875, rel=1e-14)
-    assert result.log_likelihood == pytest.approx(float(dist.Normal(0.875, 1.0).log_prob(y).sum()), rel=1e-13)
-
-
 def test_steps_of_a_chain_have_no_weights() -> None:
     with pytest.raises(pyro_em.InputError, match=r"no vectorised plate 'markov_0'. Its plates: 'sequences'"):
         pyro_em.fit(chain, _symbols(), pyro_em.markov, weights={"markov_0": torch.ones(5)})

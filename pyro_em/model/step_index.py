@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import Refusal
+from pyro_em.model.compat import plates_around
 
+INDEXED = "_indexed_by_steps"  # attribute of what came out of x[t]
 _COMPARISONS = {
     getattr(torch.Tensor, name) for name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
 } | {torch.Tensor.eq, torch.Tensor.ne, torch.Tensor.lt, torch.Tensor.le, torch.Tensor.gt, torch.Tensor.ge}
@@ -37,6 +39,8 @@ class Steps(torch.Tensor):
             args = _beside(*args)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
+        if func is Tensor.__getitem__ and isinstance(result, Tensor):
+            setattr(result, INDEXED, True)
         alone = all(isinstance(a, cls | int | float) for a in args)
         if alone and func in _COMPARISONS:
             if bool(result.all()) or not bool(result.any()):
@@ -76,10 +80,17 @@ class Steps(torch.Tensor):
 def _beside(one: Any, other: Any) -> tuple[Any, Any]:
     """Two operands, the steps left of the dims of what is no number for each of them."""
     if isinstance(other, Steps):
-        return _beside(other, one)[::-1]
-    if isinstance(one, Steps) and isinstance(other, Tensor) and other.dim() and len(other) != len(one):
-        return one.as_subclass(Tensor).reshape(-1, *(1,) * other.dim()), other
+        return (one, other) if isinstance(one, Steps) else _beside(other, one)[::-1]
+    if isinstance(one, Steps) and isinstance(other, Tensor) and other.dim():
+        right = other.dim() - _of_steps(other, len(one))
+        return one.as_subclass(Tensor).reshape(-1, *(1,) * right), other
     return one, other
+
+
+def _of_steps(other: Tensor, steps: int) -> bool:
+    """Whether a tensor has an entry for each step, as x[t] has, and not one for each element of a plate as large."""
+    inside = sorted(plates_around().items())[1:]  # the leftmost is the plate of the steps
+    return len(other) == steps and (hasattr(other, INDEXED) or all(size != steps for _, size in inside))
 
 
 def _uneven(what: str) -> Refusal:

@@ -115,6 +115,8 @@ class _Move:
 
         :raises Refusal: where it is in several.
         """
+        if self.steps == 1:  # is in its place wherever it is
+            return None
         placed = len(batch) >= -self.dim and batch[self.dim] != 1
         right = range(max(-len(batch), self.dim + 1), 0)
         found = [d for d in right if batch[d] == self.steps != self.sizes.get(d)]

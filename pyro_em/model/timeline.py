@@ -29,7 +29,7 @@ from pyro_em.errors import InputError, Refusal
 from pyro_em.model.step_index import Steps
 from pyro_em.model.time_dim import time_in_place
 
-SHORTEST = 2  # steps in the plate below which the loop is simply run
+SHORTEST = 1  # steps in the plate below which the loop is simply run
 
 
 @dataclass
@@ -69,8 +69,7 @@ class Template:
     @staticmethod
     def of(name: str, loop: Loop) -> Template:
         """The template of a site of the steps that are run together."""
-        found = re.findall(r"\d+:\d+", name)
-        spans = [s for s in found if int(s.split(":")[1]) - int(s.split(":")[0]) == loop.steps - loop.history]
+        spans = _spans(name, loop)
         if len(spans) != 1:
             raise Refusal(
                 name,
@@ -92,6 +91,12 @@ class Template:
     def number(self, step: int, loop: Loop) -> str:
         """What stands for the step in that name."""
         return f"{self.first + step - loop.history:0{self.width}d}"
+
+
+def _spans(name: str, loop: Loop) -> list[str]:
+    """Where a name has the steps that are run together, "1:1000" or another numbering of as many."""
+    found = re.findall(r"\d+:\d+", name)
+    return [s for s in found if int(s.split(":")[1]) - int(s.split(":")[0]) == loop.steps - loop.history]
 
 
 class _Mode:
@@ -243,6 +248,16 @@ class _Names(Messenger):
     def __init__(self, mode: _Mode) -> None:
         super().__init__()
         self.mode = mode
+
+    def _pyro_param(self, msg: Any) -> None:
+        loop = self.mode.open if self.mode.kind == "together" else None
+        if loop is not None and _spans(msg["name"], loop):
+            raise Refusal(
+                msg["name"],
+                "a parameter of its own at every step of a pyro_em.markov loop, whose later steps are run at once.",
+                "make one parameter with time as its first dim before the loop and index it, m[t], or write "
+                "pyro.markov(range(T)), which runs every step by itself.",
+            )
 
     def _pyro_post_sample(self, msg: Any) -> None:
         loop = self.mode.open
