@@ -115,9 +115,17 @@ def at_edges(arguments: Mapping[str, str]) -> None:
         )
 
 
-def at_zero(names: Collection[str]) -> None:
-    """Warn about variances of random effects that are estimated as 0."""
-    if names:
+def at_zero(found: Mapping[str, bool]) -> None:
+    """Warn about variances of random effects that are estimated as 0, or (those marked False) that nothing informs."""
+    if flat := [name for name, matters in found.items() if not matters]:
+        warnings.warn(
+            f"No data inform {', '.join(map(repr, flat))}: the likelihood is the same whatever the spread of these "
+            "latents, which no observation reads (a slope that no later step uses, say). The value is where the fit "
+            "started. Leave the latents out, or put a prior on their spread and use algorithm='map-em'.",
+            UnidentifiedParameter,
+            stacklevel=3,
+        )
+    if names := [name for name, matters in found.items() if matters]:
         warnings.warn(
             f"The likelihood is at least as high with {', '.join(map(repr, names))} at 0 (in some entry or direction): "
             "the estimate is on the boundary of its space, which updates approach but never reach. The model explains "

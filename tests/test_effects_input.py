@@ -176,3 +176,46 @@ def test_a_prior_may_be_written_out_for_every_group(fixed: bool, accelerate: str
     for other in found[1:]:
         assert other.converged and other.log_likelihood == pytest.approx(found[0].log_likelihood, rel=1e-12)
         assert all(torch.allclose(other.params[n], found[0].params[n], rtol=1e-6) for n in other.params)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_spread_of_latents_that_no_data_read_is_not_said_to_vanish(steps: int) -> None:
+    """The slope of the last step of a trend moves nothing: of a trend of one step no datum says how slopes spread."""
+
+    def trend(y: Tensor) -> None:
+        level, slope = torch.zeros(()).double(), torch.zeros(()).double()
+        level_sd, slope_sd = _param("level_sd", 0.7, positive), _param("slope_sd", 0.5, positive)
+        with pyro.plate("series", y.shape[1]):
+            for t in pyro.markov(range(len(y))):
+                level = pyro.sample(f"level_{t}", dist.Normal(level + slope, level_sd))
+                slope = pyro.sample(f"slope_{t}", dist.Normal(slope, slope_sd))
+                pyro.sample(f"y_{t}", dist.Normal(level, 1.0), obs=y[t])
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = pyro_em.fit(trend, 3 * _normal(steps, 20), max_iter=50)
+    told = [str(w.message) for w in caught if issubclass(w.category, pyro_em.EMWarning)]
+    if steps == 2:
+        assert not any("slope_sd" in text for text in told) and result.params["slope_sd"] != 0.5
+        return
+    assert {w.category for w in caught} == {pyro_em.UnidentifiedParameter}
+    assert len(told) == 1 and "No data inform 'slope_sd'" in told[0]
+    assert result.params["slope_sd"] == pytest.approx(0.5, abs=1e-12)
+
+
+def test_effects_whose_covariate_is_zero_in_every_row_are_named() -> None:
+    """No row says which group it belongs to then: this ended in an error of shapes."""
+
+    def model(y: Tensor, x: Tensor) -> None:
+        with pyro.plate("groups", 6):
+            b = pyro.sample("b", dist.Normal(torch.zeros(()).double(), _param("tau", 0.5, positive)))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(x * b[GROUP], _param("s", 1.0, positive)), obs=y)
+
+    y = _normal(48)
+    with pytest.raises(pyro_em.Refusal, match="moves with none of them") as caught:
+        pyro_em.fit(model, y, torch.zeros(48).double())
+    assert caught.value.site == "y" and "covariate" in str(caught.value)
+    x = torch.zeros(48).double()
+    x[3], y[3] = 1.0, 9.0  # one row does
+    assert pyro_em.fit(model, y, x, max_iter=2, tol=0).log_likelihood < 0

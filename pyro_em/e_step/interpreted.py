@@ -35,10 +35,10 @@ class Interpreted:
         """Exact E-step at `params` by `Problem.evidence`."""
         return self.unread(params).read()
 
-    def vanishing(self, params: Params) -> tuple[str, ...]:
+    def vanishing(self, params: Params) -> dict[str, bool]:
         """Spreads of latents whose estimate is 0, see vanishing.py."""
         if self.problem.continuous is None:
-            return ()
+            return {}
 
         def evidence(at: Params) -> tuple[float, float]:
             try:

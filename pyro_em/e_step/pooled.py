@@ -116,7 +116,7 @@ class Pooled:
         totals, sufficient = self._after(sums, state)
         return from_totals(self.problem, params, totals, sufficient, at_atoms(self.problem, params, sufficient))
 
-    def vanishing(self, params: Params) -> tuple[str, ...]:
+    def vanishing(self, params: Params) -> dict[str, bool]:
         """Spreads of latents whose estimate is 0, see vanishing.py."""
 
         def evidence(at: Params) -> tuple[float, float]:

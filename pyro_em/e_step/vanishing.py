@@ -8,11 +8,14 @@ thousandth of the estimate:
 
 Asked entry by entry of scales and variances; of a covariance matrix, or of its Cholesky factor, for the covariance's
 smallest eigenvalue (a correlation of ±1 in two dimensions).
+
+A likelihood that is as high again with the entry many times as large does not depend on it (the spread of effects that
+no data read): that is another thing to say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -24,21 +27,22 @@ from pyro_em.types import Params
 
 MATRICES = ("covariance_matrix", "scale_tril")
 MAX_ENTRIES = 32  # of one parameter that are asked for
+LARGER = (1e3, 1e8)  # times the estimate: one that has come close to 0 needs much to be seen
 
 
 @runtime_checkable
 class WithSpreads(Protocol):
     """An engine that says which spreads vanish."""
 
-    def vanishing(self, params: Params) -> tuple[str, ...]:
-        """Names of parameters."""
+    def vanishing(self, params: Params) -> dict[str, bool]:
+        """Names of parameters, and whether the likelihood depends on what is better at 0."""
         ...
 
 
 def vanishing(
     problem: Problem, params: Params, evidence: Callable[[Params], tuple[float, float]], least: float = 0.0
-) -> tuple[str, ...]:
-    """Parameters of which some entry (or eigenvalue) is better at 0, priors not counted.
+) -> dict[str, bool]:
+    """Parameters of which some entry (or eigenvalue) is better at 0, priors not counted, and whether it matters at all.
 
     :param evidence: log p(x|θ) and the magnitude of its terms.
     :param least: the share of an entry that stands for 0.
@@ -46,13 +50,20 @@ def vanishing(
     uses = {name: [use for use in problem.uses[name] if use.slot != VALUE] for name in params}
     spreads = {name: own for name, own in uses.items() if own and all(_is_spread(use, problem) for use in own)}
     if not spreads:
-        return ()
+        return {}
     likelihood, magnitude = evidence(params)
     least_likely = likelihood - 8 * torch.finfo(torch.float64).eps * (1 + magnitude)
-    zeros = {name: _at_zero(params[name], own[0], least) for name, own in spreads.items()}
-    return tuple(
-        name for name, own in zeros.items() if any(evidence({**params, name: x})[0] >= least_likely for x in own)
-    )
+    found = {}
+    for name, own in spreads.items():
+
+        def likely(share: float, i: int, name: str = name, use: Use = own[0]) -> bool:
+            at = {**params, name: _with_share(params[name], use, share, i)}
+            return evidence(at)[0] >= least_likely
+
+        gone = [i for i in range(_entries(params[name], own[0])) if likely(least, i)]
+        if gone:
+            found[name] = not all(likely(share, i) for i in gone for share in LARGER)
+    return found
 
 
 def _is_spread(use: Use, problem: Problem) -> bool:
@@ -63,19 +74,24 @@ def _is_spread(use: Use, problem: Problem) -> bool:
     return use.index is not None and use.power > 0 and use.slot in ("scale", *MATRICES)
 
 
-def _at_zero(value: Tensor, use: Use, least: float) -> Iterator[Tensor]:
+def _entries(value: Tensor, use: Use) -> int:
+    """How many numbers are asked about: of a matrix one, its smallest eigenvalue."""
+    if use.slot in MATRICES and value.dim() == 2:
+        return 1
+    return value.numel() if value.numel() <= MAX_ENTRIES else 0
+
+
+def _with_share(value: Tensor, use: Use, share: float, i: int) -> Tensor:
+    """The value with that many times its i-th entry, or smallest eigenvalue."""
     value = value.detach().double()
     if use.slot in MATRICES and value.dim() == 2:
         factor = use.slot == "scale_tril"
         values, vectors = torch.linalg.eigh(value @ value.mT if factor else value)
-        values[0] = least * values[0]
+        values[0] = share * values[0]
         if factor:
             upper = torch.linalg.qr((vectors * values.clamp(min=0).sqrt()).mT).R
-            yield (upper * torch.where(upper.diagonal() < 0, -1.0, 1.0).unsqueeze(-1)).mT
-        else:
-            yield (vectors * values) @ vectors.mT
-    elif value.numel() <= MAX_ENTRIES:
-        for i in range(value.numel()):
-            own = value.clone().reshape(-1)
-            own[i] = least * own[i]
-            yield own.reshape(value.shape)
+            return (upper * torch.where(upper.diagonal() < 0, -1.0, 1.0).unsqueeze(-1)).mT
+        return (vectors * values) @ vectors.mT
+    own = value.clone().reshape(-1)
+    own[i] = share * own[i]
+    return own.reshape(value.shape)

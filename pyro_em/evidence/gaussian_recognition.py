@@ -58,6 +58,7 @@ def recognise_gaussian(candidate: Candidate) -> GaussianRoute:
         in_a = families[chosen]
         in_b = [c for c in columns if c not in set(in_a)]
     geometry = _geometry(candidate, in_a, in_b)
+    _check_moves(candidate, reads, geometry)
     cells = _cells(candidate)
     few = bool(geometry.num_b) and 8 * (len(geometry.columns_a) + geometry.num_b + 1) * cells > FEW
     needed = check_memory(geometry, candidate.latents.names, 0 if few else cells)
@@ -92,6 +93,22 @@ def _check_read(candidate: Candidate, columns: Sequence[Column], reads: Reads) -
         flat = is_flat(candidate.first.sites[column.site].fn)
         if flat and not any(column in own for own in reads.values()):
             raise undetermined(column.site)
+
+
+def _check_moves(candidate: Candidate, reads: Reads, geometry: Geometry) -> None:
+    """:raises Refusal: for rows of which nothing says to which elements they belong, as they move with none."""
+    own = candidate.latents
+    for name in own.factors:
+        sizes = zip(reversed(candidate.first.sites[name].batch_shape), reversed(geometry.layout), strict=False)
+        fits = all(size in (1, d) or d == 1 for size, d in sizes)
+        if not fits and not reads[name]:
+            latents = ", ".join(repr(latent) for latent in own.names)
+            raise Refusal(
+                name,
+                f"it is written with {latents}, but its location moves with none of them: what multiplies them is 0 in "
+                "every row.",
+                "leave the effect out, or give it a covariate that varies.",
+            )
 
 
 def _cells(candidate: Candidate) -> int:
