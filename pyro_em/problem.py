@@ -36,7 +36,6 @@ from pyro_em.model.certify_loops import certify_loops
 from pyro_em.model.compat import dims_of
 from pyro_em.model.data import as_data
 from pyro_em.model.density import packed_log_density, shape_in
-from pyro_em.model.fold_recognition import looked_at
 from pyro_em.model.folding import unfolded
 from pyro_em.model.graph import FactorGraph, build_graph
 from pyro_em.model.indexed import Indexed, run_enumerated
@@ -49,6 +48,7 @@ from pyro_em.model.roles import RoleOf
 from pyro_em.model.row_maps import bind_indexed
 from pyro_em.model.trace import Run, SiteRecord, quiet_store, without_gradients
 from pyro_em.model.unusable import checked_run
+from pyro_em.model.whole import seen_with
 from pyro_em.types import Model, Params
 
 
@@ -241,7 +241,8 @@ def bind(
     """
     rules = rules or {}
     args, kwargs = as_data(args), as_data(kwargs)
-    model, seen, assigned = looked_at(on_grids(unfolded(model), rules), args, kwargs, roles, deltas, rules)
+    adaptive = {name: rule.adaptive for name, rule in rules.items()}
+    model, seen, assigned = seen_with(on_grids(unfolded(model), rules), args, kwargs, roles, deltas, adaptive)
     refuse_minibatches(seen)
     latent = tuple(n for n, role in assigned.items() if role.role == "latent" and not seen.sites[n].enumerable)
     latents.check_kinds(seen, latent, rules)

@@ -149,6 +149,8 @@ def _noisy(y: Tensor, x: Tensor, g: Tensor) -> None:
 GAPS = _answers(30, 4)
 GAPS[torch.rand(30, 4, generator=torch.Generator().manual_seed(0)) < 0.3] = float("nan")
 WEIGHTS = {"people": torch.arange(1, 31).double()}
+Y, X, G = _counts(5, 60)
+ZEROS = Y * (torch.arange(60) % 3 > 0), X, G
 LINE = torch.linspace(-1.5, 1.5, 4, dtype=torch.float64)
 CASES: list[tuple[str, Any, tuple[Any, ...], str, int, dict[str, Any], type]] = [
     ("binomial rows", glmm.model, glmm.load(), "b", 15, {}, Trials),
@@ -177,6 +179,8 @@ CASES: list[tuple[str, Any, tuple[Any, ...], str, int, dict[str, Any], type]] = 
     ("a dispersion by class", zoo.mixed_dispersion, _table(6, 4, 3.0), "u", 9, {}, Several),
     ("classes in long format", zoo.classes_of_groups, _counts(5, 40), "u", 11, {}, Counts),
     ("classes by position", zoo.classes_of_groups, (*_counts(5, 40), True), "u", 11, {}, Counts),
+    ("zeros of a row", zoo.inflated, ZEROS, "u", 11, {}, Several),
+    ("zeros behind a predictor", zoo.inflated_by_row, ZEROS, "u", 11, {}, Several),
     ("two latents", zoo.two_sites, (_answers(5, 4), LINE), "b c", 7, {}, Trials),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case[0].replace(" ", "-"))

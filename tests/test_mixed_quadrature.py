@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -144,3 +146,48 @@ def test_classes_of_schools_above_the_pupils() -> None:
     classes = np.exp(terms - np.logaddexp.reduce(terms, axis=1, keepdims=True))
     np.testing.assert_allclose(result.posterior().marginal("z").probs.numpy(), classes, atol=1e-9)
     assert "adaptive" in str(result.plan)
+
+
+def _groups(density: Array, g: Array, spread: float) -> float:
+    """Σ_g log ∫ N(u; 0, s) Π_n p(y_n | u) du, with the densities (rows, points) on the grid."""
+    terms = np.array([density[g == k].prod(0) * stats.norm.pdf(GRID, 0, spread) for k in range(g.max() + 1)])
+    return float(np.log(terms.sum(1) * (GRID[1] - GRID[0])).sum())
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_zeros_are_summed_row_by_row_at_every_node(by_row: bool) -> None:
+    """log p(x) on a grid. (Its slopes are among the laws, test_continuous_laws.py.)"""
+    y, x, g = _long(5, 60)
+    y = y * (torch.arange(60) % 3 > 0)
+    model = zoo.inflated_by_row if by_row else zoo.inflated
+    result = pyro_em.fit(model, y, x, g, e_step={"u": Quadrature(31)}, max_iter=2, tol=0)
+    assert "adaptive" in str(result.plan) and "ZeroInflatedPoisson" in str(result.plan)
+    params = {name: value.numpy() for name, value in result.params.items()}
+    eta = params["b"][0] + params["b"][1] * x.numpy()
+    gate = 1 / (1 + np.exp(-params["c"][0] - params["c"][1] * x.numpy())) if by_row else np.full(60, params["gate"])
+    counted = stats.poisson.pmf(y.numpy()[:, None], np.exp(eta[:, None] + GRID))
+    density = np.where((y.numpy() == 0)[:, None], gate[:, None], 0.0) + (1 - gate[:, None]) * counted
+    found = _groups(density, g.numpy(), float(params["s"]))
+    assert result.log_likelihood == pytest.approx(found, abs=1e-8)
+    assert np.diff(result.history["log_likelihood"]).min() > 0
+
+
+def test_kinds_of_rows_beside_quadrature_are_not_latents() -> None:
+    """A mixture inside of the integral keeps its own density; as a latent of each row it is refused, saying so."""
+    y, _, g = _long(5, 40)
+    result = pyro_em.fit(zoo.two_kinds_of_rows, y, g, e_step={"u": Quadrature(31)}, max_iter=2, tol=0)
+    w, m, s = (result.params[n].numpy() for n in ("w", "m", "s"))
+    rate = np.exp(m[:, None, None] + GRID)
+    density = np.einsum("k,knq->nq", w, stats.poisson.pmf(y.numpy()[:, None], rate))
+    assert result.log_likelihood == pytest.approx(_groups(density, g.numpy(), float(s)), abs=1e-8)
+    assert result.history["log_likelihood"][-1] > result.history["log_likelihood"][0]
+
+    def latent(y: Tensor, g: Tensor) -> None:
+        with pyro.plate("groups", 5):
+            u = pyro.sample("u", dist.Normal(0.0, 1.0), infer={"em": "latent"})
+        with pyro.plate("rows", 40):
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            pyro.sample("y", dist.Poisson((u[..., g] + z).exp()), obs=y)
+
+    with pytest.raises(pyro_em.Refusal, match="sums over its states"):
+        pyro_em.fit(latent, y, g, e_step={"u": Quadrature(31)})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from tests.classics import positive, simplex
+from tests.classics import positive, simplex, unit
 
 
 def ability(y: Tensor) -> None:
@@ -189,3 +189,37 @@ def classes_of_schools(y: Tensor, g: Tensor, school: Tensor) -> None:
         u = pyro.sample("u", dist.Normal(m[z[..., school]], 0.7))
     with pyro.plate("rows", len(y)):
         pyro.sample("y", dist.Bernoulli(logits=d[torch.arange(len(y)) % 3] + u[..., g]), obs=y)
+
+
+def inflated(y: Tensor, x: Tensor, g: Tensor) -> None:
+    """Counts (R,) with more zeros than they should have, and a random intercept of each group."""
+    gate = pyro.param("gate", torch.tensor(0.3), constraint=unit)
+    b = pyro.param("b", torch.tensor([0.3, 0.4]))
+    s = pyro.param("s", torch.tensor(0.7), constraint=positive)
+    with pyro.plate("groups", int(g.max()) + 1):
+        u = pyro.sample("u", dist.Normal(0.0, s))
+    with pyro.plate("rows", len(y)):
+        rate = (b[0] + b[1] * x + u[..., g]).exp()
+        pyro.sample("y", dist.ZeroInflatedPoisson(rate, gate=gate), obs=y)
+
+
+def inflated_by_row(y: Tensor, x: Tensor, g: Tensor) -> None:
+    """The same with a share of zeros that depends on the covariate."""
+    c, b = pyro.param("c", torch.tensor([-0.8, 0.3])), pyro.param("b", torch.tensor([0.3, 0.4]))
+    s = pyro.param("s", torch.tensor(0.7), constraint=positive)
+    with pyro.plate("groups", int(g.max()) + 1):
+        u = pyro.sample("u", dist.Normal(0.0, s))
+    with pyro.plate("rows", len(y)):
+        rate = (b[0] + b[1] * x + u[..., g]).exp()
+        pyro.sample("y", dist.ZeroInflatedPoisson(rate, gate_logits=c[0] + c[1] * x), obs=y)
+
+
+def two_kinds_of_rows(y: Tensor, g: Tensor) -> None:
+    """Each row (R,) is of one of two kinds, of other levels; the rows of a group share an intercept."""
+    w = pyro.param("w", torch.tensor([0.4, 0.6]), constraint=simplex)
+    m, s = pyro.param("m", torch.tensor([-1.0, 1.0])), pyro.param("s", torch.tensor(0.7), constraint=positive)
+    with pyro.plate("groups", int(g.max()) + 1):
+        u = pyro.sample("u", dist.Normal(0.0, s))
+    with pyro.plate("rows", len(y)):
+        parts = dist.Poisson((m + u[..., g].unsqueeze(-1)).exp())
+        pyro.sample("y", dist.MixtureSameFamily(dist.Categorical(w), parts), obs=y)

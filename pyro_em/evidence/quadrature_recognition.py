@@ -200,7 +200,8 @@ def _states(
             raise Refusal(
                 candidate.latents.names[0],
                 f"its posterior depends on the states of the discrete latent '{owner.name}' in other plates.",
-                f"let the discrete latent share the plate of the continuous one, or use {SVI}.",
+                "let the discrete latent share the plate of the continuous one, write that of each row as a density "
+                f"that sums over its states (ZeroInflatedPoisson, MixtureSameFamily), or use {SVI}.",
             )
     return tuple(owner.name for owner in owners)
 

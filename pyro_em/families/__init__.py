@@ -43,6 +43,7 @@ from pyro_em.families.trials import BernoulliFamily, BinomialFamily, GeometricFa
 from pyro_em.families.uniform import UniformFamily
 from pyro_em.families.weibull import WeibullFamily
 from pyro_em.families.wishart import InverseWishartFamily, WishartFamily
+from pyro_em.families.zero_inflated import ZeroInflatedPoissonFamily
 
 _FAMILIES: tuple[Family, ...] = (
     HalfCauchyFamily(),
@@ -71,6 +72,7 @@ _FAMILIES: tuple[Family, ...] = (
     DirichletFamily(),
     GammaPoissonFamily(),
     BetaBinomialFamily(),
+    ZeroInflatedPoissonFamily(),
     DirichletMultinomialFamily(),
     UniformFamily(),
     WeibullFamily(),

@@ -23,6 +23,9 @@ so that the M-step is closed, and the density that of residuals, exact for any s
 quadratic forms that are alike then). In a loop over time the factors would be a set of latents at every step: there the
 site keeps its density.
 
+Beside a latent that quadrature integrates, of which every element is read by several rows, a row's component would be a
+latent inside of the integral. There the site stays whole (whole.py), and its density sums over the components.
+
 Not unfolded: distributions inside whose arguments are not seen (mixtures of mixtures, flows), and those in a wrapper
 (`.to_event`, `.mask`); the site then keeps its own density, and its parameters have a numeric M-step.
 """
@@ -49,6 +52,8 @@ from pyro_em.model import compat
 from pyro_em.model.equivalents import plain_form
 from pyro_em.model.timeline import is_active, markov, open_loop
 
+WHOLE = "_pyro_em_whole"  # in `infer` of a site that is not to be unfolded
+
 
 class Unfold(Messenger):
     """Replace observed sites of these distributions; must be the innermost handler of a run."""
@@ -57,7 +62,7 @@ class Unfold(Messenger):
         in_loop = open_loop() is not None or compat.markov_depth(msg) is not None
         msg["fn"] = plain_form(msg["fn"], msg["is_observed"], in_loop)
         kind = type(msg["fn"])
-        unfold = UNFOLDED.get(kind) if msg["is_observed"] else None
+        unfold = UNFOLDED.get(kind) if msg["is_observed"] and WHOLE not in msg["infer"] else None
         if kind in OUTSIDE_OF_LOOPS and in_loop:
             return
         raw = None if unfold is None else compat.raw_arguments(msg["fn"])

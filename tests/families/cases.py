@@ -114,6 +114,14 @@ CASES: dict[str, tuple[type, Callable[[], Arguments]]] = {
             "total_count": torch.tensor(5.0),
         },
     ),
+    "ZeroInflatedPoisson(gate)": (
+        dist.ZeroInflatedPoisson,
+        lambda: {"rate": positive(CELLS), "gate": torch.sigmoid(torch.randn(CELLS))},
+    ),
+    "ZeroInflatedPoisson(gate_logits)": (
+        dist.ZeroInflatedPoisson,
+        lambda: {"rate": positive(CELLS), "gate_logits": torch.randn(CELLS)},
+    ),
     "DirichletMultinomial": (dist.DirichletMultinomial, lambda: {"concentration": positive(CELLS, SIZE)}),
     "Uniform": (
         dist.Uniform,

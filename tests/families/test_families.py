@@ -166,3 +166,18 @@ def test_value_kernel_is_the_density_up_to_a_constant(name: str) -> None:
     torch.testing.assert_close(
         own.pull_back(first, kernel.gradient(first)), own.pull_back(first, score), rtol=1e-9, atol=1e-9
     )
+
+
+def test_zero_inflation_at_its_limits() -> None:
+    """Without inflation it is the Poisson, however large the rate; log p(0) of a large rate keeps its digits."""
+    family, x = FAMILIES[dist.ZeroInflatedPoisson], torch.tensor([0.0, 2.0])
+    rate = torch.tensor([[0.5], [900.0]])
+    none = family.log_prob({"rate": rate, "gate": torch.zeros(())}, x)
+    torch.testing.assert_close(none, FAMILIES[dist.Poisson].log_prob({"rate": rate}, x), rtol=1e-15, atol=0)
+    leaf = torch.tensor(0.0, requires_grad=True)
+    (slope,) = torch.autograd.grad(family.log_prob({"rate": rate[0], "gate": leaf}, x).sum(), leaf)
+    assert bool(slope.isfinite())
+    far = family.log_prob({"rate": torch.tensor(900.0), "gate_logits": torch.tensor(-50.0)}, x[0])
+    torch.testing.assert_close(far, torch.nn.functional.logsigmoid(torch.tensor(-50.0)), rtol=1e-14, atol=0)
+    certain = family.log_prob({"rate": rate[0], "gate": torch.ones(())}, x)
+    assert certain.tolist() == [0.0, -torch.inf]
