@@ -11,6 +11,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_em.e_step.base import Expectation, Unread, is_possible
 from pyro_em.e_step.vanishing import vanishing
+from pyro_em.errors import NonFiniteError, Refusal
 from pyro_em.evidence.discrete import Evidence
 from pyro_em.model.trace import Run
 from pyro_em.problem import Problem
@@ -43,7 +44,9 @@ class Interpreted:
         def evidence(at: Params) -> tuple[float, float]:
             try:
                 found, _ = self.problem.evidence(at)
-            except LinAlgError:  # a covariance so close to singular that the model's own distribution refuses it
+            except (LinAlgError, NonFiniteError, Refusal):
+                # a covariance so close to singular that the model's own distribution refuses it; a spread so large
+                # that densities overflow at some node, or that the nodes are too few
                 return -math.inf, 0.0
             return float(found.log_likelihood), float(found.magnitude)
 
