@@ -43,10 +43,10 @@ def is_rough(w: Tensor, rms: Tensor, num_rows: int, magnitude: Tensor) -> bool:
     :param w: W (J, F), -inf as `IMPOSSIBLE`; :param rms: of every feature, (F,); :param magnitude: Σ|ll_n|.
     """
     bound = math.sqrt(num_rows)
-    if not bool((w.abs() @ rms).max() * bound > magnitude):
+    if not bool((w.abs() * rms).sum(-1).max() * bound > magnitude):
         return False
     w = torch.where(w <= 0.1 * IMPOSSIBLE, torch.zeros_like(w), w)
-    return bool((w.abs() @ rms).max() * bound > magnitude)
+    return bool((w.abs() * rms).sum(-1).max() * bound > magnitude)
 
 
 def prepare(layout: SiteLayout, arguments: dict[str, Tensor], states: JointStates) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,7 +35,9 @@ COMPARISONS = {
 LOGIC = {aten.bitwise_and.Tensor: "and", aten.bitwise_or.Tensor: "or"}
 EXTREMES = {aten.amax.default: ">", aten.max.default: ">", aten.amin.default: "<", aten.min.default: "<"}
 QUANTIFIERS = {aten.any.default: "or", aten.any.dim: "or", aten.all.default: "and", aten.all.dim: "and"}
+COMPARED = 8  # entries up to which the place of the largest is found by comparisons
 LIGHT = frozenset((*COMPARISONS, *LOGIC, *QUANTIFIERS, aten.bitwise_not.default))  # most are not computed after all
+CHEAP = frozenset((*ARITHMETIC, aten.neg.default, aten.abs.default, aten.stack.default, aten.cat.default))  # by entry
 
 
 def formula(step: Step, values: Sequence[Any], result: Tensor) -> Formula | None:
@@ -153,7 +155,13 @@ def _multiplied(numbers: Numbers, args: Sequence[Any], combine: Callable[..., Nu
 
 
 def _first_largest(numbers: Numbers, xs: Sequence[Number]) -> Number:
-    return numbers.make(f"first_largest({', '.join(f'{{{i}}}' for i in range(len(xs)))})", *xs)
+    """By comparisons, none of which holds beside what is not a number."""
+    places = range(len(xs))
+    text = f"first_largest({', '.join(f'{{{i}}}' for i in places)})"
+    for i in reversed(places) if 1 < len(xs) <= COMPARED else ():
+        tests = " and ".join(f"{{{i}}} >= {{{j}}}" for j in places if j != i)
+        text = f"{i} if {tests} else {text}"
+    return numbers.make(text, *xs)
 
 
 def _added(order: Order) -> Callable[[Numbers, Sequence[Number]], Number]:

@@ -112,7 +112,7 @@ class Numbers:
     def joined(self, word: str, values: Sequence[Number]) -> Number:
         """`a and b and c`, without constants that do not matter."""
         neutral = word == "and"
-        left = [x for x in values if x.value is None]
+        left = list(dict.fromkeys(x for x in values if x.value is None))
         if any(x.value is not None and x.value is not neutral for x in values):
             return self.literal(not neutral)
         if not left:

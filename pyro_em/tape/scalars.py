@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_em.tape.formulas import LIGHT, formula
+from pyro_em.tape.formulas import CHEAP, LIGHT, formula
 from pyro_em.tape.layout import Layout, Written
 from pyro_em.tape.listing import Variable
 from pyro_em.tape.numbers import Array, Number, Numbers, count, write
@@ -61,6 +61,11 @@ class _Value:
             self.places = np.ndarray(tensor.shape, np.int64, PLACES, 8 * tensor.storage_offset(), strides)
         self.numbers: Array | None = None
 
+    @property
+    def outside(self) -> bool:
+        """Its entries are known and would have to be brought to memory for a call."""
+        return self.memory is None or self.memory.filling is not None
+
 
 class _Action:
     """A line with the texts of the numbers that it needs, or the names of those that it makes."""
@@ -84,6 +89,7 @@ class Scalars:
     def __init__(self, layout: Layout, parts: Parts, entries: bool) -> None:
         self.layout, self.numbers, self.parts = layout, Numbers(), parts
         self.actions: list[_Action] = []
+        self.guarded: set[Number] = set()
         sizes = {at: (i, x.untyped_storage().nbytes() // x.element_size()) for at, (i, x) in parts.memories.items()}
         self.memories = {at: _Memory(*pair) for at, pair in sizes.items()}
         in_place = [w.step.args for w in layout.written if w.look is None and None in w.step.targets]
@@ -154,18 +160,20 @@ class Scalars:
             value = self._value(step.args[0] if look is None else look.source)
             if value.few:
                 bad = self._unlike(list(self._read(value).reshape(-1)), step.guard if look is None else look.value)
-                self.actions.append(_Action("if {}: raise Deviation", [bad]))
+                if bad not in self.guarded:
+                    self.guarded.add(bad)
+                    self.actions.append(_Action("if {}: raise Deviation", [bad]))
             return value.few
         if not step.single or step.targets == (None,):
             return False
         result = self._value(step.targets[0])  # type: ignore[arg-type]
         memory, place = result.memory, result.tensor
-        large = place.numel() > FEW and step.call not in LIGHT
-        if large or not result.few or memory is None or place.numel() != memory.size:
+        if not result.few or memory is None or place.numel() != memory.size:
             return False
         args = [self._argument(x) for x in step.args]
         flat = [x for own in args for x in (own if type(own) is list else [own]) if isinstance(x, _Value)]
-        if not all(x.few for x in flat):
+        light = step.call in LIGHT or (step.call in CHEAP and all(x.outside for x in flat))
+        if not all(x.few for x in flat) or (place.numel() > FEW and not light):
             return False
         found = formula(step, [_each(lambda x: x.tensor, x) for x in args], place)
         if found is None:
@@ -188,9 +196,9 @@ class Scalars:
 
     def _unlike(self, cells: Sequence[Number], value: float | None) -> Number:
         """What is to be False where all cells are to be `value`, or finite if that is None."""
-        if value is None:
-            products = [self.numbers.make("{0} * 0.0", x) for x in cells]
-            return self.numbers.make(" + ".join(f"{{{i}}}" for i in range(len(cells))) + " != 0.0", *products)
+        if value is None:  # a sum beyond the range of floats is rare enough to be taken for such a cell
+            total = " + ".join(f"{{{i}}}" for i in range(len(cells)))
+            return self.numbers.make(f"({total}) * 0.0 != 0.0", *cells)
         if value is True:
             return self.numbers.make("not {0}", self.numbers.joined("and", cells))
         return self.numbers.joined("or", cells if value is False else self.numbers.each(f"{{0}} != {value!r}", cells))

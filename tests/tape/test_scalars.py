@@ -234,6 +234,31 @@ def test_the_first_largest() -> None:
         assert first_largest(*values) == torch.tensor(values).argmax()
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, 8, 9])
+def test_the_place_of_the_largest(size: int) -> None:
+    """By comparisons or not: the first of several, and what is not a number before all others."""
+    tape, draws = _written(lambda x: [x.argmax(-1), x.argmax(0)], [torch.randn(2, size)]), np.random.default_rng(size)
+    assert tape.program is not None and "call_" not in tape.program.source
+    for turn in range(80):
+        kinds = [2.0, -1.0, 3.0, math.inf, -math.inf, 0.0, -0.0, math.nan][: 7 + turn % 2]
+        x = torch.from_numpy(draws.choice(kinds, (2, size)))
+        assert torch.equal(tape([x])[0], x.argmax(-1)) and torch.equal(tape([x])[1], x.argmax(0))
+
+
+def test_what_is_at_hand_is_no_detour_through_memory() -> None:
+    """Sixty numbers that are joined: more than calls take as long for, were they not all in variables."""
+
+    def function(x: Tensor, y: Tensor) -> list[Tensor]:
+        return [torch.cat([(2 * x).reshape(-1), (y - 1).reshape(-1), (3 * x).reshape(-1)]).abs().max()]
+
+    tape, draws = _written(function, [torch.randn(4, 5), torch.randn(5, 4)]), np.random.default_rng(0)
+    assert tape.program is not None and "call_" not in tape.program.source
+    for _ in range(20):
+        inputs = [torch.from_numpy(draws.normal(size=size)) for size in ((4, 5), (5, 4))]
+        inputs[0][3, 4] = float(draws.choice(SPECIAL))
+        assert _same_bits(tape(inputs)[0], function(*inputs)[0])
+
+
 def test_entries_go_round_without_tensors() -> None:
     """What is small comes out as its entries and goes in as such, to the last bit; what is large stays a tensor, and so
     does everything before the function is written and where tensors are asked for."""
