@@ -147,6 +147,19 @@ def test_forbidden_transitions_an_outlier_and_what_is_impossible() -> None:
         pyro_em.fit(chain, symbols, categorical, init=never, max_iter=1)
 
 
+def test_not_a_bit_depends_on_the_rate() -> None:
+    """Nor on how its logarithm and that of the messages add up: a replay would differ from the code."""
+    problem = bind(chain, (_data(normal, 300, 1), normal), {}, with_prior=False)
+    engine = compile_scanned(problem)
+    (whole,) = (program.whole for program in engine.programs)
+    assert isinstance(whole, Windowed)
+    (expected,) = engine.core([engine.before(problem.start, torch.tensor(1.0))])
+    for units in (-70, -41, -13, 0, 5):
+        whole._rates = [[whole.banded._rate_of(units) for _ in own] for own in whole._rates]
+        (found,) = engine.core([engine.before(problem.start, torch.tensor(1.0))])
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("sizes", [(300, 1), (31, 23)])
 def test_one_recording_holds_the_update(sizes: tuple[int, int]) -> None:
     """Replays change no bit, of windows and of groups."""

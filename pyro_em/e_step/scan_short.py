@@ -103,18 +103,16 @@ class Short(ChainSums):
         super().__init__(phi, base, states, weights, padding)
         blocks = banded.blocks
         self.banded = banded
-        self._density, self._scale = banded.likelihood.reshape(states, -1), np.empty(phi.shape[1])
+        shape = blocks.length, blocks.columns
+        self._phi, self._scale = self.phi.reshape(-1, *shape).transpose(1, 0, 2), np.empty(shape)
         scales = self._scale.reshape(blocks.length, blocks.chains, blocks.per_chain)
         one = blocks.chains == 1  # one dim takes less time
-        self._scales: np.ndarray = self._scale[:, None] if one else scales
+        self._scales: np.ndarray = self._scale.reshape(-1, 1) if one else scales
         self._axes: int | tuple[int, int] = 0 if one else (0, 2)
-        self._posterior = banded.states.reshape(states, -1).T
-        self._at_first = banded.states[:, 0, :: blocks.per_chain]
-        self._left, self._right = banded.left, banded.right.T
+        self._at_first = banded.states[0, :, :: blocks.per_chain]
         self._columns = None if self.chain_weights is None else np.repeat(self.chain_weights, blocks.per_chain)
-        self._weighted = np.empty(self._left.shape)
         self._rates: list[Rate | None] = [None, banded.rate]
-        self._strikes, self._nothing = 0, np.zeros(blocks.chains)
+        self._strikes, self._nothing, self._once = 0, np.zeros(blocks.chains), np.ones(blocks.chains)
 
     def into(self, outputs: Sequence[np.ndarray], given: Given) -> None:
         evidence, first, pairs, totals, held = outputs
@@ -122,15 +120,13 @@ class Short(ChainSums):
         if not self._smoothed(given, evidence):
             return
         for weight, out in zip(self.pair_weights, pairs, strict=True):
-            left = self._left if weight is None else np.multiply(self._left, weight, self._weighted)
-            np.matmul(left, self._right, out)  # `dot` would copy what lies in strides
-        pairs *= given.table
+            own = self.banded.pairs(None if weight is None else weight.reshape(self._scale.shape))
+            np.multiply(own, given.table, out)
         for weight, out in zip(self.first_weights, first, strict=True):
-            own = self._at_first
-            np.add.reduce(own, 1, out=out) if weight is None else np.dot(own, weight, out)
+            np.dot(self._at_first, self._once if weight is None else weight, out)
         if self._columns is not None:
             self.banded.states *= self._columns
-        np.dot(self.phi, self._posterior, totals)
+        np.copyto(totals, self.banded.moments(self._phi))
         held[...] = True
 
     def _smoothed(self, given: Given, evidence: np.ndarray) -> bool:
@@ -176,13 +172,14 @@ class Short(ChainSums):
 
     def _likelihood(self, kind: int, given: Given) -> np.ndarray | None:
         """b, and sums of the logs of its scales by chain; None if no state of some row is possible."""
-        density, scales = self._density, self._nothing
-        np.dot(given.w, self.phi, density)  # results by position, as names cost time
+        density, scales = self.banded.given, self._nothing
+        np.matmul(given.w, self._phi, density)  # results by position, as names cost time
         if given.differences is not None:
-            np.add(density, given.differences, density)
+            likelihood = self.banded.likelihood
+            np.add(likelihood, given.differences.reshape(likelihood.shape), likelihood)
         if kind == SCALED:
-            np.maximum.reduce(density, 0, out=self._scale)
-            np.subtract(density, self._scale, density)
+            np.maximum.reduce(density, 1, out=self._scale)
+            np.subtract(density, self._scale[:, None], density)
             scales = np.add.reduce(self._scales, self._axes)
             if not min(scales.tolist()) > 0.1 * IMPOSSIBLE:
                 return None

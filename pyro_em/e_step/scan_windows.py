@@ -52,11 +52,11 @@ class Windowed(ChainSums):
         self._kind = BARE
         self._rates = [[self.banded.rate] * (windows.chains * windows.count) for _ in (BARE, SCALED)]
         self._size = windows.length * windows.blocks.per_chain
-        self._density = self.banded.likelihood.reshape(states, -1)
-        self._scale = np.empty(self._size)
+        shape = self._shape = (windows.length, windows.blocks.per_chain)
+        self._scale = np.empty(shape)
         last = windows.length * windows.first(windows.count - 1)
         steps = last + np.arange(windows.length)[:, None] + windows.length * np.arange(windows.blocks.per_chain)
-        self._behind = np.flatnonzero(steps >= windows.steps - 1)  # of the last window: no transition leaves these
+        self._behind = steps >= windows.steps - 1  # of the last window: no transition leaves these
         self._uniform, self._ones = np.full(states, 1.0 / states), np.ones(states)
 
     def into(self, outputs: Sequence[np.ndarray], given: Given) -> None:
@@ -145,25 +145,31 @@ class Windowed(ChainSums):
     def _likelihood(self, i: int, given: Given, kind: int) -> bool:
         """b of a window, and logs of scales if it is scaled; whether all rows are then possible."""
         at = slice(i * self._size, (i + 1) * self._size)
-        density, scale = self._density, self._scale
-        np.matmul(given.w, self.phi[:, at], density)
+        density, scale = self.banded.given, self._scale
+        np.matmul(given.w, self._phi(at), density)
         if given.differences is not None:
-            np.add(density, given.differences[:, at], density)
+            likelihood = self.banded.likelihood
+            np.add(likelihood, given.differences[:, at].reshape(likelihood.shape), likelihood)
         if kind == BARE:
             np.exp(density, density)
             return True
-        np.maximum.reduce(density, 0, out=scale)
-        np.subtract(density, scale, density)
+        np.maximum.reduce(density, 1, out=scale)
+        np.subtract(density, scale[:, None], density)
         np.exp(density, density)
         return bool(scale.min() > 0.1 * IMPOSSIBLE)
+
+    def _phi(self, at: slice) -> np.ndarray:
+        """Features of a window, (L, F, J)."""
+        return self.phi[:, at].reshape(-1, *self._shape).transpose(1, 0, 2)
 
     def _measured(self, i: int, given: Given) -> bool:
         """Find the rate of a window whose messages leave the range of floats at the one it has."""
         banded = self.banded
         if not self._likelihood(i, given, SCALED):
             return False
-        initial, table = (torch.from_numpy(x) for x in (self._uniform[:, None], given.table))
-        found = smooth_blocked(initial, table, torch.from_numpy(banded.likelihood), banded.blocks, Scratch())
+        arrays = (self._uniform[:, None], given.table, banded.likelihood)
+        initial, table, b = (torch.from_numpy(np.ascontiguousarray(x)) for x in arrays)
+        found = smooth_blocked(initial, table, b, banded.blocks, Scratch())
         if found is None:
             return False
         total = float(found.log_scale) + (float(self._scale.sum()) if self._kind == BARE else 0.0)
@@ -180,27 +186,29 @@ class Windowed(ChainSums):
         banded, windows, i = self.banded, self.windows, c * self.windows.count + place
         begin, until = windows.inner(place)
         shifts = banded.rate.shifts
-        (start, end), exponent = border.p, float(shifts[until] - shifts[begin])
+        start, end = border.p
         scales = 0.0
         if self._kind == SCALED:
-            scales = float(self._scale.reshape(windows.length, -1)[:, begin:until].sum())
-        log_scale = math.log(float(end.sum()) / (float(start.sum()) if normalise else 1.0)) + exponent * LOG_2
+            scales = float(self._scale[:, begin:until].sum())
+        # Whatever the rate: the same to the last bit.
+        mantissa, exponent = math.frexp(float(end.sum()) / (float(start.sum()) if normalise else 1.0))
+        log_scale = math.log(mantissa) + (exponent + float(shifts[until] - shifts[begin])) * LOG_2
         banded.set_rate(log_scale / ((until - begin) * windows.length))
         self._rates[self._kind][i] = banded.rate
         banded.run()
         for x in (banded.alpha, banded.states):
             x[:, :, :begin] = 0.0
             x[:, :, until:] = 0.0
-        left, weight = banded.left, 1.0 if self.chain_weights is None else float(self.chain_weights[c])
+        weight = 1.0 if self.chain_weights is None else float(self.chain_weights[c])
         if place == windows.count - 1:
-            left[:, self._behind] = 0.0
+            banded.alpha.transpose(0, 2, 1)[self._behind] = 0.0
         at = slice(i * self._size, (i + 1) * self._size)
         for own, out in zip(self.pair_weights, pairs, strict=True):
-            out += (left if own is None else left * own[at]) @ banded.right.T
+            out += banded.pairs(None if own is None else own.reshape(-1)[at].reshape(self._shape))
         if place == 0:
             for own, out in zip(self.first_weights, first, strict=True):
-                out += banded.states[:, 0, 0] * (1.0 if own is None else float(own[c]))
-        totals += weight * (self.phi[:, at] @ banded.states.reshape(self.states, -1).T)
+                out += banded.states[0, :, 0] * (1.0 if own is None else float(own[c]))
+        totals += weight * banded.moments(self._phi(at))
         return log_scale + scales
 
 

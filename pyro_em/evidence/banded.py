@@ -9,12 +9,13 @@ is multiplied up for all blocks side by side. p, the predicted state where a blo
 
 both unknowns of one unit lower triangular matrix, with -Gᵀ and, backwards in time, -G below its diagonal: bandwidth
 2K - 1, which BLAS's dtbsv solves in 2(J + 1)K columns without a call in between. From there all blocks run side by
-side, both ways at once. Longer blocks leave less to solve and cost more calls; `blocks_of` weighs them.
+side. Longer blocks leave less to solve and cost more calls; `blocks_of` weighs them.
 
 Nothing is rescaled on the way: b is divided beforehand by powers of two whose mean logarithm is the `rate`, that of
 p(x_t | past) at the last call, which keeps the messages within range and changes no digit of theirs: what a call finds
 does not depend on the one before. Where they leave it all the same, the chains go through blocked.py, which rescales.
-NumPy throughout: its calls cost less than torch's, and so do its products of narrow matrices.
+NumPy throughout: its calls cost less than torch's, and so do its products of narrow matrices. Steps come first in
+every array: operations on what lies in one piece take half of the time of those on strides.
 
 Shapes: K states; C chains of J blocks of L steps (the last ones padded with b = 1), M = C·J columns as in blocked.py.
 """
@@ -47,7 +48,7 @@ _NUMBERS = itertools.count()
 MOST = 1_500_000  # T·C·K² up to which blocked.py takes longer: 2 to 3 times as long but near this
 LONGEST = 64  # steps of a block
 STEPS = 1000  # over which half a unit of the rate adds up to 22 nats
-CALLS = 3300.0  # of a step of all blocks
+CALLS = 2600.0  # of a step of all blocks
 SOLVE, LINK, PRODUCT = 4.7, 3.0, 0.027  # a block's: times K, K² and, for every step beyond the second, K³
 PADDING = 0.4  # of a step and state, where weights have to say what is padding
 
@@ -71,8 +72,7 @@ def blocks_of(steps: int, chains: int, states: int) -> Blocks:
 
 @dataclass(frozen=True, eq=False)
 class Rate:
-    """What b is divided by, at the first steps of blocks (J,), and the exponents of the products up to where each block
-    begins (J + 1,)."""
+    """What b is divided by, at the first steps of blocks (K, M), and exponents of the products up to there (J + 1,)."""
 
     units: int  # log 2 / `grain`, of a step
     factors: np.ndarray
@@ -85,10 +85,15 @@ class Rate:
         return int(self.shifts[-1])
 
 
+def _memory(*shape: int) -> np.ndarray:
+    """Zeros from where a line of cache begins, as torch has it and NumPy has not: its calls take some percent less."""
+    return torch.zeros(shape, dtype=torch.float64, device="cpu").numpy()
+
+
 class Banded:
     """Messages of C chains of K states; the arrays are kept from one call to the next, and views of them, which take as
-    long to make as to use. `likelihood` (K, L, M) is where b goes before a call of `messages`, which scales it;
-    `ends` (2, C, J + 1, K) are p, and w backwards in time."""
+    long to make as to use. `given` (L, K, M) is where b goes before a call of `messages`, which scales it; `likelihood`
+    is the same, (K, L, M). `ends` (2, C, J + 1, K) are p, and w backwards in time. `share`: w is multiplied by it."""
 
     rate: Rate
 
@@ -97,14 +102,17 @@ class Banded:
         self.blocks = blocks
         self.number = next(_NUMBERS)
         _ALIVE[self.number] = self
-        self.likelihood = b = np.empty((K, L, C * J))
-        self._first = b[:, 0].reshape(K, C, J)
+        self.given = b = _memory(L, K, C * J)
+        self.likelihood = b.transpose(1, 0, 2)
+        self._first = b[0]
         self._grain = 2 ** max(4, (blocks.steps // STEPS).bit_length() + 4)
         self.rate = self._rate_of(0)
-        self._pair, self._negative = np.empty((2, K, K)), np.empty((K, K))
+        self._pair, self._negative = _memory(2, K, K), _memory(K, K)
         self._transposed, self._table = self._pair
-        self._up = self._products(b.reshape(K, L, C, J))
-        self.ends = ends = np.empty((2, C, J + 1, K))
+        entries = np.arange(K * K).reshape(K, K)
+        self._entries = np.stack([entries.T, entries])
+        self._up = self._products(b.reshape(L, K, C, J))
+        self.ends = ends = _memory(2, C, J + 1, K)
         self._both = ends.reshape(2, -1)
         self._start, self._last = ends[0, :, 0], ends[0, :, -1]
         self._right_sides = np.zeros_like(ends)  # but for the initial distributions
@@ -112,12 +120,13 @@ class Banded:
         # By position, as names cost time: incx, offx, lower, trans, diag, overwrite_x.
         solve, width = scipy.linalg.blas.dtbsv, 2 * K - 1
         self._solve = partial(solve, width, self._matrix, ends.reshape(-1), 1, 0, 1, 0, 1, 1)
-        self._log_scale, self.share = np.empty(C), np.empty(C)  # `share`: w is multiplied by it
+        self._ones, self._total, self._log_scale, self.share = np.ones(K), _memory(C), _memory(C), _memory(C)
         self._across = self._runs(b)
+        self._found = (self._log_scale, *(x.transpose(1, 0, 2) for x in (self.states, self.alpha, self.w[1:])))
 
     def _products(self, b: np.ndarray) -> list[Call]:
         """Calls that write -G_j into the band: forwards, then backwards in time."""
-        K, L, C, J = b.shape
+        L, K, C, J = b.shape
         per = C * (J + 1)
         # Columns of 2K entries and one between them: a power of two would put all blocks into the same lines of cache.
         # The diagonal is one and not read.
@@ -129,44 +138,40 @@ class Banded:
         behind = [8 * n for n in (1, high - 1, (J + 1) * block, -block)]
         shape = (K, K, C, J)
         links = as_strided(band[K:], shape, ahead), as_strided(band[(per + J - 1) * block + K :], shape, behind)
-        first = b[:, None, 0]
-        self._twice = twice = np.empty((K, K, K))  # -A(i, k) A(k, m)
-        own, other = np.empty((2, K, K, C, J))
-        calls: list[Call] = [partial(np.dot, twice.reshape(-1, K), b[:, -1].reshape(K, -1), own.reshape(K * K, -1))]
+        first = b[0][:, None]
+        self._twice = twice = _memory(K, K, K)  # -A(i, k) A(k, m)
+        own, other = _memory(K, K, C, J), _memory(K, K, C, J)
+        calls: list[Call] = [partial(np.dot, twice.reshape(-1, K), b[-1].reshape(K, -1), own.reshape(K * K, -1))]
         for l in range(L - 2, 0, -1):
-            calls += [
-                partial(np.multiply, own, b[:, None, l], own),
-                partial(np.dot, self._table, own.reshape(K, -1), other.reshape(K, -1)),
-            ]
+            calls.append(partial(np.multiply, own, b[l][:, None], own))
+            calls.append(partial(np.dot, self._table, own.reshape(K, -1), other.reshape(K, -1)))
             own, other = other, own
-        return [*calls, *(partial(np.multiply, own, first, x) for x in links)]
+        # In the order of what is written, which is far apart.
+        turned = [x.transpose(1, 0, 2, 3) for x in (own, np.broadcast_to(first, own.shape), links[1])]
+        return [*calls, partial(np.multiply, own, first, links[0]), partial(np.multiply, *turned)]
 
     def _runs(self, b: np.ndarray) -> list[Call]:
-        """Calls that take the messages through the blocks, both ways at once, and multiply them to posteriors."""
-        K, L, M = b.shape
+        """Calls that take the messages through the blocks, and multiply them to posteriors."""
+        L, K, M = b.shape
         C, J = self.blocks.chains, self.blocks.per_chain
-        row = (L + 1) * M
-        both = np.zeros((2, K, L + 1, M))  # α (the last not used), and w up to that of the next block
-        alpha, w = both
-        self.alpha = alpha
-        before = np.empty((L, 2, K, M))  # predicted states, and A w of the next step, backwards in time
-        following = w.reshape(K, L + 1, C, J)[:, -1]
+        self.alpha, self.w = alpha, w = _memory(L, K, M), _memory(L + 1, K, M)
+        self.states, behind = _memory(L, K, M), _memory(L, K, M)  # predicted states at first; A w of the next step
+        following = w[L].reshape(K, C, J)
         calls: list[Call] = [
-            partial(np.copyto, before[0, 0].reshape(K, C, J), self.ends[0, :, :-1].transpose(2, 0, 1)),
-            partial(np.multiply, self.ends[1, :, -2::-1].transpose(2, 0, 1), self.share[:, None], following),
-            partial(np.matmul, self._table, w[:, L], before[0, 1]),
+            partial(np.copyto, self.states[0].reshape(K, C, J), self.ends[0, :, :-1].transpose(2, 0, 1)),
+            partial(np.copyto, following, self.ends[1, :, -2::-1].transpose(2, 0, 1)),
+            partial(np.multiply, following, self.share[:, None] if C > 1 else self.share.reshape(()), following),
+            partial(np.multiply, self.states[0], b[0], alpha[0]),
         ]
-        for l in range(L):
-            last = L - 1 - l
-            given = as_strided(b[:, l], (2, K, M), [8 * n for n in ((last - l) * M, L * M, 1)])
-            place = as_strided(alpha[:, l], (2, K, M), [8 * n for n in (K * row + (last - l) * M, row, 1)])
-            calls.append(partial(np.multiply, before[l], given, place))
-            if last:  # both at once, as `dot` would copy what lies in strides
-                calls.append(partial(np.matmul, self._pair, place, before[l + 1]))
-        self.states = np.empty((K, L, M))
-        calls.append(partial(np.multiply, alpha[:, :L], before[::-1, 1].transpose(1, 0, 2), self.states))
+        for l in range(1, L):
+            calls.append(partial(np.dot, self._transposed, alpha[l - 1], self.states[l]))
+            calls.append(partial(np.multiply, self.states[l], b[l], alpha[l]))
+        for l in range(L - 1, 0, -1):
+            calls.append(partial(np.dot, self._table, w[l + 1], behind[l]))
+            calls.append(partial(np.multiply, behind[l], b[l], w[l]))
+        calls += [partial(np.dot, self._table, w[1], behind[0]), partial(np.multiply, alpha, behind, self.states)]
         calls.append(partial(following[..., -1].fill, 0.0))
-        self.left, self.right = alpha.reshape(K, -1)[:, :-M], w.reshape(K, -1)[:, M:]  # (K, L·M)
+        self._steps, self._right, self._posterior = np.ones(L), w[1:].transpose(0, 2, 1), self.states.transpose(0, 2, 1)
         return calls
 
     def smooth(self, initial: Tensor, table: Tensor, likelihood: Tensor, scratch: Scratch) -> BlockedPosterior | None:
@@ -185,8 +190,7 @@ class Banded:
 
     def outputs(self) -> list[Tensor]:
         """Memory for what `into` writes."""
-        results = (self._log_scale, self.states, self.left, self.right)
-        return [*(torch.empty(x.shape, dtype=torch.float64) for x in results), torch.empty((), dtype=torch.bool)]
+        return [*(torch.empty(x.shape, dtype=torch.float64) for x in self._found), torch.empty((), dtype=torch.bool)]
 
     def into(self, outputs: Sequence[Any], initial: np.ndarray, table: np.ndarray, likelihood: np.ndarray) -> None:
         """`solved` from and to arrays, the last of which says whether the others hold."""
@@ -200,7 +204,7 @@ class Banded:
         mantissa, exponent = np.frexp(total)
         np.add(np.log(mantissa), (exponent + self.rate.shift) * LOG_2, out=self._log_scale)
         self.set_rate(float(self._log_scale.mean()) / self.blocks.steps)
-        for out, own in zip(results, (self._log_scale, self.states, self.left, self.right), strict=True):
+        for out, own in zip(results, self._found, strict=True):
             np.copyto(out, own)
 
     def set_rate(self, rate: float) -> None:
@@ -214,11 +218,12 @@ class Banded:
         starts = np.minimum(np.arange(blocks.per_chain + 1) * blocks.length, blocks.steps)
         shifts = np.rint(starts * (units / self._grain))
         factors = np.exp2(-np.diff(shifts))
-        return Rate(units, factors, shifts, max(1.0, float(factors.max())))
+        first = np.tile(factors, (len(self._first), blocks.chains))
+        return Rate(units, first, shifts, max(1.0, float(factors.max())))
 
     def messages(self, initial: np.ndarray, table: np.ndarray) -> np.ndarray | None:
-        """Posteriors of `states` (K, L, M) under `likelihood`, and the factors of those of pairs: `left` α and `right`
-        w of the next step, both (K, L·M), zero behind the last block.
+        """Posteriors of `states` (L, K, M) under `given`, and the factors of those of pairs: `alpha` (L, K, M), and of
+        the next step `w` (L + 1, K, M), zero behind the last block.
 
         Returns the likelihood of every chain (C,) times 2^-`shift`, by which w is divided. None if something leaves the
         range of floats.
@@ -231,7 +236,7 @@ class Banded:
         np.copyto(self.ends, self._right_sides)
         np.copyto(self._start, initial.T)
         self.join()
-        total = np.add.reduce(self._last, -1)
+        total = np.dot(self._last, self._ones, self._total)  # half of the time of a sum
         if not self.holds(min(total.tolist())):
             return None
         np.reciprocal(total, self.share)
@@ -240,9 +245,8 @@ class Banded:
 
     def use(self, table: np.ndarray) -> None:
         """A, for what follows."""
-        np.copyto(self._table, table)
-        np.copyto(self._transposed, table.T)
-        np.negative(table, self._negative)
+        table.take(self._entries, None, self._pair, "clip")  # otherwise it would write to memory of its own first
+        np.negative(self._table, self._negative)
         np.multiply(self._negative[:, None], self._transposed, self._twice)
 
     def join(self) -> None:
@@ -260,8 +264,21 @@ class Banded:
         ahead, behind = np.maximum.reduce(self._both, 1).tolist()
         return bool(ahead * behind / least * self.rate.largest < HIGHEST)
 
+    def pairs(self, weights: np.ndarray | None = None) -> np.ndarray:
+        """Σ α wᵀ of neighbours, (K, K), each with its weight (L, M)."""
+        return self._added(self.alpha if weights is None else self.alpha * weights[:, None], self._right)
+
+    def moments(self, phi: np.ndarray) -> np.ndarray:
+        """Σ φ γᵀ, (F, K), of features (L, F, M)."""
+        return self._added(phi, self._posterior)
+
+    def _added(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """Products of every step, added up."""
+        each = np.matmul(left, right)
+        return np.dot(self._steps, each.reshape(len(each), -1)).reshape(each.shape[1:])
+
     def run(self) -> None:
-        """Through the blocks from `ends`, w times `share`: `states`, `left` and `right`."""
+        """Through the blocks from `ends`, w times `share`: `states`, `alpha` and `w`."""
         for call in self._across:
             call()
 
