@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Collection, Mapping
 
 import torch
+from pyro.distributions import OrderedLogistic
 
 from pyro_em.charts import base_constraint
 from pyro_em.distributions import IncompleteNormal
 from pyro_em.errors import BoundaryEstimate, CollinearDesign, SeparatedData, SymmetricStart, UnidentifiedParameter
+from pyro_em.families.ordinal import CUTS
 from pyro_em.loop import Ended
 from pyro_em.model.compat import base_distribution
 from pyro_em.model.trace import SiteRecord
@@ -88,6 +90,32 @@ def unobserved_cells(problem: Problem) -> None:
             )
 
 
+def unseen_categories(problem: Problem) -> frozenset[str]:
+    """Warn about ordered categories that no observation of a site is in: their cut points have no maximum, or meet.
+
+    :returns: these sites.
+    """
+    found = set()
+    for name, site in () if problem.with_prior else problem.capture.sites.items():
+        fn = base_distribution(site.fn)
+        if not site.observed or not isinstance(fn, OrderedLogistic):
+            continue
+        size = fn.cutpoints.shape[-1] + 1
+        seen = set(site.value[~site.value.isnan()].long().unique().tolist())
+        unseen = [k for k in range(size) if k not in seen]
+        if unseen:
+            found.add(name)
+            warnings.warn(
+                f"Site '{name}': no observation is in category {', '.join(map(str, unseen))} of the {size} categories "
+                f"0 to {size - 1} that its cut points give. The likelihood is highest with probability 0 there: cut "
+                "points meet, or move on to infinity. Number the categories from 0 without gaps, with one cut point "
+                "less than there are categories, or put a prior on them and use algorithm='map-em'.",
+                BoundaryEstimate,
+                stacklevel=3,
+            )
+    return frozenset(found)
+
+
 def separated(names: Collection[str]) -> None:
     """Warn about coefficients whose maximum-likelihood value is infinite."""
     if names:
@@ -102,17 +130,29 @@ def separated(names: Collection[str]) -> None:
         )
 
 
-def at_edges(arguments: Mapping[str, str]) -> None:
-    """Warn about arguments (by site) that have ended at the edge of their spaces."""
+def at_edges(arguments: Mapping[str, str], stalled: bool, known: Collection[str]) -> None:
+    """Warn about arguments (by site) that have ended at the edge of their spaces.
+
+    :param known: sites with ordered categories that have been warned of.
+    """
     for site, argument in arguments.items():
-        warnings.warn(
-            f"Site '{site}': its argument '{argument}' ended at the edge of its space in some rows, and the likelihood "
-            "rises towards it: the maximum is there, with a score that is not 0, so that convergence cannot be tested "
-            "and standard errors do not apply. Write the argument so that it cannot leave its space (exp, softplus or "
-            "sigmoid of a linear predictor).",
-            BoundaryEstimate,
-            stacklevel=3,
-        )
+        if argument == CUTS and site not in known:
+            warnings.warn(
+                f"Site '{site}': two cut points have met in some rows (of an item, say): no observation is in the "
+                "category between them, whose probability is estimated as 0. Standard errors do not apply to them. "
+                "Merge the category with one beside it, or put a prior on the cut points and use algorithm='map-em'.",
+                BoundaryEstimate,
+                stacklevel=3,
+            )
+        elif stalled:
+            warnings.warn(
+                f"Site '{site}': its argument '{argument}' ended at the edge of its space in some rows, and the "
+                "likelihood rises towards it: the maximum is there, with a score that is not 0, so that convergence "
+                "cannot be tested and standard errors do not apply. Write the argument so that it cannot leave its "
+                "space (exp, softplus or sigmoid of a linear predictor).",
+                BoundaryEstimate,
+                stacklevel=3,
+            )
 
 
 def at_zero(found: Mapping[str, bool]) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_em import checks
 from pyro_em.accelerate import choose_accelerator
 from pyro_em.anneal import Temperature, annealed, check_temperature, stochastic, temperatures
 from pyro_em.binding import Bound, bound_for
-from pyro_em.checks import after_fit, at_edges, at_start, at_zero, collinear, separated, unobserved_cells
 from pyro_em.device import on_device
 from pyro_em.e_step.auto import chosen, in_double, verified
 from pyro_em.e_step.base import Engine, Expectation
@@ -158,14 +158,15 @@ def fit(
         warnings.simplefilter("always", EMWarning)
         bound = bound_for(model, args, kwargs, algorithm, guide, roles, weights, rules, temperature is not None)
         numerical_error(bound.problem, bound.problem.start)
-        unobserved_cells(bound.problem)
+        checks.unobserved_cells(bound.problem)
+        unseen = checks.unseen_categories(bound.problem)
         problem, m, engine = chosen(bound.problem, m_step, algorithm, optim)
-        collinear(m.collinear)
+        checks.collinear(m.collinear)
         m.expansion = expansion_of(engine, m) if accelerator and temperature is None else None
         rough = mixed is not None and worthwhile(engine)
         starts = list(initial_starts(problem, m, init, restarts, seed))
         if len(starts) == 1:  # one of several may be a saddle; the others are drawn
-            at_start(problem, starts[0])
+            checks.at_start(problem, starts[0])
         together = len(starts) > 1 and hasattr(engine, "core")
         evaluator = Evaluator(engine, m, len(starts) if together else 1, len(starts))
         with progress_bar(progress, algorithm, max_iter) as tick:
@@ -192,14 +193,13 @@ def fit(
         errors = [r.error for r in runs if r.error is not None and r.outcome is not Outcome.degenerate]
         alive = [r for r in runs if r.outcome is not Outcome.degenerate]
         best = max(alive or runs, key=lambda r: r.last.objective)
-        after_fit(problem, best)
+        checks.after_fit(problem, best)
         if isinstance(engine, WithSpreads) and alive and not problem.with_prior:
-            at_zero(engine.vanishing(best.last.params))
+            checks.at_zero(engine.vanishing(best.last.params))
         if alive and not errors and m.reads.by_newton:
             last = best.last.expectation
-            separated(m.diverging(best.last.params, last if isinstance(last, Expectation) else last.expectation))
-            if best.outcome is Outcome.stalled:
-                at_edges(m.at_edge(best.last.params))
+            checks.separated(m.diverging(best.last.params, last if isinstance(last, Expectation) else last.expectation))
+            checks.at_edges(m.at_edge(best.last.params), best.outcome is Outcome.stalled, unseen)
         result = _result(bound, problem, engine, m, best, runs, algorithm, seed, missing, temperature is not None)
         result.warnings = tuple(str(w.message) for w in caught)  # with those of the check of the returned parameters
     for warning in caught:

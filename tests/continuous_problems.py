@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models import ordinal
 from pyro_em import Quadrature
 from tests import zoo_missing, zoo_quadrature
 from tests.conjugate_problems import CASES
@@ -96,6 +97,7 @@ def _build() -> list[ContinuousProblem]:
         found.append(P(name, case.model, case.args, case.init, rows=how, num_rows=size))
     rng = np.random.default_rng(3)
     answers = _t(rng.random((14, 4)) < 1 / (1 + np.exp(-1.2 * rng.normal(size=(14, 1)) - np.linspace(-1, 1, 4))))
+    grades = ordinal.simulate(16, 3, 3, seed=1)
     group = torch.as_tensor(np.concatenate([np.arange(5), rng.integers(0, 5, 13)]))
     x = _t(rng.normal(size=18))
     counts = _t(rng.poisson(np.exp(0.2 + 0.4 * x.numpy() + rng.normal(0, 0.8, 5)[group])))
@@ -122,6 +124,9 @@ def _build() -> list[ContinuousProblem]:
           num_rows=14, loose=1e-8),
         P("ability_holes", q.ability, (_holes(answers, 0.2, 1),), items,
           options={**rule("theta", 61), "missing": "nan"}, rows=_first, num_rows=14, loose=1e-6),
+        P("graded", ordinal.graded, (grades, 3),
+          {"slope": items["a"][:3], "cut": _t([[-1.0, 0.5], [-0.4, 0.9], [0.1, 1.0]])}, options=rule("theta", 41),
+          rows=_first, num_rows=16, loose=1e-6),
         P("ability_classes", q.ability_classes, (answers,), kinds, options=rule("theta"), rows=_first, num_rows=14,
           loose=1e-6),
         P("groups_in_classes", q.groups_in_classes, (events, _t(table)),

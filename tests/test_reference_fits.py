@@ -21,6 +21,7 @@ from tests import (
     published_latent,
     published_missing,
     published_mixed,
+    published_ordinal,
     published_quadrature,
     published_regression,
     published_sequences,
@@ -50,6 +51,7 @@ MODULES = (
     published_missing,
     published_state_space,
     published_quadrature,
+    published_ordinal,
     published_sequences,
 )
 FITS: dict[str, Callable[[], Found]] = {

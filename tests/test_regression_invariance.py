@@ -18,7 +18,7 @@ from tests.zoo_regression import problems
 
 REGRESSIONS = [p.name for p in problems(Problem, torch.as_tensor)] + ["censored_regressions", "weibull_lifetimes"]
 # The first component is another than the second by the model: a reference of the gate, a sign, the zeros.
-UNLIKE = {"experts", "ridge_regressions", "zero_inflated_regression"}
+UNLIKE = {"experts", "ordered_classes", "ridge_regressions", "zero_inflated_regression"}
 BY_COMPONENT = {"w", "a", "B", "S", "r", "size", "level", "shape", "rate", "sd", "s"}  # and b, if it is one for each
 UPDATES = 4
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from torch import Tensor
 
 from tests.classics import positive, simplex, uniform
@@ -153,6 +154,18 @@ def gamma_means(X: Tensor, y: Tensor, K: int = 2) -> None:
         pyro.sample("y", dist.Gamma(shape, shape / (level[z] * torch.exp(X @ b))), obs=y)
 
 
+def ordered_classes(y: Tensor) -> None:
+    """Ordered answers (N, J) of two classes of people, of which the second answers higher."""
+    N, J = y.shape
+    w = pyro.param("w", torch.tensor([0.4, 0.6]), constraint=simplex)
+    shift = pyro.param("shift", torch.tensor(1.0))
+    cut = pyro.param("cut", torch.tensor([-1.0, 1.0]).repeat(J, 1), constraint=constraints.ordered_vector)
+    with pyro.plate("people", N, dim=-2):
+        z = pyro.sample("z", dist.Categorical(w))
+        with pyro.plate("items", J, dim=-1):
+            pyro.sample("y", dist.OrderedLogistic(shift * z, cut), obs=y)
+
+
 def problems(make: Callable[..., Any], t: Callable[[Any], Tensor]) -> list[Any]:
     """Rows of the table; `make` is `tests.problems.Problem`, `t` makes a float64 tensor."""
     rng = np.random.default_rng(11)
@@ -182,6 +195,8 @@ def problems(make: Callable[..., Any], t: Callable[[Any], Tensor]) -> list[Any]:
     dispersed_means = t(rng.negative_binomial(1, 1 / (1 + means)))
     gamma_waits = t(rng.gamma(4.0, means / 4.0))
     X, X1 = t(X), t(X1)
+    logistic = 2.5 * kind[:, None] + rng.logistic(size=(N, 4))
+    answers = torch.as_tensor(np.digitize(logistic, [0.0, 2.0]))
     return [
         make("regressions", regressions, (X, y), {"w": w, "a": a, "b": b, "s": s}, "rows"),
         make("weighted_regressions", regressions, (X, y), {"w": w, "a": a, "b": b, "s": s}, "rows", weights=weights),
@@ -267,6 +282,14 @@ def problems(make: Callable[..., Any], t: Callable[[Any], Tensor]) -> list[Any]:
             (gammas,),
             {"w": w, "shape": t([1.5, 5.0]), "rate": t([2.0, 0.6])},
             "rows",
+            closed=False,
+        ),
+        make(
+            "ordered_classes",
+            ordered_classes,
+            (answers,),
+            {"w": w, "shift": t(1.0), "cut": t([[-1.0, 0.7], [-0.5, 0.9], [-0.2, 1.0], [-0.8, 1.5]])},
+            "people",
             closed=False,
         ),
     ]

@@ -35,6 +35,7 @@ from pyro_em.families.incomplete_normal import IncompleteNormalFamily
 from pyro_em.families.moments import EXPECTED
 from pyro_em.families.multivariate_normal import MultivariateNormalFamily
 from pyro_em.families.normal import HalfNormalFamily, LogNormalFamily, NormalFamily
+from pyro_em.families.ordinal import OrderedLogisticFamily
 from pyro_em.families.overdispersed import BetaBinomialFamily, DirichletMultinomialFamily, GammaPoissonFamily
 from pyro_em.families.positive import ExponentialFamily, GammaFamily, InverseGammaFamily, PoissonFamily
 from pyro_em.families.response import ObservedFamily, ResponseFamily
@@ -58,6 +59,7 @@ _FAMILIES: tuple[Family, ...] = (
     CategoricalFamily(),
     OneHotCategoricalFamily(),
     MultinomialFamily(),
+    OrderedLogisticFamily(),
     PoissonFamily(),
     ExponentialFamily(),
     GammaFamily(),

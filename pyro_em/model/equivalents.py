@@ -4,6 +4,7 @@
     ... followed by ExpTransform()                                            LogNormal
     LowRankMultivariateNormal(loc, W, D) as a latent                          MultivariateNormal(loc, W Wᵀ + D)
     any distribution that is masked as a whole, as a latent                   ImproperUniform
+    OrderedLogistic(predictor, cutpoints)                                     OrderedLogistic(0, cutpoints - predictor)
 
 The density is the same at every value, so that closed forms, Gaussian elimination and kernels serve both. (Observed
 low-rank vectors are unfolded instead, unfold.py.) Wrappers (`.to_event`, `.mask`, `.expand`) stay around them.
@@ -34,6 +35,8 @@ def plain_form(fn: Any, observed: bool, in_loop: bool = False) -> Any:
     kind = type(compat.base_distribution(fn))
     if kind is not dist.ImproperUniform and not observed and not in_loop and is_flat(fn):
         return dist.ImproperUniform(fn.support, fn.batch_shape, fn.event_shape)
+    if kind is dist.OrderedLogistic:
+        return rewrapped(fn, _cut)
     if kind is dist.TransformedDistribution or (kind is dist.LowRankMultivariateNormal and not observed):
         return rewrapped(fn, _of_transforms if kind is dist.TransformedDistribution else _dense)
     return fn
@@ -72,4 +75,13 @@ def _dense(fn: Any) -> Any:
         return fn
     covariance = raw["cov_factor"] @ raw["cov_factor"].mT + torch.diag_embed(raw["cov_diag"])
     found: Any = dist.MultivariateNormal(raw["loc"], covariance, validate_args=fn._validate_args)
+    return found.expand(fn.batch_shape)
+
+
+def _cut(fn: Any) -> Any:
+    raw = compat.own_arguments(fn)
+    if raw is None:
+        return fn
+    cuts = raw["cutpoints"] - raw["predictor"].unsqueeze(-1)
+    found: Any = dist.OrderedLogistic(torch.zeros((), dtype=cuts.dtype), cuts, validate_args=fn._validate_args)
     return found.expand(fn.batch_shape)

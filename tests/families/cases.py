@@ -63,6 +63,10 @@ CASES: dict[str, tuple[type, Callable[[], Arguments]]] = {
     "OneHotCategorical(logits)": (dist.OneHotCategorical, lambda: {"logits": torch.randn(CELLS, SIZE)}),
     "Multinomial(probs)": (dist.Multinomial, lambda: {"probs": row(CELLS)}),
     "Multinomial(logits)": (dist.Multinomial, lambda: {"logits": torch.randn(CELLS, SIZE)}),
+    "OrderedLogistic": (
+        dist.OrderedLogistic,
+        lambda: {"predictor": torch.randn(CELLS), "cutpoints": positive(CELLS, SIZE).cumsum(-1) - 2},
+    ),
     "Poisson": (dist.Poisson, lambda: {"rate": positive(CELLS)}),
     "Exponential": (dist.Exponential, lambda: {"rate": positive(CELLS)}),
     "Gamma": (dist.Gamma, lambda: {"concentration": positive(CELLS) + 1, "rate": positive(CELLS)}),

@@ -153,6 +153,10 @@ TABLE: list[tuple[str, str, Callable[[], tuple[Tensor, ...]]]] = [
     *(("irt", function, categories(loaded("irt"))) for function in ("model", "common_slope", "rasch")),
     ("glmm", "model", loaded("glmm")),
     ("glmm", "grouped", simulated("glmm")),
+    ("ordinal", "regression", lambda: arguments(module("ordinal").simulate_regression())),
+    ("ordinal", "regression", lambda: module("ordinal").load()[:2]),
+    ("ordinal", "mixed", loaded("ordinal", "load_wine")),
+    ("ordinal", "graded", simulated("ordinal")),
     ("factor_analysis", "model", simulated("factor_analysis")),
     ("factor_analysis", "model", loaded("factor_analysis")),
     ("factor_analysis", "ppca", loaded("factor_analysis")),
@@ -188,6 +192,7 @@ TABLE: list[tuple[str, str, Callable[[], tuple[Tensor, ...]]]] = [
 CONTINUOUS = (  # files whose latents are not all enumerated
     "irt",
     "glmm",
+    "ordinal",
     "time_loops",
     "growth_curves",
     "factor_analysis",
