@@ -12,6 +12,7 @@ filter looks at its numbers, but takes any number of chains at once, those of al
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -97,8 +98,8 @@ def _evidence(problem: Problem, factors: Params) -> Evidence:
 def _cells(site: SiteRecord) -> int:
     """Cells of a site's log-density before elements of its events are summed."""
     split = site.value.dim() - site.fn.event_dim
-    batch = max(site.fn.batch_shape.numel(), site.value.shape[:split].numel())
-    return batch * max(site.fn.event_shape.numel(), site.value.shape[split:].numel())
+    batch = max(math.prod(site.fn.batch_shape), site.value.shape[:split].numel())  # some are no torch.Size
+    return batch * max(math.prod(site.fn.event_shape), site.value.shape[split:].numel())
 
 
 def _agrees(batched: Callable[[Tensor], Tensor], at: Callable[[Tensor], Tensor], draws: Tensor) -> bool:

@@ -35,7 +35,7 @@ from pyro_em.model.certify import certify_factors, refuse_minibatches
 from pyro_em.model.certify_loops import certify_loops
 from pyro_em.model.compat import dims_of
 from pyro_em.model.data import as_data
-from pyro_em.model.density import packed_log_density, shape_in
+from pyro_em.model.density import packed_log_density
 from pyro_em.model.folding import unfolded
 from pyro_em.model.graph import FactorGraph, build_graph
 from pyro_em.model.indexed import Indexed, run_enumerated
@@ -46,6 +46,7 @@ from pyro_em.model.repeatable import repeatable
 from pyro_em.model.resources import check_states, check_tables
 from pyro_em.model.roles import RoleOf
 from pyro_em.model.row_maps import bind_indexed
+from pyro_em.model.scope import shapes_in
 from pyro_em.model.trace import Run, SiteRecord, quiet_store, without_gradients
 from pyro_em.model.unusable import checked_run
 from pyro_em.model.whole import seen_with
@@ -284,9 +285,8 @@ def bind(
         continuous, other = latents.bind_continuous(seen, latent, runs, (start, elsewhere), *seen_before)
         with torch.no_grad():
             seen_at = continuous.runs.several(start, continuous.values)
-    shapes = {name: shape_in(site, seen) for name, site in seen_at.sites.items()}
     atoms = {} if continuous is None else {s.symbol: s.names[0] for s in continuous.sets}
-    graph = build_graph(seen_at, shapes, priors, weights or {}, atoms, maps)
+    graph = build_graph(seen_at, shapes_in(seen_at, seen), priors, weights or {}, atoms, maps)
     if continuous is not None:
         graph = rerooted(graph, continuous, seen_at)
     certify_factors(seen, first, graph, model, args, kwargs, {**start, **drawn})

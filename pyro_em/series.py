@@ -91,7 +91,8 @@ class _Watch(Messenger):
         fn = msg["fn"]
         if self._open or poutine.util.site_is_subsample(msg) or not hasattr(fn, "log_prob"):
             return
-        stack = (Plate(f.name, f.dim, f.size) for f in msg["cond_indep_stack"] if f.vectorized)
+        place = _place()
+        stack = (Plate(_stem(f.name, *place), f.dim, f.size) for f in msg["cond_indep_stack"] if f.vectorized)
         plates = tuple(sorted(stack, key=lambda plate: plate.dim))
         value, gone = detach_provenance(msg["value"]), msg["infer"].get(INCOMPLETE)
         value = value if gone is None else torch.where(gone, torch.nan, value)
@@ -100,7 +101,7 @@ class _Watch(Messenger):
             batch[plate.dim] = plate.size
         whole = (*batch, *value.shape[value.dim() - fn.event_dim :])
         value = value.expand(torch.broadcast_shapes(value.shape, whole))
-        self.sites[msg["name"]] = _Site(msg["name"], value, msg["is_observed"], plates, fn.event_dim, *_place())
+        self.sites[msg["name"]] = _Site(msg["name"], value, msg["is_observed"], plates, fn.event_dim, *place)
 
 
 def _place() -> tuple[int | None, int]:
@@ -109,6 +110,12 @@ def _place() -> tuple[int | None, int]:
         return compat.markov_step() or (None, 0)
     except ValueError:
         return None, 0
+
+
+def _stem(plate: str, loop: int | None, step: int) -> str:
+    """Name of a plate that is made at every step, f"items_{t}", without the step."""
+    own = re.fullmatch(r"(?!markov_)(.*?)[_\W]*(\d+|\d+:\d+)", plate) if loop is not None else None
+    return own[1] if own is not None and own[1] and (":" in own[2] or own[2] == str(step)) else plate
 
 
 def series_of(problem: Problem) -> dict[str, Series]:
@@ -161,12 +168,13 @@ def _together(loop: Loop, sites: Mapping[str, _Site]) -> Iterator[_Joined]:
         rest = site.value.reshape(plate.size, *site.value.shape[axis + 1 + between :])
         heads = {t: sites[name] for t in range(loop.history) if (name := template.name(t, loop)) in sites}
         about: About = (site.observed, plates, site.event_dim)
-        if all(head.about == about and head.value.shape == rest.shape[1:] for head in heads.values()):
-            value = torch.cat([*(head.value.unsqueeze(0) for head in heads.values()), rest])
-            own = (*heads, *range(loop.history, loop.steps))
-            names, steps = (tuple(f(t, loop) for t in own) for f in (template.name, template.number))
-            series = Series("", names, value, *about, tuple(map(int, steps)))
-            yield _Joined(series, template, (*(head.name for head in heads.values()), site.name))
+        if any(head.about != about or head.value.shape != rest.shape[1:] for head in heads.values()):
+            heads = {}
+        value = torch.cat([*(head.value.unsqueeze(0) for head in heads.values()), rest])
+        own = (*heads, *range(loop.history, loop.steps))
+        names, steps = (tuple(f(t, loop) for t in own) for f in (template.name, template.number))
+        series = Series("", names, value, *about, tuple(map(int, steps)))
+        yield _Joined(series, template, (*(head.name for head in heads.values()), site.name))
 
 
 def _one_by_one(sites: Sequence[_Site]) -> Iterator[_Joined]:

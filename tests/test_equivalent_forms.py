@@ -247,3 +247,18 @@ def test_student_vectors_of_many_degrees_of_freedom() -> None:
             total += constant - (nu + 3) / 2 * mpmath.log1p(square / nu)
     assert float(v["nu"]) > 1e6
     assert result.log_likelihood == pytest.approx(float(total), rel=1e-13)
+
+
+def test_data_masked_as_a_whole_are_drawn_like_others() -> None:
+    """`.mask(False)` of one observed site says that it is missing, not that its distribution is flat."""
+
+    def model(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.zeros((), dtype=torch.float64))
+        for i, value in enumerate(x):
+            pyro.sample(f"x_{i}", dist.Normal(loc, 1.0).mask(bool(i != 1)), obs=value)
+
+    result = pyro_em.fit(model, torch.tensor([1.0, 50.0, 2.0], dtype=torch.float64))
+    assert result.params["loc"].item() == pytest.approx(1.5, rel=1e-12)
+    drawn = result.predictive(num_samples=400)
+    assert float(drawn["x_1"].mean()) == pytest.approx(1.5, abs=0.2)
+    assert float(drawn["x_1"].std()) == pytest.approx(1.0, abs=0.15)

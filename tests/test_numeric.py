@@ -222,3 +222,19 @@ def test_a_mixture_of_networks_ends_where_the_evidence_has_no_slope() -> None:
     assert found.log_likelihood == pytest.approx(float(value.detach()), rel=1e-10)
     for gradient in torch.autograd.grad(value, list(leaves.values())):
         assert float(gradient.abs().max()) < 1e-3
+
+
+def test_a_hessian_beyond_floating_point() -> None:
+    """On its way out to infinity the likelihood of `b` has no second derivative left (eigh raised in the middle)."""
+    x = torch.tensor([0.85, 0.62, 0.53, 0.25, 0.14], dtype=torch.float64)
+
+    def model(x: Tensor) -> None:
+        a = pyro.param("a", torch.tensor([0.7, 2.0], dtype=torch.float64), constraint=constraints.positive)
+        b = pyro.param("b", torch.tensor([1.5, 2.0], dtype=torch.float64), constraint=constraints.positive)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.5)).long()
+            pyro.sample("x", dist.Kumaraswamy(a[z], b[z]), obs=x)
+
+    result = pyro_em.fit(model, x, max_iter=12, tol=0)
+    assert all(bool(value.isfinite().all()) for value in result.params.values())
+    assert (np.diff(result.history["objective"]) > -1e-12).all()

@@ -81,3 +81,21 @@ def test_short_sequences(steps: int) -> None:
     states = posterior.sequence("z")
     torch.testing.assert_close(states.filter()[-1], posterior.responsibilities("z")[-1], rtol=0, atol=1e-13)
     assert float(states.one_step().sum()) == pytest.approx(result.log_likelihood, rel=1e-12)
+
+
+def test_plates_that_every_step_makes_for_arviz() -> None:
+    """`items_{t}` is another plate at every step; for ArviZ the steps are one variable all the same."""
+
+    def model(y: Tensor, loop: Loop) -> None:
+        mu, z = pyro.param("mu", torch.tensor([0.0, 1.0])), torch.tensor(0)
+        for t in loop(len(y)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(TRANSITION[z]))
+            with pyro.plate(f"items_{t}", y.shape[1]):
+                pyro.sample(f"y_{t}", dist.Normal(mu[z], 1.0), obs=y[t])
+
+    y = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for loop in (pyro_em.markov, one_by_one):
+        tree = pyro_em.fit(model, y, loop, max_iter=1, tol=0).to_inference_data(num_draws=2, predictive=2)
+        assert tree["posterior_predictive"]["y"].dims == ("chain", "draw", "time", "items")
+        assert tree["observed_data"]["y"].dims == ("time", "items")
+        assert tree["observed_data"]["y"].values.tolist() == y.tolist()

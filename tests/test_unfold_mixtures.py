@@ -119,3 +119,54 @@ def test_what_is_wrapped_keeps_its_own_density() -> None:
     assert found.converged and found.log_likelihood == pytest.approx(float(own.sum()), rel=1e-12)
     (row,) = found.plan.m_step
     assert row.route == "numeric" and "hides its arguments" in row.reason
+
+
+def test_weights_that_alone_read_a_latent() -> None:
+    """The mixture has the batch shape of its parts, which a plate cannot give the dim of the latent's states."""
+    x = _data(20)[:, 0].double()
+
+    def shared_parts(x: Tensor, inside: bool) -> None:
+        w = pyro.param("w", torch.tensor([[0.3, 0.7], [0.8, 0.2]], dtype=torch.float64), constraint=constraints.simplex)
+        loc = pyro.param("loc", torch.tensor([-1.0, 2.0], dtype=torch.float64))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.4)).long()
+            if inside:
+                pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(w[z]), dist.Normal(loc, 1.0)), obs=x)
+            else:
+                c = pyro.sample("c", dist.Categorical(w[z]))
+                pyro.sample("x", dist.Normal(loc[c], 1.0), obs=x)
+
+    found, expected = (pyro_em.fit(shared_parts, x, inside, max_iter=3, tol=0) for inside in (True, False))
+    assert found.history["log_likelihood"] == pytest.approx(expected.history["log_likelihood"], rel=1e-12)
+
+
+def test_parts_chosen_by_a_latent() -> None:
+    """`MaskedMixture` takes a mask that may be a latent; its own `expand` has no second argument."""
+    x = _data(20)[:, 0].double()
+
+    def model(x: Tensor, masked: bool) -> None:
+        loc = pyro.param("loc", torch.tensor(-1.0, dtype=torch.float64))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.4))
+            parts = dist.Normal(loc, 1.0), dist.Normal(1.0, 2.0)
+            either = dist.Normal(torch.where(z == 1, 1.0, loc), 1.0 + z)
+            pyro.sample("x", dist.MaskedMixture(z == 1, *parts) if masked else either, obs=x)
+
+    found, expected = (pyro_em.fit(model, x, masked, max_iter=3, tol=0) for masked in (True, False))
+    assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-9)
+
+
+def test_log_likelihoods_of_zero_inflated_counts_for_arviz() -> None:
+    """Shapes of `ZeroInflatedDistribution` are tuples, no torch.Size."""
+    x = torch.tensor([0.0, 0.0, 3.0, 5.0, 0.0, 2.0, 0.0, 7.0], dtype=torch.float64)
+
+    def model(x: Tensor) -> None:
+        p = pyro.param("p", torch.tensor(0.4, dtype=torch.float64), constraint=constraints.unit_interval)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.ZeroInflatedDistribution(dist.Geometric(p), gate=torch.tensor(0.2)), obs=x)
+
+    result = pyro_em.fit(model, x)
+    tree = result.to_inference_data(num_draws=3)
+    for p, found in zip(tree["posterior"]["p"].values[0], tree["log_likelihood"]["x"].values[0], strict=True):
+        density = dist.ZeroInflatedDistribution(dist.Geometric(torch.tensor(p)), gate=torch.tensor(0.2)).log_prob(x)
+        torch.testing.assert_close(torch.tensor(found), density, rtol=1e-12, atol=0)

@@ -212,6 +212,8 @@ def newton(block: Block, u: Tensor, *, tolerance: float, max_iter: int) -> Tenso
         if not bool(gradient.isfinite().all()) or size <= tolerance:
             return u
         hessian = (hessian + hessian.mT) / 2
+        if not bool(hessian.isfinite().all()):  # far out: the gradient alone says where to go
+            hessian = torch.diag(-gradient.abs().amax().clamp(min=1.0).expand(len(u)))
         values, vectors = torch.linalg.eigh(-hessian)
         values = values.abs().clamp(min=max(float(values.abs().max()) * 1e-12, 1e-300))
         step = vectors @ ((vectors.mT @ gradient) / values)

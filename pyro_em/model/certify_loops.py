@@ -27,8 +27,9 @@ from pyro_em.types import Model
 
 REMEDY = (
     "what varies with time must be indexed by the step on its first dim (x[t], with as many more dims as the site has "
-    "plates), data of earlier steps too (x[t - 1], not a value carried over from an observed site), and the body must "
-    "be the same at all steps after the first; otherwise write pyro.markov(range(T)), which runs every step by itself."
+    "plates), data of earlier steps too (x[t - 1], not a value carried over from an observed site); states of more "
+    "than one step back need history=2 or more; and the body must be the same at all steps after the first. Otherwise "
+    "write pyro.markov(range(T)), which runs every step by itself."
 )
 
 

@@ -26,6 +26,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_em.distributions import Coarse
+from pyro_em.model.full_mixtures import whole
 
 Site = dict[str, Any]
 RawArguments = dict[str, Any]
@@ -41,16 +42,14 @@ def _remember(distribution: Any, raw: RawArguments) -> Any:
     """Attach the raw constructor arguments, and keep them through `expand`, which plates call."""
     setattr(distribution, _RAW, raw)
     expand = type(distribution).expand
-    distribution.expand = lambda batch_shape, _instance=None: _remember(
-        expand(distribution, batch_shape, _instance), raw
-    )
+    distribution.expand = lambda batch_shape, *instance: _remember(expand(distribution, batch_shape, *instance), raw)
     return distribution
 
 
 def _record_arguments(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if issubclass(cls, _WRAPPERS) or not hasattr(cls, "expand"):
         return None
-    distribution = type.__call__(cls, *args, **kwargs)
+    distribution = whole(type.__call__(cls, *args, **kwargs))
     names = _argument_names(cls)
     if names is None:
         given = cls.__signature__.bind(*args, **kwargs).arguments

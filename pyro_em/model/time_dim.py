@@ -41,7 +41,7 @@ def time_in_place(steps: int, dim: int) -> Iterator[None]:
         if poutine.util.site_is_subsample(msg) or not hasattr(fn, "event_dim"):
             return None
         move = _Move(msg["name"], steps, dim)
-        msg["fn"] = move.distribution(_with_whole_parts(fn), 0)
+        msg["fn"] = move.distribution(fn, 0)
         moved = move(value, fn.event_dim) if isinstance(value, Tensor) else value
         if moved is value:
             return None
@@ -51,16 +51,6 @@ def time_in_place(steps: int, dim: int) -> Iterator[None]:
 
     with compat.before_handlers(place), _Within(steps, dim):
         yield
-
-
-def _with_whole_parts(fn: Any) -> Any:
-    """A mixture whose weights alone depend on the state has a batch shape of its parts, which no plate can expand."""
-    if type(fn) is not dist.MixtureSameFamily:
-        return fn
-    weights, parts = fn.mixture_distribution, fn.component_distribution
-    if len(weights.batch_shape) < len(parts.batch_shape):
-        return fn
-    return dist.MixtureSameFamily(weights, parts.expand((*weights.batch_shape, parts.batch_shape[-1])))
 
 
 class _Within(Messenger):

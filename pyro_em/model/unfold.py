@@ -60,7 +60,8 @@ class Unfold(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         in_loop = open_loop() is not None or compat.markov_depth(msg) is not None
-        msg["fn"] = plain_form(msg["fn"], msg["is_observed"], in_loop)
+        observed = msg["is_observed"] or bool(msg["infer"].get("was_observed"))  # data that are drawn anew
+        msg["fn"] = plain_form(msg["fn"], observed, in_loop)
         kind = type(msg["fn"])
         unfold = UNFOLDED.get(kind) if msg["is_observed"] and WHOLE not in msg["infer"] else None
         if kind in OUTSIDE_OF_LOOPS and in_loop:
