@@ -16,6 +16,7 @@ from pyro_em.model.recognise import VALUE, Use
 from pyro_em.model.trace import SiteRecord
 from pyro_em.problem import Problem
 from pyro_em.statistics import Posteriors, SiteMoments, argument_cells, site_center, site_moments, site_weight
+from pyro_em.types import Params
 
 Arguments = dict[str, dict[str, Tensor]]
 T = TypeVar("T")
@@ -62,6 +63,10 @@ class Sufficient:
         # Mean and covariance of cells of a latent, around the mean or another center: (site, cells, center).
         self.spread_of: Callable[[str, Tensor, Tensor | None], tuple[Tensor, Tensor]] | None = None
         self.posterior: Callable[[], Posteriors] | None = None  # posterior weights of every factor
+        # Where sites stand for groups: expected multiplicity of a group's data, and the same posterior at other
+        # parameters.
+        self.weight_of: Callable[[str], Tensor] | None = None
+        self.at: Callable[[Params], Sufficient] | None = None
         self.weights: dict[str, Tensor] = {}  # made of these by the M-step, by site
         # What the units of the M-step made of these, by the unit's parameters, with the version it was made for.
         self._made: dict[tuple[str, ...], tuple[tuple[int, ...], Any]] = {}

@@ -118,6 +118,18 @@ def ragged_hmm(y: Tensor, lengths: Tensor, K: int = 2) -> None:
                 pyro.sample(f"y_{t}", dist.Normal(mu[z], 1.0), obs=y[:, t])
 
 
+def gated_counts(y: Tensor, x: Tensor) -> None:
+    """Counts (N, T): a covariate (T,) moves the rates and the probability to stay; Newton's method in both."""
+    a, b = pyro.param("a", torch.zeros(2)), pyro.param("b", torch.tensor(0.0))
+    stay, slope = pyro.param("stay", torch.zeros(2)), pyro.param("slope", torch.zeros(2))
+    with pyro.plate("sequences", len(y)):
+        z = torch.tensor(0)
+        for t in pyro.markov(range(y.shape[1])):
+            high = torch.sigmoid(stay[z] + slope[z] * x[t])
+            z = pyro.sample(f"z_{t}", dist.Categorical(torch.stack([1 - high, high], -1)))
+            pyro.sample(f"y_{t}", dist.Poisson((a[z] + b * x[t]).exp()), obs=y[:, t])
+
+
 def transformed(y: Tensor) -> None:
     """Parameters behind tanh and softplus: no closed form is to be found."""
     w = pyro.param("w", uniform(2), constraint=simplex)

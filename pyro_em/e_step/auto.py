@@ -68,7 +68,29 @@ def chosen(problem: Problem, option: Any, algorithm: str, optim: Any = None) -> 
         problem = with_all_atoms(problem)
         m_step = MStep(problem, option, algorithm, optim)
         engine = choose_engine(problem, m_step)
+    if isinstance(engine, Interpreted):
+        m_step, engine = _stacked(problem, option, algorithm, m_step) or (m_step, engine)
     return problem, m_step, engine
+
+
+def _stacked(problem: Problem, option: Any, algorithm: str, single: MStep) -> tuple[MStep, Engine] | None:
+    """Sites that differ in their numbers alone (steps of a loop) evaluated as one: the M-step then works on groups
+    instead of `single` sites. None if some argument is known by running the model alone."""
+    if problem.continuous is not None or problem.graph.loops or not problem.recognised or single.is_iterated:
+        return None
+    try:
+        engine = compile_grouped(problem)
+        at_start = engine.unread(problem.start)
+    except (NotCompiled, NonFiniteError):
+        return None
+    if not bool(at_start.totals.isfinite().all()):
+        return None
+    at_start.sufficient.posterior = at_start.posterior
+    m_step = MStep(engine.stacked(), option, algorithm, statistics=at_start.sufficient)
+    if m_step.is_iterated or m_step.reads.functions:
+        return None
+    m_step.single = single
+    return m_step, engine
 
 
 def _pooled(problem: Problem) -> tuple[Pooled, Sufficient] | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -33,7 +34,11 @@ class Chain:
 
     def step_of(self, latents: str) -> int:
         """Step of a unary factor's latent, or of the later latent of a pairwise factor."""
-        return self.latents.index(latents[-1])
+        return self._steps[latents[-1]]
+
+    @cached_property
+    def _steps(self) -> dict[str, int]:
+        return {symbol: step for step, symbol in enumerate(self.latents)}
 
 
 def find_chain(
@@ -49,7 +54,7 @@ def find_chain(
     latents = sorted(component.symbols, key=order.__getitem__)
     pairs = set()
     for name in component.factors:
-        own = [d for d in latents if d in graph.factors[name].dims]
+        own = sorted(set(graph.factors[name].dims) & component.symbols, key=order.__getitem__)
         if len(own) > 2:
             return None
         if len(own) == 2:

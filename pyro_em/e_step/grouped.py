@@ -1,9 +1,9 @@
 """Compiled E-step for discrete latents of any shape, above all chains: the model is not run again.
 
-The raw arguments follow from the parameters by their recognised uses, isomorphic sites are evaluated as one
-(groups.py), components that are chains are smoothed all steps and sequences at once (chains.py), any others
-are contracted as the reference does. The M-step sees one site per group, in a plate of its copies, so its
-work does not grow with the number of sites either.
+The raw arguments follow from the parameters by their recognised uses, entries of parameters or linear predictors,
+isomorphic sites are evaluated as one (groups.py), components that are chains are smoothed all steps and sequences at
+once (chains.py), any others are contracted as the reference does. The M-step sees one site per group, in a plate of its
+copies (`stacked`), so its work does not grow with the number of sites either.
 
 A parameter that does not move may enter in any way: when it has another value than in the run that the
 arguments come from, the model is run once more. Where the data are impossible the reference path says so.
@@ -12,50 +12,29 @@ arguments come from, the model is run once more. Where the data are impossible t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyro_em.e_step.base import Expectation, NotCompiled, Unread
-from pyro_em.e_step.chains import Bundle, Chain, find_chain
-from pyro_em.e_step.groups import Group, make_groups
+from pyro_em.e_step.chains import Bundle
+from pyro_em.e_step.group_program import group_program
+from pyro_em.e_step.groups import Group
 from pyro_em.e_step.interpreted import read
 from pyro_em.evidence.chain import ChainPosterior
 from pyro_em.evidence.discrete import evaluate, weighted_sum
 from pyro_em.families.base import AnyStatistic
-from pyro_em.model.compat import dims_of, with_dims
+from pyro_em.model.compat import with_dims
 from pyro_em.model.density import packed_log_density
-from pyro_em.model.graph import FactorGraph
 from pyro_em.model.packing import align
-from pyro_em.model.recognise import Use
-from pyro_em.model.trace import SiteRecord
+from pyro_em.model.trace import Run
+from pyro_em.model.use import VALUE
 from pyro_em.problem import Problem
 from pyro_em.statistics import SiteMoments, argument_cells, site_center, site_moments, site_statistics
-from pyro_em.sufficient import Arguments, Sufficient, raw_arguments
+from pyro_em.sufficient import Arguments, Sufficient
 from pyro_em.types import Params
-
-
-@dataclass(frozen=True)
-class _Program:
-    """What one run of the model told: its sites in groups, and where each group's posterior comes from.
-
-    `bundles` of chains; `rest`, the graph of the other components, with their groups in `general`;
-    `constant`, the groups that no latent reaches; `priors`, the sites of parameters, which stay single.
-    `uses` are all uses of a parameter, `counted` those that enter Q.
-    """
-
-    groups: Mapping[str, Group]
-    bundles: tuple[Bundle, ...]
-    rest: FactorGraph
-    general: tuple[Group, ...]
-    constant: tuple[Group, ...]
-    priors: Mapping[str, SiteRecord]
-    sites: Mapping[str, SiteRecord]
-    uses: Mapping[str, tuple[Use, ...]]
-    counted: Mapping[str, tuple[Use, ...]]
-    arguments: Arguments
 
 
 @dataclass(frozen=True)
@@ -80,7 +59,7 @@ class Grouped:
         if graph.loops:
             raise NotCompiled("a pyro_em.markov loop")
         self.problem = problem
-        self._opaque = [n for n, uses in problem.uses.items() if any(use.index is None for use in uses)]
+        self._opaque = [n for n, uses in problem.uses.items() if not all(use.known for use in uses)]
         self._load(problem.start)
         chained = len(graph.components) - len(self._program.rest.components)
         self.reason = (
@@ -90,7 +69,7 @@ class Grouped:
 
     def _load(self, params: Params) -> None:
         self._at = {name: params[name].detach().clone() for name in self._opaque}
-        self._program = _compile(self.problem, params)
+        self._program = group_program(self.problem, params)
         self._centers: dict[str, Tensor | None] = {}
         self._statistics: dict[str, tuple[AnyStatistic, ...]] = {}
 
@@ -105,9 +84,26 @@ class Grouped:
         with torch.no_grad():
             return self._unread(params)
 
-    def _unread(self, params: Params) -> Unread:
+    def stacked(self) -> Problem:
+        """The problem with groups as its sites, as the M-step of this engine sees it; it is not to be run."""
         problem, program = self.problem, self._program
-        arguments = {name: dict(own) for name, own in program.arguments.items()}
+        found = dataclasses.replace(problem, uses=dict(program.uses))
+        vars(found)["first"] = Run(dict(program.sites), {}, problem.first.plate_symbols)
+        return found
+
+    def _unread(self, params: Params) -> Unread:
+        problem = self.problem
+        arguments = self._program.arguments_at(params)
+        posterior = self._posterior(arguments)
+        sufficient = self._sufficient(params, arguments, posterior)
+        error = torch.zeros((), dtype=torch.float64)
+        log_prior = self._log_prior(sufficient)
+        totals = torch.stack([posterior.log_likelihood, log_prior, posterior.magnitude, error])
+        return Unread(totals, sufficient, lambda: problem.evidence(params)[0].weights)
+
+    def _sufficient(self, params: Params, arguments: Arguments, posterior: _Posterior) -> Sufficient:
+        """Statistics of a posterior, at the arguments of any parameters."""
+        program = self._program
 
         def moments_of(name: str, arguments: dict[str, Tensor]) -> SiteMoments:
             group = program.groups[name]
@@ -119,14 +115,12 @@ class Grouped:
             weight = _weight(group, posterior)
             return site_moments(group.record, arguments, weight, self._centers[name], self._statistics.get(name))
 
-        sufficient = Sufficient(problem, program.sites, arguments, moments_of, program.counted)
+        sufficient = Sufficient(self.problem, program.sites, arguments, moments_of, program.counted)
         for name, theta in params.items():
-            sufficient.put(theta, program.uses[name])
-        posterior = self._posterior(arguments)
-        log_prior = self._log_prior(sufficient)
-        error = torch.zeros((), dtype=torch.float64)
-        totals = torch.stack([posterior.log_likelihood, log_prior, posterior.magnitude, error])
-        return Unread(totals, sufficient, lambda: problem.evidence(params)[0].weights)
+            sufficient.put(theta, tuple(use for use in program.uses[name] if use.slot == VALUE))
+        sufficient.weight_of = lambda name: _weight(program.groups[name], posterior)
+        sufficient.at = lambda others: self._sufficient(others, program.arguments_at(others), posterior)
+        return sufficient
 
     def _posterior(self, arguments: Arguments) -> _Posterior:
         program, graph = self._program, self.problem.graph
@@ -179,83 +173,6 @@ def _weight(group: Group, posterior: _Posterior) -> Tensor:
         own = [align(posterior.general[n], d) for n, d in zip(group.sites, group.dims, strict=True)]
         return group.expected_weight(torch.stack(own).double())
     return group.expected_weight(torch.ones((1,) * len(group.shape), dtype=torch.float64))
-
-
-def _compile(problem: Problem, params: Params) -> _Program:
-    graph = problem.graph
-    with torch.no_grad():
-        run = problem.run(params)
-        factors = problem.factors(run)
-    sizes = dict.fromkeys((*graph.plate_names, *graph.symbol_sites), 1)
-    sizes.update((d, n) for x in factors.values() for d, n in zip(dims_of(x), x.shape, strict=True))
-    program = {name: i for i, name in enumerate(run.sites)}
-    order = {d: program[name] for d, name in graph.symbol_sites.items()}
-    chains = [find_chain(graph, component, sizes, order) for component in graph.components]
-    owner = {name: i for i, component in enumerate(graph.components) for name in component.factors}
-    priors = {name: run.sites[name] for name in graph.priors}
-    by_site: dict[str, list[Use]] = {name: [] for name in run.sites}
-    for uses in problem.uses.values():
-        for use in uses:
-            by_site[use.site].append(use)
-
-    def place(name: str) -> Hashable:
-        if name not in owner:
-            return "constant"
-        chain = chains[owner[name]]
-        return "general" if chain is None else chain.kind
-
-    sites = {name: site for name, site in run.sites.items() if name not in priors}
-    roots = {name: graph.components[i].root for name, i in owner.items()}
-    orders = {name: _layout_order(graph, name, roots.get(name, frozenset()), order) for name in sites}
-    groups = make_groups(sites, factors, graph.factors, by_site, orders, {name: place(name) for name in sites})
-    known = [use for group in groups for use in group.uses]
-    known += [use for name in priors for use in by_site[name]]
-    places = {group.name: place(group.name) for group in groups}
-    uses_of = {name: tuple(u for u in known if u.parameter == name) for name in problem.uses}
-    records = {**{group.name: group.record for group in groups}, **priors}
-    rest = tuple(c for c, chain in zip(graph.components, chains, strict=True) if chain is None)
-    return _Program(
-        groups={group.name: group for group in groups},
-        bundles=_bundles([g for g in groups if places[g.name] not in ("constant", "general")], chains, owner),
-        rest=dataclasses.replace(graph, components=rest, constants=(), priors=()),
-        general=tuple(g for g in groups if places[g.name] == "general"),
-        constant=tuple(g for g in groups if places[g.name] == "constant"),
-        priors=priors,
-        sites=records,
-        uses=uses_of,
-        counted={
-            name: tuple(use for use in uses if problem.with_prior or use.site not in priors)
-            for name, uses in uses_of.items()
-        },
-        arguments=raw_arguments(records),
-    )
-
-
-def _layout_order(graph: FactorGraph, name: str, root: frozenset[str], order: Mapping[str, int]) -> tuple[str, int]:
-    """Packed dims of a site: root plates, other plates, enumeration dims; and how many are of the last kind."""
-    dims = graph.factors[name].dims
-    plates = [d for d in graph.plate_names if d in dims]
-    latents = sorted((d for d in dims if d in graph.symbol_sites), key=order.__getitem__)
-    plates.sort(key=lambda d: d not in root)
-    return "".join([*plates, *latents]), len(latents)
-
-
-def _bundles(groups: list[Group], chains: list[Chain | None], owner: Mapping[str, int]) -> tuple[Bundle, ...]:
-    found: dict[Hashable, Bundle] = {}
-    for chain in chains:
-        if chain is not None and chain.kind not in found:
-            members = [i for i, other in enumerate(chains) if other is not None and other.kind == chain.kind]
-            found[chain.kind] = Bundle(chain.kind, members)
-    for group in groups:
-        components = [owner[name] for name in group.sites]
-        steps, kind = [], None
-        for component, dims in zip(components, group.dims, strict=True):
-            chain = chains[component]
-            assert chain is not None
-            kind = chain.kind
-            steps.append(chain.step_of(dims[len(dims) - group.num_enumerated :]))
-        found[kind].add(group, steps, components)
-    return tuple(found.values())
 
 
 def compile_grouped(problem: Problem) -> Grouped:

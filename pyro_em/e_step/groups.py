@@ -8,7 +8,8 @@ out alike,
 
 with size 1 where it has no such dim, and tensors that are equal in all copies are kept once, so that equal
 factors are computed once. Which sites are isomorphic is read off these layouts: family, arguments, shapes,
-constants, and how parameters enter. Sites of unknown families keep their factors as they are.
+constants, and how parameters enter: by entries, or by linear predictors (group_predictors.py). Sites of unknown
+families keep their factors as they are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.e_step.base import NotCompiled
+from pyro_em.e_step.group_predictors import PREDICTED, key_of, parts_of, predictors_of, stacked_predictor
 from pyro_em.model.compat import dims_of
 from pyro_em.model.density import clean_value
 from pyro_em.model.graph import FactorInfo
@@ -35,10 +37,10 @@ from pyro_em.shapes import broadcast_shapes
 class Group:
     """G isomorphic sites as one.
 
-    `record` is the first site with stacked arguments and (cleaned) value, its masks taken out; `uses` are the
-    parameters' uses at the stacked arguments, under the first site's name; `shape` is the full shape of the
-    factor, (G, plates, enumeration dims); `own_shape` the part of it along which anything varies; `weight`
-    the multiplicity of the counts (`FactorInfo.weight`); `factor` is set where no argument can move.
+    `record` is the first site with stacked arguments and (cleaned) value, its masks taken out, its batch the own
+    shape; `uses` are the parameters' uses at the stacked arguments, under the first site's name; `shape` is the full
+    shape of the factor, (G, plates, enumeration dims); `own_shape` the part of it along which anything varies;
+    `weight` the multiplicity of the counts (`FactorInfo.weight`); `factor` is set where no argument can move.
     """
 
     sites: tuple[str, ...]
@@ -110,7 +112,7 @@ class _Layout:
         elements = tuple(site.fn.event_shape[: site.element_dims])
         return (
             place, type(site.family), site.observed, site.enumerated, self.sizes, self.num_enumerated, shapes,
-            uses, constants, elements,
+            uses, constants, elements, key_of(self.uses),
         )  # fmt: skip
 
 
@@ -170,9 +172,12 @@ def _lay_out(
         put(("mask",), site.mask, 0, 0)
     if site.element_mask is not None:
         put(("element_mask",), site.element_mask, 0, site.element_dims)
-    layout.uses = [use for use in uses if use.index is not None]
+    layout.uses = [use for use in uses if use.known]
+    for key, x in parts_of(layout.uses, site.arguments).items():
+        put(key, x, event_dims[key[1]], site.element_dims)
     for use in layout.uses:
-        assert use.index is not None
+        if use.index is None:
+            continue
         put(("index", use.parameter, use.slot), use.index, event_dims[use.slot], site.element_dims)
         if use.coefficient is not None:
             key = ("coefficient", use.parameter, use.slot)
@@ -214,17 +219,23 @@ def _stack(layouts: Sequence[_Layout]) -> Group:
     value, factor = tensors.get(("value",)), tensors["factor",]
     if value is not None and any(len(x) > len(value) for x in tensors.values()):
         value = value.expand(len(layouts), *value.shape[1:])  # statistics may need arguments at its level
+    predictors = {slot: stacked_predictor(own, site.name, tensors) for slot, own in predictors_of(first.uses).items()}
+    for slot in predictors:  # equal in all copies where what multiplies the covariates is 0 as yet
+        shapes = (x.shape for key, x in tensors.items() if key[0] in PREDICTED and key[1] == slot)
+        arguments[slot] = arguments[slot].expand(broadcast_shapes(arguments[slot].shape, *shapes))
     uses = tuple(
         dataclasses.replace(
             use,
             site=site.name,
-            index=tensors["index", use.parameter, use.slot],
+            index=tensors.get(("index", use.parameter, use.slot)),
             coefficient=tensors.get(("coefficient", use.parameter, use.slot)),
+            predictor=None if use.predictor is None else predictors[use.slot],
         )
         for use in first.uses
     )
-    varying = [x for key, x in tensors.items() if key[0] in ("argument", "index", "element_mask")]
+    varying = [*arguments.values(), *(x for key, x in tensors.items() if key[0] in ("index", "element_mask"))]
     varying.append(factor if value is None else value)
+    own_shape = tuple(broadcast_shapes(*(x.shape[:batch] for x in varying)))
     group = Group(
         sites=tuple(layout.site.name for layout in layouts),
         dims=tuple(layout.dims for layout in layouts),
@@ -234,10 +245,11 @@ def _stack(layouts: Sequence[_Layout]) -> Group:
             value=site.value if value is None else value,
             mask=None,
             element_mask=None,
+            batch_shape=own_shape,
         ),
         uses=uses,
         shape=shape,
-        own_shape=tuple(broadcast_shapes(*(x.shape[:batch] for x in varying))),
+        own_shape=own_shape,
         num_enumerated=first.num_enumerated,
         mask=tensors.get(("mask",)),
         element_mask=tensors.get(("element_mask",)),

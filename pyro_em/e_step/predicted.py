@@ -73,6 +73,11 @@ class Reader:
         assert offset is not None
         return eta if offset.numel() == 1 and float(offset) == 0 else eta + offset
 
+    def argument(self, eta: Tensor) -> Tensor:
+        """The argument at a linear predictor."""
+        found, fixed = self.predictor.link.forward(eta), self.predictor.fixed
+        return found if fixed is None else torch.where(fixed.isnan(), found, fixed)
+
 
 @dataclass(frozen=True)
 class _Posterior:
@@ -171,8 +176,7 @@ class Predicted:
         etas = {}
         for (site, slot), reader in self.readers.items():
             etas[site, slot] = eta = reader.eta(params)
-            found, fixed = reader.predictor.link.forward(eta), reader.predictor.fixed
-            arguments[site][slot] = found if fixed is None else torch.where(fixed.isnan(), found, fixed)
+            arguments[site][slot] = reader.argument(eta)
         return arguments, etas
 
     def _density(

@@ -82,6 +82,8 @@ class MStep:
                 self.choices[name] = replace(self.choices[name], reason=f"{self.choices[name].reason}; {how}")
         self._count = 0
         self._coupled = bool(self.numeric and self.closed)
+        # Where sites stand for groups: the same M-step of single sites, for statistics that the reference made.
+        self.single: MStep | None = None
         # What goes on from the maximum of Q to where log p(x|θ) is no lower; not in plain EM (e_step/expansion.py).
         self.expansion: Callable[[Params, Sufficient], Params] | None = None
 
@@ -114,6 +116,8 @@ class MStep:
 
     def score(self, params: Params, expectation: Expectation) -> float:
         """max|∂ objective/∂u| over the parameters that move (Fisher's identity), not divided by N."""
+        if (other := self._other(expectation)) is not None:
+            return other.score(params, expectation)
         largest = float(self.closed_score(params, opened(expectation)))
         rest = (*self.numeric, *self.gradient)
         if rest:
@@ -182,6 +186,8 @@ class MStep:
 
     def diverging(self, params: Params, expectation: Expectation) -> set[str]:
         """Parameters whose maximum is at infinity, as far as an iterate near convergence tells."""
+        if (other := self._other(expectation)) is not None:
+            return other.diverging(params, expectation)
         blocks = [unit for unit in self.units if isinstance(unit, Newton)]
         found: set[str] = set()
         for block in blocks:
@@ -207,6 +213,8 @@ class MStep:
 
         :raises DegenerateLikelihoodError: if a variance collapses.
         """
+        if (other := self._other(expectation)) is not None:
+            return other.update(params, expectation)
         sufficient = opened(expectation)
         self._count += 1
         check = self._coupled or self._count <= 3 or self._count % 10 == 0
@@ -236,6 +244,9 @@ class MStep:
         params = self.expanded(params, sufficient)
         return params, MStepInfo(rounds, certificate, tuple(sorted(empty - self.collinear)))
 
+    def _other(self, expectation: Expectation) -> MStep | None:
+        return None if expectation.sufficient.weight_of is not None else self.single
+
     def _round(self, params: Params, expectation: Expectation) -> tuple[Params, set[str]]:
         sufficient = expectation.sufficient
         params, empty = self.closed_update(params, sufficient)
@@ -256,6 +267,8 @@ class MStep:
         return climb(self._rows, block, expectation.weights, num_steps=num_steps, optimiser=self.optim or adam)
 
     def _refreshed(self, params: Params, expectation: Expectation) -> Sufficient:
+        if expectation.sufficient.at is not None:
+            return expectation.sufficient.at(params)
         weights = expectation.weights  # before the problem: see `_block`
         problem = expectation.sufficient.problem
         with torch.no_grad():

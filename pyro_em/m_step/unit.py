@@ -46,6 +46,8 @@ class Unit(Protocol):
 def weight_of(problem: Problem, name: str, sufficient: Sufficient) -> Tensor:
     """Expected multiplicity of a site's data over its batch dims; a prior counts once."""
     if name not in sufficient.weights:
+        if sufficient.weight_of is not None and name not in problem.graph.priors:
+            return sufficient.weights.setdefault(name, sufficient.weight_of(name))
         info = problem.graph.factors[name]
         assert sufficient.posterior is not None
         alone = name in problem.graph.priors or name in problem.graph.constants

@@ -131,6 +131,7 @@ def _size(run: Run, plate: str) -> int:
 
 def _compare(enumerated: Run, factors: Mapping[str, Tensor], plain: Run, graph: FactorGraph) -> None:
     states = {name: _state_index(enumerated, plain, name) for name in graph.latents}
+    nests_of = {name: component.nests for component in graph.components for name in component.factors}
     for name, site in enumerated.sites.items():
         if name not in plain.sites:
             raise Refusal(
@@ -140,8 +141,9 @@ def _compare(enumerated: Run, factors: Mapping[str, Tensor], plain: Run, graph: 
             )
         own = plain.sites[name]
         expected = compat.pack(log_density(own, masked=not site.latent).detach(), own.symbols)
-        nests = next((c.nests for c in graph.components if name in c.factors), {})
-        here = {n: at_rows(state, site.plate_dims, nests, graph.plate_sizes) for n, state in states.items()}
+        latents = [graph.symbol_sites[d] for d in compat.dims_of(factors[name]) if d in graph.symbol_sites]
+        nests, plates = nests_of.get(name, {}), site.plate_dims
+        here = {n: at_rows(states[n], plates, nests, graph.plate_sizes) for n in latents}
         found = _lookup(factors[name], here, graph)
         dims = "".join(dict.fromkeys(compat.dims_of(expected) + compat.dims_of(found)))
         a, b = align(expected, dims), align(found, dims)

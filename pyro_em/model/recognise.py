@@ -35,7 +35,7 @@ from pyro_em.model.canonical import rows_taken
 from pyro_em.model.capture import ParameterRecord
 from pyro_em.model.density import log_density
 from pyro_em.model.trace import Run, SiteRecord
-from pyro_em.model.use import VALUE, Use
+from pyro_em.model.use import VALUE, Use, by_place
 
 __all__ = ["VALUE", "Use", "recognise", "second_point", "tangents"]
 
@@ -97,8 +97,7 @@ def recognise(
     at, at2 = values or (first.leaves, second.leaves)
     found: dict[str, tuple[Use, ...]] = {}
     for name in parameters:
-        leaf = first.leaves.get(name)
-        if leaf is None:
+        if (leaf := first.leaves.get(name)) is None:
             found[name] = ()
             continue
         uses = _argument_uses(name, (leaf, second.leaves[name]), (at[name], at2[name]), slots, generator)
@@ -107,9 +106,13 @@ def recognise(
             uses.append(_value_use(name, first.sites[name], hidden))
         found[name] = tuple(uses)
     positive = {n for n, record in parameters.items() if _is_positive(record) and bool((at[n] > 0).all())}
+    places, leaves = by_place(found), (first.leaves, second.leaves)
+    better: dict[int, Use] = {}
     for slot in slots:
-        _affine_uses(slot, found, (first.leaves, second.leaves), (at, at2), generator, positive)
-    return found
+        own = places.get((slot.site, slot.argument), {})
+        affine = _affine_uses(slot, own, leaves, (at, at2), generator, positive)
+        better |= {id(own[name]): use for name, use in affine.items()}
+    return {name: tuple(better.get(id(use), use) for use in uses) for name, uses in found.items()}
 
 
 def _is_positive(record: ParameterRecord) -> bool:
@@ -119,27 +122,25 @@ def _is_positive(record: ParameterRecord) -> bool:
 
 def _affine_uses(
     slot: _Slot,
-    found: dict[str, tuple[Use, ...]],
+    own: Mapping[str, Use],
     leaves: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
     values: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
     generator: torch.Generator,
     positive: set[str],
-) -> None:
-    """Put a predictor in place of the uses of one argument, if it has one and some of them are opaque."""
-    own = {n: u for n, uses in found.items() for u in uses if (u.site, u.slot) == (slot.site, slot.argument)}
+) -> dict[str, Use]:
+    """A predictor in place of the uses `own` of one argument, if it has one and some of them are opaque."""
     if all(use.index is not None for use in own.values()):
-        return
+        return {}
     points = [Point(*point) for point in zip((slot.first, slot.second), leaves, values, strict=True)]
-    predictor = find_predictor(
-        slot.site, slot.argument, slot.event_dim, points[0], points[1], list(own), generator, positive, slot.drawn
-    )
+    here, names = (slot.site, slot.argument, slot.event_dim), list(own)
+    predictor = find_predictor(*here, points[0], points[1], names, generator, positive, slot.drawn)
     if predictor is None:
-        return
-    for name in predictor.parameters:
-        if predictor.offset is None and own[name].index is not None:
-            continue
-        use = Use(name, slot.site, slot.argument, None, reason="an affine predictor", predictor=predictor)
-        found[name] = tuple(use if u is own[name] else u for u in found[name])
+        return {}
+    return {
+        name: Use(name, slot.site, slot.argument, None, reason="an affine predictor", predictor=predictor)
+        for name in predictor.parameters
+        if predictor.offset is not None or own[name].index is None
+    }
 
 
 def _slots(first: Run, second: Run) -> list[_Slot]:

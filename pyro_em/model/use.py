@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -75,3 +76,12 @@ class Use:
         """The argument is an entry of the parameter, unchanged."""
         plain = self.coefficient is None and self.power == 1 and not self.exponential and self.link is None
         return self.index is not None and plain
+
+
+def by_place(uses: Mapping[str, tuple[Use, ...]]) -> dict[tuple[str, str], dict[str, Use]]:
+    """Uses of every parameter as those of every argument, by (site, slot) and parameter."""
+    found: dict[tuple[str, str], dict[str, Use]] = {}
+    for name, own in uses.items():
+        for use in own:
+            found.setdefault((use.site, use.slot), {})[name] = use
+    return found
