@@ -61,7 +61,6 @@ def _build() -> list[Problem]:
     means3 = _t([[-1.0, 0.5], [1.0, 0.5], [0.2, -3.0]])
     eye3 = torch.eye(2).repeat(3, 1, 1)
     c, z, time = classics, zoo, zoo_time
-    gated = _t(np.random.default_rng(5).poisson(np.exp(0.5 + 1.3 * chains(6, 40, 4))))
     ends = torch.arange(5).unsqueeze(-1) < torch.tensor([5, 4, 5, 1, 2, 5, 3, 5])
     cube = _t([[[0.7, 0.3], [0.4, 0.6]], [[0.5, 0.5], [0.2, 0.8]]])
     return [
@@ -235,14 +234,6 @@ def _build() -> list[Problem]:
             time.switching,
             (series[:, :4].mT, _t([[0.0], [1.0], [-1.0], [0.5]])),
             {"stay": _t([-1.0, 1.0]), "mu": _t([0.5, 2.0])},
-            "sequences",
-            closed=False,
-        ),
-        Problem(
-            "gated_counts",
-            s.gated_counts,
-            (gated, _t([0.3, -1.0, 1.2, -0.4])),
-            {"a": _t([0.5, 1.8]), "b": _t(0.1), "stay": _t([-1.0, 1.0]), "slope": _t([0.2, -0.3])},
             "sequences",
             closed=False,
         ),

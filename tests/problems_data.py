@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests import zoo_data
+from tests import zoo_data, zoo_structured
 
 
 def _t(values: Any) -> Tensor:
@@ -105,6 +105,11 @@ def lifetimes() -> tuple[Tensor, Tensor, Tensor]:
     return _t(X), _t(np.minimum(y, limit)), _t(np.where(y <= limit, np.inf, limit))
 
 
+def gated_counts() -> Tensor:
+    """Counts of 40 sequences of 4 steps."""
+    return _t(np.random.default_rng(5).poisson(np.exp(0.5 + 1.3 * chains(6, 40, 4))))
+
+
 def build(problem: Callable[..., Any]) -> list[Any]:
     start = {"w": _t([0.3, 0.3, 0.4]), "mu": _t([-1.0, 0.5, 2.0]), "sd": _t(1.2)}
     fractions = _t(np.random.default_rng(12).integers(0, 5, 30) / 2)
@@ -145,6 +150,14 @@ def build(problem: Callable[..., Any]) -> list[Any]:
             lifetimes(),
             {**two, "b": _t([[0.2, 0.1], [1.5, 0.0]]), "shape": _t([1.0, 2.0])},
             "rows",
+            closed=False,
+        ),
+        problem(
+            "gated_counts",
+            zoo_structured.gated_counts,
+            (gated_counts(), _t([0.3, -1.0, 1.2, -0.4])),
+            {"a": _t([0.5, 1.8]), "b": _t(0.1), "stay": _t([-1.0, 1.0]), "slope": _t([0.2, -0.3])},
+            "sequences",
             closed=False,
         ),
     ]
