@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 import pyro_em
 from pyro_em import Quadrature
@@ -181,3 +182,16 @@ def test_narrow_bends_are_no_kinks(width: float) -> None:
     x = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
     with pytest.raises(Refusal, match="41 quadrature nodes leave an error"):
         pyro_em.fit(model, x, e_step={"z": Quadrature(41)}, max_iter=0)
+
+
+def test_matrices_in_float32_are_refused_by_name() -> None:
+    """They were said to read several elements."""
+
+    def model(y: Tensor) -> None:
+        L = pyro.param("L", torch.eye(2, dtype=torch.float32), constraint=constraints.lower_cholesky)
+        with pyro.plate("people", len(y)):
+            b = pyro.sample("b", dist.MultivariateNormal(torch.zeros(2, dtype=torch.float32), scale_tril=L))
+            pyro.sample("y", dist.Bernoulli(logits=b[..., 0] + b[..., 1]), obs=y)
+
+    with pytest.raises(Refusal, match=r"float32[\s\S]*set_default_dtype"):
+        pyro_em.fit(model, torch.tensor([0.0, 1.0, 1.0], dtype=torch.float32), e_step={"b": Quadrature(7)})

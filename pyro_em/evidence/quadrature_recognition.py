@@ -39,6 +39,7 @@ def recognise_quadrature(candidate: Candidate, rules: Mapping[str, Quadrature]) 
     """
     names, run = candidate.latents.names, candidate.first
     rule = _rule(names, rules, run)
+    _check_precision(candidate)
     plates = [p for p in run.sites[names[0]].plates if p.size > 1]
     for name in names[1:]:
         if [p.name for p in run.sites[name].plates if p.size > 1] != [p.name for p in plates]:
@@ -108,6 +109,18 @@ def _rule(names: Sequence[str], rules: Mapping[str, Quadrature], run: Run) -> Qu
             f"use fewer nodes in each dimension, or {SVI}.",
         )
     return rule
+
+
+def _check_precision(candidate: Candidate) -> None:
+    """:raises Refusal: if a density is computed in float32 whatever the latents are (a matrix does not promote)."""
+    for name in candidate.latents.factors:
+        if log_density(candidate.first.sites[name]).dtype != torch.float64:
+            raise Refusal(
+                name,
+                "its density is computed in float32, in which the modes that quadrature is centred at are not found to "
+                "enough digits.",
+                "give the model float64: torch.set_default_dtype(torch.float64), or data and starting values in it.",
+            )
 
 
 def _rows(candidate: Candidate, sizes: tuple[int, ...]) -> dict[str, Tensor | None]:
