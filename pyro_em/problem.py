@@ -30,6 +30,7 @@ from pyro_em.latent_uses import without_latents
 from pyro_em.model.atoms import AtomRuns
 from pyro_em.model.below_zero import check_below_zero
 from pyro_em.model.bind_rows import bound_by_rows
+from pyro_em.model.by_mean import bound_so, may_be_marked, to_be_marked
 from pyro_em.model.capture import Capture, ParameterRecord, parameter_records
 from pyro_em.model.certify import certify_factors, refuse_minibatches
 from pyro_em.model.certify_loops import certify_loops
@@ -223,21 +224,13 @@ class Problem:
 
 
 def bind(
-    model: Model,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    with_prior: bool,
-    roles: Mapping[str, str] | None = None,
-    deltas: tuple[str, ...] = (),
-    weights: Mapping[str, Tensor] | None = None,
-    params: Mapping[str, Tensor] | None = None,
-    rules: Mapping[str, Quadrature] | None = None,
-) -> Problem:
+    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], *, with_prior: bool,
+    roles: Mapping[str, str] | None = None, deltas: tuple[str, ...] = (), weights: Mapping[str, Tensor] | None = None,
+    params: Mapping[str, Tensor] | None = None, rules: Mapping[str, Quadrature] | None = None,
+) -> Problem:  # fmt: skip
     """Capture, assign roles, enumerate, certify and recognise: a `Problem` or a refusal.
 
-    :param params: values at which to do so instead of the model's own initial values.
-    :param rules: of the latents that are to be integrated by quadrature, by site.
+    :param params: values at which to do so instead of the model's own; `rules` are those of quadrature, by latent.
     :raises Refusal, InputError, ResourceError: see the modules in `pyro_em.model`.
     """
     rules = rules or {}
@@ -294,6 +287,13 @@ def bind(
     uses = by_rows[1] if by_rows else certified_uses(first, partial(run, args, kwargs), points, records, priors, second)
     if continuous is not None:
         uses = without_latents(uses, continuous.runs, (start, elsewhere), *other)
+    if may_be_marked(uses, first):
+        there = None if continuous is None else continuous.runs.one(elsewhere, other[0])
+        marks = to_be_marked(uses, run(args, kwargs, 1, False), there, atoms_dim)
+        bound = partial(bind, args=args, kwargs=kwargs, with_prior=with_prior, roles=roles, deltas=deltas,
+                        weights=weights, params=params, rules=rules)  # fmt: skip
+        if (again := bound_so(bound, unfolded(model), marks)) is not None:
+            return again
     problem = Problem(model, args, kwargs, seen, assigned, graph, records, uses, with_prior, continuous, rules, indexed)
     if (known := without_gradients(seen_at)) is not None:
         vars(problem)["first"] = known

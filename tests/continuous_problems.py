@@ -138,6 +138,8 @@ def _build() -> list[ContinuousProblem]:
         P("inflated", q.inflated, (of_rows * (torch.arange(80) % 5 > 0), covariate, rows_of),
           {"gate": _t(0.3), "b": _t([0.8, 0.4]), "s": _t(0.9)}, options=rule("u", 31), rows=_every, num_rows=80,
           loose=1e-6),
+        P("shares", q.shares, (_t((of_rows + 1) / (of_rows.max() + 2)), covariate, rows_of), {"b": _t([-1.5, 0.3]),
+          "s": _t(0.9), "phi": _t([8.0, 8.0])}, options=rule("u", 21), rows=_every, num_rows=80, loose=1e-6),
         P("rates", q.rates, (counts, x, group), {"b0": _t(0.2), "b1": _t(0.4), "s": _t(0.8)}, options=rule("u"),
           rows=_every, num_rows=18, loose=1e-6),
         P("slopes", q.slopes, (answers, design), {"L": lower, "d": _t(0.3)}, options=rule("b", 15), rows=_first,

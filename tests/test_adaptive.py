@@ -181,6 +181,8 @@ CASES: list[tuple[str, Any, tuple[Any, ...], str, int, dict[str, Any], type]] = 
     ("classes by position", zoo.classes_of_groups, (*_counts(5, 40), True), "u", 11, {}, Counts),
     ("zeros of a row", zoo.inflated, ZEROS, "u", 11, {}, Several),
     ("zeros behind a predictor", zoo.inflated_by_row, ZEROS, "u", 11, {}, Several),
+    ("shares by mean and precision", zoo.shares, ((Y + 1) / (Y.max() + 2), X, G), "u", 9, {}, Several),
+    ("trials by mean and precision", zoo.overdispersed_trials, (Y.clamp(max=12), X, G), "u", 9, {}, Several),
     ("two latents", zoo.two_sites, (_answers(5, 4), LINE), "b c", 7, {}, Trials),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case[0].replace(" ", "-"))

@@ -223,3 +223,25 @@ def two_kinds_of_rows(y: Tensor, g: Tensor) -> None:
     with pyro.plate("rows", len(y)):
         parts = dist.Poisson((m + u[..., g].unsqueeze(-1)).exp())
         pyro.sample("y", dist.MixtureSameFamily(dist.Categorical(w), parts), obs=y)
+
+
+def shares(y: Tensor, x: Tensor, g: Tensor) -> None:
+    """Shares (R,) by their mean, of which the logit has a random intercept, and a precision for each kind of row."""
+    b, s = pyro.param("b", torch.tensor([0.3, 0.4])), pyro.param("s", torch.tensor(0.7), constraint=positive)
+    phi = pyro.param("phi", torch.tensor([8.0, 8.0]), constraint=positive)
+    with pyro.plate("groups", int(g.max()) + 1):
+        u = pyro.sample("u", dist.Normal(0.0, s))
+    with pyro.plate("rows", len(y)):
+        mean, own = torch.sigmoid(b[0] + b[1] * x + u[..., g]), phi[(x > 0).long()]
+        pyro.sample("y", dist.Beta(mean * own, (1 - mean) * own), obs=y)
+
+
+def overdispersed_trials(y: Tensor, x: Tensor, g: Tensor) -> None:
+    """Successes (R,) among 12 by their mean, with a precision that depends on the covariate."""
+    b, s = pyro.param("b", torch.tensor([0.3, 0.4])), pyro.param("s", torch.tensor(0.7), constraint=positive)
+    c = pyro.param("c", torch.tensor([1.5, 0.0]))
+    with pyro.plate("groups", int(g.max()) + 1):
+        u = pyro.sample("u", dist.Normal(0.0, s))
+    with pyro.plate("rows", len(y)):
+        mean, phi = torch.sigmoid(b[0] + b[1] * x + u[..., g]), (c[0] + c[1] * x).exp()
+        pyro.sample("y", dist.BetaBinomial(mean * phi, phi - mean * phi, 12), obs=y)

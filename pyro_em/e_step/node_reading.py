@@ -37,6 +37,7 @@ from pyro_em.shapes import broadcast_shapes
 from pyro_em.statistics import site_weight
 from pyro_em.types import Params
 
+ROUNDED = 1e-14  # of an argument that is computed from others which the latents move
 RIGHT = 1e-9  # relative deviation of a predictor that rounding explains
 
 
@@ -102,7 +103,7 @@ def _slots(problem: Problem, probe: Probe, name: str) -> tuple[str, tuple[str, .
     found: set[str] = set()
     for run in probe.units[1:]:
         other = run.sites[name].arguments or {}
-        found |= {s for s, x in first.items() if not torch.equal(x.detach(), other[s].detach())}
+        found |= {s for s, x in first.items() if not close(x.detach(), other[s].detach(), ROUNDED)}
     found = found or moved
     if len(found) != 1:
         raise NotCompiled(f"several arguments of '{name}' move: {', '.join(sorted(found))}")

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from pyro_em.errors import PyroEMError
 from pyro_em.families import Family, family_for
+from pyro_em.families.by_mean import seen_so
 from pyro_em.model import compat
 from pyro_em.model.labels import observe_labels
 from pyro_em.model.missing import first_of, observe_where
@@ -166,7 +167,7 @@ def _unexpanded(mask: Tensor | None, plate_dims: set[int | None], element_dims: 
     return mask
 
 
-def _tensors(raw: dict[str, Any], family: Family, like: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _tensors(raw: Mapping[str, Any], family: Family, like: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
     arguments: dict[str, Tensor] = {}
     constants: dict[str, Any] = {}
     for name, value in raw.items():
@@ -193,7 +194,8 @@ def _record(name: str, site: dict[str, Any], integrated: bool, symbols: Mapping[
     constants: dict[str, Any] = {}
     if family is not None and raw is not None:
         like = site["value"] if site["value"].is_floating_point() else torch.empty(0)
-        arguments, constants = _tensors(raw, family, like)
+        family, given = seen_so(family, raw, site["infer"], element_dims)
+        arguments, constants = _tensors(given, family, like)
     plates = tuple(
         sorted(
             (Plate(f.name, f.dim, f.size) for f in site["cond_indep_stack"] if f.vectorized),
