@@ -52,12 +52,13 @@ class Evaluator:
 
     def __call__(self, requests: Sequence[Request]) -> list[Evaluated | Exception]:
         self._count += 1
-        recording, refreshed = self._recording, self._runs_model and _refreshed_at(self._count)
-        replayed: list[Mapped | None] = [None for _ in requests]
-        if recording is not None and not self._unlikely():
-            replayed = self._replayed(recording, requests)
-        if not refreshed and all(replayed):  # as nearly always
-            return replayed  # type: ignore[return-value]
+        refreshed = self._runs_model and _refreshed_at(self._count)
+        replayed: list[Mapped | None] = []
+        if self._recording is not None and not (self._deviations >= DEVIATIONS and self._unlikely()):
+            replayed = self._replayed(self._recording, requests)
+            if replayed and not refreshed and all(replayed):  # as nearly always
+                return replayed  # type: ignore[return-value]
+        replayed = replayed or [None for _ in requests]
         found: list[Evaluated | Exception | None] = [None for _ in requests] if refreshed else list(replayed)
         error: Exception | None = None
         if found[0] is None and self._to_be_recorded(requests[0]):
@@ -84,25 +85,27 @@ class Evaluator:
             return [_attempt(engine, request) for request in requests]
 
     def _replayed(self, recording: Recording, requests: Sequence[Request]) -> list[Mapped | None]:
-        nothing: list[Mapped | None] = [None for _ in requests]
         void = recording.generation != generation_of(self.engine)  # type: ignore[arg-type]
         if void or self._coupled != self.m_step.coupled:
             self._recording, self._count = None, 0
-            return nothing
+            return []
         try:
             found = recording(requests)
         except (NotRecorded, NotCertified) as error:  # the first replay was not what the code does, or not the maximum
             self._failed(error)
-            return nothing
+            return []
         # One of many starts may go another way for good: it is evaluated by itself, the others are replayed.
-        held = any(found)
-        self._deviations, self._held = (0, self._held + 1) if held else (self._deviations + 1, self._held)
+        if any(found):
+            self._deviations = 0
+            self._held += 1
+        else:
+            self._deviations += 1
         return found
 
     def _unlikely(self) -> bool:
         """After several replays in a row that did not hold they are tried at 4, 8, 16, ...: one that fails late costs
-        nearly what holds."""
-        many = self._deviations >= DEVIATIONS and bool(self._deviations & (self._deviations + 1))
+        nearly what holds. Asked then only."""
+        many = bool(self._deviations & (self._deviations + 1))
         self._deviations += many
         return many
 

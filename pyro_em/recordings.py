@@ -164,8 +164,8 @@ class Whole:
         return mapped(self.engine, self.names, request, found)
 
     def __call__(self, requests: Sequence[Request]) -> list[Mapped | None]:
-        found = [self._ways([*entries_of(request, self.names), request.magnitude]) for request in requests]
-        return [mapped(self.engine, self.names, *pair) for pair in zip(requests, found, strict=True)]
+        engine, names, ways = self.engine, self.names, self._ways
+        return [mapped(engine, names, x, ways([*entries_of(x, names), x.magnitude])) for x in requests]
 
 
 class Around:
@@ -272,7 +272,7 @@ def mapped(
     likelihood, prior, magnitude, *errors, score = totals if isinstance(totals, tuple) else totals.tolist()
     if not (is_possible(likelihood) and math.isfinite(prior)):
         return None
-    error = sum(errors, request.error(magnitude))
+    error = sum(errors, request.error(magnitude) if request.rough else 0.0)
     following = Point(names, values, tape)
     return Mapped(likelihood, prior, magnitude, error, score, following, empty, engine, request)
 

@@ -70,7 +70,8 @@ class StoppingRule:
         # On a plateau the objective is flat to rounding long before the score is: a falling score is progress.
         moved = objective > self._best + rounding or score < self._lowest
         self._idle = 0 if moved else self._idle + 1
-        self._best, self._lowest = max(self._best, objective), min(self._lowest, score)
+        self._best = objective if objective > self._best else self._best
+        self._lowest = score if score < self._lowest else self._lowest
         if self.tol > 0 and self._idle >= PATIENCE:
             return Outcome.stalled
         return None

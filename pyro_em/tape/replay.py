@@ -108,6 +108,8 @@ class Tape:
         return _tensor(x, self._layout.outputs[i]) if type(x) is tuple else x  # type: ignore[return-value]
 
     def _received(self, inputs: Sequence[Tensor | Entries | float]) -> list[Tensor | Entries]:
+        if all(self._few):
+            return [x if type(x) is tuple else _entries(x) for x in inputs]
         given = zip(self._few, inputs, self._layout.inputs, strict=True)
         return [_entries(x) if few else _tensor(x, place) if type(x) is tuple else x for few, x, place in given]  # type: ignore[misc]
 
