@@ -16,8 +16,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.figures import costs_of_a_unit, peer_ratios
 from benchmarks.harness import Record, Spread
-from benchmarks.report import costs_of_a_unit, peer_ratios, stored
+from benchmarks.report import stored
 
 FASTER, SLOWER, ASKED = "#0072b2", "#d55e00", "#000000"  # told apart by colour-blind readers, too
 

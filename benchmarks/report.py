@@ -13,68 +13,22 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.harness import Record, Spread, ratios
+from benchmarks.figures import (
+    costs_of_a_unit,
+    fewest,
+    limit_ratio,
+    marginal_costs,
+    nearest_line,
+    ours,
+    peer_ratios,
+    peers_of_smallest,
+    unevenness,
+)
+from benchmarks.harness import Record, Spread
 from benchmarks.workloads import WORKLOADS
 
 BUSY = 0.5  # load before the workload starts, above which somebody else was computing
 MISSING = "–"
-
-
-def ours(record: Record) -> str:
-    """Our contender: the first."""
-    return next(iter(record["contenders"]))
-
-
-def peer_ratios(record: Record) -> dict[str, Spread]:
-    """Peer ÷ ours of a paired, cold or whole record."""
-    key = "seconds_per_update" if record["kind"] == "paired" else "seconds"
-    mine = record["contenders"][ours(record)][key]
-    return {
-        name: Spread.of(ratios(mine, own[key])) for name, own in record["contenders"].items() if name != ours(record)
-    }
-
-
-def limit_ratio(record: Record) -> float | None:
-    """Our time per update ÷ what the arithmetic alone would take on this machine."""
-    anchors, work = record["machine"]["anchors"], record["work"]
-    mine = Spread.of(record["contenders"][ours(record)]["seconds_per_update"])
-    if not anchors or not mine.resolved:
-        return None
-    return mine.median / (work["flops"] / anchors["gemm"] + work["exps"] / anchors["exp"])
-
-
-def costs_of_a_unit(record: Record) -> dict[int, Spread]:
-    """Seconds per unit of work and update, by size."""
-    return {
-        size: Spread.of([None if s is None else s / units for s in _per_update(record, str(size))])
-        for size, units in zip(record["sizes"], record["units"], strict=True)
-    }
-
-
-def _per_update(record: Record, contender: str) -> list[float | None]:
-    return record["contenders"][contender]["seconds_per_update"]
-
-
-def marginal_costs(record: Record) -> tuple[dict[int, float], float]:
-    """Seconds that each unit costs beyond the size before, and those of an update of the smallest size beside its units
-    at the first of these prices: what does not grow."""
-    sizes, units = record["sizes"], record["units"]
-    times = [spread.median * n for spread, n in zip(costs_of_a_unit(record).values(), units, strict=True)]
-    found = {size: (times[i + 1] - times[i]) / (units[i + 1] - units[i]) for i, size in enumerate(sizes[1:])}
-    return found, times[0] - units[0] * found[sizes[1]]
-
-
-def unevenness(record: Record) -> float:
-    """How far the dearest unit is above the cheapest."""
-    medians = [spread.median for spread in costs_of_a_unit(record).values()]
-    return max(medians) / min(medians) - 1
-
-
-def fewest(record: Record, names: Iterable[str]) -> float:
-    """Least median number of evaluations among the contenders; infinite if none arrived."""
-    contenders = record["contenders"]
-    found = [Spread.of(contenders[name]["evaluations"]) for name in names if name in contenders]
-    return min((spread.median for spread in found if spread.resolved), default=math.inf)
 
 
 def table(records: Sequence[Record]) -> str:
@@ -119,6 +73,11 @@ def shortfalls(record: Record) -> list[str]:
     if kind == "scale" and record["flat_within"] is not None and not unevenness(record) <= record["flat_within"]:
         asked = f"{record['flat_within']:.0%} was asked"
         found.append(f"{name}: the cost of a {record['unit']} varies by {unevenness(record):.0%}, {asked}.")
+    if kind == "scale":
+        for peer, ratio in peers_of_smallest(record).items():
+            if not ratio.steady or ratio.median < 1:
+                where = f"{record['letter']} = {record['sizes'][0]:,}"
+                found.append(f"{name}: {ratio.median:.2f}× {peer} at {where} ({ratio.low:.2f}–{ratio.high:.2f}).")
     if kind == "gap":
         found += _gap_shortfalls(record)
     return found
@@ -239,6 +198,14 @@ def _scale(records: Sequence[Record]) -> str:
             cost = f"{1e9 * more[size]:.2f}" if size in more else f"{1e6 * fixed:.0f} µs beside them"
             own = [f"{record['letter']} = {size:,}", record["unit"], _spread(spread, 1e9, 2), cost, setup]
             rows.append([record["title"], *own])
+        for peer, ratio in peers_of_smallest(record).items():
+            own, units = record["beside"][peer], record["units"][0]
+            cost = Spread.of([None if s is None else s / units for s in own["seconds_per_update"]])
+            cells = [f"{peer}, {record['letter']} = {record['sizes'][0]:,}", record["unit"], _spread(cost, 1e9, 2)]
+            rows.append([record["title"], *cells, f"{_spread(ratio, 1, 2, '×')} ours", _setup(own)])
+        constant, each, residual = nearest_line(record)
+        line = f"{1e6 * constant:.1f} µs an update + {1e9 * each:.2f} ns a {record['unit']}"
+        rows.append(["nearest line, its largest relative residual", "", "", line, f"{residual:.0%}", ""])
         asked = "" if record["flat_within"] is None else f" (asked: ≤ {record['flat_within']:.0%})"
         rows.append([f"spread{asked}", "", "", f"{unevenness(record):.0%}", "", ""])
     return _rows(["scale", "", "unit", "ns a unit and update", "ns, each beyond the row above", "set-up, s"], rows)

@@ -6,7 +6,9 @@ as many updates, and its noise would drown the difference of two fits. Set-up is
 tracing, compiling, the final check.
 
 An update costs something whatever the size, which the average of a small one shows: the report also says what each
-size costs more than the one before, per unit, and what the smallest costs beside its units at that price.
+size costs more than the one before, per unit, and what the smallest costs beside its units at that price; and the line
+`a` an update + `b` a unit that is nearest to all sizes. Whether the smallest is fast nevertheless, peers say: `beside`
+is the workload of the smallest size with them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Record
-from benchmarks.paired import work
+from benchmarks.paired import Paired, work
 from benchmarks.workload import Spawn
 from pyro_em.result import FitResult
 
@@ -44,12 +46,20 @@ class Scale:
     unit: str
     flat_within: float | None = None
     tiny: Sequence[int] = (1000, 2000)
-    calls: tuple[str, ...] = field(default=("timings",), init=False)
+    beside: Paired | None = None
+    calls: tuple[str, ...] = field(default=("timings", "peers"), init=False)
 
     def collect(self, spawn: Spawn, rounds: int) -> Record:
-        """All sizes in one process, interleaved."""
+        """All sizes in one process, interleaved; the smallest with its peers in another."""
         found = spawn("timings", rounds=rounds)
+        if self.beside is not None:
+            found["beside"] = spawn("peers", rounds=rounds)["contenders"]
         return {"kind": "scale", **found, "flat_within": self.flat_within, "letter": self.letter, "unit": self.unit}
+
+    def peers(self, rounds: int, tiny: bool) -> Record:
+        """The timings of `beside`."""
+        assert self.beside is not None
+        return self.beside.timings(rounds, tiny)
 
     def timings(self, rounds: int, tiny: bool) -> Record:
         """Seconds per update and of the set-up, by size."""

@@ -58,7 +58,7 @@ def _chain(
     size: dict[str, int],
     ours: tuple[int, int],
     hmmlearn: tuple[int, int],
-    targets: tuple[float | None, float | None],
+    targets: tuple[float | None, float | None] = (None, None),
 ) -> Paired:
     small = {"steps": 60, "sequences": 2, "states": 2, **{k: 3 for k in ("features", "symbols") if k in size}}
     return Paired(
@@ -222,6 +222,7 @@ _ALL: tuple[Workload, ...] = (
         lambda steps: steps,
         "step",
         flat_within=0.5,
+        beside=_chain("", "", {"steps": 1000, "sequences": 1, "states": 5, "features": 2}, BEYOND, (5, 105)),
     ),
     Gap("gap-gaussian", "To within 1e-3 nat: overlapping Gaussians, N=2,000 K=3 D=2", _overlapping(2000), 4000, 5.0),
     Gap("gap-large", "To within 1e-3 nat: overlapping Gaussians, N=100,000 K=3 D=2", _overlapping(100_000), 1000, 5.0),

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gap, peers, report
+from benchmarks import figures, gap, peers, report
 from benchmarks.harness import (
     Contender,
     Disagreement,
@@ -215,7 +215,7 @@ def test_losses_are_printed() -> None:
     assert "- X: 0.60× peer, 2.00× was asked." in text
     assert "- X: peak memory 3 MB above the data, 2 MB was asked." in text
     assert "Others were computing" in text
-    assert report.limit_ratio(PAIRED) == pytest.approx(1.0 / 0.2)
+    assert figures.limit_ratio(PAIRED) == pytest.approx(1.0 / 0.2)
 
 
 def test_rounds_that_differ_are_no_result() -> None:
@@ -234,12 +234,38 @@ def test_what_does_not_grow_is_told_apart() -> None:
     found = {size: {"seconds_per_update": [t] * 3, "setup_seconds": [0.25] * 3} for size, t in times.items()}
     scale = {"kind": "scale", "sizes": [1000, 11000, 111000], "units": [1000, 11000, 111000], "contenders": found}
     record = {**PAIRED, **scale, "flat_within": 0.5, "letter": "T", "unit": "step"}
-    more, fixed = report.marginal_costs(record)
+    more, fixed = figures.marginal_costs(record)
     assert fixed == pytest.approx(90e-6) and more == {11000: pytest.approx(50e-9), 111000: pytest.approx(10e-9)}
     text = report.table([record])
     assert "| T = 1,000 | step | 140.00 (140.00–140.00) | 90 µs beside them | 0.25 |" in text
     assert "| T = 111,000 | step | 14.77 (14.77–14.77) | 10.00 | 0.25 |" in text
     assert "- X: the cost of a step varies by 848%, 50% was asked." in text
+
+
+def test_the_nearest_line_and_peers_of_the_smallest_size() -> None:
+    """70 µs an update and 30 ns a step to the digit; then one length off it, by whose relative residual alone a line is
+    judged. A peer that is faster at the smallest size is a shortfall."""
+    units = [1000, 10_000, 1_000_000]
+    found = {str(n): {"seconds_per_update": [70e-6 + 30e-9 * n], "setup_seconds": [0.25]} for n in units}
+    peers = {
+        name: {"seconds_per_update": [seconds], "setup_seconds": [0.5]}
+        for name, seconds in (("pyro_em", 100e-6), ("slow", 400e-6), ("quick", 50e-6))
+    }
+    scale = {"kind": "scale", "sizes": units, "units": units, "contenders": found, "beside": peers}
+    record = {**PAIRED, **scale, "flat_within": None, "letter": "T", "unit": "step"}
+    assert figures.nearest_line(record) == pytest.approx((70e-6, 30e-9, 0.0), abs=1e-12)
+    text = report.table([record])
+    assert "| 70.0 µs an update + 30.00 ns a step | 0% |" in text
+    assert "| slow, T = 1,000 | step | 400.00 (400.00–400.00) | 4.00× (4.00–4.00) ours | 0.50 |" in text
+    assert "- X: 0.50× quick at T = 1,000 (0.50–0.50)." in text and "× slow at" not in text
+    found["10000"]["seconds_per_update"] = [2 * (70e-6 + 30e-9 * 10_000)]
+    fixed, each, residual = figures.nearest_line(record)
+    residuals = [(fixed + each * n) / found[str(n)]["seconds_per_update"][0] - 1 for n in units]
+    assert residual == pytest.approx(max(map(abs, residuals))) and 0.2 < residual < 0.5
+    # Least squares: no other line has a smaller sum.
+    for a, b in ((1.01, 1.0), (0.99, 1.0), (1.0, 1.01), (1.0, 0.99)):
+        others = [(a * fixed + b * each * n) / found[str(n)]["seconds_per_update"][0] - 1 for n in units]
+        assert sum(x * x for x in others) > sum(x * x for x in residuals)
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
