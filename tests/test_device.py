@@ -21,6 +21,7 @@ import pyro_em.device as device_module
 from models import glmm, gmm, mvn_missing, overdispersed, state_space
 from pyro_em import products
 from pyro_em.evidence import banded
+from tests import zoo_quadrature
 from tests.emulated import emulated_device
 from tests.latent_problems import BY_NAME as LATENT_BY_NAME
 from tests.latent_problems import LATENT_PROBLEMS
@@ -93,10 +94,24 @@ def test_continuous_latents(name: str) -> None:
     assert all(torch.equal(params[name], expected.params[name]) for name in params)
 
 
+RULE = {"e_step": {"u": pyro_em.Quadrature(num_nodes=7, tolerance=1e-2)}}
+
+
+def _groups(most: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts (or shares, at most 9 counts over `most`), a covariate, four groups."""
+    g = torch.arange(24) % 4
+    counts = (torch.arange(24) * 7 % 10).double()
+    y = counts if most == 1 else counts.clamp(min=0.5) / most
+    return y, torch.linspace(-1, 1, 24), g
+
+
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "state space": (state_space.local_level, lambda: (state_space.load(),), {}),
     "series side by side": (state_space.lds, lambda: (state_space.simulate(20, 3, num_observed=2),), {}),
     "quadrature": (glmm.model, glmm.load, {"e_step": {"b": pyro_em.Quadrature(num_nodes=7)}}),
+    "classes beside quadrature": (zoo_quadrature.classes_of_groups, _groups, RULE),
+    "inflated zeros beside it": (zoo_quadrature.inflated, _groups, RULE),
+    "mean and precision beside it": (zoo_quadrature.shares, lambda: _groups(10.0), RULE),
     "missing cells": (mvn_missing.model, lambda: (mvn_missing.simulate(30, 3),), {"missing": "nan"}),
     "conjugate": (overdispersed.gamma_poisson, overdispersed.load, {}),
 }

@@ -10,7 +10,7 @@ Discrete latents that a set reads have an element, with a mode and nodes of its 
 The error of the rule is estimated at the E-steps number 1, 2, 4, 8, ..., as evidence/quadrature.py does.
 
 Not handled: priors of latents that depend on latents of quadrature, densities of which latents move more than one
-argument (a Beta by mean and precision).
+argument, latents of every row inside of an element's integral (evidence/quadrature_recognition.py refuses these).
 """
 
 from __future__ import annotations

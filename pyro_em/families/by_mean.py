@@ -21,8 +21,8 @@ from torch.distributions import constraints
 
 from pyro_em.families.base import Arguments, Family
 from pyro_em.families.dirichlet import BetaFamily
-from pyro_em.families.numerics import floats
-from pyro_em.families.overdispersed import BetaBinomialFamily
+from pyro_em.families.numerics import floats, weighted_log, weighted_log1m
+from pyro_em.families.overdispersed import BetaBinomialFamily, log_rising
 
 MARK = "_pyro_em_by_mean"  # in `infer` of such a site: the dims that its precision loses
 ROUNDING = 64  # units in the last place of the terms of a difference
@@ -44,29 +44,30 @@ class BetaBinomial:
     }
 
 
-class _ByMean(Family):
-    inner: ClassVar[Family]
-
-    def log_prob(self, args: Arguments, value: Tensor) -> Tensor:
-        mean, precision = floats(args["mean"], args["precision"])
-        own = {"concentration1": mean * precision, "concentration0": (1 - mean) * precision}
-        return self.inner.log_prob({**args, **own}, value)
-
-
-class BetaByMeanFamily(_ByMean):
-    """Shares with mean and precision."""
+class BetaByMeanFamily(Family):
+    """Shares with mean and precision; what depends on the precision alone is evaluated once for each of its entries."""
 
     distribution = Beta
     arguments: ClassVar = {"mean": 0, "precision": 0}
-    inner = BetaFamily()
+
+    def log_prob(self, args: Arguments, value: Tensor) -> Tensor:
+        mean, precision, x = floats(args["mean"], args["precision"], value)
+        a, b = mean * precision, (1 - mean) * precision
+        log_norm = torch.lgamma(precision) - torch.lgamma(a) - torch.lgamma(b)
+        return weighted_log(a - 1, x) + weighted_log1m(b - 1, x) + log_norm
 
 
-class BetaBinomialByMeanFamily(_ByMean):
+class BetaBinomialByMeanFamily(Family):
     """Overdispersed successes with mean and precision."""
 
     distribution = BetaBinomial
     arguments: ClassVar = {"mean": 0, "precision": 0, "total_count": 0}
-    inner = BetaBinomialFamily()
+
+    def log_prob(self, args: Arguments, value: Tensor) -> Tensor:
+        mean, precision, n, x = floats(args["mean"], args["precision"], args.get("total_count", 1), value)
+        choose = torch.lgamma(n + 1) - torch.lgamma(x + 1) - torch.lgamma(n - x + 1)
+        failures = log_rising((1 - mean) * precision, n - x)
+        return choose + log_rising(mean * precision, x) + failures - log_rising(precision, n)
 
 
 BY_MEAN: dict[type[Family], Family] = {
