@@ -155,21 +155,21 @@ class Banded:
         L, K, M = b.shape
         C, J = self.blocks.chains, self.blocks.per_chain
         self.alpha, self.w = alpha, w = _memory(L, K, M), _memory(L + 1, K, M)
-        self.states, behind = _memory(L, K, M), _memory(L, K, M)  # predicted states at first; A w of the next step
+        predicted, self.states = _memory(K, M), _memory(L, K, M)  # at first A w of the next step
         following = w[L].reshape(K, C, J)
         calls: list[Call] = [
-            partial(np.copyto, self.states[0].reshape(K, C, J), self.ends[0, :, :-1].transpose(2, 0, 1)),
+            partial(np.copyto, predicted.reshape(K, C, J), self.ends[0, :, :-1].transpose(2, 0, 1)),
             partial(np.copyto, following, self.ends[1, :, -2::-1].transpose(2, 0, 1)),
             partial(np.multiply, following, self.share[:, None] if C > 1 else self.share.reshape(()), following),
-            partial(np.multiply, self.states[0], b[0], alpha[0]),
+            partial(np.multiply, predicted, b[0], alpha[0]),
         ]
         for l in range(1, L):
-            calls.append(partial(np.dot, self._transposed, alpha[l - 1], self.states[l]))
-            calls.append(partial(np.multiply, self.states[l], b[l], alpha[l]))
-        for l in range(L - 1, 0, -1):
-            calls.append(partial(np.dot, self._table, w[l + 1], behind[l]))
-            calls.append(partial(np.multiply, behind[l], b[l], w[l]))
-        calls += [partial(np.dot, self._table, w[1], behind[0]), partial(np.multiply, alpha, behind, self.states)]
+            calls.append(partial(np.dot, self._transposed, alpha[l - 1], predicted))
+            calls.append(partial(np.multiply, predicted, b[l], alpha[l]))
+        for l in range(L - 1, -1, -1):
+            calls.append(partial(np.dot, self._table, w[l + 1], self.states[l]))
+            calls += [partial(np.multiply, self.states[l], b[l], w[l])] if l else []  # the first w is not used
+        calls.append(partial(np.multiply, alpha, self.states, self.states))
         calls.append(partial(following[..., -1].fill, 0.0))
         self._steps, self._right, self._posterior = np.ones(L), w[1:].transpose(0, 2, 1), self.states.transpose(0, 2, 1)
         return calls
