@@ -14,6 +14,7 @@ from scipy import stats
 from torch import Tensor
 
 import pyro_em
+from models import irt
 from pyro_em import Quadrature
 from tests import zoo_quadrature as zoo
 
@@ -66,6 +67,21 @@ def test_classes_of_items_against_a_grid() -> None:
         after.log_likelihood, abs=1e-9
     )
     assert after.log_likelihood > start.log_likelihood
+
+
+def test_classes_that_were_simulated_are_found() -> None:
+    """The fit starts at the classes' average, and its classes are those drawn: intercepts within their errors."""
+    result = pyro_em.fit(
+        irt.mixture, irt.simulate_mixture(2000), e_step={"theta": Quadrature(15)}, accelerate="squarem"
+    )
+    assert result.converged and "adaptive" in str(result.plan)
+    errors, truth = result.standard_errors(), torch.linspace(-2, 2, 6, dtype=torch.float64)
+    order = result.params["intercept"][:, -1].argsort(descending=True)
+    away = (result.params["intercept"][order] - torch.stack([truth, -truth])) / errors["intercept"][order]
+    assert float(away.abs().max()) < 4
+    weights = result.params["weights"][order] - torch.tensor([0.6, 0.4])
+    assert float((weights / errors["weights"]).abs().max()) < 4
+    assert float((result.params["slope"] - 1).abs() / errors["slope"]) < 4
 
 
 def test_a_class_that_nobody_is_in() -> None:

@@ -150,6 +150,7 @@ TABLE: list[tuple[str, str, Callable[[], tuple[Tensor, ...]]]] = [
     ("growth_curves", "reverting", lambda: arguments(module("growth_curves").simulate_reverting())),
     ("growth_curves", "experts", lambda: arguments(module("growth_curves").simulate_with_covariates())),
     *(("irt", function, simulated("irt")) for function in ("model", "common_slope", "rasch")),
+    ("irt", "mixture", lambda: arguments(module("irt").simulate_mixture())),
     *(("irt", function, categories(loaded("irt"))) for function in ("model", "common_slope", "rasch")),
     ("glmm", "model", loaded("glmm")),
     ("glmm", "grouped", simulated("glmm")),
