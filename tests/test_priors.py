@@ -20,6 +20,7 @@ from pyro.infer.autoguide import AutoDelta
 from pyro.infer.autoguide.initialization import init_to_value
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor
+from torch.distributions import constraints
 
 import pyro_em
 from pyro_em.distributions import InverseWishart
@@ -150,7 +151,7 @@ def _auto_delta(
 def test_equals_auto_delta(name: str) -> None:
     model, data, parameter, rule = CASES[name]
     y = data()
-    result = pyro_em.fit(model, y, algorithm="map-em", seed=0, tol=1e-9, max_iter=3000)
+    result = pyro_em.fit(model, y, algorithm="map-em", seed=0, tol=1e-9, max_iter=400)
     assert result.converged
     row = next(row for row in result.plan.m_step if row.name == parameter)
     assert (row.route, row.reason.split(" (")[0]) == ("closed", rule)
@@ -221,3 +222,38 @@ def test_an_update_stops_below_the_upper_end_of_a_uniform_prior() -> None:
     found = pyro_em.fit(model, y, algorithm="map-em", init={"sigma": torch.tensor(1.0)})
     assert 1.5 - 1e-9 < float(found.params["sigma"]) < 1.5
     assert found.log_posterior is not None and math.isfinite(found.log_posterior)
+
+
+def _free_spread(prior: Callable[[Tensor], Any], levels: int) -> Callable[..., None]:
+    """Levels with a prior around 0 whose spread is a parameter, and normal data."""
+
+    def model(y: Tensor) -> None:
+        tau = pyro.param("tau", torch.tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("levels", levels):
+            mu = pyro.sample("mu", prior(tau), infer={"em": "parameter"})
+        for i in range(levels):
+            with pyro.plate(f"rows_{i}", len(y)):
+                pyro.sample(f"y_{i}", dist.Normal(mu[i], 1.0), obs=y)
+
+    return model
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize(
+    "prior",
+    [
+        lambda tau: dist.Normal(0.0, tau),
+        lambda tau: dist.Normal(0.0, tau.rsqrt()),
+        lambda tau: dist.Laplace(0.0, tau),
+    ],
+    ids=["scale", "precision", "laplace"],
+)
+def test_a_prior_with_a_free_spread_has_no_maximum(prior: Callable[[Tensor], Any], levels: int) -> None:
+    """log N(μ; 0, τ) → ∞ as τ → 0 and μ → 0; the sentence says so, names the prior's site, and how to go on."""
+    y = torch.tensor([-0.8, 0.5, 0.1, -0.2, 0.45])
+    with pytest.raises(pyro_em.PyroEMError) as caught:
+        pyro_em.fit(_free_spread(prior, levels), y, algorithm="map-em", max_iter=400)
+    said = str(caught.value)
+    assert "spread of the prior of 'mu' is a free parameter itself and has gone to 0" in said
+    assert "roles={'mu': 'latent'}" in said
+    assert "Dirichlet" not in said

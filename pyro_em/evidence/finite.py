@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_em.errors import NonFiniteError
 from pyro_em.evidence.discrete import Evidence, contract
@@ -36,7 +38,8 @@ def check_finite(
         return evidence
     for name, factor in factors.items():
         if bool(factor.isnan().any()) or bool((factor == torch.inf).any()):
-            raise NonFiniteError(name, _no_mode(name) if name in graph.priors else _no_density(name, sites.get(name)))
+            site = sites.get(name)
+            raise NonFiniteError(name, _no_mode(name, site) if name in graph.priors else _no_density(name, site))
     for term, component in zip(evidence.terms, graph.components, strict=True):
         if bool((term == -torch.inf).any()):
             name, term = _first_site(graph, component, factors, term)
@@ -47,8 +50,29 @@ def check_finite(
     raise NonFiniteError("", "The log-likelihood is not finite, though every factor is.")
 
 
-def _no_mode(name: str) -> str:
+def is_unbounded(fn: Any) -> bool:
+    """Whether a distribution is one of real numbers: its density grows without limit only as its spread goes to 0."""
+    support = fn.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support is constraints.real or support is constraints.real_vector
+
+
+def spread_to_zero(name: str) -> tuple[str, str]:
+    """Why a prior whose spread is free has no mode with its parameter, and what to do."""
+    return (
+        f"the spread of the prior of '{name}' is a free parameter itself and has gone to 0, with '{name}' at the "
+        "prior's center: there the log posterior rises without limit, whatever the data, so that it has no maximum.",
+        f"integrate this site out (roles={{'{name}': 'latent'}}), which leaves the spread a maximum, fix the spread, "
+        "or give it a prior that vanishes at 0 faster than any power (InverseGamma or LogNormal).",
+    )
+
+
+def _no_mode(name: str, site: SiteRecord | None) -> str:
     """Why the density of a prior is infinite."""
+    if site is not None and is_unbounded(site.fn):
+        reason, remedy = spread_to_zero(name)
+        return f"Site '{name}': {reason} Remedy: {remedy}"
     return (
         f"Site '{name}': its density is infinite or NaN at the parameter's value, which has moved to the edge of its "
         "space. A Dirichlet, Beta or Gamma prior with a concentration below 1 has no mode inside: the log posterior "

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from pyro_em.charts import base_constraint
 from pyro_em.errors import DegenerateLikelihoodError, InputError
+from pyro_em.evidence.finite import is_unbounded, spread_to_zero
+from pyro_em.families import LOCATIONS
 from pyro_em.kernels import PowerKernel, WishartKernel
 from pyro_em.m_step.closed import Combined
 from pyro_em.model.recognise import VALUE, Use
@@ -51,7 +53,11 @@ def check_update(
         _check_noise(site, combined) if noise else _check_matrices(site, combined, spread() if own is None else own)
     elif isinstance(combined.kernel, PowerKernel) and not (problem.with_prior or integrated or effects):
         _check_scales(site, combined.kernel, spread())
-    if not bool((value - value == 0).all()):  # finite, in few operations
+    finite = bool((value - value == 0).all())  # in few operations
+    prior = _free_prior(problem, name, uses)
+    if prior is not None and not (finite and (prior == name or bool((value != 0).all()))):
+        raise DegenerateLikelihoodError(prior, None, *spread_to_zero(prior))
+    if not finite:
         raise DegenerateLikelihoodError(
             site,
             _component(~value.isfinite()),
@@ -66,6 +72,18 @@ def check_update(
     if lower is not None or upper is not None:
         value = combined.kernel.within(value, lower, upper)
     return value
+
+
+def _free_prior(problem: Problem, name: str, uses: tuple[Use, ...]) -> str | None:
+    """The site of a prior that is narrower the smaller (or larger) this parameter is, or that of the parameter itself
+    if others do so."""
+    if not problem.with_prior:
+        return None
+    spreads = [use.site for use in uses if use.site in problem.graph.priors and use.slot not in (VALUE, *LOCATIONS)]
+    everywhere = (use for own in problem.uses.values() for use in own if use.slot not in (VALUE, *LOCATIONS))
+    if not spreads and name in problem.graph.priors and any(use.site == name for use in everywhere):
+        spreads = [name]
+    return next((site for site in spreads if is_unbounded(problem.capture.sites[site].fn)), None)
 
 
 def _component(bad: Tensor) -> int | None:
