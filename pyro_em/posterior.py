@@ -37,6 +37,7 @@ from pyro_em.state_posterior import StatePosterior
 from pyro_em.statistics import with_integrated
 from pyro_em.terms import pointwise
 from pyro_em.types import Params
+from pyro_em.unrolled_posterior import UnrolledSequence, unrolled_sequence
 
 CHUNK_CELLS = 2**23  # cells of factor tables held at once while drawing
 
@@ -145,20 +146,18 @@ class Posterior:
         own = with_dims(weights.sum(gone) if gone else weights, "".join(kept))
         return over_plates(own, record, symbol)
 
-    def sequence(self, latent: str) -> SequencePosterior:
-        """The states of a `pyro_em.markov` loop filtered, smoothed, forecast (see sequence_posterior.py)."""
-        if latent not in self._sequences:
-            chain = self._chain(latent)
-            remedy = (
-                f"its states are normal; posterior.states('{chain.fold.site}') has them filtered, forecast, one by one."
-                if chain is not None
-                else "a loop of no more steps than its history has none, and its latents are asked for one by one."
-                if any(not loop.together for loop in self.problem.capture.loops)
-                else "write the loop as `for t in pyro_em.markov(T)`, and give the latent's name without the step."
-            )
-            raise InputError(f"'{latent}' is no sequence of discrete states of a pyro_em.markov loop: {remedy}")
+    def sequence(self, latent: str) -> SequencePosterior | UnrolledSequence:
+        """States of a loop over time, by their name without the step: filtered, smoothed, forecast (see
+        sequence_posterior.py, and unrolled_posterior.py for `pyro.markov`)."""
         factors = self.problem.factors(self._e_step[1])
-        return SequencePosterior(self.problem.graph, factors, self._sequences[latent])
+        if latent in self._sequences:
+            return SequencePosterior(self.problem.graph, factors, self._sequences[latent])
+        if (chain := self._chain(latent)) is not None:
+            raise InputError(
+                f"'{latent}' is no sequence of discrete states: its states are normal; "
+                f"posterior.states('{chain.fold.site}') has them filtered, forecast, one by one."
+            )
+        return unrolled_sequence(self.problem, self.params, factors, latent, self.responsibilities)
 
     def marginal(self, site: str) -> dist.Distribution:
         """Marginal posterior of one latent, with the plates as batch shape.

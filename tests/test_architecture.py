@@ -22,8 +22,8 @@ LAYERS = """
     types errors settings files shapes version derivatives products softmax factors | device
     constraint_names charts distributions kernels table tape state_space | slopes families | model
     store stop evidence | latents latent_uses | problem options | rebind all_atoms | statistics terms gram
-    state_posterior sequence_posterior picks | mixed_states | chain_posterior
-    posterior predict series design expected | vector_design | sufficient impute clusters | e_step.base | m_step
+    state_posterior sequence_posterior picks series | mixed_states unrolled_posterior | chain_posterior
+    posterior predict design expected | vector_design | sufficient impute clusters | e_step.base | m_step
     recordings | evaluator | loop explain information | pointwise e_step accelerate checks progress
     integration initialise anneal precision | condense | binding elbo result | em guides | ascent | svi | fit
     summary plots checkpoint dims | arviz | __init__ | cli | __main__ | mini

@@ -74,7 +74,7 @@ def test_short_sequences(steps: int) -> None:
     result = pyro_em.fit(chain, y, max_iter=1)
     posterior = result.posterior()
     if steps == 1:
-        with pytest.raises(pyro_em.InputError, match="no more steps than its history"):
+        with pytest.raises(pyro_em.InputError, match="steps of a loop over time, at least two"):
             posterior.sequence("z")
         return
     assert posterior.latents == ("z",)

@@ -220,7 +220,8 @@ def indexed_latents(
                 "sites outside of its plates read it by an index, beside a pyro_em.markov loop."
                 if capture.loops
                 else f"more than {len(SYMBOLS)} latents are read by an index from outside of their plates.",
-                "write the groups as rows of a table, with a mask where they are shorter.",
+                "write the groups as rows of a table, with a mask where they are shorter"
+                + ("; or the loop as `for t in pyro.markov(range(T))`." if capture.loops else "."),
             )
         states, batch = states_of(capture.sites[name])
         own = first - len(found), SYMBOLS[len(found)], states, batch, frozenset(readers), frozenset(through)
