@@ -65,6 +65,8 @@ class UnrolledSequence:
         graph = self.graph
         inside = [c for c in graph.components if graph.latents[self.sites[0]] in c.symbols]
         own = {graph.latents[site] for site in self.sites}
+        if not inside:
+            raise InputError(f"sequence: '{self.name}' has one state, which it is in at every step.")
         if not all(own <= c.symbols for c in inside):
             raise InputError(f"sequence: the steps of '{self.name}' are independent; ask for their marginals.")
         (component,) = inside

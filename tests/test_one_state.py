@@ -33,8 +33,8 @@ def test_one_state(loop: Loop) -> None:
         assert posterior.sample(3)[f"z_{t}"].tolist() == [0, 0, 0]
     if loop is pyro_em.markov:
         assert posterior.responsibilities("z").tolist() == [[1.0]] * 4
-        with pytest.raises(pyro_em.InputError, match="one state"):
-            posterior.sequence("z")
+    with pytest.raises(pyro_em.InputError, match="one state"):
+        posterior.sequence("z")
     draws = result.to_inference_data(num_draws=2, latent_draws=2)
     assert {"latent_posterior", "latent_draws"} <= set(draws.groups() if callable(draws.groups) else draws.children)
 

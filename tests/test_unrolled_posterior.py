@@ -116,7 +116,7 @@ def test_equals_the_loop_of_pyro_em(model: Callable[..., Any], steps: int, monke
         with pytest.raises(InputError, match="vary with time"):
             theirs.forecast(2)
     elif model is timed_models.third_order_mixture and steps == 4:
-        with pytest.raises(InputError, match="no step before the last one"):
+        with pytest.raises(InputError, match="before the last one reads as many steps back"):
             theirs.forecast(2)
     else:
         torch.testing.assert_close(theirs.forecast(3), ours.forecast(3), rtol=1e-9, atol=1e-11)

@@ -34,7 +34,7 @@ def _refuse_out_of_scope(run: Run, seen: Capture) -> None:
     for name, site in run.sites.items():
         read = seen.sites[name].upstream & symbols.keys() if name in seen.sites else frozenset()
         for latent in sorted(read):
-            if not seen.sites[latent].markov or symbols[latent] in site.symbols.values():
+            if not seen.sites[latent].markov or symbols[latent] in site.symbols.values() or _one_state(run, latent):
                 continue
             for loop in seen.loops:
                 if latent in loop.names and name not in loop.names:
@@ -46,3 +46,8 @@ def _refuse_out_of_scope(run: Run, seen: Capture) -> None:
                 "give the loop the history that its body reads, pyro.markov(range(T), history=2), and put sites that "
                 "read its states inside; or write range(T), which keeps the states of all steps.",
             )
+
+
+def _one_state(run: Run, latent: str) -> bool:
+    """Such a latent has no dim."""
+    return len(run.sites[latent].fn.enumerate_support(expand=False)) == 1
