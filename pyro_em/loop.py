@@ -85,7 +85,7 @@ class Step:
     ...     return step.iteration == 2
     >>> result = pyro_em.fit(model, x, callbacks=[watch])
     >>> len(seen), str(result.outcome)
-    (3, 'Interrupted: the last complete iterate is returned.')
+    (3, 'Interrupted by a callback or by Ctrl-C: the last complete iterate is returned.')
     """
 
     iteration: int

@@ -120,7 +120,8 @@ class Posterior:
                 return sequence.rest
         if self.is_continuous(latent):
             raise InputError(f"Latent '{latent}' is continuous and has no states; ask for its mean or marginal.")
-        known = ", ".join(self.latents) or "none"
+        some = self.latents[:10]
+        known = ", ".join((*some, f"and {len(self.latents) - 10} more") if self.latents[10:] else some) or "none"
         raise InputError(f"The model has no latent '{latent}'. Its latents: {known}.")
 
     def _site(self, latent: str) -> SiteRecord:

@@ -83,6 +83,11 @@ class _Watch(Messenger):
         self.sites: dict[str, _Site] = {}
         self._open = 0
 
+    def begin(self) -> None:
+        """Of a run: the one before may have ended in the middle of a site."""
+        self.sites.clear()
+        self._open = 0
+
     def _pyro_sample(self, msg: Any) -> None:
         self._open += 1
 
@@ -124,7 +129,7 @@ def series_of(problem: Problem) -> dict[str, Series]:
     watch = _Watch()
 
     def watched(*args: Any, **kwargs: Any) -> None:
-        watch.sites.clear()  # a loop over time is looked at in several runs, of which the last has all its steps
+        watch.begin()  # a loop over time is looked at in several runs, of which the last has all its steps
         with watch:
             model(*args, **kwargs)
 

@@ -29,7 +29,7 @@ class Outcome(Enum):
         "Stalled: the objective no longer rises beyond rounding, but the score is above tol. The likelihood is "
         "flat here in this precision; use float64 or a larger tol."
     )
-    interrupted = "Interrupted: the last complete iterate is returned."
+    interrupted = "Interrupted by a callback or by Ctrl-C: the last complete iterate is returned."
     degenerate = "Degenerate: the likelihood is unbounded; the last finite iterate is returned."
     averaged = (
         "The requested number of stochastic updates was performed; the average of the last half of them is returned, "

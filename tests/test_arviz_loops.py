@@ -112,3 +112,36 @@ def test_arviz_pairs_a_loops_observed_and_predicted_data(az: Any) -> None:
     assert panel.get_title() == panel.get_title("center") and panel.get_xlabel() == "y"
     assert np.array_equal(np.sort(shown.get_xdata()), np.sort(y))
     plt.close("all")
+
+
+def test_series_inside_of_one_site_are_drawn_as_long_as_the_data() -> None:
+    """`DiscreteHMM` and `GaussianHMM` without `duration`; the first run of such a model ends inside of its site."""
+    y = torch.tensor([0.4, -1.0, 0.2, 2.0], dtype=torch.float64)
+    start = torch.tensor([0.99, 0.01], dtype=torch.float64)
+
+    def discrete(y: torch.Tensor) -> None:
+        rows = torch.tensor([[0.9, 0.1], [0.3, 0.7]], dtype=torch.float64)
+        A = pyro.param("A", rows, constraint=dist.constraints.simplex)
+        means = torch.tensor([-3.0, 3.0], dtype=torch.float64)
+        pyro.sample("y", dist.DiscreteHMM(start.log(), A.log(), dist.Normal(means, 1.0)), obs=y)
+
+    def gaussian(y: torch.Tensor) -> None:
+        a = pyro.param("a", torch.tensor([[0.5]], dtype=torch.float64))
+        one = torch.ones(1, dtype=torch.float64)
+        unit, moved = dist.Normal(0 * one, one).to_event(1), dist.Normal(one, one).to_event(1)
+        pyro.sample("y", dist.GaussianHMM(unit, a, moved, one.unsqueeze(-1), unit), obs=y.unsqueeze(-1))
+
+    results = {model: pyro_em.fit(model, y, max_iter=1, tol=0) for model in (discrete, gaussian)}
+    A, a = results[discrete].params["A"], float(results[gaussian].params["a"])
+    expected: dict[object, list[float]] = {discrete: [], gaussian: []}
+    share, mean = start, 0.0
+    for _ in y:
+        share, mean = share @ A, a * mean + 1
+        expected[discrete].append(float(3 * (share[1] - share[0])))
+        expected[gaussian].append(mean)
+    for model, result in results.items():
+        drawn = result.predictive(num_samples=3000)["y"].reshape(3000, -1)
+        assert drawn.mean(0).tolist() == pytest.approx(expected[model], abs=0.2)
+        tree = to_datatree(result, num_draws=2, predictive=2)
+        assert tree["observed_data"]["y"].values.reshape(-1).tolist() == y.tolist()
+        assert tree["posterior_predictive"]["y"].values.reshape(1, 2, -1).shape == (1, 2, 4)
