@@ -7,11 +7,13 @@ a finished fit writes, once, at the end. (`ParamStoreDict.scope` is undone on er
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import pyro
 import torch
-from pyro.util import get_rng_state, set_rng_seed, set_rng_state
+from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
@@ -44,10 +46,21 @@ def isolated_rng(seed: int | None) -> Iterator[None]:
             current.set_state(torch.get_rng_state())
             seed = int(torch.randint(2**31 - 1, (), generator=current, device=current.device))
         try:
-            set_rng_seed(seed)
+            _seed(seed)
             yield
         finally:
             set_rng_state(before)
+
+
+def _seed(seed: int) -> None:
+    """`pyro.set_rng_seed`. Of an accelerator that is not in use yet, as no data are there, torch would note the seed
+    and where it was given: half a millisecond, and a seed that is left behind for whoever uses it first."""
+    if torch.cuda.is_initialized() or torch.get_default_device().type != "cpu":
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 @contextlib.contextmanager

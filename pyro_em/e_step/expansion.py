@@ -19,11 +19,13 @@ Shapes: K latents of a block, m cells that they are in.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -37,8 +39,7 @@ from pyro_em.m_step.auto import MStep
 from pyro_em.sufficient import Sufficient
 from pyro_em.types import Params
 
-Key = tuple[str, int]  # a parameter, and an entry of it
-Cell = tuple[int, int, int]  # a site, a feature, a cell of its rows
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -105,85 +106,109 @@ def expansion_of(engine: Engine, m_step: MStep) -> Expansion | None:
 
 
 class _Slopes:
-    """The slopes of all latents of one set, by latent and cell."""
+    """Which entry of a parameter stands in which cell of the slopes of the latents of one set (numbered from 1 on) and
+    of the intercepts (0): arrays (E,), sorted by latent and cell."""
 
     def __init__(self, own: PooledSet, columns: Sequence[Column], m_step: MStep, starts: Mapping[str, int]) -> None:
-        self.own, self.columns, self.starts = own, columns, starts
-        self.records = m_step.problem.parameters
-        self.sites = [s for s in own.sites if not any(c.site == s.site.name for c in columns)]
-        self.found: dict[tuple[int, Cell], list[tuple[Key, float]]] = {}  # by latent, from 1 on, 0 for the intercept
-        self.cells: dict[int, set[Cell]] = {}  # of each of these
+        self.own, self.columns = own, columns
         self.known: set[int] = set()  # latents with a slope that is a number, or a parameter that must not move
-        for i, site in enumerate(self.sites):
-            self._read(i, site)
-        self.count = Counter(key for entries in self.found.values() for key, _ in entries)
+        records = m_step.problem.parameters
+        self._numbers = {name: i for i, name in enumerate(records)}
+        self._begins = np.array([starts.get(name, -1) for name in records])  # -1: it must not move
+        real = [base_constraint(record.constraint) is constraints.real for record in records.values()]
+        sites = [s for s in own.sites if not any(c.site == s.site.name for c in columns)]
+        found = [entries for i, site in enumerate(sites) for entries in self._read(i, site)]
+        joined = [np.concatenate(x) for x in zip(*found, strict=True)] if found else [np.zeros(0, dtype=int)] * 7
+        cell = _code(*joined[1:4])
+        order = np.lexsort((cell, joined[0]))
+        latent, number, index, self.factor = (joined[i][order] for i in (0, 4, 5, 6))
+        self.cell, self.place = cell[order], self._begins[number] + index
+        self._bounds = np.searchsorted(latent, np.arange(len(columns) + 2))  # where the entries of each latent begin
+        key = _code(number, index)
+        self._once = _counts(key) == 1
+        self._inside = _counts(key) == _counts(_code(key, latent))  # in the slopes of one latent alone
+        self._free = self._once & (self._begins >= 0)[number] & np.array(real)[number]
 
-    def _read(self, i: int, site: PooledSite) -> None:
+    def _read(self, i: int, site: PooledSite) -> Iterable[tuple[Array, ...]]:
+        """Of every parameter in a site: latent; site, feature and cell; number and entry of the parameter; factor."""
         form, width = site.form, site.form.num_columns
         shared = site.shared * width
-        for row, _ in (form.base[:shared] != 0).nonzero().tolist():
-            if row % width:
-                self.known.add(row % width)
+        known = (form.base[:shared] != 0).any(1).nonzero().squeeze(-1).tolist()
+        self.known.update(row % width for row in known if row % width)
         for entries in form.entries:
-            held = entries.parameter not in self.starts
+            number = self._numbers[entries.parameter]
             columns = (entries.row, entries.cell, entries.index, entries.coefficient)
-            for row, cell, index, factor in zip(*(x.tolist() for x in columns), strict=True):
-                if held and row < shared:
-                    self.known.add(row % width)
-                j, at = (row % width, (i, row // width, cell)) if row < shared else (0, (i, -1 - row, cell))
-                self.found.setdefault((j, at), []).append(((entries.parameter, index), factor))
-                self.cells.setdefault(j, set()).add(at)
+            row, cell, index, factor = (x.cpu().numpy() for x in columns)
+            meets = row < shared
+            latent = np.where(meets, row % width, 0)
+            if self._begins[number] < 0:
+                self.known.update(latent[meets].tolist())
+            feature = np.where(meets, row // width, -1 - row)
+            yield latent, np.full_like(row, i), feature, cell, np.full_like(row, number), index, factor
 
     def blocks(self, engine: Pooled) -> Iterable[Block]:
-        groups: dict[tuple[str, tuple[Cell, ...], int], list[int]] = {}
+        groups: dict[tuple[str, bytes, int], list[int]] = {}
         for j, column in enumerate(self.columns, 1):
-            cells = tuple(sorted(self.cells.get(j, ())))
-            if not cells or j in self.known or column.element is not None or not self._own(j, cells):
+            own = self._entries(j)
+            cells = self.cell[own]
+            # One entry in a cell, which is in the slopes of this latent alone, and may be scaled.
+            separate = bool((np.diff(cells) > 0).all() and self._inside[own].all())
+            if not len(cells) or j in self.known or column.element is not None or not separate:
                 continue
-            mixed = self._each(j, cells)  # an entry in several cells is scaled in all of them, and mixed with none
-            groups.setdefault((column.site, cells, 0 if mixed else j), []).append(j)
-        for (_, cells, _), latents in groups.items():
-            made = self._block(cells, latents, engine)
+            mixed = bool(
+                self._free[own].all()
+            )  # what is in several cells is scaled in all of them, and mixed with none
+            groups.setdefault((column.site, cells.tobytes(), 0 if mixed else j), []).append(j)
+        for latents in groups.values():
+            made = self._block(latents, engine)
             if made is not None:
                 yield made
 
-    def _own(self, j: int, cells: Sequence[Cell]) -> bool:
-        """The entries of a latent are in its slopes alone, one in a cell, and may be scaled."""
-        keys = Counter(key for at in cells for key, _ in self.found[j, at])
-        return all(len(self.found[j, at]) == 1 for at in cells) and all(self.count[k] == n for k, n in keys.items())
+    def _entries(self, j: int) -> slice:
+        return slice(self._bounds[j], self._bounds[j + 1])
 
-    def _each(self, j: int, cells: Sequence[Cell]) -> bool:
-        """Every cell has an entry of its own, which may be any real number."""
-        keys = [self.found[j, at][0][0] for at in cells if len(self.found.get((j, at), ())) == 1]
-        return len(keys) == len(cells) and all(self.count[key] == 1 and self._is_free(key[0]) for key in keys)
+    def _intercepts(self, cells: Array) -> Array | None:
+        """Which entries are the intercepts of some cells, if each has one of its own, which may be any real number."""
+        own = self.cell[self._entries(0)]
+        at = np.searchsorted(own, cells)
+        alone = np.searchsorted(own, cells, side="right") == at + 1
+        return at if bool(alone.all()) and bool(self._free[at].all()) else None
 
-    def _is_free(self, name: str) -> bool:
-        return name in self.starts and base_constraint(self.records[name].constraint) is constraints.real
-
-    def _block(self, cells: tuple[Cell, ...], latents: list[int], engine: Pooled) -> Block | None:
+    def _block(self, latents: list[int], engine: Pooled) -> Block | None:
         columns = [self.columns[j - 1] for j in latents]
         latent = next(s for s in self.own.sites if s.site.name == columns[0].site)
         known = _known(latent, engine)
         if known is None:
             return None
         at = torch.tensor([c.event for c in columns])
-        entries = [[self.found[j, cell][0] for cell in cells] for j in latents]
-        intercepts = [self.found.get((0, cell), []) for cell in cells] if self._each(0, cells) else None
+        slopes = [self._entries(j) for j in latents]
+        intercepts = self._intercepts(self.cell[slopes[0]])
         mean, scale = known
         return Block(
             columns[0].site,
             at,
             mean[at],
             scale[at],
-            torch.tensor([[self._place(key) for key, _ in row] for row in entries]),
-            torch.tensor([[factor for _, factor in row] for row in entries], dtype=torch.float64),
-            None if intercepts is None else torch.tensor([self._place(own[0][0]) for own in intercepts]),
-            torch.tensor([own[0][1] for own in intercepts or ()], dtype=torch.float64),
+            torch.tensor(np.stack([self.place[own] for own in slopes])),
+            torch.tensor(np.stack([self.factor[own] for own in slopes])),
+            None if intercepts is None else torch.tensor(self.place[intercepts]),
+            torch.tensor(self.factor[[] if intercepts is None else intercepts]),
         )
 
-    def _place(self, key: Key) -> int:
-        name, index = key
-        return self.starts[name] + index
+
+def _code(*columns: Array) -> Array:
+    """One number for each row of some columns of integers, in the order of these."""
+    code = np.zeros_like(columns[0])
+    for x in columns:
+        low, high = (int(end) for end in (x.min(initial=0), x.max(initial=0)))
+        code = code * (high - low + 1) + (x - low)
+    return code
+
+
+def _counts(x: Array) -> Array:
+    """How often each of these numbers occurs among them."""
+    _, where, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return counts[where]
 
 
 def _known(latent: PooledSite, engine: Pooled) -> tuple[Tensor, Tensor] | None:
