@@ -80,10 +80,9 @@ class Problem:
         """The model at `params`; continuous latents stand at their current atoms."""
         if self.continuous is not None:
             return self.continuous.runs.several(dict(params), self.continuous.values)
-        nesting, loops = self.capture.max_plate_nesting, self.capture.loops
         with quiet_store(), pyro.validation_enabled(False):
             own = self.model, self.args, self.kwargs, params
-            return run_enumerated(self.indexed, *own, max_plate_nesting=nesting, loops=loops)
+            return run_enumerated(self.indexed, *own, **self.capture.options)
 
     def at_atoms(self, values: Mapping[str, Tensor]) -> Problem:
         """The same problem with its continuous latents at other atoms."""
@@ -255,11 +254,11 @@ def bind(
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any], at: int | Mapping[str, Tensor], graph: bool = True) -> Run:
         values = {**drawn, **(points[at] if isinstance(at, int) else at)}
-        own, depth = (indexed, model, args, kwargs, values), seen.max_plate_nesting
+        own = indexed, model, args, kwargs, values
 
         def once() -> Run:
             with torch.set_grad_enabled(graph), quiet_store():
-                return run_enumerated(*own, max_plate_nesting=depth, loops=seen.loops, integrated=latent)
+                return run_enumerated(*own, integrated=latent, **seen.options)
 
         return checked_run(once, validated=at == 0)
 
@@ -273,7 +272,7 @@ def bind(
     continuous, seen_at, second = None, first, None
     if latent:
         second, batches = run(args, kwargs, 1), {n: seen.sites[n].shapes for n in latent}
-        runs = AtomRuns(model, args, kwargs, atoms_dim, batches, indexed=indexed, nesting=seen.max_plate_nesting)
+        runs = AtomRuns(model, args, kwargs, atoms_dim, batches, seen.options, indexed=indexed)
         seen_before = rules, maps, (drawn, second)
         continuous, other = latents.bind_continuous(seen, latent, runs, (start, elsewhere), *seen_before)
         with torch.no_grad():

@@ -34,7 +34,8 @@ class AtomRuns:
     """How to run a model at values of its continuous latents.
 
     `shapes` are the latents' own (batch, event) shapes; `symbols[site][dim]` names dims that Pyro does not know of
-    (that of the atoms, and enumeration dims that only reach the site through a latent's value).
+    (that of the atoms, and enumeration dims that only reach the site through a latent's value); `options` are those of
+    `run_model`.
     """
 
     model: Model
@@ -42,10 +43,10 @@ class AtomRuns:
     kwargs: dict[str, Any]
     dim: int
     shapes: Shapes
+    options: Mapping[str, Any]
     symbols: Mapping[str, Mapping[int, str]] = dataclasses.field(default_factory=dict)
     looped: bool = False
     indexed: Indexed | None = None
-    nesting: int = 0  # dims that enumeration leaves free: plates, atoms, states of `indexed`
 
     def one(self, params: Params, values: Mapping[str, Tensor]) -> Run:
         """The run at one value of each latent, in the latents' own shapes."""
@@ -72,9 +73,9 @@ class AtomRuns:
                 params,
                 lambda states: self._in_states(values, states),
                 apart=self._apart(values),
-                max_plate_nesting=self.nesting or -self.dim,
                 integrated=frozenset(self.shapes),
                 symbols=symbols,
+                **self.options,
             )
 
     def _kept(self, values: Mapping[str, Tensor], s: int) -> dict[str, Tensor]:

@@ -96,6 +96,12 @@ class Capture:
     below_zero: frozenset[str] = frozenset()
     stacked: frozenset[str] = frozenset()
 
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """How `run_model` is to run this model: without the handlers of enumeration where nothing is enumerated."""
+        states = any(site.enumerable and not site.observed for site in self.sites.values())
+        return {"max_plate_nesting": self.max_plate_nesting, "loops": self.loops, "enumerated": states}
+
 
 class _Observe(Messenger):
     """Record parameters and dependences while the model runs."""
