@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch import Tensor
-
-from pyro_em.evidence.elimination import Route
+from pyro_em.evidence.elimination import Route, atoms_of
 from pyro_em.evidence.gaussian import GaussianRoute
 from pyro_em.problem import Problem
 
@@ -36,7 +34,5 @@ def with_all_atoms(problem: Problem) -> Problem:
             route = route.whole(max(problem.capture.sites[name].value.numel() for name in latents.factors))
         routes.append(route)
     whole = dataclasses.replace(continuous, routes=tuple(routes))
-    values: dict[str, Tensor] = {}
-    for part in whole.eliminate(problem.start):
-        values |= part.atoms
+    values = atoms_of(whole.eliminate(problem.start))
     return dataclasses.replace(problem, continuous=dataclasses.replace(whole, values=values))

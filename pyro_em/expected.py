@@ -23,6 +23,7 @@ from pyro_em.errors import Refusal
 from pyro_em.evidence.conjugate_nodes import NoNodes, nodes_for, probes
 from pyro_em.evidence.conjugate_posterior import ConjugatePosterior
 from pyro_em.evidence.discrete import Evidence
+from pyro_em.evidence.elimination import atoms_of
 from pyro_em.evidence.integrated import integrates
 from pyro_em.families.normal import LogNormalFamily
 from pyro_em.model.compat import base_distribution, unpack
@@ -128,7 +129,7 @@ class Expectations:
         """The quantity at values of some latents, those of all others at their atoms."""
         continuous = self.problem.continuous
         assert continuous is not None
-        values = {n: atoms for part in self.evidence.parts for n, atoms in part.atoms.items()} | dict(own)
+        values = atoms_of(self.evidence.parts) | dict(own)
         return quantity(continuous.runs.several(self.params, values).sites[name])
 
     def _over_atoms(self, name: str, quantity: Quantity, event: int = 0) -> Tensor:

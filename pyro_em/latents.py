@@ -18,7 +18,7 @@ from pyro_em.derivatives import pulled_back
 from pyro_em.device import seeded_normal
 from pyro_em.errors import Refusal
 from pyro_em.evidence.discrete import Evidence, evaluate, weighted_sum
-from pyro_em.evidence.elimination import Candidate, Continuous, Eliminated, LatentSet, Route
+from pyro_em.evidence.elimination import Candidate, Continuous, Eliminated, LatentSet, Route, atoms_of
 from pyro_em.evidence.finite import check_finite
 from pyro_em.evidence.routes import check_rules, choose_route, first_atoms
 from pyro_em.evidence.rule import Quadrature
@@ -259,7 +259,7 @@ def integrate(
     """Exact E-step: continuous latents by their routes, discrete ones by contraction, and the run at the atoms."""
     with torch.no_grad():
         parts = continuous.eliminate(params)
-        values = {name: atoms for part in parts for name, atoms in part.atoms.items()}
+        values = atoms_of(parts)
         run = continuous.runs.several(params, values)
         factors = factors_of(run)
         rest = reduced_factors(continuous, factors, parts)
@@ -270,7 +270,7 @@ def integrate(
         mixed = bool(set(dims_of(own)) & graph.symbol_sites.keys())
         nests = next(c.nests for c in graph.components if latents.symbol in c.symbols)
         for name in latents.factors:
-            inside = part.by_factor.get(name, part.weights)
+            inside = part.atoms.by_factor.get(name, part.atoms.weights)
             here = at_rows(own, graph.factors[name].plates, nests, graph.plate_sizes) if nests else own
             joint = multiply(onto(here, dims_of(factors[name])), inside) if mixed else inside
             assert joint is not None

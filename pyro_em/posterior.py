@@ -20,7 +20,7 @@ from pyro_em.chain_posterior import ChainPosterior, chain_posteriors
 from pyro_em.device import on_own_device
 from pyro_em.errors import InputError
 from pyro_em.evidence.discrete import Evidence
-from pyro_em.evidence.elimination import SetPosterior
+from pyro_em.evidence.elimination import SetPosterior, atoms_of
 from pyro_em.evidence.integrated import integrates
 from pyro_em.evidence.mixed import Mixed
 from pyro_em.evidence.ring import Elimination
@@ -247,7 +247,7 @@ class Posterior:
         """
         problem = with_all_atoms(dataclasses.replace(self.problem, with_prior=False))
         evidence, run = problem.evidence(self.params) if has_few_atoms(self.problem) else self._e_step
-        problem = problem.at_atoms({name: atoms for part in evidence.parts for name, atoms in part.atoms.items()})
+        problem = problem.at_atoms(atoms_of(evidence.parts))
         q, _ = problem.expected_log_joint(self.params, with_integrated(run, problem.graph, evidence.weights))
         entropy = float(evidence.log_likelihood) - float(q.detach())
         return entropy if evidence.parts else max(0.0, entropy)

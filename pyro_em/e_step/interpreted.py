@@ -13,6 +13,7 @@ from pyro_em.e_step.base import Expectation, Unread, is_possible
 from pyro_em.e_step.vanishing import vanishing
 from pyro_em.errors import NonFiniteError, Refusal
 from pyro_em.evidence.discrete import Evidence
+from pyro_em.evidence.elimination import atoms_of
 from pyro_em.model.trace import Run
 from pyro_em.problem import Problem
 from pyro_em.statistics import Posteriors, SiteMoments, argument_cells, expected_moments, site_center, with_integrated
@@ -70,7 +71,7 @@ def unread(problem: Problem, run: Run, evidence: Evidence, centers: dict[str, Te
     """
     known = {} if centers is None else centers
     if evidence.parts:
-        problem = problem.at_atoms({name: atoms for part in evidence.parts for name, atoms in part.atoms.items()})
+        problem = problem.at_atoms(atoms_of(evidence.parts))
         known = {}  # the latents' values are new at every E-step
 
     weights = with_integrated(run, problem.graph, evidence.weights)

@@ -28,7 +28,7 @@ from pyro_em.evidence.columns import direction, push, readings_of
 from pyro_em.evidence.conjugate_kinds import Kind
 from pyro_em.evidence.conjugate_posterior import ConjugatePosterior
 from pyro_em.evidence.conjugate_rows import kinds
-from pyro_em.evidence.elimination import Candidate, Eliminated, LatentSet, NotMine, RunAt
+from pyro_em.evidence.elimination import Atoms, Candidate, Eliminated, LatentSet, NotMine, RunAt
 from pyro_em.evidence.gaussian_recognition import one_family, plate_symbols
 from pyro_em.model.compat import pack, with_dims
 from pyro_em.model.density import log_density
@@ -79,22 +79,20 @@ class ConjugateRoute:
         self._certify(run_at, coefficients.detach(), at)
         energy = log_joint - self.kind.log_density(coefficients, at)
         posterior = ConjugatePosterior(self.latents, self.geometry, self.kind, coefficients.detach())
-        low, high = self.kind.atoms(coefficients.detach())
-        m = len(self.geometry.layout)
-        atoms = torch.cat([low, high], low.dim() - 1 - m)
-        weights = with_dims(torch.full((2,), 0.5, dtype=torch.float64), self.latents.symbol)
-        (name,) = self.latents.names
-        peak = self.kind.log_density(coefficients.detach(), self.kind.mode(coefficients.detach()))
-        placed = posterior.placed(atoms).to(self.dtype)
         size = self.kind.magnitude(coefficients.detach()).sum(-1)
         return Eliminated(
-            self._packed(energy),
-            self._packed(peak.detach()),
-            {name: placed},
-            weights,
-            posterior,
+            self._packed(energy), posterior, lambda: self._atoms(posterior), lambda: self._peak(posterior),
             magnitude=self._packed(size),
-        )
+        )  # fmt: skip
+
+    def _atoms(self, posterior: ConjugatePosterior) -> Atoms:
+        low, high = self.kind.atoms(posterior.coefficients)
+        atoms = torch.cat([low, high], low.dim() - 1 - len(self.geometry.layout))
+        weights = with_dims(torch.full((2,), 0.5, dtype=torch.float64), self.latents.symbol)
+        return Atoms({self.latents.names[0]: posterior.placed(atoms).to(self.dtype)}, weights)
+
+    def _peak(self, posterior: ConjugatePosterior) -> Tensor:
+        return self._packed(self.kind.log_density(posterior.coefficients, self.kind.mode(posterior.coefficients)))
 
     def certify(self, run_at: RunAt) -> None:
         """Refuse if the log joint is of another form at these parameters."""

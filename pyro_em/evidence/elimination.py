@@ -15,9 +15,9 @@ Letters: S atoms; their dim is one more leftmost plate dim of the model (model/a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Protocol
 
 import pyro.distributions as dist
@@ -71,24 +71,46 @@ class SetPosterior(Protocol):
 
 
 @dataclass(frozen=True)
+class Atoms:
+    """A few values of the latents, with the atoms' dim. `weights`, packed over the set's symbol and more, sum to one;
+    `by_factor` has them at the rows of factors that index the latents, where they differ from element to element."""
+
+    values: dict[str, Tensor]
+    weights: Tensor
+    by_factor: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Eliminated:
     """A set integrated out at some parameters.
 
-    `log_evidence` is packed over discrete latents and plates, differentiable in the parameters; `atoms` are the
-    latents' values with the atoms' dim, `weights`, packed over the set's symbol and more, sum to one; `by_factor` has
-    the weights at the rows of factors that index the latents, where these differ from element to element. `log_peak`
-    is log q at the mode, packed like the evidence. `error` bounds that of a numerical route, summed over elements;
-    `magnitude`, packed like the evidence, is the size of terms that cancel in it (None: there are none).
+    `log_evidence` is packed over discrete latents and plates, differentiable in the parameters. `error` bounds that of
+    a numerical route, summed over elements; `magnitude`, packed like the evidence, is the size of terms that cancel in
+    it (None: there are none). The `atoms`, and `log_peak`, which is log q at the mode and packed like the evidence, are
+    made if somebody asks: a log-likelihood needs none.
     """
 
     log_evidence: Tensor
-    log_peak: Tensor
-    atoms: dict[str, Tensor]
-    weights: Tensor
     posterior: SetPosterior
-    by_factor: Mapping[str, Tensor] = field(default_factory=dict)
+    made: Callable[[], Atoms]
+    peak: Callable[[], Tensor]
     error: float = 0.0
     magnitude: Tensor | None = None
+
+    @cached_property
+    def atoms(self) -> Atoms:
+        """See above."""
+        return self.made()
+
+    @cached_property
+    def log_peak(self) -> Tensor:
+        """See above."""
+        return self.peak()
+
+
+def atoms_of(parts: Iterable[Eliminated]) -> dict[str, Tensor]:
+    """Atoms of the latents of several sets, by latent."""
+    return {name: value for part in parts for name, value in part.atoms.values.items()}
 
 
 class Route(Protocol):

@@ -28,7 +28,7 @@ from pyro_em.errors import NonFiniteError, Refusal, ResourceError
 from pyro_em.evidence.assembly import Geometry, Reading, Rows, assemble, gradient, to_elements
 from pyro_em.evidence.blocks import factor, least_pivot, simplex
 from pyro_em.evidence.columns import Column, Index, Tangents, direction, push
-from pyro_em.evidence.elimination import Eliminated, LatentSet, RunAt, Values
+from pyro_em.evidence.elimination import Atoms, Eliminated, LatentSet, RunAt, Values
 from pyro_em.evidence.gaussian_posterior import GaussianPosterior
 from pyro_em.evidence.normal_sites import AFFINE, AFFINE_SINGLE, Parts, deviates, not_affine
 from pyro_em.evidence.residuals import whitened
@@ -111,13 +111,16 @@ class GaussianRoute:
             log_evidence, magnitude = self._packed(energy), self._packed(size)
         self._certify(run_at, rows, z_a.detach(), None if z_b is None else z_b.detach())
         posterior = GaussianPosterior(self.latents, geometry, factored, z_a, z_b)
-        points = self._points(len(geometry.columns_a) + geometry.num_b)
-        atoms = posterior.values(*posterior.deviate(points))
-        atoms = {name: value.to(self.dtypes[name]).detach() for name, value in atoms.items()}
+        made, peak = (lambda: self._atoms(posterior)), (lambda: self._packed(posterior.log_peak()))
+        return Eliminated(log_evidence, posterior, made, peak, magnitude=detached(magnitude))
+
+    def _atoms(self, posterior: GaussianPosterior) -> Atoms:
+        size = len(self.geometry.columns_a) + self.geometry.num_b
+        points = simplex(1).expand(2, size) if self.few else simplex(size)
+        values = posterior.values(*posterior.deviate(points))
         num = len(points)
         weights = with_dims(torch.full((num,), 1.0 / num, dtype=torch.float64), self.latents.symbol)
-        peak = self._packed(posterior.log_peak())
-        return Eliminated(log_evidence, peak, atoms, weights, posterior, magnitude=detached(magnitude))
+        return Atoms({name: value.to(self.dtypes[name]).detach() for name, value in values.items()}, weights)
 
     def _in_all(self, rows: Sequence[Rows], terms: Sequence[Tensor], per_element: Tensor, entries: Tensor) -> Tensor:
         """What the rows, the elements of A and the entries of B add up to, for each element of shared plates."""
@@ -137,9 +140,6 @@ class GaussianRoute:
         """
         check_memory(self.geometry, self.latents.names, cells)
         return dataclasses.replace(self, few=False)
-
-    def _points(self, size: int) -> Tensor:
-        return simplex(1).expand(2, size) if self.few else simplex(size)
 
     def _packed(self, per_element: Tensor) -> Tensor:
         """A quantity of every element in the layout, packed (summed if elements are not told apart)."""

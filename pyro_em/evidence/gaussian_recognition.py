@@ -82,9 +82,9 @@ def recognise_gaussian(candidate: Candidate) -> GaussianRoute:
 def _first_atoms(route: GaussianRoute, candidate: Candidate, rows: Sequence[Sequence[Rows]]) -> Values:
     """Those of the start; residuals are certified once more, around the posterior there."""
     try:
-        return route.certified(candidate.run_at[0], rows[0]).atoms
+        return route.certified(candidate.run_at[0], rows[0]).atoms.values
     except NonFiniteError:  # a start that the caller may have replaced
-        return route.certified(candidate.run_at[1], rows[1]).atoms
+        return route.certified(candidate.run_at[1], rows[1]).atoms.values
 
 
 def _check_read(candidate: Candidate, columns: Sequence[Column], reads: Reads) -> None:

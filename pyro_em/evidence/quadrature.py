@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import NonFiniteError, Refusal
-from pyro_em.evidence.elimination import Eliminated, LatentSet, RunAt
+from pyro_em.evidence.elimination import Atoms, Eliminated, LatentSet, RunAt
 from pyro_em.evidence.quadrature_layout import Layout
 from pyro_em.evidence.quadrature_posterior import QuadraturePosterior
 from pyro_em.evidence.rule import Quadrature
@@ -87,13 +87,13 @@ class QuadratureRoute:
             name: self.at_rows(name, weights) for name in self.layout.rows if self.layout.rows[name] is not None
         }
         full = weights.expand(*weights.shape[:-m], weights.shape[-m], *self.layout.sizes[1:])
+        values = {name: value.detach() for name, value in atoms.items()}
+        found = Atoms(values, pack(full, {**self.symbols, **node}), by_factor)
         return Eliminated(
             self.packed(log_z),
-            self.packed(peak - log_z.detach()),
-            {name: value.detach() for name, value in atoms.items()},
-            pack(full, {**self.symbols, **node}),
             QuadraturePosterior(self.layout, nodes, weights, mode, spread, run_at, self.dtypes),
-            by_factor,
+            lambda: found,
+            lambda: self.packed(peak - log_z.detach()),
             self.error,
         )
 

@@ -66,9 +66,9 @@ def first_atoms(route: Route, candidate: Candidate) -> Values:
     if isinstance(route, GaussianRoute):
         return route.at_start
     try:
-        return route.eliminate(candidate.run_at[0]).atoms
+        return route.eliminate(candidate.run_at[0]).atoms.values
     except NonFiniteError:
-        return route.eliminate(candidate.run_at[1]).atoms
+        return route.eliminate(candidate.run_at[1]).atoms.values
 
 
 def _family(candidate: Candidate, name: str) -> str:
