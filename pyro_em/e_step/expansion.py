@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,16 +47,33 @@ Array = NDArray[Any]
 class Block:
     """Latents that are mixed: `cells` of their site's value, the known mean and scale (K,) there; where the slopes
     stand among all parameters taken in a row, and what they count (K, m); the same for the intercepts (m,), if all
-    cells have one."""
+    cells have one. What changes nothing is None: scales of 1, and counts if all are the same."""
 
     site: str
     cells: Tensor
     mean: Tensor
-    scale: Tensor
+    scale: Tensor | None
     slopes: Tensor
-    factor: Tensor
+    factor: Tensor | None
     intercepts: Tensor | None
-    intercept_factor: Tensor
+    intercept_factor: Tensor | None
+
+    @cached_property
+    def centered(self) -> bool:
+        """The known mean is 0."""
+        return not self.mean.any()
+
+    def moved(self, flat: Tensor, mean: Tensor, root: Tensor) -> Tensor:
+        """The parameters at the latents' mean and a root of their covariance."""
+        A = root if self.scale is None else root / self.scale
+        slopes = flat.index_select(0, self.slopes.reshape(-1)).reshape(self.slopes.shape)
+        slopes = slopes if self.factor is None else slopes * self.factor
+        if self.intercepts is not None:
+            shift = (mean if self.centered else mean - A @ self.mean) @ slopes
+            shift = shift if self.intercept_factor is None else shift / self.intercept_factor
+            flat = flat.index_add(0, self.intercepts, shift)
+        slopes = A.mT @ slopes
+        return flat.index_put((self.slopes,), slopes if self.factor is None else slopes / self.factor)
 
 
 @dataclass(frozen=True)
@@ -74,12 +92,7 @@ class Expansion:
             root, failed = torch.linalg.cholesky_ex(covariance)
             if bool(failed):  # no further than EM
                 return params
-            A = root / own.scale
-            slopes = flat[own.slopes] * own.factor
-            if own.intercepts is not None:
-                shift = (mean - A @ own.mean) @ slopes
-                flat = flat.index_put((own.intercepts,), flat[own.intercepts] + shift / own.intercept_factor)
-            flat = flat.index_put((own.slopes,), (A.mT @ slopes) / own.factor)
+            flat = own.moved(flat, mean, root)
         sizes = [params[name].numel() for name in self.names]
         moved = zip(self.names, flat.split(sizes), strict=True)
         return {**params, **{n: x.reshape(params[n].shape).to(params[n].dtype) for n, x in moved}}
@@ -183,16 +196,19 @@ class _Slopes:
         at = torch.tensor([c.event for c in columns])
         slopes = [self._entries(j) for j in latents]
         intercepts = self._intercepts(self.cell[slopes[0]])
-        mean, scale = known
+        mean, scale = (x[at] for x in known)
+        factor = np.stack([self.factor[own] for own in slopes])
+        of_intercepts = self.factor[[] if intercepts is None else intercepts]
+        same = bool((factor == factor[0, 0]).all() and (of_intercepts == factor[0, 0]).all())
         return Block(
             columns[0].site,
             at,
-            mean[at],
-            scale[at],
+            mean,
+            None if bool((scale == 1).all()) else scale,
             torch.tensor(np.stack([self.place[own] for own in slopes])),
-            torch.tensor(np.stack([self.factor[own] for own in slopes])),
+            None if same else torch.tensor(factor),
             None if intercepts is None else torch.tensor(self.place[intercepts]),
-            torch.tensor(self.factor[[] if intercepts is None else intercepts]),
+            None if same or intercepts is None else torch.tensor(of_intercepts),
         )
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -46,6 +47,11 @@ class Pooled:
     data: Tensor
     left: Tensor
     count: Tensor  # weighted number of rows, ()
+
+    @cached_property
+    def features(self) -> Tensor:
+        """R with a dim for the atoms and one for the latents, (U, V₁, 1, V₁, 1)."""
+        return self.design.unsqueeze(2).unsqueeze(-1)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ class PooledSite:
         # What is the same in every E-step: Y by its number of columns, and the number of the elements at some cells.
         self._known_values: dict[int, Tensor | None] = {}
         self._counts: dict[torch.Size, Tensor] = {}
+        self._cells: tuple[Tensor, Tensor] | None = None
 
     def at(self, pooled: Pooled) -> PooledSite:
         """The same site with other rows."""
@@ -67,14 +68,20 @@ class PooledSite:
             self._pairs[key] = pairs_of(self.form, starts, size, self.vector)
         return self._pairs[key]
 
+    def value_in(self, cells: Tensor) -> Tensor:
+        """Of a latent, the part of C that is its value in some cells."""
+        if self._cells is None or self._cells[0] is not cells:
+            self._cells = cells, self.form.value[:, cells]
+        return self._cells[1]
+
     def rows(self, zeta: Tensor) -> tuple[Tensor, Tensor | None]:
         """G (R, q) and Y (R, P) at the atoms ζ (U, K + 1, c + K), of which the last K hold the spread."""
         return self._regressors(zeta), self._values(zeta.shape[2])
 
     def _regressors(self, zeta: Tensor) -> Tensor:
         """The first atoms have data; the rows left over come last."""
-        features, atoms = self.pooled.design.unsqueeze(2).unsqueeze(-1), zeta.mT.unsqueeze(1).unsqueeze(3)
-        found = (features * atoms).flatten(-2)  # by element, row of it, atom; feature and latent
+        # By element, row of it, atom; feature and latent.
+        found = (self.pooled.features * zeta.mT.unsqueeze(1).unsqueeze(3)).flatten(-2)
         if self.alone:
             alone = self.padded(self.pooled.data[:, :, : self.alone], zeta.shape[2])
             found = torch.cat([found, alone.transpose(-1, -2)], -1)
@@ -230,8 +237,9 @@ class PooledLocation(Location):
 
     def coupled(self, rows: Tensor, columns: Tensor, count: int) -> Tensor:
         """As `Location.coupled`."""
-        one, other = self.coupling()
-        return torch.zeros(count, dtype=torch.float64).index_add(0, rows[one] + columns[other], self._pair_values())
+        assert self._block is not None
+        target = self._block.at(rows, columns)
+        return torch.zeros(count, dtype=torch.float64).index_add(0, target, self._pair_values())
 
     def _pair_values(self) -> Tensor:
         block = self._block
@@ -259,8 +267,9 @@ class PooledLocation(Location):
 
     def spread(self, cells: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean of some cells of a latent's value over elements and posterior, and covariance around it or `center`."""
-        value, ones = self._values()
-        value, count = value[:, cells], self.own.pooled.count
+        form, count = self.own.form, self.own.pooled.count
+        assert form.ones is not None
+        value, ones = self._regressors @ self.own.value_in(cells), self._regressors[:, form.ones : form.ones + 1]
         center = (ones * value).sum(0) / count if center is None else center
         around = value - ones * center
         return center, around.mT @ around / count

@@ -7,7 +7,7 @@ a a' (GᵀG)_qq' Π_pp' over pairs of entries, those of other cells being 0 wher
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,14 @@ class Pairs:
     cells: Tensor  # in the flattened (P, P), or the cell
     product: Tensor
     coupling: Tensor  # the two entries of each pair in the block (2, pairs)
+    _known: list[Tensor] = field(default_factory=list)
+
+    def at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Cell rows[i] + columns[j] of every pair (i, j); asked with the same rows and columns in every update."""
+        if not self._known or self._known[0] is not rows or self._known[1] is not columns:
+            one, other = self.coupling
+            self._known[:] = rows, columns, rows[one] + columns[other]
+        return self._known[2]
 
 
 def pairs_of(form: Form, starts: Mapping[str, int], size: int, vector: bool) -> Pairs:

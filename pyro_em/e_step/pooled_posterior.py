@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, bmm
@@ -67,16 +68,15 @@ def whitener(site: PooledSite, arguments: Mapping[str, Tensor]) -> Whitener:
 def posterior(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> tuple[Tensor, Tensor, Tensor]:
     """ζ (U, K + 1, c + K), log p(x|θ) of the set, and the magnitude of the terms in it."""
     solved = _solve(own, noise)
-    classes, mean, lower, basis = own.classes, solved.mean, solved.lower, solved.basis
+    classes, mean, lower, drawn = own.classes, solved.mean, solved.lower, solved.drawn
     energy = solved.energy.sum() + solved.left
     spread = (classes.weight * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)).sum()
     two_pi, roots, ones = own.kept("posterior", lambda: _constants(own))
     likelihood = solved.constant - energy - spread + two_pi
     magnitude = solved.constant.abs() + energy + spread.abs() + two_pi + _cancelled(solved, classes.weight)
     root = torch.linalg.solve_triangular(lower.mT, roots, upper=True)
-    if basis is not None:
-        assert solved.start is not None
-        mean, root = solved.start + bmm(basis, mean), bmm(basis, root)
+    if drawn is not None and not drawn.standard:
+        mean, root = drawn.start + bmm(drawn.basis, mean), bmm(drawn.basis, root)
     return torch.cat([ones, torch.cat([mean, root], -1)], 1), likelihood, magnitude
 
 
@@ -104,13 +104,12 @@ def group_evidence(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> 
 
 @dataclass(frozen=True)
 class _Solved:
-    """The least squares problem of a set: u at its `mean` (U, K, c), the `energy` (U, c) there; z = start + basis u.
+    """The least squares problem of a set: u at its `mean` (U, K, c), the `energy` (U, c) there.
 
     `data` (U, any, c) are the residuals at u = 0, `squares` (U, c) those at the mean; `precision` is L Lᵀ.
     """
 
-    start: Tensor | None
-    basis: Tensor | None
+    drawn: _Drawn | None
     lower: Tensor
     mean: Tensor
     energy: Tensor
@@ -119,6 +118,21 @@ class _Solved:
     data: Tensor
     squares: Tensor
     precision: Tensor
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """z = start + basis u of a set: (U, K, c) and (U, K, K). `standard`: it is known to be u."""
+
+    basis: Tensor
+    start: Tensor
+    standard: bool = False
+
+    @cached_property
+    def of_numbers(self) -> _Drawn:
+        """The same, of which is known that no parameter moves it."""
+        one = torch.eye(self.basis.shape[-1], dtype=torch.float64)
+        return replace(self, standard=torch.equal(self.basis, one.expand_as(self.basis)) and not self.start.any())
 
 
 def _cancelled(solved: _Solved, weight: Tensor) -> Tensor:
@@ -152,13 +166,12 @@ def _solve(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> _Solved:
         elements, columns = classes.ones.shape
         seen = [tuple(torch.zeros(elements, 0, k, dtype=torch.float64) for k in (columns, size))]
     d, T = seen[0] if len(seen) == 1 else [torch.cat(own_parts, 1) for own_parts in zip(*seen, strict=True)]
-    basis: Tensor | None = None
-    start: Tensor | None = None
-    if spherical:
-        basis, start = _drawn(own, [(own.sites[i], *noise[i]) for i in latent])
-        d, T = d + bmm(T, start), bmm(T, basis)
-    precision = bmm(T.mT, T)
-    if basis is not None:
+    drawn = _drawn(own, [(own.sites[i], *noise[i]) for i in latent]) if spherical else None
+    if drawn is not None and not drawn.standard:
+        d, T = d + bmm(T, drawn.start), bmm(T, drawn.basis)
+    turned = T.mT
+    precision = bmm(turned, T)
+    if drawn is not None:
         precision = precision + own.one
     lower, failed = torch.linalg.cholesky_ex(precision)
     if bool(failed.any()):
@@ -167,17 +180,15 @@ def _solve(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> _Solved:
             f"Site '{own.sites[0].site.name}': the posterior precision of the Gaussian latents is not positive "
             "definite. A scale has become infinite or 0, or the data are not finite.",
         )
-    mean = -torch.cholesky_solve(bmm(T.mT, d), lower)
-    at_mean = d + bmm(T, mean)
-    slope = bmm(T.mT, at_mean) if basis is None else bmm(T.mT, at_mean) + mean
-    step = -torch.cholesky_solve(slope, lower)  # mends the rounding of the first solve
-    mean, at_mean = mean + step, at_mean + bmm(T, step)
+    minus = torch.cholesky_solve(bmm(turned, d), lower)
+    at_mean = d - bmm(T, minus)
+    slope = bmm(turned, at_mean) if drawn is None else bmm(turned, at_mean) - minus
+    step = torch.cholesky_solve(slope, lower)  # mends the rounding of the first solve
+    mean, at_mean = -(minus + step), at_mean - bmm(T, step)
     squares = (at_mean * at_mean).sum(1)
-    energy = 0.5 * squares
-    if basis is not None:
-        energy = energy + 0.5 * (mean * mean).sum(1)
+    energy = squares if drawn is None else squares + (mean * mean).sum(1)
     rest = own.kept("zero", lambda: torch.zeros((), dtype=torch.float64)) if left is None else 0.5 * left
-    return _Solved(start, basis, lower, mean, energy, rest, constant, d, squares, precision)
+    return _Solved(drawn, lower, mean, 0.5 * energy, rest, constant, d, squares, precision)
 
 
 def _constant(own: PooledSet) -> Tensor:
@@ -186,18 +197,17 @@ def _constant(own: PooledSet) -> Tensor:
     return own.constant - cells.double()
 
 
-def _drawn(own: PooledSet, latents: Sequence[tuple[PooledSite, Tensor, Whitener]]) -> tuple[Tensor, Tensor]:
-    """Basis (U, K, K) and start (U, K, c) of z = start + basis u, as the latents' own sites say; those of the E-step
-    before, where they are made of the same numbers (z ~ N(0, I))."""
+def _drawn(own: PooledSet, latents: Sequence[tuple[PooledSite, Tensor, Whitener]]) -> _Drawn:
+    """As the latents' own sites say; that of the E-step before, where it is made of the same numbers (z ~ N(0, I))."""
     made_of = [x for _, C, white in latents for x in (C, white.root)]
     known = own.known.get("drawn")
     if known is not None and all(x is y for x, y in zip(known[0], made_of, strict=True)):
-        return known[1]
+        return known[1].of_numbers
     parts = [residual(site, C, own.classes.ones, own.size) for site, C, _ in latents]
     drawn, made = (torch.cat([part[k].flatten(1, 2) for part in parts], 1) for k in range(2))
     roots = torch.block_diag(*(white.matrix for *_, white in latents))
     both = torch.linalg.solve(made, torch.cat([roots.expand_as(made), -drawn], -1))
-    found = both[..., : own.size].contiguous(), both[..., own.size :].contiguous()
+    found = _Drawn(both[..., : own.size].contiguous(), both[..., own.size :].contiguous())
     own.known["drawn"] = made_of, found
     return found
 

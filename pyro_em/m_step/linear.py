@@ -169,9 +169,8 @@ class Linear:
             self.plans["cells"] = cells_of(parts, self.size)
         rows, columns = self.plans["cells"]
         sizes = [part.shape[0] * part.shape[1] ** 2 for part in parts]
-        flat = torch.zeros(sum(sizes), dtype=torch.float64)
-        for location in locations:
-            flat = flat + location.coupled(rows, columns, sum(sizes))
+        first, *others = (location.coupled(rows, columns, sum(sizes)) for location in locations)
+        flat = sum(others, first)
         for name, kernel in self._priors(sufficient):
             own = self._slice(name, params[name])
             diagonal = kernel.precision.expand(params[name].shape).reshape(-1)
