@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_em.evidence.blocks import simplex
 
 CHUNK = 1024  # rows, which stay in the cache of a processor
+BESIDE = 16  # rows that are summed as one long row: vectors of few cells are added slowly
 LOOK = 1000  # rows that say where the others are
 NEAR = 4.0  # squared mean, in variances, up to which it need not be taken off
 
@@ -78,10 +79,14 @@ def _moments(parts: list[Tensor], center: Tensor | None, weight: Tensor | None) 
             scatter += heavy.mT @ block
             rest += heavy.sum(0)
         return scatter, rest
-    first, sums, one, upper = parts[0].numpy(), np.zeros(size), np.ones(CHUNK), np.zeros((size, size), order="F")
+    first, one, upper = parts[0].numpy(), np.ones(CHUNK), np.zeros((size, size), order="F")
+    sums = {width: np.zeros(width * size) for width in (1, BESIDE)}  # of so many rows beside each other
     add_squares, add_product = scipy.linalg.blas.dsyrk, scipy.linalg.blas.dgemv
     for begin in range(0, count, CHUNK):
         own = first[begin : begin + CHUNK] if buffer is None else rows(begin).numpy()
         upper = add_squares(1.0, own.T, beta=1.0, c=upper, overwrite_c=True)
-        sums = add_product(1.0, own.T, one[: len(own)], beta=1.0, y=sums, overwrite_y=True)
-    return torch.from_numpy(np.triu(upper) + np.triu(upper, 1).T), torch.from_numpy(sums)
+        width = BESIDE if own.flags.c_contiguous and not len(own) % BESIDE else 1
+        own = own if width == 1 else own.reshape(-1, width * size)
+        sums[width] = add_product(1.0, own.T, one[: len(own)], beta=1.0, y=sums[width], overwrite_y=True)
+    total = sums[1] + sums[BESIDE].reshape(BESIDE, size).sum(0)
+    return torch.from_numpy(np.triu(upper) + np.triu(upper, 1).T), torch.from_numpy(total)
