@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from pyro_em.errors import NonFiniteError
 from pyro_em.evidence.elimination import Route, atoms_of
 from pyro_em.evidence.gaussian import GaussianRoute
 from pyro_em.problem import Problem
@@ -36,3 +37,18 @@ def with_all_atoms(problem: Problem) -> Problem:
     whole = dataclasses.replace(continuous, routes=tuple(routes))
     values = atoms_of(whole.eliminate(problem.start))
     return dataclasses.replace(problem, continuous=dataclasses.replace(whole, values=values))
+
+
+def with_atoms_at_start(problem: Problem) -> Problem:
+    """The same problem, whose continuous latents stand at the atoms of their posterior at the start.
+
+    Problems are bound at others where an engine may tell all that is asked of these (`Continuous.sketch`).
+    """
+    continuous = problem.continuous
+    if continuous is None or not continuous.sketch:
+        return problem
+    try:
+        values = atoms_of(continuous.eliminate(problem.start))
+    except NonFiniteError:  # one of several sets, at a start that the caller may have replaced
+        return problem
+    return dataclasses.replace(problem, continuous=dataclasses.replace(continuous, values=values, sketch=False))

@@ -98,8 +98,9 @@ def bind_continuous(
     rules: Mapping[str, Quadrature],
     maps: Mapping[str, Mapping[str, Tensor]],
     drawn: tuple[Values, Run],
-) -> tuple[Continuous, tuple[Values, tuple[Run, Run]]]:
-    """Sets and routes of the continuous latents `names`; other values of these, with the runs there at both `params`.
+) -> tuple[Continuous, Run, tuple[Values, tuple[Run, Run]]]:
+    """Sets and routes of the continuous latents `names`; the run at the start, with these at atoms; other values of
+    them, with the runs there at both `params`.
 
     :param params: the start and another feasible point: what holds at both is taken to hold.
     :param rules: of latents that are to be integrated by quadrature; `maps`: see `Candidate`.
@@ -117,21 +118,26 @@ def bind_continuous(
         crossed = runs.one(params[0], plain[1])
         if runs.indexed is not None or any(leaf.dtype != drawn[0][n].dtype for n, leaf in plain[0].items()):
             drawn = plain[0], runs.one(params[1], plain[0])
-    runs = dataclasses.replace(runs, symbols=symbols).certified(params[0], plain, (first, crossed))
+    runs, shown = dataclasses.replace(runs, symbols=symbols).certified(params[0], plain, (first, crossed))
+    shown = None if runs.options["enumerated"] else shown  # atoms are others in other states
     routes: list[Route] = []
     values_at_start: Values = {}
     for latents, reach in zip(sets, enumeration, strict=True):
         rest = {n: v for n, v in plain[0].items() if n not in latents.names}
         own, own2 = ({n: leaf for n, leaf in point.items() if n in latents.names} for point in leaves)
         at, at2 = (_run_at(runs, p, rest) for p in params)
-        others = (plain[1], crossed), drawn
-        where = runs.dim, reach, maps
+        others, where = ((plain[1], crossed), drawn), (runs.dim, reach, maps, shown[0] if shown else None)
         candidate = Candidate(latents, first, second, (own, own2), others, (at, at2), *where)
         route = _checked(choose_route(candidate, rules), latents, runs, first)
         routes.append(route)
-        # Atoms of the shape that every E-step will give, whose run shows what the M-step will see.
+        # Of the shape that every E-step will give: the run there shows what the M-step will see.
         values_at_start |= first_atoms(route, candidate)
-    return Continuous(sets, tuple(routes), runs, values_at_start, crossed), (plain[1], (crossed, second))
+    taken = [values_at_start[n] is x for n, x in shown[0].items()] if shown else []
+    if shown is None or not all(taken):
+        with torch.no_grad():
+            shown = values_at_start, runs.several(params[0], values_at_start)
+    continuous = Continuous(sets, tuple(routes), runs, values_at_start, crossed, any(taken))
+    return continuous, shown[1], (plain[1], (crossed, second))
 
 
 def _run_at(runs: AtomRuns, params: Params, rest: Values) -> Callable[[Mapping[str, Tensor]], Run]:

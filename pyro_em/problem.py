@@ -274,9 +274,7 @@ def bind(
         second, batches = run(args, kwargs, 1), {n: seen.sites[n].shapes for n in latent}
         runs = AtomRuns(model, args, kwargs, atoms_dim, batches, seen.options, indexed=indexed)
         seen_before = rules, maps, (drawn, second)
-        continuous, other = latents.bind_continuous(seen, latent, runs, (start, elsewhere), *seen_before)
-        with torch.no_grad():
-            seen_at = continuous.runs.several(start, continuous.values)
+        continuous, seen_at, other = latents.bind_continuous(seen, latent, runs, (start, elsewhere), *seen_before)
     atoms = {} if continuous is None else {s.symbol: s.names[0] for s in continuous.sets}
     graph = build_graph(seen_at, shapes_in(seen_at, seen), priors, weights or {}, atoms, maps)
     if continuous is not None:

@@ -148,7 +148,8 @@ class Candidate:
 
     `others` are for each of them the values and the run at others, at the same parameters. `run_at` runs the model anew
     at either parameters; `dim` is the atoms' dim (all plates stand right of it); `symbols` names the enumeration dims
-    left of it; `maps` are the elements of discrete latents in other plates that rows read (model/row_maps.py).
+    left of it; `maps` are the elements of discrete latents in other plates that rows read (model/row_maps.py). The
+    `atoms`, if given, are of the shape that those of every E-step have.
     """
 
     latents: LatentSet
@@ -160,17 +161,22 @@ class Candidate:
     dim: int
     symbols: Mapping[int, str]
     maps: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    atoms: Values | None = None
 
 
 @dataclass(frozen=True)
 class Continuous:
-    """The continuous latents of a problem: their sets, the route of each, and the atoms that a run hands out."""
+    """The continuous latents of a problem: their sets, the route of each, and the atoms that a run hands out.
+
+    With `sketch` these are of the shape of all atoms, but some are not those of the posterior at the start.
+    """
 
     sets: tuple[LatentSet, ...]
     routes: tuple[Route, ...]
     runs: AtomRuns
     values: Values = field(repr=False)
     at_one: Run = field(repr=False)  # at the start, every latent at one value
+    sketch: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

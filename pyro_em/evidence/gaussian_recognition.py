@@ -80,11 +80,13 @@ def recognise_gaussian(candidate: Candidate) -> GaussianRoute:
 
 
 def _first_atoms(route: GaussianRoute, candidate: Candidate, rows: Sequence[Sequence[Rows]]) -> Values:
-    """Those of the start; residuals are certified once more, around the posterior there."""
+    """Those of the start, if there are none yet; residuals are certified once more, around the posterior there."""
     try:
-        return route.certified(candidate.run_at[0], rows[0]).atoms.values
+        found = route.certified(candidate.run_at[0], rows[0])
     except NonFiniteError:  # a start that the caller may have replaced
         return route.certified(candidate.run_at[1], rows[1]).atoms.values
+    known = candidate.atoms
+    return found.atoms.values if known is None else {name: known[name] for name in candidate.latents.names}
 
 
 def _check_read(candidate: Candidate, columns: Sequence[Column], reads: Reads) -> None:

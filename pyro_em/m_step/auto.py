@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_em.all_atoms import with_atoms_at_start
 from pyro_em.e_step.base import Expectation
 from pyro_em.families import LOCATIONS
 from pyro_em.m_step.choose import certificate_bound, choose, moments_by_weight, num_elements, opened, options_of
@@ -63,6 +64,7 @@ class MStep:
         statistics: Sufficient | None = None,
     ) -> None:
         """`statistics` of an E-step at the start, if an engine has made one, save `choose` a pass over the data."""
+        problem = problem if statistics is not None else with_atoms_at_start(problem)
         self.problem, self.optim = problem, optim
         self.uses = {n: self._counted(n) for n in problem.parameters}
         found = choose(problem, self.uses, options_of(problem, option, algorithm), statistics)

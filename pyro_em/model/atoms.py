@@ -127,22 +127,24 @@ class AtomRuns:
             found[name] = torch.cat(padded)
         return found
 
-    def certified(self, params: Params, values: Sequence[Mapping[str, Tensor]], runs: Sequence[Run]) -> AtomRuns:
-        """Self if one run at several atoms says what single runs say, else the same with `looped`.
+    def certified(
+        self, params: Params, values: Sequence[Mapping[str, Tensor]], runs: Sequence[Run]
+    ) -> tuple[AtomRuns, tuple[dict[str, Tensor], Run] | None]:
+        """Self, and the atoms and one run at all of them, if that says what single runs say; else self as `looped`.
 
         :param runs: at each of the values.
         """
         with torch.no_grad():
-            stacked = stack(runs, self.dim, self.symbols)
+            stacked, atoms = stack(runs, self.dim, self.symbols), self.as_atoms(values)
             try:
                 with checked_indices():
-                    together = self.several(params, self.as_atoms(values))
+                    together = self.several(params, atoms)
                 same = together.sites.keys() == stacked.sites.keys() and all(
                     _equal(together.sites[n], stacked.sites[n]) for n in stacked.sites
                 )
             except (RuntimeError, IndexError, ValueError, TypeError, Refusal):  # whatever indexing a wrong dim leads to
                 same = False
-        return self if same else dataclasses.replace(self, looped=True)
+        return (self, (atoms, together)) if same else (dataclasses.replace(self, looped=True), None)
 
 
 def _equal(a: SiteRecord, b: SiteRecord) -> bool:
