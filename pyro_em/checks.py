@@ -156,7 +156,7 @@ def at_edges(arguments: Mapping[str, str], stalled: bool, known: Collection[str]
 
 
 def at_zero(found: Mapping[str, bool]) -> None:
-    """Warn about variances of random effects that are estimated as 0, or (those marked False) that nothing informs."""
+    """Warn about spreads of latents that are estimated as 0, or (those marked False) that nothing informs."""
     if flat := [name for name, matters in found.items() if not matters]:
         warnings.warn(
             f"No data inform {', '.join(map(repr, flat))}: the likelihood is the same whatever the spread of these "
@@ -169,8 +169,8 @@ def at_zero(found: Mapping[str, bool]) -> None:
         warnings.warn(
             f"The likelihood is at least as high with {', '.join(map(repr, names))} at 0 (in some entry or direction): "
             "the estimate is on the boundary of its space, which updates approach but never reach. The model explains "
-            "as much without these random effects; standard errors do not apply to their spread. Leave them out, or "
-            "put a prior on it and use algorithm='map-em'.",
+            "as much without these random effects, or this noise; standard errors do not apply to their spread. Leave "
+            "them out, or put a prior on it and use algorithm='map-em'.",
             BoundaryEstimate,
             stacklevel=3,
         )

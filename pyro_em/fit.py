@@ -194,7 +194,8 @@ def fit(
         alive = [r for r in runs if r.outcome is not Outcome.degenerate]
         best = max(alive or runs, key=lambda r: r.last.objective)
         checks.after_fit(problem, best)
-        if isinstance(engine, WithSpreads) and alive and not problem.with_prior:
+        near = problem.continuous is not None or best.outcome in (Outcome.converged, Outcome.stalled)
+        if isinstance(engine, WithSpreads) and alive and near and not problem.with_prior:
             checks.at_zero(engine.vanishing(best.last.params))
         if alive and not errors and m.reads.by_newton:
             last = best.last.expectation
@@ -275,7 +276,6 @@ def _result(
             route.due = True
         log_likelihood, log_prior = verified(problem, engine, dataclasses.replace(best.last, at=params))
     integrated = numerical_error(problem, params, compared)
-    notes = (*bound.notes, *integrated.notes)
     return FitResult(
         algorithm=algorithm,
         params=params,
@@ -286,7 +286,7 @@ def _result(
         outcome=best.outcome,
         num_iterations=best.last.iteration,
         history=best.history.as_dict(),
-        plan=explain(problem, m, engine, algorithm, annealed, notes),
+        plan=explain(problem, m, engine, algorithm, annealed, (*bound.notes, *integrated.notes)),
         restarts=tuple((run.last.objective, run.outcome.name) for run in runs),
         seed=seed,
         missing=missing,

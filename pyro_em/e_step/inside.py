@@ -12,11 +12,15 @@ by the posterior of the states.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from pyro_em.e_step.base import Expectation, NotCompiled, Unread
 from pyro_em.e_step.interpreted import read
+from pyro_em.e_step.vanishing import NEXT_TO_NOTHING, vanishing
+from pyro_em.errors import NonFiniteError
 from pyro_em.evidence.discrete import evaluate, weighted_sum
 from pyro_em.evidence.integrated import Integrated, integrate, integrates, opened
 from pyro_em.model.compat import dims_of, pack, with_dims
@@ -68,6 +72,18 @@ class Inside:
 
         sufficient = Sufficient(self.problem, run.sites, raw_arguments(run.sites), moments_of)
         return Unread(totals, sufficient, lambda: posterior)
+
+    def vanishing(self, params: Params) -> dict[str, bool]:
+        """Noises whose estimate is 0, see vanishing.py."""
+
+        def evidence(at: Params) -> tuple[float, float]:
+            try:
+                likelihood, _, magnitude, _ = self.unread(at).totals.tolist()
+            except NonFiniteError:  # without any noise the data are impossible
+                return -math.inf, 0.0
+            return likelihood, magnitude
+
+        return vanishing(self.problem, params, evidence, NEXT_TO_NOTHING)
 
     def _alone(self, run: Run) -> tuple[Tensor, Posteriors]:
         """Totals (see `Unread`) and posteriors of sites that no discrete latent reaches."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_em.e_step.base import Expectation, Unread, is_possible
-from pyro_em.e_step.vanishing import vanishing
+from pyro_em.e_step.vanishing import NEXT_TO_NOTHING, vanishing
 from pyro_em.errors import NonFiniteError, Refusal
 from pyro_em.evidence.discrete import Evidence
 from pyro_em.evidence.elimination import atoms_of
@@ -19,8 +19,6 @@ from pyro_em.problem import Problem
 from pyro_em.statistics import Posteriors, SiteMoments, argument_cells, expected_moments, site_center, with_integrated
 from pyro_em.sufficient import Sufficient, raw_arguments
 from pyro_em.types import Params
-
-NEXT_TO_NOTHING = 1e-3  # of a scale: a variance of 0 has no density in the model itself
 
 
 class Interpreted:

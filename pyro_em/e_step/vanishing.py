@@ -1,8 +1,8 @@
-"""Variances of random effects whose maximum-likelihood estimate is 0: EM only ever comes near it.
+"""Variances of random effects, and of noises of state-space models, whose maximum-likelihood estimate is 0.
 
-An update multiplies such a variance by a factor that tends to 1, so that a fit ends a little above 0, where the score
-is small. Whether 0 itself is better is a question that the engine can answer, if its E-step allows it, or at a
-thousandth of the estimate:
+EM only ever comes near it: an update multiplies such a variance by a factor that tends to 1, so that a fit ends a
+little above 0, where the score is small. Whether 0 itself is better is a question that the engine can answer, if its
+E-step allows it, or at a thousandth of the estimate:
 
     log p(x | θ with the variance at 0)  ≥  log p(x | θ)
 
@@ -27,6 +27,7 @@ from pyro_em.types import Params
 
 MATRICES = ("covariance_matrix", "scale_tril")
 MAX_ENTRIES = 32  # of one parameter that are asked for
+NEXT_TO_NOTHING = 1e-3  # of a scale: a variance of 0 has no density in the model itself
 LARGER = (1e3, 1e8)  # times the estimate: one that has come close to 0 needs much to be seen
 
 
@@ -48,7 +49,8 @@ def vanishing(
     :param least: the share of an entry that stands for 0.
     """
     uses = {name: [use for use in problem.uses[name] if use.slot != VALUE] for name in params}
-    spreads = {name: own for name, own in uses.items() if own and all(_is_spread(use, problem) for use in own)}
+    spreads = {name: own for name, own in uses.items() if all(_is_spread(use, problem) for use in own)}
+    spreads = {name: own for name, own in spreads.items() if any(_is_of_many(use, problem) for use in own)}
     if not spreads:
         return {}
     likelihood, magnitude = evidence(params)
@@ -67,16 +69,25 @@ def vanishing(
 
 
 def _is_spread(use: Use, problem: Problem) -> bool:
-    """The use is the scale of continuous latents, or their variance."""
-    continuous = problem.continuous
-    if continuous is None or use.site not in continuous.names or use.exponential:
+    """The use is the scale of continuous latents, or their variance; or a noise of a site with latents inside."""
+    if use.index is None or use.power <= 0 or use.exponential:
         return False
-    return use.index is not None and use.power > 0 and use.slot in ("scale", *MATRICES)
+    kind, family, continuous = use.slot.rpartition(".")[2], problem.family(use.site), problem.continuous
+    if kind not in ("scale", *MATRICES):
+        return False
+    inside = family is not None and family.integrates
+    return inside or (continuous is not None and use.site in continuous.names)
+
+
+def _is_of_many(use: Use, problem: Problem) -> bool:
+    """The spread is not that of the first state of a chain alone, of which there is one value a sequence."""
+    family = problem.family(use.site)
+    return family is None or not family.integrates or family.is_noise(use.slot)
 
 
 def _entries(value: Tensor, use: Use) -> int:
     """How many numbers are asked about: of a matrix one, its smallest eigenvalue."""
-    if use.slot in MATRICES and value.dim() == 2:
+    if use.slot.rpartition(".")[2] in MATRICES and value.dim() == 2:
         return 1
     return value.numel() if value.numel() <= MAX_ENTRIES else 0
 
@@ -84,8 +95,8 @@ def _entries(value: Tensor, use: Use) -> int:
 def _with_share(value: Tensor, use: Use, share: float, i: int) -> Tensor:
     """The value with that many times its i-th entry, or smallest eigenvalue."""
     value = value.detach().double()
-    if use.slot in MATRICES and value.dim() == 2:
-        factor = use.slot == "scale_tril"
+    if use.slot.rpartition(".")[2] in MATRICES and value.dim() == 2:
+        factor = use.slot.endswith("scale_tril")
         values, vectors = torch.linalg.eigh(value @ value.mT if factor else value)
         values[0] = share * values[0]
         if factor:
