@@ -18,7 +18,14 @@ import pytest
 
 from tutorials.execute import HERE, notebook, tutorials
 
-TUTORIALS = ("01_swap_the_algorithm", "02_what_the_plan_says", "03_your_own_model", "04_latents_that_are_numbers")
+TUTORIALS = (
+    "01_swap_the_algorithm",
+    "02_what_the_plan_says",
+    "03_your_own_model",
+    "04_latents_that_are_numbers",
+    "05_sequences",
+    "06_what_is_not_there",
+)
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?")
 MACHINE = re.compile(r"(?:/|\\\\)(?:home|Users|root|tmp|usr|opt|var|work|site-packages)\b|\b[A-Z]:\\\\")
 
