@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -74,3 +76,31 @@ def test_an_index_out_of_range(latent: str, select: bool) -> None:
         masked = pyro_em.fit(model, group, y, group >= 0, max_iter=2, tol=0)
         alone = pyro_em.fit(model, group[group >= 0], y[group >= 0], seen[:2], max_iter=2, tol=0)
         assert masked.log_likelihood == pytest.approx(alone.log_likelihood, rel=1e-12)
+
+
+def test_groups_beside_a_loop_over_time() -> None:
+    """A latent read by an index beside `pyro_em.markov` is refused, and what the sentence says to write is fitted."""
+    y, group = torch.tensor([0.1, 2.2, 1.9, 0.3, 2.0, 0.2]), torch.tensor([0, 1, 1, 0, 1, 0])
+
+    def model(loop: Callable[[int], Iterable[int]]) -> None:
+        mu = pyro.param("mu", torch.tensor([0.0, 2.0]))
+        with pyro.plate("groups", 2):
+            c = pyro.sample("c", dist.Categorical(torch.tensor([0.6, 0.4])))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("v", dist.Normal(mu[c[group]], 1.0), obs=y)
+        z = torch.tensor(0)
+        for t in loop(len(y)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(torch.tensor([[0.6, 0.4], [0.3, 0.7]])[z]))
+            pyro.sample(f"y_{t}", dist.Normal(mu[z], 1.0), obs=y[t])
+
+    with pytest.raises(Refusal, match=r"beside a pyro_em.markov loop.*or the loop as `for t in pyro.markov\(range"):
+        pyro_em.fit(model, pyro_em.markov)
+
+    found = pyro_em.fit(model, lambda steps: pyro.markov(range(steps)), max_iter=0)
+    # The groups are independent of the chain: each has the sum over its class, written out.
+    density = dist.Normal(torch.tensor([[0.0], [2.0]]), 1.0).log_prob(y)
+    logs = torch.stack([density[:, group == g].sum(-1) for g in range(2)], -1) + torch.tensor([0.6, 0.4]).log()[:, None]
+    table, emission = torch.tensor([[0.6, 0.4], [0.3, 0.7]]), dist.Normal(torch.tensor([0.0, 2.0]), 1.0)
+    chain = dist.DiscreteHMM(torch.tensor([1.0, 0.0]).log(), table.log(), emission)
+    expected = logs.logsumexp(0).sum() + chain.log_prob(y)
+    assert found.log_likelihood == pytest.approx(float(expected), rel=1e-12)
