@@ -20,6 +20,7 @@ from pyro_em.e_step.auto import chosen
 from pyro_em.e_step.interpreted import Interpreted
 from pyro_em.errors import ResourceError
 from pyro_em.evidence import gaussian_recognition
+from pyro_em.m_step.auto import MStep
 from pyro_em.problem import bind
 
 
@@ -104,3 +105,26 @@ def test_a_problem_that_has_its_atoms_is_left_as_it_is() -> None:
     problem = bind(linear_mixed.crossed, (i, j, y), {}, with_prior=False)
     assert problem.continuous is not None and not has_few_atoms(problem)
     assert with_all_atoms(problem) is problem
+
+
+def common_factors(y: Tensor) -> None:
+    """Four factors of all rows, whose loadings are solved for; the noise has no closed form."""
+    W = pyro.param("W", lambda: torch.ones(4, dtype=y.dtype) / 2)
+    noise = pyro.param("noise", torch.tensor(0.5, dtype=y.dtype))
+    z = pyro.sample("z", dist.Normal(torch.zeros(4, dtype=y.dtype), 1.0).to_event(1), infer={"em": "latent"})
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal((W * z).sum(-1), 1 + noise**2), obs=y)
+
+
+def test_rules_are_chosen_at_atoms_with_the_moments_of_the_posterior() -> None:
+    """A problem is bound at two drawn values: there four loadings would be collinear, which they are not."""
+    y = torch.tensor([0.3, 1.0, -0.4], dtype=torch.float64)
+    problem = bind(common_factors, (y,), {}, with_prior=False)
+    assert problem.continuous is not None and problem.continuous.sketch
+    assert next(iter(problem.continuous.values.values())).shape[0] == 2
+    m_step = MStep(problem, "auto", "em")
+    own = m_step.problem.continuous
+    assert own is not None and not own.sketch and not m_step.collinear
+    (part,) = own.eliminate(problem.start)
+    torch.testing.assert_close(own.values["z"], part.atoms.values["z"])
+    assert not has_few_atoms(problem)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pyro
 import pytest
 import torch
 
 import pyro_em
 from pyro_em.errors import EMWarning, InputError
+from pyro_em.store import isolated_rng
 from tests import classics, zoo, zoo_structured
 from tests.problems import BY_NAME
 
@@ -130,3 +133,17 @@ def test_a_zero_that_the_data_need_is_named() -> None:
     with pytest.raises(pyro_em.NonFiniteError, match=r"Site 'count'.*row"):
         pyro_em.fit(classics.poisson_mixture, _t([0.0, 3.0, 0.0]), init=start)
     assert not dict(pyro.get_param_store().items())
+
+
+@pytest.mark.skipif(torch.cuda.is_initialized(), reason="it is in use, and has a state of its own")
+def test_without_an_accelerator_none_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would note the seed of a fit for whoever uses one first; the draws are those of the seed all the same."""
+
+    def seeded(seed: int) -> None:
+        raise AssertionError(seed)
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded)
+    with isolated_rng(5):
+        drawn = torch.rand(3), np.random.random(), random.random()
+    assert torch.equal(drawn[0], torch.rand(3, generator=torch.Generator().manual_seed(5)))
+    assert drawn[1:] == (np.random.RandomState(5).random_sample(), random.Random(5).random())
