@@ -13,13 +13,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_em import settings
 from pyro_em.e_step import direct
 from pyro_em.e_step.base import IMPOSSIBLE, NotCompiled
+from pyro_em.e_step.collapse import distinct
 from pyro_em.e_step.features import Block
 from pyro_em.e_step.layout import SiteLayout, weights_of
 from pyro_em.e_step.natural import NATURAL
@@ -62,10 +62,10 @@ class Emissions:
         features = 1 + sum(part.num_features for part in parts)
         if 16 * features * num_rows > settings.max_table_bytes:
             raise NotCompiled("the statistics of its data do not fit")
-        distinct = None if features <= narrow else _distinct(parts, num_rows)
+        kinds = None if features <= narrow else distinct(parts, num_rows, max(16, FEW * num_rows))
         self.lookup: Tensor | None = None
-        if distinct is not None:
-            columns, row_of = distinct
+        if kinds is not None:
+            columns, row_of = kinds
             self.lookup = torch.cat([row_of, torch.tensor([len(columns)])])[self.order]
             parts = [part.take(columns) for part in parts]
             self.phi = _fill(parts, len(columns))
@@ -182,22 +182,3 @@ def _fill(parts: Sequence[Block], num_rows: int) -> Tensor:
         part.fill(phi[row : row + part.num_features], 0, num_rows)
         row += part.num_features
     return phi
-
-
-def _distinct(parts: Sequence[Block], num_rows: int) -> tuple[Tensor, Tensor] | None:
-    """First rows of each distinct one, and the number of every row among them; None unless they are few."""
-    codes = [part.codes for part in parts if part.codes is not None]
-    if not codes or len(codes) < len(parts):
-        return None
-    table = torch.cat(codes)
-    table = table - table.amin(1, keepdim=True)
-    radix = (table.amax(1) + 1).tolist()
-    if math.prod(radix) >= 2**62:
-        return None
-    number = torch.zeros(num_rows, dtype=torch.long)
-    for row, size in zip(table, radix, strict=True):
-        number = number * size + row
-    _, first, inverse = np.unique(number.cpu().numpy(), return_index=True, return_inverse=True)
-    if len(first) > max(16, FEW * num_rows):
-        return None
-    return torch.as_tensor(first), torch.as_tensor(inverse.reshape(-1))
