@@ -54,5 +54,6 @@ def test_one_component() -> None:
     posterior = result.posterior()
     assert posterior.responsibilities("z").tolist() == [[1.0]] * 3
     assert posterior.mode()["z"].tolist() == [0] * 3 and posterior.sample(2)["z"].tolist() == [[0] * 3] * 2
+    assert "no latent has more than one state" in str(result.plan)
     assert result.icl == result.bic and posterior.entropy() == 0
     torch.testing.assert_close(result.log_prob(), dist.Normal(x.mean(), 1.0).log_prob(x), rtol=1e-13, atol=0)

@@ -55,7 +55,7 @@ class Grouped:
     def __init__(self, problem: Problem) -> None:
         graph = problem.graph
         if not graph.components:
-            raise NotCompiled("the model has no latents")
+            raise NotCompiled(graph.nothing_to_sum)
         if graph.loops:
             raise NotCompiled("a pyro_em.markov loop")
         self.problem = problem

@@ -47,7 +47,7 @@ class Plated:
     def __init__(self, problem: Problem, functions: Functions | None = None) -> None:
         graph = problem.graph
         if not graph.components:
-            raise NotCompiled("the model has no latents")
+            raise NotCompiled(graph.nothing_to_sum)
         if graph.loops:
             raise NotCompiled("a pyro_em.markov loop")
         check_served(opaque(problem), functions or {})

@@ -95,7 +95,7 @@ class Predicted:
     def __init__(self, problem: Problem, functions: Functions | None = None) -> None:
         coarse = any(s.family is not None and s.family.latent_response for s in problem.sites)
         if not problem.graph.components and not coarse:
-            raise NotCompiled("the model has no latents")
+            raise NotCompiled(problem.graph.nothing_to_sum)
         self.functions = functions or {}
         check_served(opaque(problem), self.functions)
         self.run = problem.first

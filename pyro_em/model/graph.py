@@ -88,6 +88,11 @@ class FactorGraph:
         return [c.root for c in self.components] + [self.factors[n].plates for n in self.constants if n not in without]
 
     @property
+    def nothing_to_sum(self) -> str:
+        """Why there are no components, where there are none."""
+        return "no latent has more than one state" if self.latents else "the model has no latents"
+
+    @property
     def data_plates(self) -> tuple[str, ...]:
         """Symbols of the plates over which log p(x) is a sum of independent terms, outermost first."""
         roots = self._roots()
