@@ -102,9 +102,9 @@ def _with_predictors(
     for site, slot in slots:
         names = [n for n, own in before.items() if any((u.site, u.slot) == (site, slot) for u in own)]
         known = next((u.predictor for n in names for u in before[n] if (u.site, u.slot) == (site, slot)), None)
+        # The leaf of a torch module's parameter is its own, whatever was given for it.
         points = [
-            Point((run.sites[site].arguments or {})[slot], own, p)
-            for run, own, p in zip(here, leaves, params, strict=True)
+            Point((run.sites[site].arguments or {})[slot], run.leaves, p) for run, p in zip(here, params, strict=True)
         ]
         family = here[0].sites[site].family
         assert family is not None

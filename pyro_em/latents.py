@@ -20,7 +20,7 @@ from pyro_em.errors import Refusal
 from pyro_em.evidence.discrete import Evidence, evaluate, weighted_sum
 from pyro_em.evidence.elimination import Candidate, Continuous, Eliminated, LatentSet, Route, atoms_of
 from pyro_em.evidence.finite import check_finite
-from pyro_em.evidence.routes import check_rules, choose_route, first_atoms
+from pyro_em.evidence.routes import check_rules, check_support, choose_route, first_atoms
 from pyro_em.evidence.rule import Quadrature
 from pyro_em.model.atoms import AtomRuns
 from pyro_em.model.capture import Capture
@@ -50,6 +50,7 @@ def check_kinds(capture: Capture, names: tuple[str, ...], rules: Mapping[str, Qu
                 "enumeration cannot sum.",
                 "truncate it (a Categorical over 0..M), or use algorithm='svi' with a guide for it.",
             )
+        check_support(name, capture.sites[name].fn)
     refuse_switching(capture, names)
 
 
@@ -63,8 +64,7 @@ def draw(capture: Capture, names: tuple[str, ...], seed: int, dtype: torch.dtype
     for name in names:
         site = capture.sites[name]
         bijection = biject_to(site.fn.support)
-        shape = bijection.inverse_shape(site.value.shape)
-        noise = seeded_normal(shape, generator)
+        noise = seeded_normal(bijection.inverse_shape(site.value.shape), generator)
         further = seed > 1 and base_constraint(site.fn.support) in (constraints.real, constraints.real_vector)
         found[name] = bijection(FURTHER * noise if further else noise).to(dtype or site.value.dtype)
     return found

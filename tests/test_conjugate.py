@@ -282,3 +282,19 @@ def test_the_plan_names_the_family() -> None:
     plan = pyro_em.plan(case.model, *case.args)
     assert plan.route("p") == "conjugate"
     assert "Beta" in str(plan)
+
+
+def test_modes_at_the_end_of_the_range_and_of_flat_posteriors() -> None:
+    """Uniform priors: no success in ten is most probable at 0, and without data every value is a mode."""
+    y, seen = torch.tensor([0.0, 4.0, 10.0, 5.0]), torch.tensor([True, True, True, False])
+
+    def model() -> None:
+        with pyro.plate("rows", 4):
+            p = pyro.sample("p", dist.Uniform(0.0, 1.0))
+            with pyro.poutine.mask(mask=seen):
+                pyro.sample("y", dist.Binomial(10, p), obs=y)
+
+    mode = pyro_em.fit(model, roles={"p": "latent"}, max_iter=0).posterior().mode()["p"]
+    torch.testing.assert_close(mode, torch.tensor([0.0, 0.4, 1.0, 0.5]))
+    flat = torch.tensor([[-1e-17, 1.0], [2.0, 1.0]])
+    torch.testing.assert_close(DirichletKind(2).mode(flat), torch.tensor([0.0, 1.0]))

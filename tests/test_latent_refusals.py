@@ -44,12 +44,12 @@ def _zero(function: Callable[[Tensor, Tensor], Tensor]) -> Model:
     return model
 
 
-def _vector(function: Callable[[Tensor], Tensor]) -> Model:
-    """x ~ Normal(f(z), 1) with three z a row."""
+def _vector(function: Callable[[Tensor], Tensor], size: int = 3) -> Model:
+    """x ~ Normal(f(z), 1) with `size` z a row."""
 
     def model(x: Tensor) -> None:
         with pyro.plate("rows", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([size]).to_event(1))
             pyro.sample("x", dist.Normal(function(z), 1.0), obs=x)
 
     return model
@@ -141,6 +141,20 @@ def infinite_counts(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(n, 1.0), obs=x)
 
 
+def mixture_prior(x: Tensor) -> None:
+    parts = dist.Normal(torch.tensor([-1.0, 1.0]), 1.0)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(torch.ones(2) / 2), parts))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def penalised(x: Tensor) -> None:
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("pen", -0.5 * (z - 1) ** 2)
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
 # (model, site that is named, a word of the reason)
 REFUSED: dict[str, tuple[Model, str, str]] = {
     "tanh": (_through(torch.tanh), "x", "affine"),
@@ -178,6 +192,9 @@ REFUSED: dict[str, tuple[Model, str, str]] = {
     "discrete child": (discrete_child, "k", "not quadratic"),
     "states inside": (states_inside, "b", "exponential"),
     "bounded": (bounded, "z", "Uniform"),
+    "mixture": (mixture_prior, "z", "MixtureSameFamily"),
+    "no entries": (_vector(lambda z: z.sum(-1), 0), "z", "no entries"),
+    "factor": (penalised, "pen", "of factors it is not found"),
     "infinite": (infinite_counts, "n", "infinitely many"),
 }
 
@@ -213,3 +230,24 @@ def test_what_depends_on_the_parameters_is_refused_when_it_appears() -> None:
     with pytest.raises(pyro_em.Refusal, match="affine") as caught:
         pyro_em.fit(model, X + 1000.0, max_iter=50)
     assert caught.value.site == "x"
+
+
+@pytest.mark.parametrize("accelerate", ["squarem", "anderson"])
+def test_a_component_that_collapses_is_not_told_to_be_nonlinear(accelerate: str) -> None:
+    """Extrapolated to scales of 1e-160 residuals overflow, which says nothing of the model's form."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(4, 3, generator=generator) + torch.randn(4, 1, generator=generator)
+
+    def model() -> None:
+        w = pyro.param("w", torch.tensor([0.4, 0.6]), constraint=constraints.simplex)
+        mu = pyro.param("mu", torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]))
+        W = pyro.param("W", torch.tensor([[1.0, 0.5, 0.2], [0.3, -0.4, 1.0]]))
+        s = pyro.param("s", torch.ones(2), constraint=constraints.positive)
+        with pyro.plate("rows", 4):
+            k = pyro.sample("k", dist.Categorical(w))
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            loc = mu[k] + W[k] * z.unsqueeze(-1)
+            pyro.sample("y", dist.Normal(loc, s[k].unsqueeze(-1)).to_event(1), obs=rows)
+
+    with pytest.raises(pyro_em.DegenerateLikelihoodError, match="collapsed"):
+        pyro_em.fit(model, accelerate=accelerate, tol=1e-7, max_iter=120)

@@ -29,6 +29,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-9  # of an exponent that is 0: the density is flat at that end, not unbounded
+
 
 class Kind(ABC):
     """One row of the table."""
@@ -162,7 +164,7 @@ class GammaKind(_Positive):
 
     def mode(self, coefficients: Tensor) -> Tensor:
         a, b, _ = coefficients.unbind(-1)
-        return torch.where(a >= 0, a / b, torch.nan)
+        return torch.where(a >= -ROUNDING, a.clamp(min=0) / b, torch.nan)
 
 
 class InverseGammaKind(_Positive):
@@ -241,4 +243,6 @@ class BetaKind(Kind):
 
     def mode(self, coefficients: Tensor) -> Tensor:
         a, b = coefficients.unbind(-1)
-        return torch.where((a >= 0) & (b >= 0) & (a + b > 0), a / (a + b), torch.nan)
+        inside, a, b = (a >= -ROUNDING) & (b >= -ROUNDING), a.clamp(min=0), b.clamp(min=0)
+        flat = a + b <= ROUNDING  # every value is a mode of a uniform posterior
+        return torch.where(inside, torch.where(flat, 0.5, a / torch.where(flat, 1.0, a + b)), torch.nan)

@@ -23,7 +23,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_em.evidence.conjugate_kinds import BetaKind, GammaKind, InverseGammaKind, Kind
+from pyro_em.evidence.conjugate_kinds import ROUNDING, BetaKind, GammaKind, InverseGammaKind, Kind
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,11 @@ class DirichletKind(Kind):
         return torch.lgamma(alpha).abs().sum(-1) + torch.lgamma(alpha.sum(-1)).abs()
 
     def mode(self, coefficients: Tensor) -> Tensor:
-        a = coefficients[..., 0]
-        inside = (self._rows(a) >= 0).all(-1, keepdim=True) & (self._rows(a).sum(-1, keepdim=True) > 0)
-        return torch.where(inside, self._rows(self._normalised(a)), torch.nan).flatten(-2)
+        rows = self._rows(coefficients[..., 0])
+        inside, rows = (rows >= -ROUNDING).all(-1, keepdim=True), rows.clamp(min=0)
+        flat = rows.sum(-1, keepdim=True) <= ROUNDING  # every value is a mode of a uniform posterior
+        rows = torch.where(flat, 1.0, rows)
+        return torch.where(inside, rows / rows.sum(-1, keepdim=True), torch.nan).flatten(-2)
 
 
 def kinds(support: str, size: int) -> tuple[Kind, ...]:

@@ -221,7 +221,14 @@ class GaussianRoute:
                 predicted = r.at(a, b, self.geometry).detach()
                 scale = 1 + found.abs().max() + r.w.detach().abs().max()
                 bound = (AFFINE_SINGLE if self._single else AFFINE) * scale
-                if not bool((found - predicted).abs().max() <= bound):
+                deviation = (found - predicted).abs().max()
+                if not bool(deviation.isfinite()):  # what has overflowed says nothing of the model's form
+                    raise NonFiniteError(
+                        r.reading.site,
+                        f"Site '{r.reading.site}': its residuals are not finite at the posterior of the latents. A "
+                        "scale has become infinite or 0, or the data are not finite.",
+                    )
+                if bool(deviation > bound):
                     raise not_affine(r.reading.site, r.reading.columns[0].site)
 
     def _drawn(self, a: Tensor, b: Tensor | None) -> Values:

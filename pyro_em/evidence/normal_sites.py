@@ -90,6 +90,14 @@ def _check_normal(site: SiteRecord, candidate: Candidate) -> None:
             "give it a normal prior, use e_step=pyro_em.Quadrature if it is of low dimension and its density smooth, "
             "make it a parameter by roles=, or use algorithm='svi' with a guide for it.",
         )
+    if family == "Unit":
+        raise Refusal(
+            site.name,
+            f"this factor depends on the Gaussian latents {latents}, and of factors it is not found whether they are "
+            "quadratic.",
+            "write it as a normal site (-½(z - m)²/v is Normal(z, v.sqrt()) with obs=m, but for a constant), "
+            f"or use {_numerically(candidate)}algorithm='svi' with a guide for them.",
+        )
     raise Refusal(
         site.name,
         f"its {family} density is not quadratic in the Gaussian latents {latents} that it reads.",

@@ -7,8 +7,9 @@ remedy). A set that no route takes is refused with the reason of the route whose
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch.distributions import constraints
+from torch.distributions import biject_to, constraints
 
 from pyro_em.errors import InputError, NonFiniteError, Refusal
 from pyro_em.evidence.conjugate import recognise_conjugate
@@ -29,6 +30,26 @@ def check_rules(names: tuple[str, ...], rules: Mapping[str, Quadrature]) -> None
         if name not in names and rule.adaptive:
             known = ", ".join(repr(n) for n in names) or "none"
             raise InputError(f"e_step: the model has no continuous latent '{name}'. Its continuous latents: {known}.")
+
+
+def check_support(name: str, fn: Any) -> None:
+    """Refuse a latent without entries, or whose support torch has no coordinates of (mixtures inside of one, say)."""
+    if not fn.event_shape.numel():
+        raise Refusal(
+            name,
+            f"a latent of shape {tuple(fn.event_shape)} has no entries, so that there is nothing to integrate.",
+            "leave it out of a model of 0 factors.",
+        )
+    try:
+        biject_to(fn.support)
+    except NotImplementedError:
+        kind = type(base_distribution(fn)).__name__
+        raise Refusal(
+            name,
+            f"a latent {kind} is in no family that is integrated exactly, and its support has no coordinates.",
+            "write what hides inside of it as sites of their own (of a mixture: the component as a Categorical that "
+            f"chooses the latent's arguments), or make it a point estimate by roles={{'{name}': 'parameter'}}.",
+        ) from None
 
 
 def choose_route(candidate: Candidate, rules: Mapping[str, Quadrature]) -> Route:

@@ -103,7 +103,7 @@ def _component(
         if isinstance(scale, Tensor) and scale.numel() > 1:
             raise Refusal(
                 name,
-                "poutine.scale with a tensor does not commute with summing out a discrete latent.",
+                "poutine.scale with a tensor does not commute with summing or integrating out its latents.",
                 'use fit(..., weights={"plate": w}), which multiplies the log-evidence of each element.',
             )
         scales[name] = float(scale)
@@ -112,8 +112,8 @@ def _component(
         other = next(name for name in scales if scales[name] != scales[first])
         raise Refusal(
             other,
-            f"its scale {scales[other]:g} differs from the scale {scales[first]:g} of '{first}', with which a "
-            "discrete latent is summed out.",
+            f"its scale {scales[other]:g} differs from the scale {scales[first]:g} of '{first}', but both are "
+            "factors of one sum or integral over latents, which a power of one of them does not multiply.",
             "scale the whole component alike (one poutine.scale or one subsampled plate around all of it).",
         )
     scale = scales[members[0]]
