@@ -166,6 +166,7 @@ def test_same_seed_same_tree_and_global_random_state_untouched(em: pyro_em.FitRe
 def test_entries_on_a_boundary_and_fixed_parameters_do_not_move() -> None:
     result = pyro_em.fit(lca.model, lca.load(), seed=0, m_step={"weights": "fixed"})
     tree = to_datatree(result, num_draws=20)
+    assert tree["latent_posterior"]["z"].dims == ("rows", "z_state")  # the plate left of that of the items
     weights, probs = tree["posterior"]["weights"].values[0], tree["posterior"]["probs"].values[0]
     assert (weights == result.params["weights"].numpy()).all()
     error = result.params["probs"].new_tensor(tree["estimates"]["probs"].sel(statistic="standard_error").values)

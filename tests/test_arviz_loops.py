@@ -145,3 +145,21 @@ def test_series_inside_of_one_site_are_drawn_as_long_as_the_data() -> None:
         tree = to_datatree(result, num_draws=2, predictive=2)
         assert tree["observed_data"]["y"].values.reshape(-1).tolist() == y.tolist()
         assert tree["posterior_predictive"]["y"].values.reshape(1, 2, -1).shape == (1, 2, 4)
+
+
+@pytest.mark.parametrize("loop", ["pyro.markov", "pyro_em.markov"])
+def test_missing_cells_are_nan_and_a_plate_may_be_called_time(loop: str) -> None:
+    def model(y: torch.Tensor) -> None:
+        mean = pyro.param("mean", torch.tensor([-1.0, 1.0]))
+        with pyro.plate("time", y.shape[1]):
+            z = torch.tensor(0)
+            for t in pyro_em.markov(len(y)) if loop == "pyro_em.markov" else pyro.markov(range(len(y))):
+                z = pyro.sample(f"z_{t}", dist.Categorical(torch.eye(2)[z] + 0.5))
+                pyro.sample(f"y_{t}", dist.Normal(mean[z], 1.0), obs=y[t])
+
+    y = torch.randn(5, 3, generator=torch.Generator().manual_seed(2))
+    y[2, 1] = torch.nan
+    tree = to_datatree(pyro_em.fit(model, y, missing="nan", max_iter=2, tol=0), num_draws=3)
+    assert tree["observed_data"]["y"].dims == ("y_time", "time")
+    assert np.array_equal(tree["observed_data"]["y"], y, equal_nan=True)
+    assert tree["latent_posterior"]["z"].dims == ("z_time", "time", "z_state")
