@@ -184,7 +184,7 @@ def _reduce_indexed(weight: Tensor, statistic: IndexedStatistic, cells: torch.Si
     weight = weight.reshape((1,) * (rank - weight.dim()) + tuple(weight.shape))
     full = [index.shape[i - rank] if i in rows else n for i, n in enumerate(weight.shape)]
     others = [i for i in range(rank) if i not in rows]
-    flat = weight.expand(full).permute(*others, *rows).reshape(*(full[i] for i in others), -1)
+    flat = weight.expand(full).permute((*others, *rows)).reshape(*(full[i] for i in others), -1)
     summed = flat.new_zeros(*flat.shape[:-1], groups).index_add_(-1, index.reshape(-1), flat)
     lead = [1 if i in rows else full[i] for i in range(rank)]
     outer = [1 if i in rows or i - rank < -len(batch) else batch[i - rank] for i in range(rank)]

@@ -113,3 +113,23 @@ def test_imputations_where_labels_say_what_was_seen() -> None:
     draws = found["z"].sample(50)
     assert draws.shape == (50, 4) and set(draws[:, [1, 3]].unique().tolist()) == {0.0, 1.0}
     assert found["k"].sample(3).shape == (3, 4, 3)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_em.UnidentifiedParameter")
+def test_single_vectors_outside_of_plates() -> None:
+    """A vector of its own has no dim for its row: log p of what is observed, by dense normals."""
+    S = torch.tensor([[2.0, 0.5, 0.3], [0.5, 1.0, -0.2], [0.3, -0.2, 1.5]], dtype=torch.float64)
+    rows = torch.tensor([[1.0, float("nan"), 0.2], [0.4, -1.0, 2.0]], dtype=torch.float64)
+
+    def model() -> None:
+        mu = pyro.param("mu", torch.zeros(3, dtype=torch.float64))
+        for i in range(2):
+            pyro.sample(f"y_{i}", dist.MultivariateNormal(mu, S), obs=rows[i])
+
+    result = pyro_em.fit(model, missing="nan", max_iter=6, tol=0)
+    mu, seen = result.params["mu"], torch.tensor([0, 2])
+    part = dist.MultivariateNormal(mu[seen], S[seen][:, seen]).log_prob(rows[0, seen])
+    expected = float(part + dist.MultivariateNormal(mu, S).log_prob(rows[1]))
+    assert result.log_likelihood == pytest.approx(expected, abs=1e-10)
+    mean = mu[1] + S[1, seen] @ torch.linalg.solve(S[seen][:, seen], rows[0, seen] - mu[seen])
+    assert float(result.impute()["y_0"].mean[1]) == pytest.approx(float(mean), abs=1e-10)
