@@ -34,7 +34,7 @@ def check_rules(names: tuple[str, ...], rules: Mapping[str, Quadrature]) -> None
 
 def check_support(name: str, fn: Any) -> None:
     """Refuse a latent without entries, or whose support torch has no coordinates of (mixtures inside of one, say)."""
-    if not fn.event_shape.numel():
+    if 0 in fn.event_shape:  # a plain tuple where the user gave one
         raise Refusal(
             name,
             f"a latent of shape {tuple(fn.event_shape)} has no entries, so that there is nothing to integrate.",
