@@ -11,11 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to, constraints
 
-from pyro_em.charts import base_constraint
 from pyro_em.derivatives import pulled_back
-from pyro_em.device import seeded_normal
 from pyro_em.errors import Refusal
 from pyro_em.evidence.discrete import Evidence, evaluate, weighted_sum
 from pyro_em.evidence.elimination import Candidate, Continuous, Eliminated, LatentSet, Route, atoms_of
@@ -26,6 +23,7 @@ from pyro_em.model.atoms import AtomRuns
 from pyro_em.model.capture import Capture
 from pyro_em.model.compat import dims_of
 from pyro_em.model.density import log_density
+from pyro_em.model.first_values import first_runs
 from pyro_em.model.graph import FactorGraph, FactorInfo
 from pyro_em.model.nests import at_rows
 from pyro_em.model.packing import multiply, onto
@@ -35,7 +33,6 @@ from pyro_em.shapes import broadcast_shapes
 from pyro_em.types import Params
 
 SYMBOLS = "①②③④⑤⑥⑦⑧⑨⑩⑪⑫⑬⑭⑮⑯⑰⑱⑲⑳"  # of the atoms of each set; Pyro's own symbols are letters
-FURTHER = 2.0
 Values = dict[str, Tensor]
 
 
@@ -54,42 +51,6 @@ def check_kinds(capture: Capture, names: tuple[str, ...], rules: Mapping[str, Qu
     refuse_switching(capture, names)
 
 
-def draw(capture: Capture, names: tuple[str, ...], seed: int, dtype: torch.dtype | None = None) -> Values:
-    """Random values of the latents inside of their supports, in their own shapes, whatever their distribution.
-
-    Those of seed 2 spread further where they may be any numbers: to where an edge (clamp, relu) may be.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    found = {}
-    for name in names:
-        site = capture.sites[name]
-        bijection = biject_to(site.fn.support)
-        noise = seeded_normal(bijection.inverse_shape(site.value.shape), generator)
-        further = seed > 1 and base_constraint(site.fn.support) in (constraints.real, constraints.real_vector)
-        found[name] = bijection(FURTHER * noise if further else noise).to(dtype or site.value.dtype)
-    return found
-
-
-def _first_runs(
-    runs: AtomRuns, capture: Capture, names: tuple[str, ...], params: tuple[Params, Params]
-) -> tuple[tuple[Values, Values], tuple[Run, Run]]:
-    """Leaves at two points and the model's runs there, in float64 even for a model in float32 if it lets them in.
-
-    Type promotion then computes everything that the latents reach in float64. (A matrix product does not promote.)
-    """
-    for dtype in (torch.float64, None):
-        leaves = tuple({n: v.requires_grad_(True) for n, v in draw(capture, names, i, dtype).items()} for i in (1, 2))
-        try:
-            with torch.enable_grad():
-                found = tuple(runs.one(p, own) for p, own in zip(params, leaves, strict=True))
-        except RuntimeError:
-            if dtype is None:
-                raise
-        else:
-            break
-    return (leaves[0], leaves[1]), (found[0], found[1])
-
-
 def bind_continuous(
     capture: Capture,
     names: tuple[str, ...],
@@ -97,17 +58,18 @@ def bind_continuous(
     params: tuple[Params, Params],
     rules: Mapping[str, Quadrature],
     maps: Mapping[str, Mapping[str, Tensor]],
-    drawn: tuple[Values, Run],
+    begun: tuple[Values, Run, Run],
 ) -> tuple[Continuous, Run, tuple[Values, tuple[Run, Run]]]:
     """Sets and routes of the continuous latents `names`; the run at the start, with these at atoms; other values of
     them, with the runs there at both `params`.
 
     :param params: the start and another feasible point: what holds at both is taken to hold.
     :param rules: of latents that are to be integrated by quadrature; `maps`: see `Candidate`.
-    :param drawn: values (`draw` with seed 1), and a run there at the second of `params`.
+    :param begun: values (`draw` with seed 1), and runs there at both `params`, the first with gradients to them if they
+        have some.
     :raises Refusal: if a set is not exactly tractable, naming site, reason and remedy.
     """
-    leaves, (first, second) = _first_runs(runs, capture, names, params)
+    leaves, (first, second) = first_runs(runs, capture, names, params, begun[:2])
     sets = _sets(first, second, leaves, names, runs)
     symbols: dict[str, Mapping[int, str]] = {}
     enumeration = [_enumeration_symbols(first, latents, runs.dim) for latents in sets]
@@ -116,8 +78,8 @@ def bind_continuous(
     plain = tuple({n: v.detach() for n, v in own.items()} for own in leaves)
     with torch.no_grad():
         crossed = runs.one(params[0], plain[1])
-        if runs.indexed is not None or any(leaf.dtype != drawn[0][n].dtype for n, leaf in plain[0].items()):
-            drawn = plain[0], runs.one(params[1], plain[0])
+        again = runs.indexed is not None or any(leaf.dtype != begun[0][n].dtype for n, leaf in plain[0].items())
+        drawn = plain[0], runs.one(params[1], plain[0]) if again else begun[2]
     runs, shown = dataclasses.replace(runs, symbols=symbols).certified(params[0], plain, (first, crossed))
     shown = None if runs.options["enumerated"] else shown  # atoms are others in other states
     routes: list[Route] = []

@@ -37,6 +37,7 @@ from pyro_em.model.certify_loops import certify_loops
 from pyro_em.model.compat import dims_of
 from pyro_em.model.data import as_data
 from pyro_em.model.density import packed_log_density
+from pyro_em.model.first_values import draw, leaves_of
 from pyro_em.model.folding import unfolded
 from pyro_em.model.graph import FactorGraph, build_graph
 from pyro_em.model.indexed import Indexed, run_enumerated
@@ -247,13 +248,15 @@ def bind(
     generator = torch.Generator().manual_seed(0)
     leaves = {n: r.value.detach().clone().requires_grad_() for n, r in records.items()}
     others = {n: second_point(r, generator).detach().clone().requires_grad_() for n, r in records.items()}
-    points, drawn = (leaves, others), latents.draw(seen, latent, 1)
+    points, drawn = (leaves, others), draw(seen, latent, 1)
     atoms_dim, elsewhere = -seen.max_plate_nesting, {n: v.detach() for n, v in others.items()}
     unknown = [n for n in assigned if n not in priors]
     seen, indexed, maps = bind_indexed(seen, unknown, latent, (model, args, kwargs, {**elsewhere, **drawn}))
 
+    inner = leaves_of(drawn) if indexed is None else drawn  # the first run serves their binding too
+
     def run(args: tuple[Any, ...], kwargs: dict[str, Any], at: int | Mapping[str, Tensor], graph: bool = True) -> Run:
-        values = {**drawn, **(points[at] if isinstance(at, int) else at)}
+        values = {**(inner if at == 0 and graph else drawn), **(points[at] if isinstance(at, int) else at)}
         own = indexed, model, args, kwargs, values
 
         def once() -> Run:
@@ -273,7 +276,7 @@ def bind(
     if latent:
         second, batches = run(args, kwargs, 1), {n: seen.sites[n].shapes for n in latent}
         runs = AtomRuns(model, args, kwargs, atoms_dim, batches, seen.options, indexed=indexed)
-        seen_before = rules, maps, (drawn, second)
+        seen_before = rules, maps, (inner, first, second)
         continuous, seen_at, other = latents.bind_continuous(seen, latent, runs, (start, elsewhere), *seen_before)
     atoms = {} if continuous is None else {s.symbol: s.names[0] for s in continuous.sets}
     graph = build_graph(seen_at, shapes_in(seen_at, seen), priors, weights or {}, atoms, maps)

@@ -251,3 +251,17 @@ def test_a_component_that_collapses_is_not_told_to_be_nonlinear(accelerate: str)
 
     with pytest.raises(pyro_em.DegenerateLikelihoodError, match="collapsed"):
         pyro_em.fit(model, accelerate=accelerate, tol=1e-7, max_iter=120)
+
+
+def test_a_detached_parameter_beside_a_latent_is_seen() -> None:
+    """The location has a gradient, but to the latent alone."""
+
+    def model(x: Tensor) -> None:
+        w = pyro.param("w", torch.tensor(0.1))
+        sd = pyro.param("sd", torch.tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0 * w, 1.0))
+            pyro.sample("x", dist.Normal(z + w.detach(), sd), obs=x)
+
+    with pytest.raises(pyro_em.Refusal, match="'loc' follows the parameters, but no gradient leads back"):
+        pyro_em.plan(model, X)

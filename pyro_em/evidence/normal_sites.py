@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyro_em.derivatives import pulled_back
 from pyro_em.device import seeded_normal
 from pyro_em.errors import Refusal
 from pyro_em.evidence.columns import push
@@ -115,7 +116,7 @@ def _check_scales(names: Sequence[str], log_norms: Sequence[Tensor], leaves: Val
     for name, log_norm in zip(names, log_norms, strict=True):
         if not log_norm.requires_grad:
             continue
-        found = torch.autograd.grad(log_norm.sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
+        found = pulled_back([log_norm], list(leaves.values()), [torch.ones_like(log_norm)])
         for latent, gradient in zip(leaves, found, strict=True):
             if gradient is not None:
                 raise Refusal(

@@ -286,9 +286,9 @@ def _opaque_uses(name: str, leaf: Tensor, run: Run, hidden: Mapping[str, SiteRec
             else "the observed value depends on it"
         )
         density = log_density(site) if site_name in hidden else site.value
-        if density.requires_grad and density.is_floating_point():
-            (gradient,) = torch.autograd.grad(density.sum(), leaf, retain_graph=True, allow_unused=True)
-            if gradient is not None and (site_name in hidden or site.observed):
+        if density.requires_grad and density.is_floating_point() and (site_name in hidden or site.observed):
+            (gradient,) = pulled_back([density], [leaf], [torch.ones_like(density)])
+            if gradient is not None:
                 uses.append(Use(name, site_name, VALUE, None, reason=reason))
     return uses
 
