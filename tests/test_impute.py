@@ -133,3 +133,17 @@ def test_single_vectors_outside_of_plates() -> None:
     assert result.log_likelihood == pytest.approx(expected, abs=1e-10)
     mean = mu[1] + S[1, seen] @ torch.linalg.solve(S[seen][:, seen], rows[0, seen] - mu[seen])
     assert float(result.impute()["y_0"].mean[1]) == pytest.approx(float(mean), abs=1e-10)
+
+
+def test_vectors_missing_as_a_whole_inside_of_an_event() -> None:
+    table = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gone = torch.cat([table, torch.full((1, 3), torch.nan, dtype=torch.float64)])
+
+    def model(x: torch.Tensor) -> None:
+        mu = pyro.param("mu", torch.zeros(3, dtype=torch.float64))
+        rows = dist.MultivariateNormal(mu, torch.eye(3, dtype=torch.float64)).expand([len(x)])
+        pyro.sample("y", rows.to_event(1), obs=x)
+
+    one, two = pyro_em.fit(model, table), pyro_em.fit(model, gone, missing="nan")
+    assert one.log_likelihood == pytest.approx(two.log_likelihood, abs=1e-11)
+    assert torch.allclose(two.params["mu"], table.mean(0), rtol=0, atol=1e-12)

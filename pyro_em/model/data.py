@@ -103,12 +103,13 @@ def check_data(name: str, fn: Any, value: Tensor, mask: Any, gaps: bool, plates:
     rows = value.expand(batch + value.shape[rows_of:])
     over_batch, over_elements = combined_masks(fn, detach_provenance(mask))
     keep = torch.ones(rows.shape, dtype=torch.bool, device=value.device)
+    base = compat.base_distribution(fn)
     if over_batch is not None:
         over_batch = detach_provenance(over_batch)
         keep = keep & over_batch.reshape(over_batch.shape + (1,) * fn.event_dim)
     if over_elements is not None:
-        keep = keep & detach_provenance(over_elements)
-    base = compat.base_distribution(fn)
+        over_elements = detach_provenance(over_elements)
+        keep = keep & over_elements.reshape(over_elements.shape + (1,) * base.event_dim)
     infinite_values = isinstance(base, Coarse) and base.infinite_values
     finite = ~rows.isnan() if infinite_values or not rows.is_floating_point() else rows.isfinite()
     if isinstance(base, IncompleteNormal | IncompleteLowRankNormal) or (gaps and isinstance(base, SERIES)):
