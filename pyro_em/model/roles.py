@@ -1,7 +1,7 @@
 """Which site is data, which is latent, which is a parameter: the rules, with the reason of each.
 
 Rules in order; the first that fits decides, and `plan()` prints the reason.
-    1. `roles={site: ...}` or `infer={"em": ...}` of the site;
+    1. `roles={site: ...}` or `infer={"em": ...}` of the site, or a rule for it in `e_step=` (latent);
     2. observed: data;
     3. discrete and enumerable: latent (enumerated);
     4. in the guide as a Delta: parameter;
