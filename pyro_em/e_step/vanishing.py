@@ -9,8 +9,8 @@ E-step allows it, or at a thousandth of the estimate:
 Asked entry by entry of scales and variances; of a covariance matrix, or of its Cholesky factor, for the covariance's
 smallest eigenvalue (a correlation of ±1 in two dimensions).
 
-A likelihood that is as high again with the entry many times as large does not depend on it (the spread of effects that
-no data read): that is another thing to say.
+A likelihood that is the same with the entry many times as large does not depend on it (the spread of effects that no
+data read): that is another thing to say.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pyro_em.types import Params
 
 MATRICES = ("covariance_matrix", "scale_tril")
 MAX_ENTRIES = 32  # of one parameter that are asked for
+EPS = torch.finfo(torch.float64).eps
 NEXT_TO_NOTHING = 1e-3  # of a scale: a variance of 0 has no density in the model itself
 LARGER = (1e3, 1e8)  # times the estimate: one that has come close to 0 needs much to be seen
 
@@ -54,17 +55,18 @@ def vanishing(
     if not spreads:
         return {}
     likelihood, magnitude = evidence(params)
-    least_likely = likelihood - 8 * torch.finfo(torch.float64).eps * (1 + magnitude)
     found = {}
     for name, own in spreads.items():
 
-        def likely(share: float, i: int, name: str = name, use: Use = own[0]) -> bool:
-            at = {**params, name: _with_share(params[name], use, share, i)}
-            return evidence(at)[0] >= least_likely
+        def gain(share: float, i: int, name: str = name, use: Use = own[0]) -> float:
+            """Of the log-likelihood, in units of its rounding."""
+            there, size = evidence({**params, name: _with_share(params[name], use, share, i)})
+            return (there - likelihood) / (8 * EPS * (1 + max(magnitude, size)))
 
-        gone = [i for i in range(_entries(params[name], own[0])) if likely(least, i)]
+        at_zero = {i: gain(least, i) for i in range(_entries(params[name], own[0]))}
+        gone = [i for i, more in at_zero.items() if more >= -1]
         if gone:
-            found[name] = not all(likely(share, i) for i in gone for share in LARGER)
+            found[name] = not all(abs(more) <= 1 for i in gone for more in (at_zero[i], *(gain(v, i) for v in LARGER)))
     return found
 
 
