@@ -19,7 +19,6 @@ import pytest
 import torch
 
 import pyro_em
-from models import gmm
 
 ROOT = Path(pyro_em.__file__).parent
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -53,11 +52,14 @@ def _blocks(text: str, language: str) -> list[str]:
     return [body for kind, body in found if kind == language]
 
 
-def test_the_front_page_runs_and_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_front_page_runs_and_shows_what_is_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its first example, on the Old Faithful data, and the plan that it shows."""
     text = (ROOT.parent / "README.md").read_text()
     torch.set_default_dtype(torch.float32)
-    names: dict[str, Any] = {"x": gmm.load().float()}
+    monkeypatch.chdir(ROOT.parent)
+    names: dict[str, Any] = {}
     (example,) = _blocks(text, "python")
     exec(example, names)
     assert names["result"].converged and "loc" in capsys.readouterr().out
