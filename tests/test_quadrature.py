@@ -108,30 +108,6 @@ def test_groups_in_long_format_against_scipy(position: bool) -> None:
     np.testing.assert_allclose(result.posterior().mean("u").numpy(), np.array(truth)[:, 1], atol=1e-8)
 
 
-def test_a_rule_makes_its_site_a_latent() -> None:
-    """Abilities by row have a prior without parameters and no plate with data: they would be point estimates."""
-
-    def model(y: Tensor, person: Tensor | None = None) -> None:
-        d = pyro.param("d", torch.tensor(0.2))
-        with pyro.plate("persons", 12, dim=-1):
-            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
-            if person is None:
-                with pyro.plate("items", 4, dim=-2):
-                    pyro.sample("y", dist.Bernoulli(logits=theta - d), obs=y)
-        if person is not None:
-            with pyro.plate("rows", len(y), dim=-1):
-                pyro.sample("y", dist.Bernoulli(logits=theta[person] - d), obs=y)
-
-    y, options = _answers(), {"e_step": {"theta": Quadrature(15)}, "max_iter": 5, "tol": 0}
-    table = pyro_em.fit(model, y.T, **options)
-    long = pyro_em.fit(model, y.reshape(-1), torch.arange(12).repeat_interleave(4), **options)
-    assert long.log_likelihood == pytest.approx(table.log_likelihood, rel=1e-11)
-    torch.testing.assert_close(long.params["d"], table.params["d"], rtol=1e-10, atol=0)
-    torch.testing.assert_close(long.posterior().mean("theta"), table.posterior().mean("theta"), rtol=1e-9, atol=1e-9)
-    with pytest.raises(pyro_em.InputError, match="no continuous latent 'theta'"):
-        pyro_em.fit(model, y.T, **options, roles={"theta": "parameter"})
-
-
 def _plane(log_f: Callable[[Array, Array], Array], width: float = 7.0, points: int = 561) -> float:
     """log ∫∫ exp f by the trapezoid rule, whose error is geometric for a smooth f that vanishes at the border."""
     t = np.linspace(-width, width, points)

@@ -189,3 +189,29 @@ def test_the_plan_says_how_scaled_effects_are_integrated_out() -> None:
     same = (group.unsqueeze(-1) == group).double()
     marginal = dist.MultivariateNormal(torch.zeros(12), found.params["size"] ** 2 * same + 0.25 * torch.eye(12))
     assert found.log_likelihood == pytest.approx(float(marginal.log_prob(y)), rel=1e-10)
+
+
+def test_a_rule_makes_its_site_a_latent() -> None:
+    """Abilities by row have a prior without parameters and no plate with data: they would be point estimates."""
+
+    def model(y: Tensor, person: Tensor | None = None) -> None:
+        d = pyro.param("d", torch.tensor(0.2))
+        with pyro.plate("persons", 12, dim=-1):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            if person is None:
+                with pyro.plate("items", 4, dim=-2):
+                    pyro.sample("y", dist.Bernoulli(logits=theta - d), obs=y)
+        if person is not None:
+            with pyro.plate("rows", len(y), dim=-1):
+                pyro.sample("y", dist.Bernoulli(logits=theta[person] - d), obs=y)
+
+    generator = torch.Generator().manual_seed(0)
+    y = torch.bernoulli(torch.rand(12, 1, generator=generator).expand(12, 4), generator=generator)
+    options: dict[str, Any] = {"e_step": {"theta": pyro_em.Quadrature(15)}, "max_iter": 5, "tol": 0}
+    table = pyro_em.fit(model, y.T, **options)
+    long = pyro_em.fit(model, y.reshape(-1), torch.arange(12).repeat_interleave(4), **options)
+    assert long.log_likelihood == pytest.approx(table.log_likelihood, rel=1e-11)
+    torch.testing.assert_close(long.params["d"], table.params["d"], rtol=1e-10, atol=0)
+    torch.testing.assert_close(long.posterior().mean("theta"), table.posterior().mean("theta"), rtol=1e-9, atol=1e-9)
+    with pytest.raises(InputError, match="no continuous latent 'theta'"):
+        pyro_em.fit(model, y.T, **options, roles={"theta": "parameter"})

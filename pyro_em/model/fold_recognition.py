@@ -60,10 +60,7 @@ def looked_at(
     :param rules: latents that are to be integrated numerically, and whether by nodes of their own for every element.
     """
     seen = capture(model, args, kwargs)
-    # Who asks for nodes of a site says that it is integrated, be its prior without parameters (abilities by row).
-    integrated = {n: "latent" for n, adaptive in rules.items() if adaptive and n in seen.sites}
-    roles = {**integrated, **(roles or {})}
-    assigned = assign_roles(seen, roles, deltas)
+    assigned = assign_roles(seen, roles, deltas, rules)
     exact = {n for n, role in assigned.items() if role.role == "latent" and n not in rules}
     folds = _folds(model, args, kwargs, seen, assigned, {n for n in exact if not seen.sites[n].discrete})
     gone = frozenset().union(*(fold.names for fold in folds))
@@ -74,7 +71,7 @@ def looked_at(
         return model, seen, assigned
     folded = FoldedModel(model, seen.loops, folds, seen.max_plate_nesting)
     seen = dataclasses.replace(capture(folded, args, kwargs), max_plate_nesting=seen.max_plate_nesting)
-    return folded, seen, assign_roles(seen, {n: r for n, r in roles.items() if n not in gone}, deltas)
+    return folded, seen, assign_roles(seen, {n: r for n, r in (roles or {}).items() if n not in gone}, deltas, rules)
 
 
 def _folds(

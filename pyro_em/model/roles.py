@@ -33,15 +33,21 @@ class RoleOf:
 
 
 def assign_roles(
-    capture: Capture, roles: Mapping[str, str] | None = None, deltas: Collection[str] = ()
+    capture: Capture,
+    roles: Mapping[str, str] | None = None,
+    deltas: Collection[str] = (),
+    rules: Mapping[str, bool] | None = None,
 ) -> dict[str, RoleOf]:
     """Role of every sample site of the model, in program order.
 
     :param roles: user overrides, `{"site": "parameter" | "latent"}`.
     :param deltas: sites that the guide point-estimates.
+    :param rules: sites that are integrated numerically, and whether by nodes of their own for every element: who asks
+        for these says that the site is latent, be its prior without parameters (abilities that rows read).
     :raises InputError: for an override of an unknown site or to an unknown role.
     """
-    overrides = _overrides(capture, roles or {})
+    integrated = {name: "latent" for name, adaptive in (rules or {}).items() if adaptive and name in capture.sites}
+    overrides = integrated | _overrides(capture, roles or {})
     observed_plates = {plate.name for site in capture.sites.values() if site.observed for plate in site.plates}
     found: dict[str, RoleOf] = {}
     for name, site in capture.sites.items():
