@@ -13,6 +13,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,13 +33,14 @@ class SiteMoments:
     """`moments` = (S0, Σ w T_1, ...) with leading dims `cells` (broadcastable); `center` was subtracted.
 
     Residual moments, of a location that varies from row to row, hold in `override` the arguments as seen from the
-    current location, and in `total` the moments of all data around one center.
+    current location (the number 0 where nothing is to be taken off), and in `total` the moments of all data around one
+    center.
     """
 
     moments: tuple[Tensor, ...]
     cells: torch.Size
     center: Tensor | None
-    override: Mapping[str, Tensor] = field(default_factory=dict)
+    override: Mapping[str, Any] = field(default_factory=dict)
     total: SiteMoments | None = None
 
 

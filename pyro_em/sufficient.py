@@ -122,6 +122,8 @@ class Sufficient:
 
     def put(self, theta: Tensor, uses: tuple[Use, ...]) -> None:
         """Write a parameter's new value into the arguments that take its entries, and into its own prior."""
+        if not uses:
+            return
         theta = theta.detach().double()
         for use in uses:
             if use.index is None:

@@ -58,7 +58,8 @@ def coupled_posterior(own: CoupledSet, noise: Noise) -> tuple[tuple[Tensor, ...]
     :raises NonFiniteError: if the posterior precision is not positive definite.
     """
     ones = [torch.ones(cells.unknowns.shape[1], 1, dtype=torch.float64) for cells in own.cells]
-    parts = [residual(site, C, one, own.size) for site, (C, _), one in zip(own.sites, noise, ones, strict=True)]
+    lead = [one[:, None, None] for one in ones]
+    parts = [residual(site, C, one, own.size) for site, (C, _), one in zip(own.sites, noise, lead, strict=True)]
     start, basis = torch.zeros_like(own.prior), torch.eye(own.size, dtype=torch.float64)
     for family in own.drawn:
         at, factor_of = _drawn(family, own.sites, parts, noise)

@@ -28,6 +28,7 @@ class Outside:
             raise NotCompiled(f"'{inside}' has states of its own beside other latents")
         self.problem, self.run = problem, run
         self._fixed: dict[str, SiteMoments] = {}
+        self._none = torch.zeros((), dtype=torch.float64)
 
     def moments(self, name: str, arguments: dict[str, Tensor]) -> SiteMoments:
         """Moments of a site; they are the same at every E-step, unless its response is latent."""
@@ -45,8 +46,11 @@ class Outside:
         :param evidence: Σ ll_n and Σ |ll_n| of the components, (2,).
         """
         likelihood, magnitude = evidence.unbind()
+        graph = self.problem.graph
+        if not graph.constants and not graph.priors:
+            return torch.stack([likelihood, self._none, magnitude])
         constants, size, prior = self.log_density(sufficient)
-        if self.problem.graph.constants:
+        if graph.constants:
             likelihood, magnitude = likelihood + constants, magnitude + size
         return torch.stack([likelihood, prior, magnitude])
 

@@ -164,7 +164,7 @@ class Pooled:
                 zeta, likelihood, magnitude = posterior(own, noise)
                 found.append(zeta)
             totals.append(torch.stack([likelihood, magnitude]))
-        return (*found, torch.stack(totals).sum(0))
+        return (*found, totals[0] if len(totals) == 1 else torch.stack(totals).sum(0))
 
     def after(self, params: Params, sums: Sequence[Tensor]) -> tuple[Tensor, Sufficient]:
         """log p(x|θ), log p(θ) and its magnitude as a tensor (3,), and the statistics behind them."""

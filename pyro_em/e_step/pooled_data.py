@@ -53,6 +53,11 @@ class Pooled:
         """R with a dim for the atoms and one for the latents, (U, V₁, 1, V₁, 1)."""
         return self.design.unsqueeze(2).unsqueeze(-1)
 
+    @cached_property
+    def plain(self) -> bool:
+        """The only feature that meets latents is 1, in one class: R = 1."""
+        return self.design.shape == (1, 1, 1) and bool(self.design == 1)
+
 
 @dataclass(frozen=True)
 class Classes:
@@ -61,6 +66,11 @@ class Classes:
     ones: Tensor
     weight: Tensor
     sites: tuple[Pooled, ...]
+
+    @cached_property
+    def leading(self) -> Tensor:
+        """`ones` with dims for rows and cells, (U, 1, 1, c)."""
+        return self.ones[:, None, None]
 
 
 def pool(sites: Sequence[Rows], weight: Tensor) -> Classes:

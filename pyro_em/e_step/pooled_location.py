@@ -7,7 +7,6 @@ cells and entries C_qp = base + Σ a θ_i
     Q = -½ tr Π Σ r rᵀ,     ∂Q/∂θ_i = -Σ a (Gᵀr Π)_qp,     -∂²Q/∂θ_i∂θ_k = Σ a a' (GᵀG)_qq' Π_pp'.
 
 Residuals are formed anew at every place, so that nothing cancels.
-
 Shapes: R pseudo-rows of all classes together, q regressors, P cells.
 """
 
@@ -15,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -50,9 +50,9 @@ class PooledSite:
         if len(cells) ** 2 > MAX_PAIRS * (1 if self.vector else self.cells):
             raise NotCompiled(f"the location of '{site.name}' has {len(cells)} coefficients")
         self._pairs: dict[tuple[tuple[str, int], ...], Pairs] = {}
-        # What is the same in every E-step: Y by its number of columns, and the number of the elements at some cells.
+        # The same in every E-step: Y by its number of columns; the number of elements at cells, and zeros like it.
         self._known_values: dict[int, Tensor | None] = {}
-        self._counts: dict[torch.Size, Tensor] = {}
+        self._counts: dict[torch.Size, tuple[Tensor, Tensor]] = {}
         self._cells: tuple[Tensor, Tensor] | None = None
 
     def at(self, pooled: Pooled) -> PooledSite:
@@ -63,8 +63,7 @@ class PooledSite:
 
     def pairs(self, starts: Mapping[str, int], size: int) -> Pairs:
         """Of the parameters that have a place in the block."""
-        key = tuple(starts.items())
-        if key not in self._pairs:
+        if (key := tuple(starts.items())) not in self._pairs:
             self._pairs[key] = pairs_of(self.form, starts, size, self.vector)
         return self._pairs[key]
 
@@ -81,6 +80,8 @@ class PooledSite:
     def _regressors(self, zeta: Tensor) -> Tensor:
         """The first atoms have data; the rows left over come last."""
         # By element, row of it, atom; feature and latent.
+        if self.pooled.plain and not self.alone and not len(self.pooled.left):
+            return zeta.squeeze(0).mT
         found = (self.pooled.features * zeta.mT.unsqueeze(1).unsqueeze(3)).flatten(-2)
         if self.alone:
             alone = self.padded(self.pooled.data[:, :, : self.alone], zeta.shape[2])
@@ -88,8 +89,8 @@ class PooledSite:
         found = found.flatten(0, -2)
         if not len(self.pooled.left):
             return found
-        left = torch.nn.functional.pad(self.pooled.left[:, : self.alone], (found.shape[1] - self.alone, 0))
-        return torch.cat([found, left])
+        before = (found.shape[1] - self.alone, 0)
+        return torch.cat([found, torch.nn.functional.pad(self.pooled.left[:, : self.alone], before)])
 
     def _values(self, count: int) -> Tensor | None:
         """Zero where the posterior spreads."""
@@ -129,9 +130,10 @@ class PooledSite:
         event = self.site.fn.event_shape
         own = (1,) * (len(event) - len(cells)) + tuple(cells[len(cells) - len(event) :] if event else ())
         if cells not in self._counts:
-            self._counts[cells] = fold(count.expand(self.cells), event, own).reshape(cells)
-        weight, second = self._counts[cells], fold(second, event, own).reshape(cells)
-        first = torch.zeros_like(weight) if first is None else fold(first, event, own).reshape(cells)
+            weight = fold(count.expand(self.cells), event, own).reshape(cells)
+            self._counts[cells] = weight, torch.zeros_like(weight)
+        (weight, zero), second = self._counts[cells], fold(second, event, own).reshape(cells)
+        first = zero if first is None else fold(first, event, own).reshape(cells)
         return SiteMoments((weight, first, second), cells, center)
 
 
@@ -161,23 +163,20 @@ class PooledLocation(Location):
         total: SiteMoments | None,
         state: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict,
     ) -> None:
-        """`rows` are those of `PooledSite.rows`; `state` picks from the arguments those of one state of a discrete
-        latent.
-        """
+        """`rows` as of `PooledSite.rows`; `state` picks from the arguments those of one state of a discrete latent."""
         self.own, self.sufficient, self.total, self._state = own, sufficient, total, state
         self.C = self._start = C
         self._regressors, self._data = rows
         self._block: Pairs | None = None
-        self._size = 0
         self._slope: tuple[list[Tensor], Tensor] | None = None
-        self._left: tuple[Tensor, Tensor] | None = None
         self._noise: tuple[list[Tensor], Tensor] | None = None
-        self.delta = torch.zeros(0, dtype=torch.float64)
+        self._left: tuple[Tensor, Tensor] | None = None  # with the C that it was made at, as the next
+        self._found: tuple[Tensor, SiteMoments] | None = None
 
     def opened(self, starts: Mapping[str, int], size: int) -> PooledLocation:
         """As the location of a block of the M-step."""
-        self._block, self._size, self._slope = self.own.pairs(starts, size), size, None
-        self.delta = torch.zeros(size, dtype=torch.float64)
+        self._block, self._slope = self.own.pairs(starts, size), None
+        self.delta = self._block.zero
         return self
 
     @property
@@ -207,7 +206,7 @@ class PooledLocation(Location):
     def move(self, delta: Tensor) -> None:
         assert self._block is not None
         self.delta = delta
-        change = self._block.coefficient * delta[self._block.index]
+        change = self._block.coefficient * delta.index_select(0, self._block.index)
         self.C = self._start.reshape(-1).index_add(0, self._block.place, change).reshape(self._start.shape)
         self.sufficient.touch(self.own.site.name)
 
@@ -223,8 +222,8 @@ class PooledLocation(Location):
         cross = self._regressors.mT @ self._here
         precision = self._precision
         slope = cross @ precision if self.own.vector else cross * precision
-        own = -self._block.coefficient * slope.reshape(-1)[self._block.place]
-        return torch.zeros(self._size, dtype=torch.float64).index_add(0, self._block.index, own)
+        own = self._block.falling * slope.reshape(-1).index_select(0, self._block.place)
+        return self._block.zero.index_add(0, self._block.index, own)
 
     @cached_property
     def _gram(self) -> Tensor:
@@ -232,8 +231,9 @@ class PooledLocation(Location):
 
     def precision(self) -> Tensor:
         assert self._block is not None
-        flat = torch.zeros(self._size**2, dtype=torch.float64).index_add(0, self._block.target, self._pair_values())
-        return flat.reshape(self._size, self._size)
+        size = len(self.delta)
+        flat = torch.zeros(size**2, dtype=torch.float64).index_add(0, self._block.target, self._pair_values())
+        return flat.reshape(size, size)
 
     def coupled(self, rows: Tensor, columns: Tensor, count: int) -> Tensor:
         """As `Location.coupled`."""
@@ -244,7 +244,8 @@ class PooledLocation(Location):
     def _pair_values(self) -> Tensor:
         block = self._block
         assert block is not None
-        return block.product * self._gram.reshape(-1)[block.regressors] * self._precision.reshape(-1)[block.cells]
+        gram, precision = self._gram.reshape(-1), self._precision.reshape(-1)
+        return block.product * gram.index_select(0, block.regressors) * precision.index_select(0, block.cells)
 
     def coupling(self) -> Tensor:
         """As `Location.coupling`: the pairs of entries whose precision is summed."""
@@ -252,13 +253,14 @@ class PooledLocation(Location):
         return self._block.coupling
 
     def moments(self) -> SiteMoments:
-        """Of the residuals, at the cells of all arguments but the location."""
-        residual, own = self._here, self.own
-        second = residual.mT @ residual if own.vector else residual.square().sum(0)
-        others = {a: v for a, v in self.arguments.items() if a != "loc"}
-        found = own.moments(second, None, others, None)
-        zero = torch.zeros((own.cells,) if own.vector else (), dtype=torch.float64)
-        return SiteMoments(found.moments, found.cells, None, {"loc": zero}, self.total)
+        """Of the residuals, at the cells of all arguments but the location; asked again until it moves."""
+        if self._found is None or self._found[0] is not self.C:
+            residual, own = self._here, self.own
+            second = residual.mT @ residual if own.vector else residual.square().sum(0)
+            found = own.moments(second, None, {a: v for a, v in self.arguments.items() if a != "loc"}, None)
+            zero = torch.zeros(own.cells, dtype=torch.float64) if own.vector else 0.0
+            self._found = self.C, replace(found, override={"loc": zero}, total=self.total)
+        return self._found[1]
 
     def mean(self) -> Tensor:
         """Of a latent's value (P,)."""

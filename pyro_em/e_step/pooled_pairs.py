@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,13 @@ class Pairs:
     cells: Tensor  # in the flattened (P, P), or the cell
     product: Tensor
     coupling: Tensor  # the two entries of each pair in the block (2, pairs)
+    zero: Tensor  # (B,)
     _known: list[Tensor] = field(default_factory=list)
+
+    @cached_property
+    def falling(self) -> Tensor:
+        """Minus the coefficients."""
+        return -self.coefficient
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Cell rows[i] + columns[j] of every pair (i, j); asked with the same rows and columns in every update."""
@@ -62,6 +69,7 @@ def pairs_of(form: Form, starts: Mapping[str, int], size: int, vector: bool) -> 
         cell[left] * cells + cell[right] if vector else cell[left],
         coefficient[left] * coefficient[right],
         torch.stack([index[left], index[right]]),
+        torch.zeros(size, dtype=torch.float64),
     )
 
 

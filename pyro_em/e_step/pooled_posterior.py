@@ -71,19 +71,19 @@ def posterior(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> tuple
     classes, mean, lower, drawn = own.classes, solved.mean, solved.lower, solved.drawn
     energy = solved.energy.sum() + solved.left
     spread = (classes.weight * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)).sum()
-    two_pi, roots, ones = own.kept("posterior", lambda: _constants(own))
+    two_pi, often, ones = own.kept("posterior", lambda: _constants(own))
     likelihood = solved.constant - energy - spread + two_pi
     magnitude = solved.constant.abs() + energy + spread.abs() + two_pi + _cancelled(solved, classes.weight)
-    root = torch.linalg.solve_triangular(lower.mT, roots, upper=True)
+    root = solved.root * often
     if drawn is not None and not drawn.standard:
         mean, root = drawn.start + bmm(drawn.basis, mean), bmm(drawn.basis, root)
     return torch.cat([ones, torch.cat([mean, root], -1)], 1), likelihood, magnitude
 
 
 def _constants(own: PooledSet) -> tuple[Tensor, Tensor, Tensor]:
-    """½ K log 2π of all elements, √w I of every class, and the first row of ζ: 0 where the posterior spreads."""
+    """½ K log 2π of all elements, √w of every class, and the first row of ζ: 0 where the posterior spreads."""
     weight, ones = own.classes.weight, torch.nn.functional.pad(own.classes.ones.unsqueeze(1), (0, own.size))
-    return 0.5 * own.size * LOG_2PI * weight.sum(), weight.sqrt()[:, None, None] * own.one, ones
+    return 0.5 * own.size * LOG_2PI * weight.sum(), weight.sqrt()[:, None, None], ones
 
 
 def log_evidence(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> tuple[Tensor, Tensor]:
@@ -102,11 +102,11 @@ def group_evidence(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> 
     return -energy - spread, energy + spread.abs()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen, as all that is made once an update
 class _Solved:
     """The least squares problem of a set: u at its `mean` (U, K, c), the `energy` (U, c) there.
 
-    `data` (U, any, c) are the residuals at u = 0, `squares` (U, c) those at the mean; `precision` is L Lᵀ.
+    `data` (U, any, c) are the residuals at u = 0, `squares` (U, c) those at the mean; `precision` is L Lᵀ, `root` L⁻ᵀ.
     """
 
     drawn: _Drawn | None
@@ -118,6 +118,7 @@ class _Solved:
     data: Tensor
     squares: Tensor
     precision: Tensor
+    root: Tensor
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _solve(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> _Solved:
         if spherical and i in latent:
             continue
         constant = constant - site.pooled.count * white.log_det
-        seen.append(tuple(white(x).flatten(1, 2) for x in residual(site, C, classes.ones, size)))
+        seen.append(tuple(white(x).flatten(1, 2) for x in residual(site, C, classes.leading, size)))
         if len(site.pooled.left):
             rest = site.pooled.left[:, site.alone :]
             rest = rest + site.pooled.left[:, : site.alone] @ C[len(C) - site.alone :]
@@ -180,15 +181,17 @@ def _solve(own: PooledSet, noise: Sequence[tuple[Tensor, Whitener]]) -> _Solved:
             f"Site '{own.sites[0].site.name}': the posterior precision of the Gaussian latents is not positive "
             "definite. A scale has become infinite or 0, or the data are not finite.",
         )
-    minus = torch.cholesky_solve(bmm(turned, d), lower)
+    root = torch.linalg.solve_triangular(lower.mT, own.one, upper=True)
+    back = root.mT
+    minus = bmm(root, bmm(back, bmm(turned, d)))
     at_mean = d - bmm(T, minus)
     slope = bmm(turned, at_mean) if drawn is None else bmm(turned, at_mean) - minus
-    step = torch.cholesky_solve(slope, lower)  # mends the rounding of the first solve
+    step = bmm(root, bmm(back, slope))  # mends the rounding of the first solve
     mean, at_mean = -(minus + step), at_mean - bmm(T, step)
     squares = (at_mean * at_mean).sum(1)
     energy = squares if drawn is None else squares + (mean * mean).sum(1)
     rest = own.kept("zero", lambda: torch.zeros((), dtype=torch.float64)) if left is None else 0.5 * left
-    return _Solved(drawn, lower, mean, 0.5 * energy, rest, constant, d, squares, precision)
+    return _Solved(drawn, lower, mean, 0.5 * energy, rest, constant, d, squares, precision, root)
 
 
 def _constant(own: PooledSet) -> Tensor:
@@ -203,7 +206,7 @@ def _drawn(own: PooledSet, latents: Sequence[tuple[PooledSite, Tensor, Whitener]
     known = own.known.get("drawn")
     if known is not None and all(x is y for x, y in zip(known[0], made_of, strict=True)):
         return known[1].of_numbers
-    parts = [residual(site, C, own.classes.ones, own.size) for site, C, _ in latents]
+    parts = [residual(site, C, own.classes.leading, own.size) for site, C, _ in latents]
     drawn, made = (torch.cat([part[k].flatten(1, 2) for part in parts], 1) for k in range(2))
     roots = torch.block_diag(*(white.matrix for *_, white in latents))
     both = torch.linalg.solve(made, torch.cat([roots.expand_as(made), -drawn], -1))
@@ -213,12 +216,16 @@ def _drawn(own: PooledSet, latents: Sequence[tuple[PooledSite, Tensor, Whitener]
 
 
 def residual(site: PooledSite, C: Tensor, ones: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """d (U, V₁, P, c) and T (U, V₁, P, K) of a site, not divided by its noise."""
-    shared = C[: site.shared * (size + 1)].reshape(site.shared, (size + 1) * site.cells)
-    both = (site.pooled.design @ shared).unflatten(-1, (size + 1, site.cells))
-    d = both[:, :, 0].unsqueeze(-1) * ones[:, None, None]
+    """d (U, V₁, P, c) and T (U, V₁, P, K) of a site, not divided by its noise; `ones` (U, 1, 1, c)."""
+    shared = C[: site.shared * (size + 1)] if site.alone else C
+    if site.pooled.plain:
+        both = shared.reshape(1, 1, size + 1, site.cells)
+    else:
+        shared = shared.reshape(site.shared, (size + 1) * site.cells)
+        both = (site.pooled.design @ shared).unflatten(-1, (size + 1, site.cells))
+    d = both[:, :, 0].unsqueeze(-1) * ones
     if site.alone:
         d = d + C[site.shared * (size + 1) :].mT @ site.pooled.data[:, :, : site.alone]
     if site.has_data:
-        d = d + site.pooled.data[:, :, site.alone :]
+        d = d + (site.pooled.data[:, :, site.alone :] if site.alone else site.pooled.data)
     return d, both[:, :, 1:].mT

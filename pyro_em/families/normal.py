@@ -54,6 +54,8 @@ class LocationScaleFamily(Family):
             around = origin[0] if origin else weight.new_zeros(())
             return QuadraticKernel.of_mean(Mean(weight, first, scale.square().reciprocal(), vector=False), around)
         if argument == "scale":
+            if not origin and isinstance(args["loc"], float) and args["loc"] == 0:  # residuals
+                return _scale_kernel(weight, second)
             _, loc = floats(weight, args["loc"])
             shift = loc - origin[0] if origin else loc
             return _scale_kernel(weight, second - shift * (first + (first - weight * shift)))

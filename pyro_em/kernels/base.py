@@ -133,7 +133,7 @@ class Kernel(ABC):
     @property
     def coefficients(self) -> tuple[Tensor, ...]:
         """The additive coefficients, not yet broadcast against each other."""
-        return tuple(getattr(self, name) for name in self.names)
+        return tuple([getattr(self, name) for name in self.names])
 
     def from_coefficients(self, coefficients: Sequence[Tensor]) -> Self:
         """The same form with other coefficients."""

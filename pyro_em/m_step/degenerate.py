@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ def check_update(
     uses: tuple[Use, ...],
     combined: Combined,
     value: Tensor,
-    spread: Callable[[], Tensor | None],
+    spread: Callable[[], Spread | None],
     integrated: bool = False,
     noise: bool = False,
     effects: bool = False,
@@ -50,10 +52,11 @@ def check_update(
     site = next((use.site for use in uses if use.slot != VALUE), name)
     if isinstance(combined.kernel, WishartKernel):
         own = _covariance(combined.kernel).diagonal(dim1=-2, dim2=-1) if effects else None
-        _check_noise(site, combined) if noise else _check_matrices(site, combined, spread() if own is None else own)
+        around = spread() if own is None else Spread(own)
+        _check_noise(site, combined) if noise else _check_matrices(site, combined, around)
     elif isinstance(combined.kernel, PowerKernel) and not (problem.with_prior or integrated or effects):
         _check_scales(site, combined.kernel, spread())
-    finite = bool((value - value == 0).all())  # in few operations
+    finite = not bool((value - value).any())  # in few operations
     prior = _free_prior(problem, name, uses)
     if prior is not None and not (finite and (prior == name or bool((value != 0).all()))):
         raise DegenerateLikelihoodError(prior, None, *spread_to_zero(prior))
@@ -89,6 +92,23 @@ def _free_prior(problem: Problem, name: str, uses: tuple[Use, ...]) -> str | Non
 def _component(bad: Tensor) -> int | None:
     """First index of the first bad entry: the component, where components come first."""
     return int(bad.nonzero()[0][0]) if bad.dim() else None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Variance of data, one number or one for each dimension, and what follows from it for all updates."""
+
+    variance: Tensor
+
+    @cached_property
+    def is_positive(self) -> bool:
+        """Everywhere."""
+        return bool((self.variance > 0).all())
+
+    @cached_property
+    def least(self) -> Tensor:
+        """Below which a variance is rounding."""
+        return COLLAPSED * self.variance.min()
 
 
 def spread_of(uses: tuple[Use, ...], sufficient: Sufficient) -> Tensor | None:
@@ -167,13 +187,13 @@ def _check_noise(site: str, combined: Combined) -> None:
     )
 
 
-def _check_matrices(site: str, combined: Combined, spread: Tensor | None) -> None:
+def _check_matrices(site: str, combined: Combined, around: Spread | None) -> None:
     kernel = combined.kernel
     assert isinstance(kernel, WishartKernel)
     covariance = _covariance(kernel)
-    if spread is None:
+    if around is None:
         return
-    spread = torch.nan_to_num(spread).clamp(min=torch.finfo(torch.float64).tiny)
+    spread = torch.nan_to_num(around.variance).clamp(min=torch.finfo(torch.float64).tiny)
     if not kernel.is_informed:
         unit = torch.diag_embed(spread.expand(covariance.shape[:-1])).to(covariance)
         covariance = torch.where(kernel.is_empty()[..., None, None], unit, covariance)
@@ -192,10 +212,10 @@ def _check_matrices(site: str, combined: Combined, spread: Tensor | None) -> Non
         )
 
 
-def _check_scales(site: str, kernel: PowerKernel, spread: Tensor | None) -> None:
+def _check_scales(site: str, kernel: PowerKernel, spread: Spread | None) -> None:
     if spread is None:
         return
-    if not bool((spread > 0).all()):
+    if not spread.is_positive:
         if bool(kernel.is_empty().all()):  # all of its values are missing
             return
         raise InputError(f"Site '{site}': all data are equal, so that its scale has no maximum-likelihood estimate.")
@@ -203,7 +223,7 @@ def _check_scales(site: str, kernel: PowerKernel, spread: Tensor | None) -> None
     # falling power: θ^q is a variance for q = 2 (scale), 1 (variance); rising: a precision.
     variance_like = kernel.is_scale or bool((kernel.log_coefficient < 0).any())
     size = theta**kernel.exponent if variance_like else 1 / theta**kernel.exponent
-    large = size > COLLAPSED * spread.min()
+    large = size > spread.least
     if bool(large.all()):
         return
     bad = ~large & ~kernel.is_empty()

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor
@@ -94,9 +94,12 @@ class Linear:
 
     def _positive(self, params: Params) -> dict[int, Tensor]:
         """Parameters that must stay above 0, by their places."""
-        real = constraints.real
-        kinds = {n: base_constraint(self.problem.parameters[n].constraint) for n in self.names}
-        return {self.starts[n]: params[n].detach().double().reshape(-1) for n, own in kinds.items() if own is not real}
+        return {self.starts[n]: params[n].detach().double().reshape(-1) for n in self._bounded}
+
+    @cached_property
+    def _bounded(self) -> list[str]:
+        records = self.problem.parameters
+        return [n for n in self.names if base_constraint(records[n].constraint) is not constraints.real]
 
     def precision(self, params: Params, sufficient: Sufficient) -> Tensor:
         """Λ = −∂²Q/∂θ², (P, P)."""
@@ -114,7 +117,7 @@ class Linear:
         step, empty = torch.zeros_like(gradient), set()
         parts = self._parts(sufficient)
         for part, own in zip(parts, self._blocks(parts, params, sufficient), strict=True):
-            kernel = QuadraticKernel(gradient[part], own, torch.zeros_like(gradient[part]), vector=True)
+            kernel = QuadraticKernel(gradient[part], own, vector=True)
             step = step.index_add(0, part.reshape(-1), kernel.argmax().reshape(-1))
             if not kernel.is_conditioned:
                 empty |= self._unidentified(own, part)

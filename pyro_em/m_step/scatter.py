@@ -29,14 +29,16 @@ def collected(kernel: Kernel, index: Tensor, use: Use, coordinate: Tensor) -> Ke
         return kernel
     split = coordinate.dim() - kernel.event_dim
     lead, event = coordinate.shape[:split], coordinate.shape[split:]
-    entries = coordinate.reshape(-1, *event)
+    count = lead.numel()
     key = (kernel.event_dim, index.shape)
     if key not in use.plans:
-        use.plans[key] = _scatter_plan(index, event, kernel.event_dim, use, entries.shape[0])
+        use.plans[key] = _scatter_plan(index, event, kernel.event_dim, use, count)
     plan = use.plans[key]
-
-    at = coordinate.reshape(plan.rows.shape + event) if plan.identity else entries[plan.rows.clamp(min=0)]
-    return kernel.collect(_Scatter(plan, lead, entries.shape[0]), at, coordinate)
+    if not plan.identity:
+        at = coordinate.reshape(-1, *event)[plan.rows.clamp(min=0)]
+    else:
+        at = coordinate if plan.rows.shape == lead else coordinate.reshape(plan.rows.shape + event)
+    return kernel.collect(_Scatter(plan, lead, count), at, coordinate)
 
 
 @dataclass(frozen=True)

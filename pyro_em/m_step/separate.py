@@ -11,7 +11,7 @@ from pyro_em import factors
 from pyro_em.families.base import CHOLESKY, IDENTITY
 from pyro_em.kernels import FlatKernel, WishartKernel
 from pyro_em.m_step.closed import Combined, combine
-from pyro_em.m_step.degenerate import check_update, spread_of
+from pyro_em.m_step.degenerate import Spread, check_update, spread_of
 from pyro_em.model.use import VALUE, Use
 from pyro_em.problem import Problem
 from pyro_em.slopes import free_slopes, slope_of_factor
@@ -26,7 +26,7 @@ class Separate:
         self.problem, self.name, self.uses = problem, name, uses
         self.names: tuple[str, ...] = (name,)
         self._known = False
-        self._spread: Tensor | None = None
+        self._spread: Spread | None = None
 
     def combined(self, theta: Tensor, sufficient: Sufficient) -> Combined:
         """Total kernel; the one made for the score serves the update if nothing changed since.
@@ -76,8 +76,9 @@ class Separate:
         sufficient.put(moved[self.name], uses)
         return moved, {self.name} if empty else set()
 
-    def _spread_of(self, sufficient: Sufficient) -> Tensor | None:
+    def _spread_of(self, sufficient: Sufficient) -> Spread | None:
         """Variance of the data behind the parameter, at the first update: no more than a scale for what is tiny."""
         if not self._known:
-            self._known, self._spread = True, spread_of(sufficient.uses(self.name, self.uses), sufficient)
+            found = spread_of(sufficient.uses(self.name, self.uses), sufficient)
+            self._known, self._spread = True, None if found is None else Spread(found)
         return self._spread
