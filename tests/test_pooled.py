@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -43,6 +45,23 @@ def test_blocks_are_those_of_the_whole_system(problem: LatentProblem) -> None:
         for part, block in zip(parts, unit._blocks(parts, params, sufficient), strict=True):
             expected = whole[part.unsqueeze(-1), part.unsqueeze(-2)]
             torch.testing.assert_close(block, expected, rtol=1e-14, atol=1e-14 * float(whole.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["factor_analysis", "random_slopes", "crossed"])
+def test_an_e_step_is_gone_with_its_last_name(name: str) -> None:
+    problem = BY_NAME[name]
+    bound, m = bound_with_m_step(problem)
+    params, engine = problem.start(), choose_engine(bound, m)
+    expectation = engine.e_step(params)
+    m.score(params, expectation)
+    m.update(params, expectation)
+    left = weakref.ref(expectation.sufficient)
+    gc.disable()
+    try:
+        del expectation
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

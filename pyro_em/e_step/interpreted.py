@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -105,9 +106,12 @@ def read(problem: Problem, params: Params, found: Unread) -> Expectation:
 def at_atoms(problem: Problem, params: Params, sufficient: Sufficient) -> Callable[[], Posteriors]:
     """Weights of the reference's atoms, for a numeric step of the M-step, which needs the model at these."""
 
+    kept = weakref.ref(sufficient)  # to which the M-step gives this function: no cycle
+
     def posterior() -> Posteriors:
         found = reference(problem, params)
-        sufficient.problem = found.sufficient.problem
+        if (own := kept()) is not None:
+            own.problem = found.sufficient.problem
         return found.weights
 
     return posterior

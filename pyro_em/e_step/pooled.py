@@ -17,6 +17,7 @@ Letters: U classes, K latents of an element, c pseudo-elements of a class.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -172,17 +173,18 @@ class Pooled:
 
     def _after(self, sums: Sequence[Tensor], state: _State) -> tuple[Tensor, Sufficient]:
         *found, evidence = sums
-        sufficient = state.sufficient
+        sufficient, coefficients = state.sufficient, state.coefficients
         made: dict[str, PooledLocation] = {}
+        known = weakref.proxy(sufficient)  # which holds these functions: no cycle, as in `opened`
 
         def location(name: str) -> PooledLocation:
             if name not in made:
                 at, site = self.place[name]
-                C = state.coefficients[name]
+                C = coefficients[name]
                 if name in self.coupled:
-                    made[name] = CoupledLocation(site, C, found[at], sufficient, self._totals.get(name))
+                    made[name] = CoupledLocation(site, C, found[at], known, self._totals.get(name))
                 else:
-                    made[name] = PooledLocation(site, C, site.rows(found[at]), sufficient, self._totals.get(name))
+                    made[name] = PooledLocation(site, C, site.rows(found[at]), known, self._totals.get(name))
             return made[name]
 
         def moments_of(name: str, arguments: dict[str, Tensor]) -> SiteMoments:
