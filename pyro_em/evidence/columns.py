@@ -217,9 +217,9 @@ def _shared_index(
     index = _entries(number, np.where(read, total, 0.0), numbers.shape[1], rounding)
     if index is None:
         return None
-    expected, size = np.zeros_like(number), np.zeros_like(number)
+    expected, size, at = np.zeros_like(number), np.zeros_like(number), index.clip(min=0)
     for x, own in zip(each, numbers, strict=True):
-        part = x * own[index.clip(min=0)]
+        part = x * own[at]
         expected += part
         size += np.abs(part)
     largest = max(float(np.abs(x).max()) for x in each)

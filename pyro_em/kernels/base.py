@@ -29,6 +29,10 @@ class Scatter(Protocol):
 
     def __call__(self, coefficient: Tensor, event_dim: int, /) -> Tensor: ...
 
+    def keeps(self, kernel: Kernel) -> bool:
+        """Whether every cell of the kernel is an entry, in their order: there is nothing to sum."""
+        ...
+
     def separates(self, cells: torch.Size) -> bool:
         """Whether cells that differ along dims of this shape (those above 1) go to entries of their own."""
         ...
@@ -159,7 +163,7 @@ class Kernel(ABC):
         `at` is the current θ at the cells, `onto` the current θ at the entries that the cells go to:
         a kernel with an origin is first moved there, so that offsets are equal before they are added.
         """
-        return self.map(scatter)
+        return self if scatter.keeps(self) else self.map(scatter)
 
     def absorbed(self, other: Kernel) -> Kernel | None:
         """The sum with a kernel that does not know this form; None where this one does not know the other either."""

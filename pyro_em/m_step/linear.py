@@ -17,7 +17,7 @@ scale, another family); these are maximised numerically.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 
@@ -75,7 +75,8 @@ class Linear:
     uses: Mapping[str, tuple[Use, ...]]
     starts: Mapping[str, int]
     size: int
-    sites: tuple[LocationSite, ...]
+    sites: tuple[str, ...]
+    site_of: Callable[[str], LocationSite] = field(repr=False, compare=False)  # made where the engine opens none itself
     plans: dict[str, list[Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     def gradient(self, params: Params, sufficient: Sufficient) -> Tensor:
@@ -155,7 +156,7 @@ class Linear:
     def _parts(self, sufficient: Sufficient) -> list[Tensor]:
         """Entries that the data couple, as blocks of equal size (B, n): one block where an engine does not say."""
         if "parts" not in self.plans:
-            couplings = [sufficient.locations[own.name].coupling() for own in self.sites]
+            couplings = [sufficient.locations[name].coupling() for name in self.sites]
             priors = any(kernel.vector for _, kernel in self._priors(sufficient))
             if priors or any(coupling is None for coupling in couplings):
                 return [torch.arange(self.size).unsqueeze(0)]
@@ -187,17 +188,16 @@ class Linear:
 
     def _locations(self, params: Params, sufficient: Sufficient) -> list[Location]:
         """Opened at the first question after an E-step."""
-        for own in self.sites:
-            if own.name in sufficient.locations:
+        for name in self.sites:
+            if name in sufficient.locations:
                 continue
-            opened = None if sufficient.opens is None else sufficient.opens(own.name, self.starts, self.size)
+            opened = None if sufficient.opens is None else sufficient.opens(name, self.starts, self.size)
             if opened is None:
-                weight = weight_of(self.problem, own.name, sufficient)
+                own, weight = self.site_of(name), weight_of(self.problem, name, sufficient)
                 designs = self._designs_at(own, params, sufficient) if own.moving else own.designs
-                own = dataclasses.replace(own, designs=designs)
-                opened = own.open(weight, sufficient, self.size)
-            sufficient.locations[own.name] = opened
-        return [sufficient.locations[own.name] for own in self.sites]
+                opened = dataclasses.replace(own, designs=designs).open(weight, sufficient, self.size)
+            sufficient.locations[name] = opened
+        return [sufficient.locations[name] for name in self.sites]
 
     def _designs_at(self, own: LocationSite, params: Params, sufficient: Sufficient) -> tuple[Design, ...]:
         """Designs whose coefficients are values of continuous latents: at the atoms of this E-step."""
@@ -225,8 +225,8 @@ class Linear:
             change = step[self._slice(name, theta)].reshape(theta.shape)
             moved[name] = (theta.detach().double() + change).to(theta.dtype)
             sufficient.put(moved[name], tuple(use for use in uses if use.slot == VALUE))
-        for own in self.sites:
-            location = sufficient.locations[own.name]
+        for name in self.sites:
+            location = sufficient.locations[name]
             location.move(location.delta + step)
         return moved
 
@@ -262,8 +262,13 @@ def _block(problem: Problem, run: Run, names: tuple[str, ...], uses: Mapping[str
         for use in uses[name]:
             if use.slot != VALUE:
                 at.setdefault(use.site, []).append(use)
-    sites = tuple(_location_site(run.sites[site], own, starts, size, problem.uses) for site, own in at.items())
-    return Linear(problem, names, {n: uses[n] for n in names}, starts, size, sites)
+    records = {site: run.sites[site] for site in at}
+
+    @cache
+    def site_of(name: str) -> LocationSite:
+        return _location_site(records[name], at[name], starts, size, problem.uses)
+
+    return Linear(problem, names, {n: uses[n] for n in names}, starts, size, tuple(at), site_of)
 
 
 def _location_site(

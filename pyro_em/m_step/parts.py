@@ -25,8 +25,7 @@ def parts_of(coupling: Tensor, size: int) -> list[Tensor]:
         labels = labels[labels]
     labels = np.unique(labels, return_inverse=True)[1]
     order, counts = np.argsort(labels, kind="stable"), np.bincount(labels)
-    blocks = np.split(order, np.cumsum(counts)[:-1])
-    return [torch.tensor(np.stack([b for b in blocks if len(b) == n])) for n in np.unique(counts)]
+    return [torch.tensor(order[np.repeat(counts == n, counts)].reshape(-1, n)) for n in np.unique(counts)]
 
 
 def cells_of(parts: list[Tensor], size: int) -> list[Tensor]:

@@ -79,6 +79,12 @@ class _Scatter:
         result.index_add_(0, plan.kept_rows, coefficient.reshape(-1, *tail).index_select(0, plan.kept))
         return result.reshape((*self.lead, *tail))
 
+    def keeps(self, kernel: Kernel) -> bool:
+        if not self.plan.identity:
+            return False
+        pairs = zip(kernel.coefficients, kernel.event_dims, strict=True)
+        return all(c.shape[: c.dim() - ndim] == self.lead for c, ndim in pairs)
+
     def separates(self, cells: torch.Size) -> bool:
         rows = self.plan.rows.shape
         same = (1,) * (len(cells) - len(rows)) + tuple(rows)[max(0, len(rows) - len(cells)) :]
