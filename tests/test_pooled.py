@@ -47,7 +47,7 @@ def test_blocks_are_those_of_the_whole_system(problem: LatentProblem) -> None:
             torch.testing.assert_close(block, expected, rtol=1e-14, atol=1e-14 * float(whole.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["factor_analysis", "random_slopes", "crossed"])
+@pytest.mark.parametrize("name", ["factor_analysis", "random_slopes", "crossed", "mixture_of_factors"])
 def test_an_e_step_is_gone_with_its_last_name(name: str) -> None:
     problem = BY_NAME[name]
     bound, m = bound_with_m_step(problem)

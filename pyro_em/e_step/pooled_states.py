@@ -18,6 +18,7 @@ read; log-normal sites.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -114,13 +115,14 @@ class PooledStates:
         magnitude = evidence.magnitude + (own * cancelled).sum(0) @ self.found.weight
         made: dict[str, MixtureLocation] = {}
         parts: list[tuple[PooledSet, Tensor]] = []
+        known = weakref.proxy(sufficient)  # which holds these functions: no cycle, as in `opened`
 
         def location(name: str) -> MixtureLocation:
             if not parts:
                 pairs = zip(self.states, noises, own, strict=True)
                 parts.extend(self._pooled(state, noise, r * self.found.weight) for state, noise, r in pairs)
             if name not in made:
-                made[name] = self._location(name, params, sufficient, parts)
+                made[name] = self._location(name, params, known, parts)
             return made[name]
 
         def moments_of(name: str, arguments: dict[str, Tensor]) -> SiteMoments:
