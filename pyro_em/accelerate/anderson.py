@@ -74,12 +74,11 @@ class Anderson:
         maps, residuals = self._maps[: self._count], self._residuals[: self._count]
         if not np.isfinite(residuals).all():
             return np.full(maps.shape[1], np.nan)
-        # Of ΔF (P, k), whose decomposition takes half the time of that of its transpose.
-        right, singular, left = np.linalg.svd((residuals[1:] - residuals[:-1]).T, full_matrices=False)
+        left, singular, right = np.linalg.svd(residuals[1:] - residuals[:-1], full_matrices=False)  # ΔFᵀ
         kept = singular > RANK * singular[:1]
-        singular, target = singular[kept], (residuals[-1] @ right)[kept]
+        singular, target = singular[kept], (right @ residuals[-1])[kept]
         penalty = ridge(singular, target, share=1 / (1 + GROWTH**-self._accepted))
-        gamma = (singular * target / (singular**2 + penalty)) @ left[kept]
+        gamma = left[:, kept] @ (singular * target / (singular**2 + penalty))
         return maps[-1] - gamma @ (maps[1:] - maps[:-1])
 
 
