@@ -168,29 +168,17 @@ def test_rescale_substitutes_the_argument(name: str) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 
-class _Onto:
-    """Cells go to two entries."""
-
-    def __init__(self, index: Tensor) -> None:
-        self.index = index
-
-    def __call__(self, coefficient: Tensor, event_dim: int, /) -> Tensor:
-        return coefficient.new_zeros((2, *coefficient.shape[1:])).index_add(0, self.index, coefficient)
-
-    def keeps(self, kernel: Kernel) -> bool:
-        return False
-
-    def separates(self, cells: torch.Size) -> bool:
-        return False
-
-
 @every_kernel
 def test_collect_sums_cells_onto_entries(name: str) -> None:
     make, draw = KERNELS[name]
     kernel, index = make(), torch.tensor([0, 1, 0, 1])
     entries, other = draw()[:2], draw()[:2]
 
-    total = kernel.collect(_Onto(index), at=entries[index], onto=entries)
+    def scatter(coefficient: Tensor, ndim: int) -> Tensor:
+        return coefficient.new_zeros((2, *coefficient.shape[1:])).index_add(0, index, coefficient)
+
+    scatter.keeps = scatter.separates = lambda _: False  # type: ignore[attr-defined]
+    total = kernel.collect(scatter, at=entries[index], onto=entries)
     cells = difference(kernel, entries[index], other[index])
     expected = torch.zeros(2).index_add(0, index, cells)
     torch.testing.assert_close(difference(total, entries, other), expected, rtol=1e-11, atol=1e-11)
